@@ -1,0 +1,167 @@
+"""The training bundle: one file that carries a model to every device.
+
+A `.covey` file is a zip without compression (so that it can be checked and mapped as it lies) with exactly
+``model.tflite``, ``manifest.json`` and, when sealed, ``seal``: an Ed25519 seal over the manifest's bytes. The manifest
+holds the sha256 of the model, so a valid seal vouches for the whole file. docs/bundle.md is the specification.
+
+Reading never loads the model into a runtime: tflite_runtime 2.14 crashes on damaged files, so everything is
+checked here first. This file works on bytes; reading and writing files is the callers' part.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import zipfile
+from collections.abc import Mapping
+from typing import Optional
+
+import msgspec
+
+from covey_protocol.errors import BundleError
+from covey_protocol.parameters import ParameterSpec, total_size
+from covey_protocol.seals import PublicKey, SealingKey
+
+FORMAT_VERSION = 1
+MODEL_NAME = "model.tflite"
+MANIFEST_NAME = "manifest.json"
+SEAL_NAME = "seal"
+MAX_BUNDLE_BYTES = 512 * 1024 * 1024  # far above any model that trains on a phone; bounds what a peer can make us hold
+MAX_MANIFEST_BYTES = 4 * 1024 * 1024  # a ResNet50's parameter list is under 100 KB
+REQUIRED_SIGNATURES = ("train", "evaluate", "infer", "get_parameters", "set_parameters")
+SEAL_CONTEXT = b"covey bundle 1\x00"
+
+
+class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """An input or label: shape of one example (without the batch axis) and what values it may hold.
+
+    minimum, maximum: inclusive bounds a device checks before training; None means unbounded.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    minimum: Optional[float] = None
+    maximum: Optional[float] = None
+
+
+class Proof(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What the export measured before it wrote the bundle: TFLite against TensorFlow on the same data.
+
+    max_abs_error: largest difference of any weight after `steps` steps. tolerance: what it was held against.
+    """
+
+    steps: int
+    max_abs_error: float
+    tolerance: float
+    runtime: str
+
+
+class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What a bundle holds; `manifest.json` is exactly this."""
+
+    format: int
+    name: str
+    model_sha256: str
+    model_bytes: int
+    batch_size: int
+    input: TensorSpec
+    label: TensorSpec
+    parameters: tuple[ParameterSpec, ...]
+    signatures: tuple[str, ...]
+    loss: str
+    optimizer: str
+    num_classes: Optional[int] = None
+    class_names: tuple[str, ...] = ()
+    tensorflow: str = ""
+    proof: Optional[Proof] = None
+    metadata: dict[str, str] = {}  # msgspec copies empty defaults
+
+    @property
+    def dimension(self) -> int:
+        """d, the length of the flat parameter vector."""
+        return total_size(self.parameters)
+
+
+class Bundle(msgspec.Struct, frozen=True):
+    """A checked bundle in memory. sealed: whether a seal is present (see `read_bundle` for whose)."""
+
+    manifest: Manifest
+    model: bytes
+    sealed: bool
+
+
+def write_bundle(manifest: Manifest, model: bytes, key: Optional[SealingKey] = None) -> bytes:
+    """The bytes of a `.covey` file. The same inputs give the same bytes (fixed timestamps, stored entries)."""
+    manifest = msgspec.structs.replace(
+        manifest, format=FORMAT_VERSION, model_sha256=hashlib.sha256(model).hexdigest(), model_bytes=len(model)
+    )
+    manifest_bytes = msgspec.json.format(msgspec.json.encode(manifest), indent=1)
+    entries = {MODEL_NAME: model, MANIFEST_NAME: manifest_bytes}
+    if key is not None:
+        entries[SEAL_NAME] = key.seal(SEAL_CONTEXT + manifest_bytes)
+    return _zip(entries)
+
+
+def read_bundle(data: bytes, sealed_by: Optional[PublicKey] = None) -> Bundle:
+    """Check and open a bundle.
+
+    sealed_by: the key whose seal is required; None accepts an unsealed bundle (and ignores any seal).
+    Raises BundleError naming what is wrong; never loads the model.
+    """
+    entries = _unzip(data)
+    manifest = _manifest(entries[MANIFEST_NAME])
+    if sealed_by is not None:
+        if SEAL_NAME not in entries:
+            raise BundleError("the bundle carries no seal", "export it with the coordinator's key")
+        if not sealed_by.verifies(entries[SEAL_NAME], SEAL_CONTEXT + entries[MANIFEST_NAME]):
+            raise BundleError("the bundle's seal is not the expected coordinator's", "fetch it again or pin its key")
+    model = entries[MODEL_NAME]
+    if hashlib.sha256(model).hexdigest() != manifest.model_sha256:
+        raise BundleError("the model in the bundle does not match its manifest", "fetch or export the bundle again")
+    return Bundle(manifest, model, SEAL_NAME in entries)
+
+
+def _manifest(data: bytes) -> Manifest:
+    try:
+        manifest = msgspec.json.decode(data, type=Manifest)
+    except msgspec.MsgspecError as exc:
+        raise BundleError(f"the bundle's manifest cannot be read ({exc})", "export it again") from exc
+    if manifest.format != FORMAT_VERSION:
+        raise BundleError(
+            f"the bundle has format {manifest.format}, this covey reads {FORMAT_VERSION}", "update covey or export again"
+        )
+    missing = [name for name in REQUIRED_SIGNATURES if name not in manifest.signatures]
+    if missing:
+        raise BundleError(f"the bundle lacks the entry points {', '.join(missing)}", "export it again")
+    if any(size < 0 for spec in manifest.parameters for size in spec.shape) or manifest.dimension < 1:
+        raise BundleError("the bundle's parameter list is not usable", "export it again")
+    if manifest.batch_size < 1:
+        raise BundleError(f"the bundle's batch size is {manifest.batch_size}", "export it again")
+    return manifest
+
+
+def _zip(entries: Mapping[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
+        for name, content in entries.items():
+            info = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
+            info.external_attr = 0o644 << 16
+            archive.writestr(info, content)
+    return buffer.getvalue()
+
+
+def _unzip(data: bytes) -> dict[str, bytes]:
+    if len(data) > MAX_BUNDLE_BYTES:
+        raise BundleError(f"the bundle has {len(data)} bytes, the limit is {MAX_BUNDLE_BYTES}")
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            names = [info.filename for info in archive.infolist()]
+            if sorted(names) not in (sorted([MODEL_NAME, MANIFEST_NAME]), sorted([MODEL_NAME, MANIFEST_NAME, SEAL_NAME])):
+                raise BundleError(f"the bundle holds unexpected files ({', '.join(names)[:200]})", "export it again")
+            if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
+                raise BundleError("the bundle is compressed; entries must be stored", "export it again")
+            if archive.getinfo(MANIFEST_NAME).file_size > MAX_MANIFEST_BYTES:
+                raise BundleError("the bundle's manifest is too large", "export it again")
+            return {name: archive.read(name) for name in names}
+    except (zipfile.BadZipFile, ValueError, OSError, EOFError, NotImplementedError, RuntimeError) as exc:
+        raise BundleError(f"not a covey bundle ({exc})", "check that the file is a complete .covey file") from exc

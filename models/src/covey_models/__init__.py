@@ -1,0 +1,1 @@
+"""covey_models."""
