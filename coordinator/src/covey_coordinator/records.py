@@ -63,7 +63,8 @@ class Reconstruction:
     """One attempt to rebuild an input from an update.
 
     image: the recovered input in the model's input shape. mse is per element on the inputs' own scale;
-    psnr_db is 10 log10(range^2 / mse) with the declared input range.
+    psnr_db is 10 log10(range^2 / mse) with the declared input range. resolved: Tarantola's resolution number, how many
+    of the input's elements the update determines (computable without the truth); None where it was not computed.
     """
 
     title: str  # for example "as sent", "clipped to 0.5", "clipped to 0.5, noise multiplier 0.1"
@@ -73,6 +74,7 @@ class Reconstruction:
     label: int | None = None  # the label the attacker reads off the update
     clip_norm: float | None = None
     noise_multiplier: float | None = None
+    resolved: float | None = None
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""covey_deploy."""
+"""covey's deployment tools. Each command stands alone; nothing else in covey imports this package."""

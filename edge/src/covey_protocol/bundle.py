@@ -93,7 +93,10 @@ class Bundle(msgspec.Struct, frozen=True):
 def write_bundle(manifest: Manifest, model: bytes, key: Optional[SealingKey] = None) -> bytes:
     """The bytes of a `.covey` file. The same inputs give the same bytes (fixed timestamps, stored entries)."""
     manifest = msgspec.structs.replace(
-        manifest, format=FORMAT_VERSION, model_sha256=hashlib.sha256(model).hexdigest(), model_bytes=len(model)
+        manifest,
+        format=FORMAT_VERSION,
+        model_sha256=hashlib.sha256(model).hexdigest(),
+        model_bytes=len(model),
     )
     manifest_bytes = msgspec.json.format(msgspec.json.encode(manifest), indent=1)
     entries = {MODEL_NAME: model, MANIFEST_NAME: manifest_bytes}
@@ -128,7 +131,8 @@ def _manifest(data: bytes) -> Manifest:
         raise BundleError(f"the bundle's manifest cannot be read ({exc})", "export it again") from exc
     if manifest.format != FORMAT_VERSION:
         raise BundleError(
-            f"the bundle has format {manifest.format}, this covey reads {FORMAT_VERSION}", "update covey or export again"
+            f"the bundle has format {manifest.format}, this covey reads {FORMAT_VERSION}",
+            "update covey or export again",
         )
     missing = [name for name in REQUIRED_SIGNATURES if name not in manifest.signatures]
     if missing:
@@ -156,7 +160,10 @@ def _unzip(data: bytes) -> dict[str, bytes]:
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             names = [info.filename for info in archive.infolist()]
-            if sorted(names) not in (sorted([MODEL_NAME, MANIFEST_NAME]), sorted([MODEL_NAME, MANIFEST_NAME, SEAL_NAME])):
+            if sorted(names) not in (
+                sorted([MODEL_NAME, MANIFEST_NAME]),
+                sorted([MODEL_NAME, MANIFEST_NAME, SEAL_NAME]),
+            ):
                 raise BundleError(f"the bundle holds unexpected files ({', '.join(names)[:200]})", "export it again")
             if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
                 raise BundleError("the bundle is compressed; entries must be stored", "export it again")

@@ -1,0 +1,48 @@
+"""`covey demo` and `covey serve`. Cheap to import: TensorFlow is loaded when a command runs, not for its help."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+A_FILE = click.Path(path_type=Path)
+
+
+@click.command(name="demo", short_help="Train ten devices, three of them corrupted, and report.")
+@click.option("--data", default="digits", show_default=True, help="digits, breast-cancer, or your own PATH.npz (x, y).")
+@click.option("--broker", help="mqtt://HOST:PORT or mqtts://HOST:PORT instead of the embedded broker.")
+@click.option("--ca-file", type=A_FILE, help="Authority of the broker's certificate (mqtts).")
+@click.option("--cert-file", type=A_FILE, help="Client certificate (mqtts).")
+@click.option("--key-file", type=A_FILE, help="Key of the client certificate (mqtts).")
+@click.option("--fleet", default="demo", show_default=True, help="Fleet name in the topics.")
+@click.option("--engine", type=click.Choice(["tff", "direct"]), default="tff", show_default=True)
+@click.option("--rule", default="multi-krum", show_default=True, help="Robust rule to compare with the plain mean.")
+@click.option("--rounds", default=12, show_default=True, type=int)
+@click.option("--devices", default=10, show_default=True, type=int)
+@click.option("--corrupted", default=3, show_default=True, type=int, help="How many devices are corrupted.")
+@click.option(
+    "--alpha",
+    default=1.0,
+    show_default=True,
+    type=click.FloatRange(min=0, min_open=True),
+    help="Dirichlet concentration of the shards; smaller is less alike.",
+)
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0))
+@click.option("--name", default="", help="Name of the run's folder [default: data and time].")
+@click.option("--runs-dir", type=A_FILE, default=Path("runs"), show_default=True)
+def demo_command(broker: str | None, data: str, **options: object) -> None:
+    """Train a model across real agent processes, with and without corrupted devices, and write a report.
+
+    Three runs of one fleet: the clean reference, the plain mean with corrupted devices, the robust rule with the same
+    corrupted devices; then a first inversion check on one real update.
+    """
+    from covey_coordinator.machine import check_machine
+
+    check_machine()
+    from covey_coordinator.demo.display import Display
+    from covey_coordinator.demo.program import pin_threads, run_demo
+    from covey_coordinator.demo.settings import DemoSettings
+
+    pin_threads()
+    run_demo(DemoSettings(data=data, broker=broker, **options), Display())  # type: ignore[arg-type]

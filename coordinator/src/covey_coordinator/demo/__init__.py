@@ -1,0 +1,1 @@
+"""`covey demo`: the main job end to end, on real parts and real data, in about a minute."""

@@ -1,0 +1,59 @@
+"""What a demo run is asked to do, checked before anything starts."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from covey_protocol.errors import ConfigError
+from covey_protocol.topics import check_name
+
+from covey_coordinator.aggregation.registry import make_rule
+
+MIN_DEVICES = 2
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """data: "digits", "breast-cancer" or the path of an .npz file. broker: None starts an embedded one.
+
+    rule: the robust rule the plain mean is compared with. corrupted: how many devices are corrupted, and the rule's
+    num_byzantine. alpha: of the Dirichlet partition; smaller is less alike.
+    """
+
+    data: str = "digits"
+    broker: str | None = None
+    ca_file: Path | None = None
+    cert_file: Path | None = None
+    key_file: Path | None = None
+    fleet: str = "demo"
+    engine: str = "tff"
+    rule: str = "multi-krum"
+    rounds: int = 12
+    devices: int = 10
+    corrupted: int = 3
+    alpha: float = 1.0
+    seed: int = 0
+    name: str = ""
+    runs_dir: Path = Path("runs")
+
+    def check(self) -> None:
+        """ConfigError or RuleError for what cannot work, before any process is started."""
+        check_name(self.fleet, "fleet name")
+        if self.name and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", self.name):
+            raise ConfigError(f"run name {self.name!r} cannot be used", "use letters, digits, ., - and _")
+        if self.devices < MIN_DEVICES:
+            raise ConfigError(f"{self.devices} devices are no fleet", f"ask for at least {MIN_DEVICES}")
+        if not 0 <= self.corrupted < self.devices:
+            raise ConfigError(f"{self.corrupted} of {self.devices} devices cannot be corrupted", "lower --corrupted")
+        if self.rounds < 1:
+            raise ConfigError(f"{self.rounds} rounds train nothing", "ask for at least 1")
+        make_rule(self.rule, self.corrupted).check(self.devices)
+
+    @property
+    def data_name(self) -> str:
+        return Path(self.data).stem if self.data.endswith(".npz") else self.data
+
+    def device_ids(self) -> list[str]:
+        return [f"device-{number:02d}" for number in range(self.devices)]

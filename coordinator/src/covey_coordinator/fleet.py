@@ -1,0 +1,219 @@
+"""The coordinator's connection to its fleet: verified messages in, sealed messages and chunks out, and who is online.
+
+Joins the MQTT adapter with the codec and the roster. Takes no decisions about rounds (see `coordinator`).
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from covey_edge.mqtt import Broker, ConnectionDown, ConnectionUp, Incoming, MqttTransport
+from covey_protocol import codec
+from covey_protocol.blobs import blob_ref, chunks
+from covey_protocol.codec import COORDINATOR, ReplayGuard
+from covey_protocol.errors import PeerError, TransportError
+from covey_protocol.messages import (
+    DEFAULT_CHUNK_BYTES,
+    BlobRef,
+    FromCoordinator,
+    FromDevice,
+    Invitation,
+    Presence,
+    RoundClosed,
+)
+from covey_protocol.seals import PublicKey, SealingKey
+from covey_protocol.topics import Topics
+
+log = logging.getLogger("covey.coordinator")
+
+PUBLISH_TIMEOUT_S = 60.0
+BROKER_PATIENCE_S = 30.0
+
+
+@dataclass(frozen=True)
+class FromFleet:
+    """A message whose seal was checked."""
+
+    device_id: str
+    message: FromDevice
+
+
+class Fleet:
+    """Devices as the coordinator sees them.
+
+    roster: the public key of every device that may take part; everybody else is ignored and counted in `refused`.
+    patience_s: how long the broker may be away before `next` raises TransportError.
+    """
+
+    def __init__(
+        self,
+        broker: Broker,
+        name: str,
+        key: SealingKey,
+        roster: Mapping[str, PublicKey],
+        *,
+        chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+        patience_s: float = BROKER_PATIENCE_S,
+    ) -> None:
+        self.broker = broker
+        self.topics = Topics(name)
+        self.roster = dict(roster)
+        self.refused: dict[str, int] = {}
+        self._key = key
+        self._chunk_bytes = chunk_bytes
+        self._patience_s = patience_s
+        self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._transport = MqttTransport(broker, f"covey-{name}-{COORDINATOR}", self._inbox)
+        self._sequence = codec.Sequence(time.time_ns())
+        self._guards: dict[str, ReplayGuard] = {}
+        self._presence: dict[str, Presence] = {}
+        self._blobs: dict[bytes, tuple[BlobRef, bytes]] = {}
+        self._round: Invitation | RoundClosed | None = None
+        self._was_up = False
+        self._down_since: float | None = None
+
+    def connect(self) -> None:
+        """Raises TransportError naming the broker."""
+        self._transport.subscribe([self.topics.all_presence, self.topics.all_up])
+        self._transport.connect()
+
+    def close(self) -> None:
+        """Take the retained round and chunks off the broker and leave."""
+        try:
+            for sha256 in list(self._blobs):
+                self.clear_blob(sha256)
+            sent = self._transport.publish(self.topics.round, b"", retain=True)
+            self._transport.flush([sent], timeout_s=2.0)
+        except TransportError as exc:
+            log.warning("the broker could not be tidied: %s", exc)
+        self._transport.close()
+
+    def online(self) -> list[str]:
+        """The ids of the devices that are connected now, sorted."""
+        return sorted(device_id for device_id, presence in self._presence.items() if presence.online)
+
+    # --- sending
+
+    def send(self, device_id: str, message: FromCoordinator) -> None:
+        topic = self.topics.down(device_id)
+        self._transport.publish(topic, self._sealed(message, topic))
+
+    def publish_round(self, message: Invitation | RoundClosed) -> None:
+        self._round = message
+        self._transport.publish(self.topics.round, self._sealed(message, self.topics.round), retain=True)
+
+    def publish_blob(self, data: bytes) -> BlobRef:
+        """Retain the blob's chunks on the broker; returns when the broker has them all."""
+        ref = blob_ref(data, self._chunk_bytes)
+        if ref.sha256 not in self._blobs:
+            self._blobs[ref.sha256] = (ref, data)
+            self._publish_chunks(ref, data)
+        return ref
+
+    def clear_blob(self, sha256: bytes) -> None:
+        ref, _ = self._blobs.pop(sha256)
+        for index in range(ref.num_chunks):
+            self._transport.publish(self.topics.blob(sha256, index), b"", retain=True)
+
+    def _publish_chunks(self, ref: BlobRef, data: bytes) -> None:
+        sent = [
+            self._transport.publish(self.topics.blob(ref.sha256, index), payload, retain=True)
+            for index, payload in chunks(data, ref)
+        ]
+        if not self._transport.flush(sent, PUBLISH_TIMEOUT_S):
+            raise TransportError(
+                f"{self.broker} did not take the model within {PUBLISH_TIMEOUT_S:g} s",
+                f"check that it accepts messages of {self._chunk_bytes} bytes",
+            )
+
+    def _sealed(self, message: FromCoordinator, topic: str) -> bytes:
+        return codec.encode(message, topic=topic, sender=COORDINATOR, sequence=self._sequence.next(), key=self._key)
+
+    # --- receiving
+
+    def next(self, timeout_s: float) -> FromFleet | None:
+        """The next verified message, or None when none came in time. Raises TransportError when the broker stays away.
+
+        Presence is recorded and returned; what is not sealed by a device of the roster is counted and dropped.
+        """
+        end = time.monotonic() + timeout_s
+        while True:
+            self._check_patience()
+            try:
+                item = self._inbox.get(timeout=max(0.0, end - time.monotonic()))
+            except queue.Empty:
+                return None
+            if isinstance(item, Incoming):
+                try:
+                    received = self._verified(item)
+                except PeerError as exc:
+                    log.warning("ignored a message: %s", exc)
+                    continue
+                if received is not None:
+                    return received
+            elif isinstance(item, ConnectionUp):
+                self._restore()
+            elif isinstance(item, ConnectionDown):
+                log.warning("connection to %s lost (%s), trying again", self.broker, item.reason)
+                self._down_since = self._down_since or time.monotonic()
+
+    def _check_patience(self) -> None:
+        if self._down_since is not None and time.monotonic() - self._down_since > self._patience_s:
+            raise TransportError(
+                f"{self.broker} went away and did not come back within {self._patience_s:g} s",
+                "start the broker again and repeat the command",
+            )
+
+    def _restore(self) -> None:
+        """After a reconnection: a broker that was restarted may have forgotten what we retained."""
+        self._down_since = None
+        if not self._was_up:
+            self._was_up = True
+            return
+        log.info("%s is back", self.broker)
+        for ref, data in self._blobs.values():
+            for index, payload in chunks(data, ref):
+                self._transport.publish(self.topics.blob(ref.sha256, index), payload, retain=True)
+        if self._round is not None:
+            self.publish_round(self._round)
+
+    def _verified(self, item: Incoming) -> FromFleet | None:
+        place = self.topics.parse_device(item.topic)
+        if place is None or not item.payload:
+            return None
+        key = self.roster.get(place.device_id)
+        if key is None:
+            self._refuse(place.device_id, f"{place.device_id} is not in the roster")
+            return None
+        message, sequence = codec.decode_from_device(item.payload, topic=item.topic, sender=place.device_id, key=key)
+        if isinstance(message, Presence) != (place.channel == "presence"):
+            raise PeerError(f"{place.device_id} sent {type(message).__name__} on {place.channel}")
+        if isinstance(message, Presence):
+            known = self._presence.get(place.device_id)
+            if known is not None and message.session < known.session:
+                return None  # an older connection's last will, or a replay
+            self._presence[place.device_id] = message
+        elif not self._guards.setdefault(place.device_id, ReplayGuard()).accept(sequence):
+            return None
+        return FromFleet(place.device_id, message)
+
+    def _refuse(self, device_id: str, why: str) -> None:
+        self.refused[device_id] = self.refused.get(device_id, 0) + 1
+        if self.refused[device_id] == 1:
+            log.warning("ignored a message: %s", why)
+
+
+def roster_from(keys: Mapping[str, str]) -> dict[str, PublicKey]:
+    """Device ids to public keys, from hex digits."""
+    return {device_id: PublicKey.from_hex(key) for device_id, key in keys.items()}
+
+
+def device_ids(fleet: Fleet, wanted: Sequence[str] | None = None) -> list[str]:
+    """The online devices among `wanted` (default: all)."""
+    online = fleet.online()
+    return online if wanted is None else [device_id for device_id in wanted if device_id in set(online)]

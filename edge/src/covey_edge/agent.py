@@ -1,0 +1,322 @@
+"""The agent: joins one device machine, one MQTT connection, one training child and the disk.
+
+One loop in one thread takes everything from one inbox: what the broker brings, what the child answers, and time. All
+decisions are the machine's (covey_protocol.device); this file performs its effects.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import queue
+import time
+from typing import Any, Optional, Union
+
+from covey_protocol import codec, device, errors
+from covey_protocol.blobs import BlobAssembly
+from covey_protocol.codec import ReplayGuard, Sequence
+from covey_protocol.messages import (
+    BlobRef,
+    FromDevice,
+    Invitation,
+    Need,
+    Presence,
+    Receipt,
+    RoundClosed,
+    Verdict,
+)
+from covey_protocol.topics import Topics
+
+from covey_edge import __version__
+from covey_edge.cache import BlobCache
+from covey_edge.config import Agent
+from covey_edge.frames import Done, Frame, Open, Probe, Problem, Run
+from covey_edge.mqtt import ConnectionDown, ConnectionUp, Incoming, MqttTransport
+from covey_edge.outbox import Entry, Outbox
+from covey_edge.training_process import TrainingProcess
+
+log = logging.getLogger("covey.agent")
+
+TICK_S = 1.0
+PROBE_TIMEOUT_S = 120.0
+SUBSCRIBE_AT_ONCE = 64  # chunk topics in one SUBSCRIBE packet; brokers limit its size
+FETCH_RETRY_S = 10.0
+
+
+class AgentProgram:
+    """Runs until `stop` is called. `start` connects; `run` loops."""
+
+    def __init__(self, agent: Agent) -> None:
+        self._agent = agent
+        self._config = agent.config
+        self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._topics = Topics(agent.config.fleet)
+        self._machine = device.DeviceMachine(agent.config.device_id)
+        self._sequence = Sequence(time.time_ns())
+        self._guard = ReplayGuard()
+        self._cache = BlobCache(agent.state_dir / "blobs")
+        self._outbox = Outbox(agent.state_dir)
+        self._child = TrainingProcess(
+            lambda token, frame: self._inbox.put((token, frame)), agent.config.training.memory_mb
+        )
+        self._assemblies: dict[bytes, BlobAssembly] = {}
+        self._fetch_started = 0.0
+        self._runtime = ""
+        self._transport = MqttTransport(
+            agent.broker, f"covey-{agent.config.fleet}-{agent.config.device_id}", self._inbox
+        )
+        self._stopped = False
+
+    # --- life
+
+    def start(self) -> None:
+        """Check the data, take up an unsent update, connect. Raises DataError, TransportError, StorageError."""
+        self._check_data()
+        entry = self._outbox.load()
+        if entry is not None:
+            self._perform(self._machine.restore(entry.invitation, entry.offer, entry.update, time.monotonic()))
+        self._set_will()
+        device_id = self._config.device_id
+        self._transport.subscribe([self._topics.round, self._topics.down(device_id)])
+        self._transport.connect()
+        log.info("%s connected to %s as %s", device_id, self._agent.broker, self._config.fleet)
+
+    def run(self) -> None:
+        """Loop until `stop`."""
+        next_tick = time.monotonic() + TICK_S
+        while not self._stopped:
+            try:
+                item = self._inbox.get(timeout=max(0.0, next_tick - time.monotonic()))
+            except queue.Empty:
+                next_tick = time.monotonic() + TICK_S
+                self._handle(device.Tick())
+                self._retry_fetch()
+                continue
+            if item is not None:
+                self._take(item)
+
+    def stop(self) -> None:
+        """Ask `run` to return (safe from a signal handler)."""
+        self._stopped = True
+        self._inbox.put(None)
+
+    def close(self) -> None:
+        """Say goodbye to the broker and end the child."""
+        with contextlib.suppress(errors.TransportError):  # then the last will says it for us
+            self._transport.flush([self._publish_presence(online=False)], timeout_s=2.0)
+        self._transport.close()
+        self._child.stop()
+
+    # --- what comes in
+
+    def _take(self, item: Union[Incoming, ConnectionUp, ConnectionDown, tuple[object, Frame]]) -> None:
+        if isinstance(item, Incoming):
+            self._take_message(item)
+        elif isinstance(item, ConnectionUp):
+            self._publish_presence(online=True)
+            self._handle(device.Connected())
+        elif isinstance(item, ConnectionDown):
+            log.warning("connection to %s lost (%s), trying again", self._agent.broker, item.reason)
+            self._set_will()
+        else:
+            self._take_answer(*item)
+
+    def _take_message(self, item: Incoming) -> None:
+        blob = self._topics.parse_blob(item.topic)
+        try:
+            if blob is not None:
+                self._take_chunk(blob.sha256, blob.chunk, item.payload)
+            elif item.payload:
+                message, sequence = codec.decode_from_coordinator(
+                    item.payload, topic=item.topic, key=self._agent.coordinator
+                )
+                if self._guard.accept(sequence):
+                    self._handle(_event(message))
+        except errors.PeerError as exc:
+            log.warning("ignored a message: %s", exc)
+
+    def _take_chunk(self, sha256: bytes, index: int, payload: bytes) -> None:
+        assembly = self._assemblies.get(sha256)
+        if assembly is None or not payload:
+            return  # a cleared chunk, or one of a blob we no longer want
+        whole = assembly.add(index, payload)
+        if whole is None:
+            return
+        self._stop_fetching(sha256)
+        try:
+            self._cache.put(whole, sha256)
+        except errors.StorageError as exc:
+            self._handle(device.TrainingFailed(self._machine.round_id, str(exc)))
+            return
+        self._handle(device.BlobReady(sha256))
+
+    def _take_answer(self, token: object, frame: Frame) -> None:
+        round_id = str(token)
+        if round_id != self._machine.round_id:
+            return
+        if isinstance(frame, Problem):
+            problem = f"{frame.what}; {frame.remedy}" if frame.remedy else frame.what
+            log.error("round %s: %s", round_id, problem)
+            self._handle(device.TrainingFailed(round_id, problem))
+        elif isinstance(frame, Done) and not frame.update:
+            self._runtime = frame.runtime
+            self._run_training()
+        elif isinstance(frame, Done):
+            self._handle(device.Trained(round_id, frame.update, frame.num_examples, frame.metrics))
+
+    # --- what the machine wants
+
+    def _handle(self, event: device.Event) -> None:
+        self._perform(self._machine.handle(event, time.monotonic()))
+
+    def _perform(self, effects: list[device.Effect]) -> None:
+        for effect in effects:
+            if isinstance(effect, device.Send):
+                self._publish(effect.message)
+            elif isinstance(effect, device.CheckConditions):
+                self._handle(self._conditions(effect.invitation))
+            elif isinstance(effect, device.Fetch):
+                self._fetch(effect.blobs)
+            elif isinstance(effect, device.Train):
+                self._open_training(effect.invitation)
+            elif isinstance(effect, device.Keep):
+                if not self._keep(effect):
+                    return  # nothing may be said about an update that is not in the outbox
+            elif isinstance(effect, device.Discard):
+                self._discard()
+            elif isinstance(effect, device.Note):
+                log.info("%s", effect.text)
+
+    def _conditions(self, invitation: Invitation) -> device.ConditionsChecked:
+        """The owner's policy against the coordinator's wishes."""
+        plan, training = invitation.plan, self._config.training
+        if plan.epochs > training.max_epochs:
+            reason = f"{plan.epochs} epochs are more than this device allows ({training.max_epochs})"
+            return device.ConditionsChecked(invitation.round_id, False, reason)
+        return device.ConditionsChecked(invitation.round_id, True)
+
+    def _fetch(self, blobs: tuple[BlobRef, ...]) -> None:
+        here = [ref for ref in blobs if self._cache.has(ref)]
+        for ref in blobs:
+            if ref not in here and ref.sha256 not in self._assemblies:
+                self._assemblies[ref.sha256] = BlobAssembly(ref)
+        self._subscribe_missing()
+        for ref in here:
+            self._handle(device.BlobReady(ref.sha256))
+
+    def _subscribe_missing(self) -> None:
+        self._fetch_started = time.monotonic()
+        for sha256, assembly in self._assemblies.items():
+            topics = [self._topics.blob(sha256, index) for index in assembly.missing()]
+            for start in range(0, len(topics), SUBSCRIBE_AT_ONCE):
+                self._transport.subscribe(topics[start : start + SUBSCRIBE_AT_ONCE])
+
+    def _retry_fetch(self) -> None:
+        # subscribing again makes the broker send its retained chunks again: mends lost and corrupted ones
+        if self._assemblies and time.monotonic() - self._fetch_started > FETCH_RETRY_S:
+            self._subscribe_missing()
+
+    def _stop_fetching(self, sha256: bytes) -> None:
+        assembly = self._assemblies.pop(sha256, None)
+        if assembly is not None:
+            self._transport.unsubscribe(self._topics.blob(sha256, index) for index in range(assembly.ref.num_chunks))
+
+    def _open_training(self, invitation: Invitation) -> None:
+        data = self._config.data
+        request = Open(
+            str(self._cache.path(invitation.bundle.sha256)),
+            invitation.bundle.sha256,
+            self._agent.coordinator.hex(),
+            data.source,
+            str(self._agent.data_path),
+        )
+        self._child.request(invitation.round_id, request, self._config.training.timeout_s)
+
+    def _run_training(self) -> None:
+        invitation = self._machine.invitation
+        assert invitation is not None
+        privacy = self._config.privacy
+        request = Run(
+            invitation.round_id,
+            self._config.device_id,
+            self._cache.path(invitation.parameters.sha256).read_bytes(),
+            invitation.plan,
+            privacy.clip_norm,
+            privacy.noise_multiplier,
+            privacy.min_examples,
+        )
+        self._child.request(invitation.round_id, request, self._config.training.timeout_s)
+
+    def _keep(self, effect: device.Keep) -> bool:
+        invitation = self._machine.invitation
+        assert invitation is not None
+        try:
+            self._outbox.keep(Entry(invitation, effect.offer, effect.update))
+        except errors.StorageError as exc:
+            log.error("%s", exc)
+            self._handle(device.TrainingFailed(effect.round_id, str(exc)))
+            return False
+        return True
+
+    def _discard(self) -> None:
+        self._outbox.discard()
+        for sha256 in list(self._assemblies):
+            self._stop_fetching(sha256)
+        if self._child.busy:
+            self._child.stop()  # it works for a round that is over
+        invitation = self._machine.invitation
+        self._cache.prune({invitation.bundle.sha256, invitation.parameters.sha256} if invitation else set())
+
+    # --- sending
+
+    def _publish(self, message: FromDevice) -> None:
+        topic = self._topics.up(self._config.device_id)
+        self._transport.publish(topic, self._sealed(message, topic))
+
+    def _sealed(self, message: FromDevice, topic: str) -> bytes:
+        return codec.encode(
+            message, topic=topic, sender=self._config.device_id, sequence=self._sequence.next(), key=self._agent.key
+        )
+
+    def _set_will(self) -> None:
+        """A new session and the goodbye the broker says for us if this connection breaks."""
+        self._session = time.time_ns() // 1000
+        topic = self._topics.presence(self._config.device_id)
+        self._transport.set_will(topic, self._sealed(Presence(False, self._session), topic))
+
+    def _publish_presence(self, *, online: bool) -> Any:
+        topic = self._topics.presence(self._config.device_id)
+        presence = Presence(online, self._session, __version__, self._runtime, self._machine.capabilities)
+        return self._transport.publish(topic, self._sealed(presence, topic), retain=True)
+
+    def _check_data(self) -> None:
+        """Look once at the data before connecting, so that a wrong path is known at once and not in some round."""
+        data = self._config.data
+        self._child.request("probe", Probe(data.source, str(self._agent.data_path)), PROBE_TIMEOUT_S)
+        while True:
+            item = self._inbox.get()
+            if item is None:
+                return  # stopped
+            _, frame = item
+            if isinstance(frame, Problem):
+                kind = getattr(errors, frame.kind, errors.TrainingError)
+                raise kind(frame.what, frame.remedy)
+            log.info("%s holds %d examples", self._agent.data_path, frame.num_examples)
+            return
+
+
+def _event(message: object) -> device.Event:
+    event: Optional[device.Event] = None
+    if isinstance(message, Invitation):
+        event = device.Invited(message)
+    elif isinstance(message, RoundClosed):
+        event = device.Closed(message)
+    elif isinstance(message, Need):
+        event = device.Needed(message)
+    elif isinstance(message, Receipt):
+        event = device.Received(message)
+    elif isinstance(message, Verdict):
+        event = device.Judged(message)
+    if event is None:
+        raise errors.PeerError(f"an unexpected message of kind {type(message).__name__}")
+    return event

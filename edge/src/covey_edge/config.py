@@ -1,0 +1,156 @@
+"""The agent's configuration: one TOML file, decoded strictly. docs/agent.md lists every setting."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Optional, TypeVar
+
+import msgspec
+from covey_protocol.errors import ConfigError
+from covey_protocol.seals import PublicKey, SealingKey
+from covey_protocol.topics import check_name
+from msgspec import Meta, Struct
+
+from covey_edge.mqtt import Broker, parse_broker
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+T = TypeVar("T", bound=Struct)
+Positive = Annotated[float, Meta(gt=0)]
+NotNegative = Annotated[float, Meta(ge=0)]
+
+
+class BrokerSettings(Struct, frozen=True, forbid_unknown_fields=True):
+    url: str
+    username: Optional[str] = None
+    password_file: Optional[str] = None
+    ca_file: Optional[str] = None
+    cert_file: Optional[str] = None
+    key_file: Optional[str] = None
+
+
+class IdentitySettings(Struct, frozen=True, forbid_unknown_fields=True):
+    """key_file: this device's private key. coordinator_key: the coordinator's public key, 64 hex digits, pinned."""
+
+    key_file: str
+    coordinator_key: str
+
+
+class DataSettings(Struct, frozen=True, forbid_unknown_fields=True):
+    """source: the adapter that reads the data. path: what it reads."""
+
+    path: str
+    source: str = "npz"
+
+
+class TrainingSettings(Struct, frozen=True, forbid_unknown_fields=True):
+    """timeout_s: a training that takes longer is killed. memory_mb: the child's address space, 0 for no limit."""
+
+    timeout_s: Positive = 3600.0
+    memory_mb: Annotated[int, Meta(ge=0)] = 0
+    max_epochs: Annotated[int, Meta(ge=1)] = 100
+
+
+class PrivacySettings(Struct, frozen=True, forbid_unknown_fields=True):
+    """The owner's own policy, applied before anything leaves the device. 0 switches each off.
+
+    clip_norm: largest L2 norm of an update. noise_multiplier: Gaussian noise of this many clip_norms per coordinate.
+    """
+
+    clip_norm: NotNegative = 0.0
+    noise_multiplier: NotNegative = 0.0
+    min_examples: Annotated[int, Meta(ge=1)] = 1
+
+
+class AgentConfig(Struct, frozen=True, forbid_unknown_fields=True):
+    device_id: str
+    fleet: str
+    broker: BrokerSettings
+    identity: IdentitySettings
+    data: DataSettings
+    training: TrainingSettings = TrainingSettings()
+    privacy: PrivacySettings = PrivacySettings()
+    state_dir: str = "state"
+
+
+class Agent(Struct, frozen=True):
+    """A configuration with its files read and its paths resolved (relative ones lie beside the TOML file)."""
+
+    config: AgentConfig
+    folder: Path
+    broker: Broker
+    key: SealingKey
+    coordinator: PublicKey
+
+    @property
+    def data_path(self) -> Path:
+        return self.folder / self.config.data.path
+
+    @property
+    def state_dir(self) -> Path:
+        return self.folder / self.config.state_dir
+
+
+def load_agent(path: Path) -> Agent:
+    """Read agent.toml and the keys it names. ConfigError names the file, the setting and the nearest right name."""
+    config = read_toml(path, AgentConfig)
+    check_name(config.device_id, "device_id")
+    check_name(config.fleet, "fleet")
+    if config.privacy.noise_multiplier and not config.privacy.clip_norm:
+        raise ConfigError(f"{path}: noise_multiplier needs clip_norm", "set privacy.clip_norm; noise is measured in it")
+    return Agent(
+        config,
+        path.parent.resolve(),
+        read_broker(config.broker, path.parent),
+        SealingKey.from_pem(_read(path.parent / config.identity.key_file), config.identity.key_file),
+        PublicKey.from_hex(config.identity.coordinator_key),
+    )
+
+
+def read_broker(settings: BrokerSettings, folder: Path) -> Broker:
+    """The broker with its files resolved against `folder` and its password read."""
+    files = {
+        name: folder / value if (value := getattr(settings, name)) else None
+        for name in ("ca_file", "cert_file", "key_file")
+    }
+    broker = parse_broker(settings.url, **files)
+    if settings.username is None:
+        return broker
+    password = _read(folder / settings.password_file).decode().strip() if settings.password_file else None
+    return Broker(broker.host, broker.port, broker.tls, settings.username, password, **files)
+
+
+def read_toml(path: Path, kind: type[T]) -> T:
+    """A TOML file as a strict struct. ConfigError for unreadable files, unknown keys (naming the nearest), values."""
+    try:
+        content = tomllib.loads(_read(path).decode())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
+        raise ConfigError(f"{path} is not valid TOML ({exc})", "correct that line") from exc
+    try:
+        return msgspec.convert(content, kind)
+    except msgspec.ValidationError as exc:
+        raise ConfigError(f"{path}: {exc}", _nearest(str(exc), kind)) from exc
+
+
+def _nearest(error: str, kind: Any) -> str:
+    unknown = re.search(r"unknown field `([^`]*)`(?: - at `\$\.?([^`]*)`)?", error)
+    if not unknown:
+        return "correct that setting"
+    for part in filter(None, (unknown[2] or "").split(".")):
+        kind = next((f.type for f in msgspec.structs.fields(kind) if f.name == part), kind)
+    names = [f.name for f in msgspec.structs.fields(kind)]
+    close = difflib.get_close_matches(unknown[1], names, n=1, cutoff=0.0)
+    return f"did you mean `{close[0]}`?" if close else "remove it"
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as exc:
+        raise ConfigError(f"{path} cannot be read ({exc.strerror})", "check the path and the permissions") from exc

@@ -1,0 +1,78 @@
+"""Length-prefixed msgpack frames over a pipe: how the agent and its training child talk."""
+
+from __future__ import annotations
+
+import struct
+from typing import IO, Any, Optional, Union
+
+import msgspec
+from covey_protocol.messages import TrainingPlan
+
+MAX_FRAME_BYTES = 2 * 1024 * 1024 * 1024
+_LENGTH = struct.Struct("<I")
+
+
+class Open(msgspec.Struct, frozen=True, tag="open"):
+    """Load this bundle (already in the cache) and these data. sealed_by: the coordinator's public key, hex."""
+
+    bundle_path: str
+    bundle_sha256: bytes
+    sealed_by: str
+    data_source: str
+    data_path: str
+
+
+class Run(msgspec.Struct, frozen=True, tag="run"):
+    """Train from these parameters and answer with the update."""
+
+    round_id: str
+    device_id: str
+    parameters: bytes
+    plan: TrainingPlan
+    clip_norm: float
+    noise_multiplier: float
+    min_examples: int
+
+
+class Probe(msgspec.Struct, frozen=True, tag="probe"):
+    """Only look whether the data can be read."""
+
+    data_source: str
+    data_path: str
+
+
+class Done(msgspec.Struct, frozen=True, tag="done"):
+    """A request went well. update and what follows are set for Run only; num_examples for Probe as well."""
+
+    update: bytes = b""
+    num_examples: int = 0
+    metrics: dict[str, float] = {}
+    runtime: str = ""
+
+
+class Problem(msgspec.Struct, frozen=True, tag="problem"):
+    """A request failed. kind: the error's class name in covey_protocol.errors."""
+
+    kind: str
+    what: str
+    remedy: str = ""
+
+
+Frame = Union[Open, Run, Probe, Done, Problem]
+_decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(Frame)
+
+
+def write_frame(stream: IO[bytes], frame: Frame) -> None:
+    data = msgspec.msgpack.encode(frame)
+    stream.write(_LENGTH.pack(len(data)) + data)
+    stream.flush()
+
+
+def read_frame(stream: IO[bytes]) -> Optional[Any]:
+    """The next frame, or None at the end of the stream (also in the middle of a frame: the writer died)."""
+    head = stream.read(_LENGTH.size)
+    if len(head) < _LENGTH.size:
+        return None
+    (length,) = _LENGTH.unpack(head)
+    data = stream.read(length)
+    return _decoder.decode(data) if len(data) == length else None

@@ -1,0 +1,150 @@
+"""The training child: loads the bundle and the data, trains, clips and noises, and answers frames on its pipe.
+
+Started by `training_process`; never talks to the network. A crash in the runtime ends this process and costs the device
+one round, not the agent. Run as ``python -m covey_edge.trainer``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import sys
+import time
+import zlib
+from pathlib import Path
+from typing import BinaryIO, Optional
+
+import numpy as np
+from covey_protocol.bundle import read_bundle
+from covey_protocol.errors import BundleError, CoveyError, DataError, TrainingError
+from covey_protocol.messages import TrainingPlan
+from covey_protocol.privacy import add_gaussian_noise, clip
+from covey_protocol.seals import PublicKey
+
+from covey_edge.data_sources import Examples, check_examples, load_examples
+from covey_edge.frames import Done, Frame, Open, Probe, Problem, Run, read_frame, write_frame
+from covey_edge.processes import die_with_parent
+from covey_edge.runtime import Floats, Model
+
+
+class Trainer:
+    """Holds the loaded model and data between rounds; reloads each only when it changed."""
+
+    def __init__(self) -> None:
+        self._model: Optional[Model] = None
+        self._bundle_sha256 = b""
+        self._data_state: tuple[object, ...] = ()
+        self._raw: Optional[Examples] = None
+        self._examples: Optional[Examples] = None
+
+    def answer(self, request: Frame) -> Frame:
+        try:
+            if isinstance(request, Probe):
+                x, _ = load_examples(request.data_source, Path(request.data_path))
+                return Done(num_examples=len(x))
+            if isinstance(request, Open):
+                return self._open(request)
+            if isinstance(request, Run):
+                return self._run(request)
+        except CoveyError as exc:
+            return Problem(type(exc).__name__, exc.what, exc.remedy)
+        except MemoryError:
+            return Problem("TrainingError", "the device ran out of memory while training", "raise training.memory_mb")
+        raise AssertionError(request)
+
+    def _open(self, request: Open) -> Done:
+        if self._model is None or self._bundle_sha256 != request.bundle_sha256:
+            data = Path(request.bundle_path).read_bytes()
+            if hashlib.sha256(data).digest() != request.bundle_sha256:
+                raise BundleError(f"{request.bundle_path} does not have the announced hash", "it is fetched again")
+            self._model = Model(read_bundle(data, PublicKey.from_hex(request.sealed_by)))
+            self._bundle_sha256, self._examples = request.bundle_sha256, None
+        self._load_data(request.data_source, Path(request.data_path))
+        return Done(runtime=self._model.runtime)
+
+    def _load_data(self, source: str, path: Path) -> None:
+        assert self._model is not None
+        try:
+            stat = path.stat()
+        except OSError as exc:
+            raise DataError(f"{path} cannot be read ({exc.strerror})", "check data.path in agent.toml") from exc
+        state = (source, path, stat.st_mtime_ns, stat.st_size)
+        if self._raw is None or state != self._data_state:
+            self._raw, self._data_state, self._examples = load_examples(source, path), state, None
+        if self._examples is None:
+            self._examples = check_examples(*self._raw, self._model.manifest, path)
+
+    def _run(self, request: Run) -> Done:
+        if self._model is None or self._examples is None:
+            raise TrainingError("no model is loaded")
+        x, y = self._examples
+        if request.plan.max_examples:
+            x, y = x[: request.plan.max_examples], y[: request.plan.max_examples]
+        if len(x) < request.min_examples:
+            raise TrainingError(f"{len(x)} examples are fewer than this device's policy asks ({request.min_examples})")
+        received = np.frombuffer(request.parameters, "<f4").astype(np.float32)
+        started = time.monotonic()
+        self._model.set_parameters(received)
+        loss_before, accuracy_before = self._model.evaluate(x, y)
+        loss = train(self._model, (x, y), request.plan, request.device_id)
+        update = self._model.parameters() - received
+        if not np.isfinite(update).all():
+            raise TrainingError("training diverged: the update is not finite", "lower the learning rate")
+        update = protect(update, request.clip_norm, request.noise_multiplier)
+        metrics = {
+            "loss_before": loss_before,
+            "accuracy_before": accuracy_before,
+            "training_loss": loss,
+            "seconds": time.monotonic() - started,
+        }
+        # a metric that is not a number would only confuse whoever averages it
+        finite = {name: value for name, value in metrics.items() if np.isfinite(value)}
+        return Done(update.astype("<f4").tobytes(), len(x), finite, self._model.runtime)
+
+
+def train(model: Model, examples: Examples, plan: TrainingPlan, device_id: str) -> float:
+    """plan.epochs passes in an order fixed by the plan's seed and the device id; the mean loss of the last pass."""
+    x, y = examples
+    rng = np.random.default_rng([plan.shuffle_seed, zlib.crc32(device_id.encode())])
+    size = model.manifest.batch_size
+    mean_loss = float("nan")
+    for _ in range(plan.epochs):
+        order = rng.permutation(len(x))
+        losses = [
+            model.train_batch(x[rows], y[rows], plan.learning_rate) * len(rows)
+            for rows in (order[start : start + size] for start in range(0, len(x), size))
+        ]
+        mean_loss = sum(losses) / len(x)
+    return mean_loss
+
+
+def protect(update: Floats, clip_norm: float, noise_multiplier: float) -> Floats:
+    """The owner's policy: clip to clip_norm (0 = off), then Gaussian noise from the operating system's entropy."""
+    if not clip_norm:
+        return update
+    clipped = clip(update, clip_norm)
+    if not noise_multiplier:
+        return clipped
+    rng = np.random.default_rng(int.from_bytes(os.urandom(32), "big"))
+    return add_gaussian_noise(clipped, clip_norm, noise_multiplier, rng)
+
+
+def _private_stdout() -> BinaryIO:
+    """The pipe to the agent. Whatever libraries print goes to stderr, so that it cannot break a frame."""
+    pipe = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    return pipe
+
+
+def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the agent decides
+    if len(sys.argv) > 1:
+        die_with_parent(int(sys.argv[1]))  # where this does nothing, the closed pipe ends us
+    output, trainer = _private_stdout(), Trainer()
+    while (request := read_frame(sys.stdin.buffer)) is not None:
+        write_frame(output, trainer.answer(request))
+
+
+if __name__ == "__main__":
+    main()

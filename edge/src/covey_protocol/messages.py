@@ -1,0 +1,183 @@
+"""The messages of the conversation between devices and the coordinator, as frozen, bounded values.
+
+docs/protocol.md, section 4, is the specification; tests/golden/ holds their bytes. A new field must have a default, a
+new message a new tag; nothing here is ever renamed. Every bound exists so that a peer cannot make us hold or loop over
+more than a round needs. This file does not encode, seal or send anything (see `codec`).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Union
+
+import msgspec
+from msgspec import Meta, Struct
+
+MAX_REASON_CHARS = 500  # a sentence or two for an operator; longer text is cut by the sender
+MAX_METRICS = 32
+MAX_DEVICES = 10_000  # devices one invitation can name: 64 bytes each keeps it under 1 MB
+MAX_CHUNKS = 16_384  # at 64 KiB a blob of 1 GiB
+MAX_CHUNK_BYTES = 1024 * 1024
+DEFAULT_CHUNK_BYTES = 64 * 1024  # AWS IoT Core refuses messages above 128 KB; half of it leaves room for the envelope
+
+DeviceId = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,62}$")]
+RoundId = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,94}$")]
+Name = Annotated[str, Meta(max_length=64)]
+Reason = Annotated[str, Meta(max_length=MAX_REASON_CHARS)]
+Count = Annotated[int, Meta(ge=0, le=2**53)]
+Index = Annotated[int, Meta(ge=0, lt=MAX_CHUNKS)]
+Sha256 = Annotated[bytes, Meta(min_length=32, max_length=32)]
+Capabilities = Annotated[tuple[Name, ...], Meta(max_length=64)]
+
+
+class BlobRef(Struct, frozen=True, forbid_unknown_fields=True):
+    """A content-addressed piece of data: its sha256, its size in bytes, and the size of all chunks but the last."""
+
+    sha256: Sha256
+    size: Annotated[int, Meta(ge=1, le=MAX_CHUNKS * MAX_CHUNK_BYTES)]
+    chunk_bytes: Annotated[int, Meta(ge=1, le=MAX_CHUNK_BYTES)] = DEFAULT_CHUNK_BYTES
+
+    @property
+    def num_chunks(self) -> int:
+        return -(-self.size // self.chunk_bytes)
+
+    def chunk_size(self, index: int) -> int:
+        """Bytes of chunk `index`: chunk_bytes, less for the last one."""
+        return min(self.chunk_bytes, self.size - index * self.chunk_bytes)
+
+
+class TrainingPlan(Struct, frozen=True, forbid_unknown_fields=True):
+    """What a device is asked to do with its data. The device's own policy may do less, never more.
+
+    epochs: passes over the local data. max_examples: use at most the first this many examples, 0 for all.
+    learning_rate: of the local optimizer. shuffle_seed: with the device id it fixes the order of examples.
+    """
+
+    epochs: Annotated[int, Meta(ge=1, le=1000)]
+    learning_rate: Annotated[float, Meta(gt=0, le=1000)]
+    max_examples: Count = 0
+    shuffle_seed: Count = 0
+
+
+# --- coordinator to devices
+
+
+class Invitation(Struct, frozen=True, tag="invitation"):
+    """The current round, retained on `fleet/round`.
+
+    duration_ms: how long the round accepts updates, counted by the coordinator from issued_at_ms (Unix time; devices'
+    clocks are not trusted and only use the duration). devices: who is invited; empty means everyone.
+    requires: capabilities a device must have to take part, so that later kinds of rounds are declined by old devices.
+    """
+
+    round_id: RoundId
+    number: Count
+    issued_at_ms: Count
+    duration_ms: Annotated[int, Meta(ge=1, le=30 * 24 * 3600 * 1000)]
+    bundle: BlobRef
+    parameters: BlobRef
+    plan: TrainingPlan
+    devices: Annotated[tuple[DeviceId, ...], Meta(max_length=MAX_DEVICES)] = ()
+    requires: Capabilities = ()
+
+
+class RoundClosed(Struct, frozen=True, tag="closed"):
+    """The round is over: nothing more is accepted for it. Replaces the invitation on `fleet/round`."""
+
+    round_id: RoundId
+    outcome: Name  # "published" or "abandoned"
+    reason: Reason = ""
+
+
+class Need(Struct, frozen=True, tag="need"):
+    """Answer to an Offer: the chunks the coordinator does not have yet."""
+
+    round_id: RoundId
+    sha256: Sha256
+    indices: Annotated[tuple[Index, ...], Meta(min_length=1, max_length=MAX_CHUNKS)]
+
+
+class Receipt(Struct, frozen=True, tag="receipt"):
+    """The update is durable at the coordinator (kept=True), or will never be taken (kept=False, with the reason)."""
+
+    round_id: RoundId
+    sha256: Sha256
+    kept: bool
+    reason: Reason = ""
+
+
+class Verdict(Struct, frozen=True, tag="verdict"):
+    """What became of a kept update: aggregated, or rejected by screening or the rule, with the reason."""
+
+    round_id: RoundId
+    status: Name  # "accepted" or "rejected"
+    reason: Reason = ""
+
+
+# --- devices to coordinator
+
+
+class Presence(Struct, frozen=True, tag="presence"):
+    """Retained on `device/ID/presence`; the offline form is also the last will.
+
+    session: grows with every connection, so that an old presence cannot be replayed over a newer one.
+    """
+
+    online: bool
+    session: Count
+    agent_version: Name = ""
+    runtime: Name = ""
+    capabilities: Capabilities = ()
+
+
+class Answer(Struct, frozen=True, tag="answer"):
+    """Whether the device takes part in the round; the reason when it does not."""
+
+    round_id: RoundId
+    accept: bool
+    reason: Reason = ""
+
+
+class Offer(Struct, frozen=True, tag="offer"):
+    """The device has an update (trained minus received, float32 little-endian, d numbers) ready to send."""
+
+    round_id: RoundId
+    update: BlobRef
+    num_examples: Annotated[int, Meta(ge=1, le=2**53)]
+    metrics: Annotated[dict[Name, float], Meta(max_length=MAX_METRICS)] = {}
+
+
+class Chunk(Struct, frozen=True, tag="chunk"):
+    """One asked-for piece of an offered update."""
+
+    round_id: RoundId
+    sha256: Sha256
+    index: Index
+    data: Annotated[bytes, Meta(min_length=1, max_length=MAX_CHUNK_BYTES)]
+
+
+class Failure(Struct, frozen=True, tag="failure"):
+    """The device accepted but will not deliver."""
+
+    round_id: RoundId
+    reason: Reason
+
+
+FromCoordinator = Union[Invitation, RoundClosed, Need, Receipt, Verdict]
+FromDevice = Union[Presence, Answer, Offer, Chunk, Failure]
+Message = Union[FromCoordinator, FromDevice]
+
+
+def reason_text(text: object) -> str:
+    """Any text cut to what a Reason may hold, on one line."""
+    flat = " ".join(str(text).split())
+    return flat if len(flat) <= MAX_REASON_CHARS else flat[: MAX_REASON_CHARS - 3] + "..."
+
+
+class Envelope(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """What travels: protocol version, who says it, its sequence number, the encoded message, the sender's seal."""
+
+    version: int
+    sender: Name
+    sequence: Count
+    body: bytes
+    seal: Annotated[bytes, msgspec.Meta(min_length=64, max_length=64)]

@@ -1,0 +1,444 @@
+"""The coordinator's side of one round: a sans-IO state table. docs/protocol.md, section 6.
+
+    INVITING -> COLLECTING -> AGGREGATING -> PUBLISHED
+                                         \\-> ABANDONED (quorum not met by the deadline, or the rule refused)
+
+Events in, effects out; the clock is an input. Aggregation, storage and publishing are the coordinator's: it performs
+the effects and reports what came of them. A device is never trusted: what breaks the protocol raises PeerError and
+changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Optional, Union
+
+from covey_protocol.blobs import BlobAssembly
+from covey_protocol.errors import PeerError, RuleError
+from covey_protocol.messages import (
+    Answer,
+    Chunk,
+    Failure,
+    FromCoordinator,
+    Invitation,
+    Need,
+    Offer,
+    Receipt,
+    RoundClosed,
+    Verdict,
+    reason_text,
+)
+
+
+class Phase(Enum):
+    INVITING = "inviting"
+    COLLECTING = "collecting"
+    AGGREGATING = "aggregating"
+    PUBLISHED = "published"
+    ABANDONED = "abandoned"
+
+
+class Progress(Enum):
+    """How far one invited device is. Those in FINAL stay for the round; a device that is GONE may return."""
+
+    INVITED = "invited"
+    ACCEPTED = "accepted"
+    UPLOADING = "uploading"
+    STORING = "storing"
+    STORED = "stored"
+    DECLINED = "declined"
+    FAILED = "failed"
+    REFUSED = "refused"
+    GONE = "gone"
+
+
+FINAL = frozenset({Progress.STORED, Progress.DECLINED, Progress.FAILED, Progress.REFUSED})
+
+
+@dataclass(frozen=True)
+class RoundSettings:
+    """quorum: fewest stored updates that may be aggregated. answer_s: how long to wait for answers to the invitation.
+    grace_s: how long a device whose connection broke is waited for once everyone else is done.
+    update_bytes: the only size an update may have (4 d).
+    """
+
+    quorum: int
+    answer_s: float
+    grace_s: float
+    update_bytes: int
+
+
+# --- events
+
+
+@dataclass(frozen=True)
+class Opened:
+    """The model's chunks are published; the invitation may go out."""
+
+
+@dataclass(frozen=True)
+class Answered:
+    device_id: str
+    answer: Answer
+
+
+@dataclass(frozen=True)
+class Offered:
+    device_id: str
+    offer: Offer
+
+
+@dataclass(frozen=True)
+class ChunkArrived:
+    device_id: str
+    chunk: Chunk
+
+
+@dataclass(frozen=True)
+class Stored:
+    """The device's update is durable (file written and synced)."""
+
+    device_id: str
+
+
+@dataclass(frozen=True)
+class Failed:
+    device_id: str
+    failure: Failure
+
+
+@dataclass(frozen=True)
+class PresenceChanged:
+    device_id: str
+    online: bool
+
+
+@dataclass(frozen=True)
+class Aggregated:
+    """The rule ran. verdicts: device -> reason, empty where the update was accepted."""
+
+    verdicts: dict[str, str]
+
+
+@dataclass(frozen=True)
+class AggregationRefused:
+    reason: str
+
+
+@dataclass(frozen=True)
+class Aborted:
+    """The operator ends the round."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Tick:
+    """Time passed."""
+
+
+Event = Union[
+    Opened,
+    Answered,
+    Offered,
+    ChunkArrived,
+    Stored,
+    Failed,
+    PresenceChanged,
+    Aggregated,
+    AggregationRefused,
+    Aborted,
+    Tick,
+]
+
+
+# --- effects
+
+
+@dataclass(frozen=True)
+class PublishRound:
+    """Retain this on `fleet/round`."""
+
+    message: Union[Invitation, RoundClosed]
+
+
+@dataclass(frozen=True)
+class SendTo:
+    device_id: str
+    message: FromCoordinator
+
+
+@dataclass(frozen=True)
+class Store:
+    """Make the update durable, then report Stored. Only then is the device told that it was kept."""
+
+    device_id: str
+    offer: Offer
+    data: bytes
+
+
+@dataclass(frozen=True)
+class Aggregate:
+    """Run the rule over the stored updates of these devices (sorted), then report Aggregated or AggregationRefused."""
+
+    device_ids: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The round is over; its chunks can be cleared. missing: device -> why no usable update of it came."""
+
+    outcome: str
+    reason: str
+    missing: dict[str, str] = field(default_factory=dict)
+
+
+Effect = Union[PublishRound, SendTo, Store, Aggregate, Finished]
+
+
+@dataclass
+class _Participant:
+    progress: Progress = Progress.INVITED
+    reason: str = ""
+    offer: Optional[Offer] = None
+    assembly: Optional[BlobAssembly] = None
+    gone: bool = False
+    gone_at: float = 0.0
+
+
+class RoundMachine:
+    """One round. `handle` takes an event and the time in seconds and returns the effects in order.
+
+    Raises PeerError where a device broke the protocol; the state is then unchanged.
+    """
+
+    def __init__(self, invitation: Invitation, device_ids: Sequence[str], settings: RoundSettings) -> None:
+        if settings.quorum < 1 or settings.quorum > len(device_ids):
+            raise RuleError(
+                f"a quorum of {settings.quorum} cannot be met by {len(device_ids)} invited devices",
+                "lower the quorum or wait for more devices",
+            )
+        self.invitation = invitation
+        self.settings = settings
+        self.phase = Phase.INVITING
+        self._devices = {device_id: _Participant() for device_id in sorted(device_ids)}
+        self._opened_at = 0.0
+        self._reason = ""
+
+    def progress(self) -> dict[str, Progress]:
+        """How far every invited device is, for displays."""
+        return {
+            device_id: Progress.GONE if peer.gone and peer.progress not in FINAL else peer.progress
+            for device_id, peer in self._devices.items()
+        }
+
+    def offer_of(self, device_id: str) -> Offer:
+        offer = self._devices[device_id].offer
+        if offer is None:
+            raise PeerError(f"{device_id} has not offered an update")
+        return offer
+
+    def handle(self, event: Event, now: float) -> list[Effect]:
+        action = TABLE.get((self.phase, type(event)))
+        return action(self, event, now) if action else []
+
+    def _peer(self, device_id: str, round_id: str) -> Optional[_Participant]:
+        """The participant, None for talk about another round, PeerError for somebody who was not invited."""
+        if round_id != self.invitation.round_id:
+            return None
+        if device_id not in self._devices:
+            raise PeerError(f"{device_id} was not invited to round {round_id}")
+        return self._devices[device_id]
+
+    # --- transitions while updates come in
+
+    def _opened(self, event: Opened, now: float) -> list[Effect]:
+        self._opened_at = now
+        return [PublishRound(self.invitation)]
+
+    def _answered(self, event: Answered, now: float) -> list[Effect]:
+        peer = self._peer(event.device_id, event.answer.round_id)
+        if peer is None or peer.progress in FINAL:
+            return []
+        peer.gone = False
+        if not event.answer.accept:
+            peer.progress, peer.reason = Progress.DECLINED, f"declined: {event.answer.reason}"
+        elif peer.progress is Progress.INVITED:
+            peer.progress = Progress.ACCEPTED
+        return self._advance(now)
+
+    def _offered(self, event: Offered, now: float) -> list[Effect]:
+        offer = event.offer
+        peer = self._peer(event.device_id, offer.round_id)
+        if peer is None:
+            closed = Receipt(offer.round_id, offer.update.sha256, False, "that round is over")
+            return [SendTo(event.device_id, closed)]
+        peer.gone = False
+        if peer.progress is Progress.STORED and peer.offer and peer.offer.update.sha256 == offer.update.sha256:
+            return [SendTo(event.device_id, Receipt(offer.round_id, offer.update.sha256, True))]
+        if peer.progress in FINAL:
+            reason = peer.reason or "an update of this device is already stored for this round"
+            return [SendTo(event.device_id, Receipt(offer.round_id, offer.update.sha256, False, reason_text(reason)))]
+        if peer.progress is Progress.STORING:
+            return []
+        if offer.update.size != self.settings.update_bytes:
+            return self._refuse(
+                event.device_id,
+                peer,
+                offer,
+                f"the update has {offer.update.size} bytes, the model needs {self.settings.update_bytes}",
+                now,
+            )
+        if peer.assembly is None or peer.offer is None or peer.offer.update != offer.update:
+            peer.assembly = BlobAssembly(offer.update)
+        peer.offer, peer.progress = offer, Progress.UPLOADING
+        return [SendTo(event.device_id, Need(offer.round_id, offer.update.sha256, peer.assembly.missing()))]
+
+    def _chunk_arrived(self, event: ChunkArrived, now: float) -> list[Effect]:
+        chunk = event.chunk
+        peer = self._peer(event.device_id, chunk.round_id)
+        if peer is None or peer.progress in FINAL or peer.progress is Progress.STORING:
+            return []
+        if peer.assembly is None or peer.offer is None or chunk.sha256 != peer.offer.update.sha256:
+            raise PeerError(f"{event.device_id} sent a chunk of an update it has not offered")
+        corrupt = peer.assembly.corrupt
+        whole = peer.assembly.add(chunk.index, chunk.data)
+        if peer.assembly.corrupt > corrupt:
+            return self._refuse(
+                event.device_id,
+                peer,
+                peer.offer,
+                "the update does not match the hash it was offered with",
+                now,
+            )
+        if whole is None:
+            return []
+        peer.progress, peer.assembly = Progress.STORING, None
+        return [Store(event.device_id, peer.offer, whole)]
+
+    def _stored(self, event: Stored, now: float) -> list[Effect]:
+        peer = self._devices[event.device_id]
+        if peer.progress is not Progress.STORING or peer.offer is None:
+            return []
+        peer.progress = Progress.STORED
+        receipt = Receipt(peer.offer.round_id, peer.offer.update.sha256, True)
+        return [SendTo(event.device_id, receipt), *self._advance(now)]
+
+    def _failed(self, event: Failed, now: float) -> list[Effect]:
+        peer = self._peer(event.device_id, event.failure.round_id)
+        if peer is None or peer.progress in FINAL or peer.progress is Progress.STORING:
+            return []
+        peer.progress, peer.reason = Progress.FAILED, f"failed: {event.failure.reason}"
+        return self._advance(now)
+
+    def _presence_changed(self, event: PresenceChanged, now: float) -> list[Effect]:
+        peer = self._devices.get(event.device_id)
+        if peer is None:
+            return []
+        if not event.online and not peer.gone:
+            peer.gone_at = now
+        peer.gone = not event.online
+        return self._advance(now)
+
+    def _tick(self, event: Tick, now: float) -> list[Effect]:
+        return self._advance(now)
+
+    def _refuse(self, device_id: str, peer: _Participant, offer: Offer, reason: str, now: float) -> list[Effect]:
+        peer.progress, peer.reason, peer.assembly = Progress.REFUSED, f"refused: {reason}", None
+        receipt = Receipt(offer.round_id, offer.update.sha256, False, reason_text(reason))
+        return [SendTo(device_id, receipt), *self._advance(now)]
+
+    # --- moving on
+
+    def _advance(self, now: float) -> list[Effect]:
+        if self.phase is Phase.INVITING:
+            unanswered = any(peer.progress is Progress.INVITED and not peer.gone for peer in self._devices.values())
+            if unanswered and now - self._opened_at < self.settings.answer_s:
+                return []
+            self.phase = Phase.COLLECTING
+        if self.phase is not Phase.COLLECTING:
+            return []
+        over = now - self._opened_at >= self.invitation.duration_ms / 1000
+        if any(peer.progress is Progress.STORING for peer in self._devices.values()):
+            return []  # never decide over the head of an update that is being made durable
+        if not over and any(self._still_waited_for(peer, now) for peer in self._devices.values()):
+            return []
+        return self._decide()
+
+    def _still_waited_for(self, peer: _Participant, now: float) -> bool:
+        if peer.progress in FINAL:
+            return False
+        if peer.gone:
+            return now - peer.gone_at < self.settings.grace_s
+        # who has not answered in time is not waited for; an update that comes all the same is still taken
+        return peer.progress is not Progress.INVITED
+
+    def _decide(self) -> list[Effect]:
+        stored = tuple(name for name, peer in self._devices.items() if peer.progress is Progress.STORED)
+        if len(stored) < self.settings.quorum:
+            return self._abandon(f"{len(stored)} updates came, the quorum is {self.settings.quorum}")
+        self.phase = Phase.AGGREGATING
+        return [Aggregate(stored)]
+
+    def _aggregated(self, event: Aggregated, now: float) -> list[Effect]:
+        self.phase = Phase.PUBLISHED
+        round_id = self.invitation.round_id
+        verdicts: list[Effect] = [
+            SendTo(name, Verdict(round_id, "rejected" if reason else "accepted", reason_text(reason)))
+            for name, reason in sorted(event.verdicts.items())
+        ]
+        closed = PublishRound(RoundClosed(round_id, "published"))
+        return [closed, *verdicts, Finished("published", "", self._missing())]
+
+    def _aggregation_refused(self, event: AggregationRefused, now: float) -> list[Effect]:
+        return self._abandon(event.reason)
+
+    def _aborted(self, event: Aborted, now: float) -> list[Effect]:
+        return self._abandon(event.reason)
+
+    def _abandon(self, reason: str) -> list[Effect]:
+        self.phase, self._reason = Phase.ABANDONED, reason
+        closed = RoundClosed(self.invitation.round_id, "abandoned", reason_text(reason))
+        return [PublishRound(closed), Finished("abandoned", reason, self._missing())]
+
+    def _missing(self) -> dict[str, str]:
+        why = {
+            Progress.INVITED: "did not answer the invitation",
+            Progress.ACCEPTED: "accepted, but sent no update in time",
+            Progress.UPLOADING: "did not finish sending its update in time",
+        }
+        return {
+            name: "connection lost" if peer.gone and peer.progress not in FINAL else why.get(peer.progress, peer.reason)
+            for name, peer in self._devices.items()
+            if peer.progress is not Progress.STORED
+        }
+
+
+Action = Callable[..., "list[Effect]"]  # each takes the machine, the one event type of its row, and the time
+_OPEN = (Phase.INVITING, Phase.COLLECTING)
+_M = RoundMachine
+
+TABLE: dict[tuple[Phase, type], Action] = {
+    (Phase.INVITING, Opened): _M._opened,
+    **{(phase, Answered): _M._answered for phase in _OPEN},
+    **{(phase, Offered): _M._offered for phase in Phase},  # later offers get a receipt that says the round is over
+    **{(phase, ChunkArrived): _M._chunk_arrived for phase in _OPEN},
+    **{(phase, Stored): _M._stored for phase in _OPEN},
+    **{(phase, Failed): _M._failed for phase in _OPEN},
+    **{(phase, PresenceChanged): _M._presence_changed for phase in _OPEN},
+    **{(phase, Tick): _M._tick for phase in _OPEN},
+    (Phase.AGGREGATING, Aggregated): _M._aggregated,
+    (Phase.AGGREGATING, AggregationRefused): _M._aggregation_refused,
+    **{(phase, Aborted): _M._aborted for phase in (*_OPEN, Phase.AGGREGATING)},
+}
+
+# Pairs that may happen and mean nothing: talk after the doors closed, ticks while the rule runs.
+IGNORED: frozenset[tuple[Phase, type]] = frozenset(
+    [(phase, Opened) for phase in Phase if phase is not Phase.INVITING]
+    + [(phase, kind) for phase in Phase if phase not in _OPEN for kind in (Answered, ChunkArrived, Stored, Failed)]
+    + [(phase, kind) for phase in Phase if phase not in _OPEN for kind in (PresenceChanged, Tick)]
+    + [(phase, kind) for phase in Phase if phase is not Phase.AGGREGATING for kind in (Aggregated, AggregationRefused)]
+    + [(phase, Aborted) for phase in (Phase.PUBLISHED, Phase.ABANDONED)]
+)
