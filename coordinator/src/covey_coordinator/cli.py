@@ -46,3 +46,15 @@ def demo_command(broker: str | None, data: str, **options: object) -> None:
 
     pin_threads()
     run_demo(DemoSettings(data=data, broker=broker, **options), Display())  # type: ignore[arg-type]
+
+
+@click.command(name="serve", short_help="Coordinate a fleet as a TOML file says.")
+@click.option("--config", "config_path", type=A_FILE, default=Path("coordinator.toml"), show_default=True)
+def serve_command(config_path: Path) -> None:
+    """Run the coordinator of a real fleet until its rounds are done. Started again, it goes on after the newest one."""
+    from covey_coordinator.machine import check_machine
+
+    check_machine()
+    from covey_coordinator.serve import serve
+
+    serve(config_path, click.echo)

@@ -14,6 +14,10 @@ from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
+
+from covey_coordinator import records
+from covey_coordinator.fleet import Fleet, FromFleet
+from covey_coordinator.store import RunStore
 from covey_protocol import round as rounds
 from covey_protocol.errors import PeerError, RuleError, RunError
 from covey_protocol.messages import (
@@ -27,10 +31,6 @@ from covey_protocol.messages import (
     TrainingPlan,
 )
 from covey_protocol.round import Progress, RoundMachine, RoundSettings
-
-from covey_coordinator import records
-from covey_coordinator.fleet import Fleet, FromFleet
-from covey_coordinator.store import RunStore
 
 log = logging.getLogger("covey.coordinator")
 

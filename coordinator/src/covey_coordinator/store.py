@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+
 from covey_edge.files import write_atomic
 
 
@@ -25,6 +26,17 @@ class RunStore:
         return np.frombuffer((self.folder / "updates" / round_id / f"{device_id}.f32").read_bytes(), "<f4")
 
     def save_checkpoint(self, run_id: str, number: int, parameters: npt.NDArray[np.float32]) -> Path:
-        path = self.folder / "checkpoints" / run_id / f"round-{number:05d}.f32"
+        path = self.checkpoints(run_id) / f"round-{number:05d}.f32"
         write_atomic(path, parameters.astype("<f4").tobytes())
         return path
+
+    def checkpoints(self, run_id: str) -> Path:
+        return self.folder / "checkpoints" / run_id
+
+    def newest_checkpoint(self, run_id: str, dimension: int) -> tuple[int, npt.NDArray[np.float32]] | None:
+        """(round, parameters) of the newest checkpoint of `dimension` finite numbers; damaged ones are passed over."""
+        for path in sorted(self.checkpoints(run_id).glob("round-*.f32"), reverse=True):
+            data = path.read_bytes()
+            if len(data) == 4 * dimension and np.isfinite(values := np.frombuffer(data, "<f4")).all():
+                return int(path.stem.removeprefix("round-")), values.astype(np.float32)
+        return None

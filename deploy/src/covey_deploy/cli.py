@@ -19,9 +19,8 @@ def broker_command() -> None:
 @click.option("--parent", type=int, hidden=True, help="End with this process.")
 def run_broker(host: str, port: int, parent: Optional[int]) -> None:
     """Run the embedded broker (MQTT 3.1.1, no TLS, no persistence): for desks and tests, not for a fleet."""
-    from covey_edge.processes import die_with_parent
-
     from covey_deploy.embedded_broker import run
+    from covey_edge.processes import die_with_parent
 
     if parent:
         die_with_parent(parent)

@@ -12,6 +12,13 @@ import queue
 import time
 from typing import Any, Optional, Union
 
+from covey_edge import __version__
+from covey_edge.cache import BlobCache
+from covey_edge.config import Agent
+from covey_edge.frames import Done, Frame, Open, Probe, Problem, Run
+from covey_edge.mqtt import ConnectionDown, ConnectionUp, Incoming, MqttTransport
+from covey_edge.outbox import Entry, Outbox
+from covey_edge.training_process import TrainingProcess
 from covey_protocol import codec, device, errors
 from covey_protocol.blobs import BlobAssembly
 from covey_protocol.codec import ReplayGuard, Sequence
@@ -26,14 +33,6 @@ from covey_protocol.messages import (
     Verdict,
 )
 from covey_protocol.topics import Topics
-
-from covey_edge import __version__
-from covey_edge.cache import BlobCache
-from covey_edge.config import Agent
-from covey_edge.frames import Done, Frame, Open, Probe, Problem, Run
-from covey_edge.mqtt import ConnectionDown, ConnectionUp, Incoming, MqttTransport
-from covey_edge.outbox import Entry, Outbox
-from covey_edge.training_process import TrainingProcess
 
 log = logging.getLogger("covey.agent")
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from covey_protocol.messages import BlobRef
-
 from covey_edge.files import write_atomic
+from covey_protocol.messages import BlobRef
 
 KEEP = 4  # the current bundle and parameters, and those before
 

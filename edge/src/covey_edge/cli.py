@@ -14,9 +14,9 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Optional
 
 import click
-from covey_protocol.errors import EXIT_BUG, EXIT_INTERRUPTED, EXIT_MACHINE, CoveyError
 
 from covey_edge import __version__
+from covey_protocol.errors import EXIT_BUG, EXIT_INTERRUPTED, EXIT_MACHINE, CoveyError
 
 GROUP = "covey.commands"
 

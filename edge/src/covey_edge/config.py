@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Annotated, Any, Optional, TypeVar
 
 import msgspec
-from covey_protocol.errors import ConfigError
-from covey_protocol.seals import PublicKey, SealingKey
-from covey_protocol.topics import check_name
 from msgspec import Meta, Struct
 
 from covey_edge.mqtt import Broker, parse_broker
+from covey_protocol.errors import ConfigError
+from covey_protocol.seals import PublicKey, SealingKey
+from covey_protocol.topics import check_name
 
 if sys.version_info >= (3, 11):
     import tomllib

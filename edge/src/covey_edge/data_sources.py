@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
 from covey_protocol.bundle import Manifest, TensorSpec
 from covey_protocol.errors import ConfigError, DataError
 
@@ -27,7 +28,7 @@ ENTRY_POINTS = "covey.data_sources"
 def read_npz(path: Path) -> Examples:
     """Arrays `x` (n, ...) and `y` (n,) or (n, k) of an .npz file. Pickled objects are never loaded."""
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             missing = [name for name in ("x", "y") if name not in archive]
             if missing:
                 raise DataError(

@@ -6,6 +6,7 @@ import struct
 from typing import IO, Any, Optional, Union
 
 import msgspec
+
 from covey_protocol.messages import TrainingPlan
 
 MAX_FRAME_BYTES = 2 * 1024 * 1024 * 1024

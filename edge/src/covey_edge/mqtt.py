@@ -18,15 +18,19 @@ from typing import Any, Optional, Union
 from urllib.parse import unquote, urlsplit
 
 import paho.mqtt.client as paho
-from covey_protocol.errors import ConfigError, TransportError
 from paho.mqtt.enums import CallbackAPIVersion
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.reasoncodes import ReasonCode
+
+from covey_protocol.errors import ConfigError, TransportError
 
 DEFAULT_PORTS = {"mqtt": 1883, "mqtts": 8883}
 KEEPALIVE_S = 30  # a broken connection is noticed by the broker after 1.5 times this
 CONNECT_TIMEOUT_S = 10.0
 RECONNECT_MIN_S, RECONNECT_MAX_S = 1, 60
+FLUSH_POLL_S = 0.005
+# MQTT numbers messages from 1 to 65535 and begins again: forget old acknowledgements well before their number returns
+REMEMBERED_ACKNOWLEDGEMENTS = 32_768
 # CONNACK reasons that trying again cannot mend
 HOPELESS = {
     "Bad user name or password",
@@ -115,10 +119,12 @@ class MqttTransport:
         self._first = threading.Event()
         self._refusal: Optional[ReasonCode] = None
         self._closing = False
+        self._acknowledged: dict[int, None] = {}  # in order of arrival; written by the network thread alone
         self._client = paho.Client(CallbackAPIVersion.VERSION2, client_id=client_id, protocol=paho.MQTTv311)
         self._client.on_connect = self._on_connect
         self._client.on_disconnect = self._on_disconnect
         self._client.on_message = self._on_message
+        self._client.on_publish = self._on_publish
         self._client.reconnect_delay_set(RECONNECT_MIN_S, RECONNECT_MAX_S)
         if broker.username is not None:
             self._client.username_pw_set(broker.username, broker.password)
@@ -157,25 +163,21 @@ class MqttTransport:
                 transient=reason not in HOPELESS,
             )
 
-    def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> paho.MQTTMessageInfo:
-        """Queue a message; it goes out as soon as there is a connection."""
+    def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> int:
+        """Queue a message and return its number; it goes out as soon as there is a connection."""
         info = self._client.publish(topic, payload, qos=1, retain=retain)
         if info.rc not in (paho.MQTT_ERR_SUCCESS, paho.MQTT_ERR_NO_CONN):
             raise TransportError(f"{self.broker}: {paho.error_string(info.rc)}")
-        return info
+        return info.mid
 
-    def flush(self, sent: Iterable[paho.MQTTMessageInfo], timeout_s: float) -> bool:
+    def flush(self, sent: Iterable[int], timeout_s: float) -> bool:
         """Wait until the broker has acknowledged these messages; False if it has not in time."""
         end = time.monotonic() + timeout_s
-        for info in sent:
-            # wait_for_publish raises where there is no connection at the moment; that is only "not yet"
-            while not info.is_published():
+        for number in sent:
+            while number not in self._acknowledged:
                 if time.monotonic() >= end:
                     return False
-                try:
-                    info.wait_for_publish(max(0.01, min(1.0, end - time.monotonic())))
-                except (RuntimeError, ValueError):
-                    time.sleep(0.05)
+                time.sleep(FLUSH_POLL_S)
         return True
 
     def subscribe(self, topics: Iterable[str]) -> None:
@@ -221,6 +223,11 @@ class MqttTransport:
     def _on_disconnect(self, client: Any, userdata: Any, flags: Any, reason: ReasonCode, properties: Any) -> None:
         if not self._closing:
             self._inbox.put(ConnectionDown(str(reason)))
+
+    def _on_publish(self, client: Any, userdata: Any, number: int, reason: ReasonCode, properties: Any) -> None:
+        self._acknowledged[number] = None
+        if len(self._acknowledged) > REMEMBERED_ACKNOWLEDGEMENTS:
+            del self._acknowledged[next(iter(self._acknowledged))]
 
     def _on_message(self, client: Any, userdata: Any, message: paho.MQTTMessage) -> None:
         self._inbox.put(Incoming(message.topic, bytes(message.payload)))

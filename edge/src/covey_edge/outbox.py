@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Optional
 
 import msgspec
-from covey_protocol.messages import Invitation, Offer
 
 from covey_edge.files import write_atomic
+from covey_protocol.messages import Invitation, Offer
 
 
 class Entry(msgspec.Struct, frozen=True):

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
 from covey_protocol.bundle import Bundle
 from covey_protocol.errors import BundleError, MachineError
 

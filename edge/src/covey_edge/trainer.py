@@ -16,16 +16,16 @@ from pathlib import Path
 from typing import BinaryIO, Optional
 
 import numpy as np
-from covey_protocol.bundle import read_bundle
-from covey_protocol.errors import BundleError, CoveyError, DataError, TrainingError
-from covey_protocol.messages import TrainingPlan
-from covey_protocol.privacy import add_gaussian_noise, clip
-from covey_protocol.seals import PublicKey
 
 from covey_edge.data_sources import Examples, check_examples, load_examples
 from covey_edge.frames import Done, Frame, Open, Probe, Problem, Run, read_frame, write_frame
 from covey_edge.processes import die_with_parent
 from covey_edge.runtime import Floats, Model
+from covey_protocol.bundle import read_bundle
+from covey_protocol.errors import BundleError, CoveyError, DataError, TrainingError
+from covey_protocol.messages import TrainingPlan
+from covey_protocol.privacy import add_gaussian_noise, clip
+from covey_protocol.seals import PublicKey
 
 
 class Trainer:

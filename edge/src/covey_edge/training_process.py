@@ -16,9 +16,8 @@ import threading
 from collections.abc import Callable
 from typing import Optional
 
-from covey_protocol.errors import UsageError
-
 from covey_edge.frames import Frame, Problem, read_frame, write_frame
+from covey_protocol.errors import UsageError
 
 # one BLAS thread: the model runs in TFLite, and idle BLAS threads only cost memory on a small device
 CHILD_ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
@@ -87,6 +86,7 @@ class TrainingProcess:
         while (answer := read_frame(child.stdout)) is not None:
             self._answer(child, answer)
         code = child.wait()
+        _close_pipes(child)
         self._answer(child, Problem("TrainingError", f"the training process died ({_died_of(code)})"))
 
     def _answer(self, child: subprocess.Popen[bytes], frame: Frame) -> None:
@@ -118,6 +118,10 @@ class TrainingProcess:
 def _end(child: subprocess.Popen[bytes]) -> None:
     child.kill()
     child.wait()
+    _close_pipes(child)
+
+
+def _close_pipes(child: subprocess.Popen[bytes]) -> None:
     for stream in (child.stdin, child.stdout):
         if stream is not None:
             with contextlib.suppress(OSError):  # a half-written frame to a dead child

@@ -1,7 +1,8 @@
 """The messages of the conversation between devices and the coordinator, as frozen, bounded values.
 
 docs/protocol.md, section 4, is the specification; tests/golden/ holds their bytes. A new field must have a default, a
-new message a new tag; nothing here is ever renamed. Every bound exists so that a peer cannot make us hold or loop over
+new message a new tag; nothing here is ever renamed. Unknown fields are ignored, so that an old device can read a newer
+invitation and decline it by its `requires`. Every bound exists so that a peer cannot make us hold or loop over
 more than a round needs. This file does not encode, seal or send anything (see `codec`).
 """
 
@@ -29,7 +30,7 @@ Sha256 = Annotated[bytes, Meta(min_length=32, max_length=32)]
 Capabilities = Annotated[tuple[Name, ...], Meta(max_length=64)]
 
 
-class BlobRef(Struct, frozen=True, forbid_unknown_fields=True):
+class BlobRef(Struct, frozen=True):
     """A content-addressed piece of data: its sha256, its size in bytes, and the size of all chunks but the last."""
 
     sha256: Sha256
@@ -45,7 +46,7 @@ class BlobRef(Struct, frozen=True, forbid_unknown_fields=True):
         return min(self.chunk_bytes, self.size - index * self.chunk_bytes)
 
 
-class TrainingPlan(Struct, frozen=True, forbid_unknown_fields=True):
+class TrainingPlan(Struct, frozen=True):
     """What a device is asked to do with its data. The device's own policy may do less, never more.
 
     epochs: passes over the local data. max_examples: use at most the first this many examples, 0 for all.

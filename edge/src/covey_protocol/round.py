@@ -353,17 +353,15 @@ class RoundMachine:
     # --- moving on
 
     def _advance(self, now: float) -> list[Effect]:
-        if self.phase is Phase.INVITING:
-            unanswered = any(peer.progress is Progress.INVITED and not peer.gone for peer in self._devices.values())
-            if unanswered and now - self._opened_at < self.settings.answer_s:
-                return []
+        awaited = [peer for peer in self._devices.values() if self._still_waited_for(peer, now)]
+        over = now - self._opened_at >= self.invitation.duration_ms / 1000
+        if self.phase is Phase.INVITING and (over or not any(p.progress is Progress.INVITED for p in awaited)):
             self.phase = Phase.COLLECTING
         if self.phase is not Phase.COLLECTING:
             return []
-        over = now - self._opened_at >= self.invitation.duration_ms / 1000
         if any(peer.progress is Progress.STORING for peer in self._devices.values()):
             return []  # never decide over the head of an update that is being made durable
-        if not over and any(self._still_waited_for(peer, now) for peer in self._devices.values()):
+        if awaited and not over:
             return []
         return self._decide()
 
@@ -372,8 +370,9 @@ class RoundMachine:
             return False
         if peer.gone:
             return now - peer.gone_at < self.settings.grace_s
-        # who has not answered in time is not waited for; an update that comes all the same is still taken
-        return peer.progress is not Progress.INVITED
+        if peer.progress is Progress.INVITED:  # its update is still taken if it comes before the round is decided
+            return now - self._opened_at < self.settings.answer_s
+        return True
 
     def _decide(self) -> list[Effect]:
         stored = tuple(name for name, peer in self._devices.items() if peer.progress is Progress.STORED)

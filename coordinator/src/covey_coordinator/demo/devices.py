@@ -10,6 +10,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import numpy.typing as npt
+
 from covey_edge.files import write_atomic
 from covey_protocol.seals import PublicKey, SealingKey
 

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import IO
 
-from covey_protocol.round import FINAL
-from covey_protocol.round import Progress as DeviceProgress
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from covey_coordinator.records import ACCEPTED, MISSING, RoundRecord
+from covey_protocol.round import FINAL
+from covey_protocol.round import Progress as DeviceProgress
 
 TITLE_WIDTH = 32
 

@@ -21,14 +21,6 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from covey_edge.files import write_atomic
-from covey_edge.mqtt import Broker, parse_broker
-from covey_edge.runtime import Model
-from covey_protocol.bundle import read_bundle
-from covey_protocol.errors import RunError
-from covey_protocol.messages import TrainingPlan
-from covey_protocol.round import Progress
-from covey_protocol.seals import PublicKey, SealingKey
 
 from covey_coordinator import records
 from covey_coordinator.aggregation.worker import Worker
@@ -40,6 +32,14 @@ from covey_coordinator.demo.settings import DemoSettings
 from covey_coordinator.fleet import Fleet
 from covey_coordinator.machine import check_machine
 from covey_coordinator.store import RunStore
+from covey_edge.files import write_atomic
+from covey_edge.mqtt import Broker, parse_broker
+from covey_edge.runtime import Model
+from covey_protocol.bundle import read_bundle
+from covey_protocol.errors import RunError
+from covey_protocol.messages import TrainingPlan
+from covey_protocol.round import Progress
+from covey_protocol.seals import PublicKey, SealingKey
 
 Floats = npt.NDArray[np.float32]
 

@@ -6,10 +6,9 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from covey_coordinator.aggregation.registry import make_rule
 from covey_protocol.errors import ConfigError
 from covey_protocol.topics import check_name
-
-from covey_coordinator.aggregation.registry import make_rule
 
 MIN_DEVICES = 2
 

@@ -1,0 +1,30 @@
+# Every target sets up what it needs in .venv first. PYTHON is any Python 3.9+.
+PYTHON ?= python3
+READY := .venv/.ready
+
+.PHONY: demo test test-slow bench check lock clean
+
+demo: $(READY) ## run the main job: ten devices, three corrupted, one report
+	@.venv/bin/covey demo $(ARGS)
+
+test: $(READY) ## the everyday tests
+	.venv/bin/python -m pytest $(ARGS)
+
+test-slow: $(READY) ## everything, also what takes long
+	.venv/bin/python -m pytest -m "slow or not slow" $(ARGS)
+
+bench: $(READY) ## side-by-side measurements
+	.venv/bin/python benchmarks/aggregation.py
+	.venv/bin/python benchmarks/agent.py
+
+check: $(READY) ## format, lint, types, import contracts, tests
+	./check
+
+$(READY): locks/dev.txt locks/uv.txt scripts/bootstrap.py $(wildcard */pyproject.toml)
+	@$(PYTHON) scripts/bootstrap.py
+
+lock: $(READY) ## compile locks/*.txt anew: names, versions and hashes, never an address
+	@.venv/bin/python scripts/lock.py
+
+clean:
+	rm -rf .venv .bootstrap .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -1,0 +1,318 @@
+"""One round of aggregation: screen, sort, check, rule, server optimizer, verdicts. Two engines with the same bits.
+
+An engine keeps what lasts from round to round (the rule's state, the server optimizer's state). The *door* behind it
+does the arithmetic: `DirectDoor` calls the rule and TFF's optimizer object in this process, `TffDoor` runs TFF's
+aggregation process and finalizer on a worker. All decisions are made here, once, for both.
+
+An update is trained minus received, so the optimizer sees the negative aggregate as its gradient; with sgd at a
+learning rate of 1 the new parameters are exactly received + aggregate. Parameters that are not trainable (BatchNorm's
+moving statistics) take part in the rule like all others but bypass the optimizer: their aggregate is added as it is.
+A round that fails, whatever the reason, leaves the engine as it was.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from covey_coordinator.aggregation.rules import Judgement, Rule
+from covey_coordinator.aggregation.screening import Screened, screen_updates
+from covey_coordinator.aggregation.worker import Worker
+from covey_coordinator.records import ACCEPTED, REJECTED, Array, DeviceVerdict
+from covey_protocol.errors import ConfigError, RuleError, UsageError
+from covey_protocol.parameters import ParameterSpec, offsets, total_size
+
+ENGINE_NAMES = ("direct", "tff")
+SERVER_OPTIMIZERS = ("sgd", "sgdm", "adam", "yogi")
+SERVER_MOMENTUM = 0.9  # of sgdm; the value of Reddi et al. 2021 (arXiv:2003.00295)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """parameters: (d,) float32, new. verdicts: in the order of the device ids given. measurements: numbers to log."""
+
+    parameters: Array
+    verdicts: list[DeviceVerdict]
+    measurements: dict[str, float]
+
+
+class Engine(Protocol):
+    """One aggregation round after another."""
+
+    def step(
+        self,
+        parameters: Array,
+        updates: Array | Sequence[Array],
+        num_examples: Array | Sequence[float],
+        device_ids: Sequence[str],
+    ) -> StepResult:
+        """(d,), (n, d) or n vectors, n counts, n ids -> the result. Raises RuleError if the round is refused."""
+
+    def close(self) -> None:
+        """Free what the engine started. It cannot be used afterwards."""
+
+
+class Door(Protocol):
+    """The arithmetic of an engine, without decisions. States are whatever the door likes; it does not keep them."""
+
+    def initial_states(self) -> tuple[Any, Any]:
+        """State of the rule and state of the server optimizer before the first round."""
+
+    def judge(self, state: Any, updates: Array, num_examples: Array) -> tuple[Any, Judgement]:
+        """The rule on screened rows; numpy arrays in the judgement."""
+
+    def apply(self, state: Any, weights: list[Array], gradients: list[Array]) -> tuple[Any, list[Array]]:
+        """The server optimizer on the trainable parameters."""
+
+    def close(self) -> None: ...
+
+
+def make_engine(
+    name: str,
+    rule: Rule,
+    parameter_specs: Sequence[ParameterSpec],
+    server_optimizer: str = "sgd",
+    server_learning_rate: float = 1.0,
+    *,
+    worker: Worker | None = None,
+    refuse_copies: bool = True,
+) -> Engine:
+    """The engine "direct" or "tff" for this rule and model.
+
+    worker: the TFF engine runs on it and leaves it running; without one it starts its own and stops it in `close`.
+    refuse_copies: see `screen_updates`. Raises ConfigError for unknown names and a learning rate that is not positive.
+    """
+    _known("aggregation engine", name, ENGINE_NAMES)
+    optimizer = build_server_optimizer(server_optimizer, server_learning_rate)
+    door: Door
+    if name == "direct":
+        door = DirectDoor(rule, parameter_specs, optimizer)
+    else:
+        door = TffDoor(rule, parameter_specs, optimizer, worker)
+    return _RoundEngine(rule, parameter_specs, door, refuse_copies)
+
+
+def build_server_optimizer(name: str, learning_rate: float) -> Any:
+    """TFF's optimizer of this name: sgd, sgdm (momentum 0.9), adam or yogi with TFF's own defaults."""
+    _known("server optimizer", name, SERVER_OPTIMIZERS)
+    if not (np.isfinite(learning_rate) and learning_rate > 0):
+        raise ConfigError(f"server_learning_rate = {learning_rate}", "set it to a positive number")
+    import tensorflow_federated as tff
+
+    if name == "sgd":
+        return tff.learning.optimizers.build_sgdm(learning_rate)
+    if name == "sgdm":
+        return tff.learning.optimizers.build_sgdm(learning_rate, momentum=SERVER_MOMENTUM)
+    if name == "adam":
+        return tff.learning.optimizers.build_adam(learning_rate)
+    return tff.learning.optimizers.build_yogi(learning_rate)
+
+
+def _known(kind: str, name: str, names: tuple[str, ...]) -> None:
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ConfigError(f"there is no {kind} {name!r}", f"{hint}known: {', '.join(names)}")
+
+
+class _RoundEngine:
+    """The one engine; what differs is the door."""
+
+    def __init__(self, rule: Rule, specs: Sequence[ParameterSpec], door: Door, refuse_copies: bool) -> None:
+        self._rule, self._door, self._refuse_copies = rule, door, refuse_copies
+        self._layout = _Layout(specs)
+        self._rule_state, self._optimizer_state = door.initial_states()
+
+    def step(
+        self,
+        parameters: Array,
+        updates: Array | Sequence[Array],
+        num_examples: Array | Sequence[float],
+        device_ids: Sequence[str],
+    ) -> StepResult:
+        if parameters.shape != (self._layout.d,) or parameters.dtype != np.float32:
+            raise UsageError(f"parameters {parameters.dtype}{parameters.shape} instead of float32 ({self._layout.d},)")
+        screened = screen_updates(updates, num_examples, device_ids, self._layout.d, refuse_copies=self._refuse_copies)
+        self._check(screened)
+        rule_state, judgement = self._door.judge(self._rule_state, screened.updates, screened.num_examples)
+        optimizer_state, new_parameters = self._apply(parameters, judgement.aggregate)
+        if not np.isfinite(new_parameters).all():
+            raise RuleError(
+                f"the round of {self._rule.name} would make parameters that are not finite",
+                "lower server_learning_rate, or choose a rule that bears corrupted devices",
+            )
+        self._rule_state, self._optimizer_state = rule_state, optimizer_state
+        return StepResult(
+            parameters=new_parameters,
+            verdicts=_verdicts(self._rule, screened, judgement, device_ids, num_examples),
+            measurements=_measurements(screened, judgement, new_parameters - parameters),
+        )
+
+    def close(self) -> None:
+        self._door.close()
+
+    def _check(self, screened: Screened) -> None:
+        """The rule's precondition on what survived screening; a refusal says what was screened out."""
+        try:
+            self._rule.check(len(screened.device_ids))
+        except RuleError as error:
+            if not screened.reasons:
+                raise
+            refused = ", ".join(f"{device_id}: {reason}" for device_id, reason in sorted(screened.reasons.items()))
+            raise RuleError(f"{error.what} (refused before the rule: {refused})", error.remedy) from error
+
+    def _apply(self, parameters: Array, aggregate: Array) -> tuple[Any, Array]:
+        layout = self._layout
+        weights, gradients = layout.trainable(parameters), layout.trainable(-aggregate)
+        state, new_weights = self._door.apply(self._optimizer_state, weights, gradients)
+        return state, layout.merged(parameters + aggregate, new_weights)
+
+
+class _Layout:
+    """Where the trainable parameters lie in the flat vector."""
+
+    def __init__(self, specs: Sequence[ParameterSpec]) -> None:
+        self.d = total_size(specs)
+        places = offsets(specs)
+        self._trainable = [(places[spec.name], spec.shape) for spec in specs if spec.trainable]
+
+    def trainable(self, vector: Array) -> list[Array]:
+        return [vector[place].reshape(shape) for place, shape in self._trainable]
+
+    def merged(self, vector: Array, tensors: list[Array]) -> Array:
+        """vector with its trainable parts replaced by tensors."""
+        result = vector.copy()
+        for (place, _), tensor in zip(self._trainable, tensors):
+            result[place] = np.ravel(tensor)
+        return result
+
+
+def _verdicts(
+    rule: Rule, screened: Screened, judgement: Judgement, device_ids: Sequence[str], num_examples: Any
+) -> list[DeviceVerdict]:
+    """One verdict per device, in the order given."""
+    row_of = {device_id: row for row, device_id in enumerate(screened.device_ids)}
+    accepted_scores = judgement.scores[judgement.accepted]
+    verdicts = []
+    for device_id, count in zip(device_ids, num_examples):
+        row = row_of.get(device_id)
+        if row is None:
+            status, reason, score = REJECTED, screened.reasons[device_id], None
+        elif judgement.accepted[row]:
+            status, reason, score = ACCEPTED, "", float(judgement.scores[row])
+        else:
+            status, score = REJECTED, float(judgement.scores[row])
+            reason = rule.explain(score, accepted_scores, len(row_of))
+        norm = screened.norms.get(device_id)
+        finite_norm = norm if norm is not None and np.isfinite(norm) else None
+        shown_count = int(count) if row is not None else 0
+        verdicts.append(DeviceVerdict(device_id, status, reason, score, shown_count, finite_norm))
+    return verdicts
+
+
+def _measurements(screened: Screened, judgement: Judgement, change: Array) -> dict[str, float]:
+    return {
+        "num_updates": float(len(screened.device_ids) + len(screened.reasons)),
+        "num_refused_before_rule": float(len(screened.reasons)),
+        "num_accepted": float(np.count_nonzero(judgement.accepted)),
+        "aggregate_norm": float(np.linalg.norm(judgement.aggregate)),
+        "parameter_change_norm": float(np.linalg.norm(change)),
+        "max_score": float(np.max(judgement.scores)),
+        "median_score": float(np.median(judgement.scores)),
+    }
+
+
+class DirectDoor:
+    """The rule and TFF's optimizer object as tf.functions in this process: no worker, no transport, no gathering."""
+
+    def __init__(self, rule: Rule, specs: Sequence[ParameterSpec], optimizer: Any) -> None:
+        import tensorflow as tf
+
+        self._rule, self._d = rule, total_size(specs)
+        self._optimizer = optimizer
+        self._tensor_specs = [tf.TensorSpec(spec.shape, tf.float32) for spec in specs if spec.trainable]
+        self._advance = tf.function(rule.advance, autograph=False, reduce_retracing=True)
+        self._next = tf.function(optimizer.next, autograph=False)
+
+    def initial_states(self) -> tuple[Any, Any]:
+        optimizer_state = self._optimizer.initialize(self._tensor_specs)
+        return _as_tensors(self._rule.initial_state(self._d)), _as_tensors(optimizer_state)
+
+    def judge(self, state: Any, updates: Array, num_examples: Array) -> tuple[Any, Judgement]:
+        import tensorflow as tf
+
+        state, judgement = self._advance(state, tf.convert_to_tensor(updates), tf.convert_to_tensor(num_examples))
+        return state, Judgement(*(tensor.numpy() for tensor in judgement))
+
+    def apply(self, state: Any, weights: list[Array], gradients: list[Array]) -> tuple[Any, list[Array]]:
+        state, new_weights = self._next(state, _as_tensors(weights), _as_tensors(gradients))
+        return state, [tensor.numpy() for tensor in new_weights]
+
+    def close(self) -> None:
+        pass
+
+
+def _as_tensors(nest: Any) -> Any:
+    """Python numbers too: left as they are, they would be folded into the graph in double precision, unlike in TFF."""
+    import tensorflow as tf
+
+    return tf.nest.map_structure(tf.convert_to_tensor, nest)
+
+
+class TffDoor:
+    """TFF's aggregation process around the rule and TFF's optimizer finalizer, run on a worker with real updates."""
+
+    def __init__(
+        self, rule: Rule, specs: Sequence[ParameterSpec], optimizer: Any, worker: Worker | None = None
+    ) -> None:
+        self._shapes = [(place, spec.shape) for spec, place in zip(specs, offsets(specs).values())]
+        self._owns_worker = worker is None
+        self._worker = Worker() if worker is None else worker
+        try:
+            self._aggregation, self._finalizer = self._worker.call(_build_processes, rule, specs, optimizer)
+        except BaseException:
+            self.close()
+            raise
+
+    def initial_states(self) -> tuple[Any, Any]:
+        return self._worker.call(lambda: (self._aggregation.initialize(), self._finalizer.initialize()))
+
+    def judge(self, state: Any, updates: Array, num_examples: Array) -> tuple[Any, Judgement]:
+        values = [[row[place].reshape(shape) for place, shape in self._shapes] for row in updates]
+        output = self._worker.call(self._aggregation.next, state, values, list(num_examples))
+        aggregate = np.concatenate([np.ravel(tensor) for tensor in output.result])
+        measurements = output.measurements
+        return output.state, Judgement(aggregate, measurements["accepted"], measurements["scores"])
+
+    def apply(self, state: Any, weights: list[Array], gradients: list[Array]) -> tuple[Any, list[Array]]:
+        import tensorflow_federated as tff
+
+        model = tff.learning.models.ModelWeights(weights, [])
+        output = self._worker.call(self._finalizer.next, state, model, gradients)
+        return output.state, list(output.result.trainable)
+
+    def close(self) -> None:
+        if self._owns_worker:
+            self._worker.stop()
+
+
+def _build_processes(rule: Rule, specs: Sequence[ParameterSpec], optimizer: Any) -> tuple[Any, Any]:
+    """The aggregation process over all parameters and the finalizer over the trainable ones."""
+    import tensorflow_federated as tff
+
+    from covey_coordinator.aggregation.factory import RuleFactory
+
+    def tensors(chosen: list[ParameterSpec]) -> Any:
+        types = [(None, tff.TensorType(np.float32, spec.shape)) for spec in chosen]
+        return tff.types.StructWithPythonType(types, list)
+
+    aggregation = RuleFactory(rule).create(tensors(list(specs)), tff.TensorType(np.float32))
+    model_type = tff.types.StructWithPythonType(
+        [("trainable", tensors([spec for spec in specs if spec.trainable])), ("non_trainable", tensors([]))],
+        tff.learning.models.ModelWeights,
+    )
+    return aggregation, tff.learning.templates.build_apply_optimizer_finalizer(optimizer, model_type)

@@ -1,0 +1,113 @@
+"""The contract of an aggregation rule. No TensorFlow is imported here.
+
+A rule is a frozen value. Its mathematics is `step`, one traceable TensorFlow function of an (n, d) matrix; that one
+definition is what the TFF aggregator wraps and what the direct engine calls. Because both doors must give the same
+bits on different TensorFlow runtimes, a rule may use only operations whose result depends neither on the number of
+threads nor on the instruction set: `kernels` holds the ones that rules need (sums in a fixed order, exact Gram
+matrices), and its docstring says what to avoid.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, NamedTuple
+
+from covey_coordinator.records import Array
+from covey_protocol.errors import RuleError, UsageError
+
+MAX_DEVICES = 1 << 16  # far above any cohort; bounds the search in `least_devices`
+
+
+class Judgement(NamedTuple):
+    """What a rule says about one round.
+
+    aggregate: (d,) float32. accepted: (n,) bool, False where the device's update did not enter the aggregate (or, for
+    coordinate-wise rules, hardly did). scores: (n,) float32, finite, larger is more suspicious; each rule says what.
+    """
+
+    aggregate: Any
+    accepted: Any
+    scores: Any
+
+
+class Rule(ABC):
+    """One aggregation rule with its settings. Implementations are frozen dataclasses.
+
+    A stateless rule gives `name`, `num_byzantine`, `check`, `step` and `explain`. A rule with memory (momentum)
+    overrides `initial_state` and `advance` instead of `step` alone; engines and the TFF factory call only those two.
+    The state is a nest of tensors whose shapes and dtypes do not change.
+    """
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """The name in the registry."""
+
+    @property
+    @abstractmethod
+    def num_byzantine(self) -> int:
+        """f of the papers: how many devices of a round may send anything they like."""
+
+    @abstractmethod
+    def check(self, n: int) -> None:
+        """Raise RuleError unless the rule's guarantee holds for n updates. Must stay true when n grows."""
+
+    @abstractmethod
+    def step(self, updates: Any, num_examples: Any) -> Judgement:
+        """One round without memory, as one function that TensorFlow can trace without AutoGraph. No side effects.
+
+        updates: (n, d) float32, all finite. num_examples: (n,) float32, positive. n has passed `check`.
+        """
+
+    @abstractmethod
+    def explain(self, score: float, accepted_scores: Array, n: int) -> str:
+        """One sentence why a device with this score was not accepted among n devices."""
+
+    def initial_state(self, d: int) -> Any:
+        """State before the first round, for updates of d numbers. Empty for stateless rules."""
+        del d
+        return ()
+
+    def advance(self, state: Any, updates: Any, num_examples: Any) -> tuple[Any, Judgement]:
+        """One round: the state it leaves and the judgement."""
+        return state, self.step(updates, num_examples)
+
+
+def require_devices(rule: Rule, n: int, least: int, because: str) -> None:
+    """Raise RuleError unless 0 <= f and n >= least. because: the inequality, as the paper writes it."""
+    f = rule.num_byzantine
+    if f < 0:
+        raise RuleError(f"{rule.name} with num_byzantine = {f}", "set num_byzantine to 0 or more")
+    if n < max(least, 1):
+        raise RuleError(
+            f"{rule.name} needs {because}: {n} updates do not bear num_byzantine = {f}",
+            f"wait for at least {max(least, 1)} usable updates, or lower num_byzantine",
+        )
+
+
+def least_devices(rule: Rule) -> int:
+    """The smallest n that passes `rule.check`. Raises the check's own RuleError if no n does."""
+    low, high = 0, MAX_DEVICES  # check fails at low (no update at all), holds at high
+    rule.check(high)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if _bears(rule, middle) else (middle, high)
+    return high
+
+
+def _bears(rule: Rule, n: int) -> bool:
+    try:
+        rule.check(n)
+    except RuleError:
+        return False
+    return True
+
+
+def times_median(score: float, accepted_scores: Array) -> str:
+    """'8.2 times the median of the accepted' and its edge cases, for explanations."""
+    if len(accepted_scores) == 0:
+        raise UsageError("there are no accepted scores to compare with")
+    median = sorted(float(value) for value in accepted_scores)[len(accepted_scores) // 2]
+    if median <= 0.0:
+        return "while the median of the accepted is 0"
+    return f"{score / median:.3g} times the median of the accepted"

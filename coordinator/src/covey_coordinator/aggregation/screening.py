@@ -1,0 +1,155 @@
+"""What an update must pass before any rule sees it. Pure numpy; nothing here raises because of what a device sent.
+
+Refused, with a reason per device: wrong shape or dtype, values that are not finite or too large to square in float32,
+an update of zeros only, a copy of another device's update, and a num_examples that is not a positive finite number.
+What this does not do: judge whether values are plausible. That is the rules' work.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from covey_coordinator.records import Array
+from covey_protocol.errors import UsageError
+
+MAX_NUM_EXAMPLES = float(1 << 24)  # float32 counts exactly up to here; rules with weights cap far lower by the median
+MAX_NORM = 1e18  # squares must stay finite in float32 (below 1.8e19): adaptive optimizers keep them for ever
+FINGERPRINT_VALUES = 64  # sampled numbers of an update; only updates equal in these are hashed in full
+
+
+@dataclass(frozen=True)
+class Screened:
+    """The updates that may enter a rule, ordered by device id, and why the others may not.
+
+    updates: (n, d) float32. num_examples: (n,) float32, capped at MAX_NUM_EXAMPLES. device_ids: sorted. norms: of every
+    update that is a vector of numbers, refused ones too (may be inf or nan).
+    """
+
+    updates: Array
+    num_examples: Array
+    device_ids: tuple[str, ...]
+    reasons: dict[str, str] = field(default_factory=dict)
+    norms: dict[str, float] = field(default_factory=dict)
+
+
+def screen_updates(
+    updates: Sequence[Any] | Array,
+    num_examples: Sequence[Any] | Array,
+    device_ids: Sequence[str],
+    d: int,
+    *,
+    refuse_copies: bool = True,
+) -> Screened:
+    """Sort the updates by device id and take out those that no rule should see.
+
+    updates: one vector per device, or an (n, d) matrix. refuse_copies: take out updates that are bit-equal to another
+    device's; two honest devices practically never agree in every bit, one attacker with two identities does. The
+    copy of the smallest device id stays: the content is the same, so the aggregate does not depend on which stays, but
+    the device that is named need not be the one that copied.
+    """
+    _require_consistent(updates, num_examples, device_ids)
+    reasons: dict[str, str] = {}
+    norms: dict[str, float] = {}
+    usable: list[int] = []
+    for row in sorted(range(len(device_ids)), key=device_ids.__getitem__):
+        device_id = device_ids[row]
+        reason = _shape_fault(updates[row], d)
+        if not reason:
+            norms[device_id] = _norm(updates[row])
+            reason = _value_fault(updates[row], norms[device_id]) or _count_fault(num_examples[row])
+        if reason:
+            reasons[device_id] = reason
+        else:
+            usable.append(row)
+    if refuse_copies:
+        usable = _first_of_copies(updates, device_ids, usable, reasons)
+    counts = np.minimum(np.array([num_examples[row] for row in usable], np.float64), MAX_NUM_EXAMPLES)
+    return Screened(
+        updates=_rows(updates, usable, d),
+        num_examples=counts.astype(np.float32),
+        device_ids=tuple(device_ids[row] for row in usable),
+        reasons=reasons,
+        norms=norms,
+    )
+
+
+def _require_consistent(updates: Any, num_examples: Any, device_ids: Sequence[str]) -> None:
+    if not len(updates) == len(num_examples) == len(device_ids):
+        raise UsageError(f"{len(updates)} updates, {len(num_examples)} num_examples, {len(device_ids)} device ids")
+    if len(set(device_ids)) != len(device_ids):
+        raise UsageError("a device id occurs twice in one round")
+
+
+def _shape_fault(update: Any, d: int) -> str:
+    if not isinstance(update, np.ndarray):
+        return f"update is not an array but {type(update).__name__}"
+    if update.dtype != np.float32:
+        return f"update has dtype {update.dtype} instead of float32"
+    if update.shape != (d,):
+        return f"update has shape {update.shape} instead of ({d},)"
+    return ""
+
+
+def _norm(update: Array) -> float:
+    """Euclidean norm; nan or inf exactly where a value is."""
+    square = float(np.dot(update, update))
+    if np.isfinite(square):
+        return float(np.sqrt(square))
+    with np.errstate(invalid="ignore"):
+        return float(np.linalg.norm(update.astype(np.float64)))
+
+
+def _value_fault(update: Array, norm: float) -> str:
+    if not np.isfinite(norm):
+        bad = int(np.count_nonzero(~np.isfinite(update)))
+        return f"update holds {bad} values that are not finite (NaN or infinity)"
+    if norm > MAX_NORM:
+        return f"update has norm {norm:.1e}, beyond what float32 can square"
+    if norm == 0 and not update.any():  # the norm alone can underflow
+        return "update is all zeros: the device did not train"
+    return ""
+
+
+def _count_fault(num_examples: Any) -> str:
+    try:
+        count = float(num_examples)
+    except (TypeError, ValueError, OverflowError):
+        return f"num_examples is {num_examples!r}, not a number"
+    if not (np.isfinite(count) and count > 0):
+        return f"num_examples is {count:g}, not a positive finite number"
+    return ""
+
+
+def _first_of_copies(updates: Any, device_ids: Sequence[str], usable: list[int], reasons: dict[str, str]) -> list[int]:
+    """The rows of `usable` without later bit-equal copies; writes a reason for each copy."""
+    alike: dict[bytes, list[int]] = {}
+    for row in usable:
+        alike.setdefault(_fingerprint(updates[row]), []).append(row)
+    for rows in alike.values():
+        first: dict[bytes, str] = {}
+        for row in rows if len(rows) > 1 else ():
+            digest = hashlib.blake2b(np.ascontiguousarray(updates[row]).data).digest()
+            original = first.setdefault(digest, device_ids[row])
+            if original != device_ids[row]:
+                reasons[device_ids[row]] = f"update is bit-equal to that of {original}"
+    return [row for row in usable if device_ids[row] not in reasons]
+
+
+def _fingerprint(update: Array) -> bytes:
+    step = max(1, len(update) // FINGERPRINT_VALUES)
+    return update[::step].tobytes()
+
+
+def _rows(updates: Any, rows: list[int], d: int) -> Array:
+    """The chosen rows as one matrix; without a copy where that is all of a matrix in order."""
+    if isinstance(updates, np.ndarray) and rows == list(range(len(updates))):
+        return updates
+    matrix = np.empty((len(rows), d), np.float32)
+    for place, row in enumerate(rows):
+        matrix[place] = updates[row]
+    return matrix

@@ -1,0 +1,169 @@
+"""`covey serve`: a coordinator for a real fleet, from one TOML file. docs/coordinator.md lists every setting.
+
+Runs the asked number of rounds and keeps a checkpoint of each; started again, it goes on after the newest readable one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import numpy.typing as npt
+from msgspec import Meta, Struct
+
+from covey_coordinator.aggregation.engines import make_engine
+from covey_coordinator.aggregation.registry import make_rule
+from covey_coordinator.coordinator import Coordinator, RoundResult, Timing
+from covey_coordinator.fleet import Fleet, roster_from
+from covey_coordinator.records import ACCEPTED
+from covey_coordinator.store import RunStore
+from covey_edge.config import BrokerSettings, NotNegative, Positive, read_broker, read_toml
+from covey_edge.runtime import Model
+from covey_protocol.bundle import read_bundle
+from covey_protocol.errors import ConfigError
+from covey_protocol.messages import DEFAULT_CHUNK_BYTES, MAX_CHUNK_BYTES, TrainingPlan
+from covey_protocol.seals import SealingKey
+from covey_protocol.topics import check_name
+
+AtLeastOne = Annotated[int, Meta(ge=1)]
+
+
+class RuleSettings(Struct, frozen=True, forbid_unknown_fields=True):
+    """name: of the rule (docs/rules.md). num_byzantine: the papers' f. settings: what that rule takes beside it."""
+
+    name: str = "multi-krum"
+    num_byzantine: Annotated[int, Meta(ge=0)] = 0
+    settings: dict[str, Any] = {}
+
+
+class ServerSettings(Struct, frozen=True, forbid_unknown_fields=True):
+    engine: str = "direct"
+    optimizer: str = "sgd"
+    learning_rate: Positive = 1.0
+
+
+class TrainingSettings(Struct, frozen=True, forbid_unknown_fields=True):
+    epochs: AtLeastOne = 1
+    learning_rate: Positive = 0.1
+    seed: Annotated[int, Meta(ge=0)] = 0
+
+
+class RoundSettings(Struct, frozen=True, forbid_unknown_fields=True):
+    """devices: how many must be online before a round starts. quorum: fewest updates that may be aggregated."""
+
+    devices: AtLeastOne
+    quorum: AtLeastOne
+    duration_s: Positive = 600.0
+    answer_s: Positive = 20.0
+    grace_s: NotNegative = 3.0
+    wait_s: Positive = 3600.0
+    pause_s: NotNegative = 0.0
+
+
+class CoordinatorConfig(Struct, frozen=True, forbid_unknown_fields=True):
+    fleet: str
+    run: str
+    bundle: str
+    key_file: str
+    rounds: AtLeastOne
+    broker: BrokerSettings
+    devices: dict[str, str]
+    round: RoundSettings
+    rule: RuleSettings = RuleSettings()
+    server: ServerSettings = ServerSettings()
+    training: TrainingSettings = TrainingSettings()
+    runs_dir: str = "runs"
+    chunk_bytes: Annotated[int, Meta(ge=1024, le=MAX_CHUNK_BYTES)] = DEFAULT_CHUNK_BYTES
+
+
+def serve(path: Path, say: Callable[[str], None]) -> None:
+    """Run a coordinator as its file says. Raises the errors of covey_protocol.errors."""
+    config = read_toml(path, CoordinatorConfig)
+    check_name(config.run, "run")
+    if config.round.quorum > config.round.devices:
+        raise ConfigError(
+            f"{path}: a quorum of {config.round.quorum} needs round.devices of as many", "lower the quorum"
+        )
+    folder = path.parent
+    key = SealingKey.from_pem(_read(folder / config.key_file), config.key_file)
+    data = _read(folder / config.bundle)
+    bundle = read_bundle(data, key.public)
+    rule = make_rule(config.rule.name, config.rule.num_byzantine, **config.rule.settings)
+    rule.check(config.round.quorum)
+    store = RunStore(folder / config.runs_dir / config.run)
+    parameters, done = _resume(store, config.run, Model(bundle).parameters(), say)
+    with contextlib.ExitStack() as stack:
+        engine = make_engine(
+            config.server.engine,
+            rule,
+            bundle.manifest.parameters,
+            config.server.optimizer,
+            config.server.learning_rate,
+        )
+        stack.callback(engine.close)
+        roster = roster_from(config.devices)
+        broker = read_broker(config.broker, folder)
+        fleet = Fleet(broker, config.fleet, key, roster, chunk_bytes=config.chunk_bytes)
+        fleet.connect()
+        stack.callback(fleet.close)
+        say(f"{config.fleet}: connected to {broker}, waiting for {config.round.devices} devices")
+        coordinator = Coordinator(fleet, store)
+        for number in range(done + 1, config.rounds + 1):
+            online = coordinator.wait_for(config.round.devices, config.round.wait_s)
+            result = coordinator.run_round(
+                run_id=config.run,
+                number=number,
+                bundle=data,
+                parameters=parameters,
+                plan=_plan(config.training, number),
+                device_ids=online,
+                quorum=config.round.quorum,
+                engine=engine,
+                timing=Timing(config.round.duration_s, config.round.answer_s, config.round.grace_s),
+            )
+            parameters = result.parameters
+            store.save_checkpoint(config.run, number, parameters)
+            for line in _lines(number, config.rounds, result):
+                say(line)
+            time.sleep(config.round.pause_s if number < config.rounds else 0)
+    say(f"checkpoints: {store.checkpoints(config.run)}")
+
+
+def _plan(training: TrainingSettings, number: int) -> TrainingPlan:
+    return TrainingPlan(
+        epochs=training.epochs,
+        learning_rate=training.learning_rate,
+        shuffle_seed=training.seed * 1_000_003 + number,
+    )
+
+
+def _resume(
+    store: RunStore, run: str, initial: npt.NDArray[np.float32], say: Callable[[str], None]
+) -> tuple[npt.NDArray[np.float32], int]:
+    """The newest readable checkpoint and its round, or the bundle's own parameters and 0."""
+    found = store.newest_checkpoint(run, len(initial))
+    if found is None:
+        return initial, 0
+    number, parameters = found
+    say(f"going on after round {number}")
+    return parameters, number
+
+
+def _lines(number: int, rounds: int, result: RoundResult) -> list[str]:
+    used = sum(verdict.status == ACCEPTED for verdict in result.verdicts)
+    losses = [offer.metrics["training_loss"] for offer in result.offers.values() if "training_loss" in offer.metrics]
+    loss = f", median training loss {np.median(losses):.4f}" if losses else ""
+    head = f"round {number}/{rounds} {result.outcome}: {used} of {len(result.verdicts)} updates{loss}"
+    reasons = [f"  {v.device_id} {v.status}: {v.reason}" for v in result.verdicts if v.status != ACCEPTED]
+    return [f"{head}{f' ({result.reason})' if result.reason else ''}", *reasons]
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as exc:
+        raise ConfigError(f"{path} cannot be read ({exc.strerror})", "check the path and the permissions") from exc

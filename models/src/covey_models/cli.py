@@ -1,0 +1,133 @@
+"""`covey export`: a user's Keras model in a Python file becomes a .covey file.
+
+Importing this file imports nothing heavy: `covey --help` on a desktop must not wait for TensorFlow.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Optional
+
+import click
+
+from covey_protocol.errors import ConfigError, StorageError
+
+if TYPE_CHECKING:
+    from covey_protocol.seals import SealingKey
+
+
+@click.command("export")
+@click.argument("source", metavar="MODULE.py:FUNCTION")
+@click.option("-o", "--output", required=True, type=click.Path(dir_okay=False, path_type=Path), help="File to write.")
+@click.option("--name", help="Name of the model; the function's name if left out.")
+@click.option("--batch", default=16, show_default=True, help="Examples per training step (fixed in the bundle).")
+@click.option(
+    "--loss",
+    default="sparse_categorical_crossentropy",
+    show_default=True,
+    help="Or binary_crossentropy (one logit), or mean_squared_error (one value).",
+)
+@click.option("--input-range", nargs=2, type=float, metavar="LO HI", help="Bounds of every input number.")
+@click.option("--classes", type=int, help="How many classes; checked against the model.")
+@click.option(
+    "--key", type=click.Path(dir_okay=False, path_type=Path), help="PEM file of the key that seals the bundle."
+)
+@click.option("--seed", default=0, show_default=True, help="Of the data the bundle proves itself on.")
+def export_command(
+    source: str,
+    output: Path,
+    name: Optional[str],
+    batch: int,
+    loss: str,
+    input_range: Optional[tuple[float, float]],
+    classes: Optional[int],
+    key: Optional[Path],
+    seed: int,
+) -> None:
+    """Export a Keras model as a training bundle.
+
+    FUNCTION in MODULE.py takes no arguments and returns a built Keras model that ends in logits. The bundle proves
+    itself against TensorFlow before it is written; if it fails, nothing is written.
+    """
+    from covey_models.export import export
+    from covey_protocol.bundle import read_bundle
+
+    sealing = None if key is None else _read_key(key)
+    build = _function(source)
+    model = _built(build, source)
+    data = export(
+        model,
+        name=name or source.rpartition(":")[2],
+        loss=loss,
+        batch_size=batch,
+        input_range=input_range,
+        num_classes=classes,
+        key=sealing,
+        seed=seed,
+    )
+    _write(output, data)
+    manifest = read_bundle(data).manifest
+    assert manifest.proof is not None  # export always fills it in
+    click.echo(
+        f"{output}: {manifest.dimension} parameters, {len(data)} bytes, "
+        f"{'sealed' if sealing else 'not sealed'}, equal to TensorFlow within {manifest.proof.max_abs_error:.1e} "
+        f"after {manifest.proof.steps} steps in {manifest.proof.runtime}"
+    )
+
+
+def _function(source: str) -> Any:
+    """The function that MODULE.py:FUNCTION names. Runs the user's file."""
+    import runpy
+
+    path, separator, function = source.rpartition(":")
+    if not separator or not path.endswith(".py"):
+        raise ConfigError(f"{source!r} does not name a function", "write it as MODULE.py:FUNCTION")
+    if not Path(path).is_file():
+        raise ConfigError(f"there is no file {path}", "check the path")
+    from covey_models._tensorflow import import_tensorflow
+
+    import_tensorflow()  # first and quietly, before the user's own import
+    try:
+        names = runpy.run_path(path)
+    except Exception as exc:  # whatever the user's code raises
+        raise ConfigError(f"{path} fails with {type(exc).__name__}: {exc}", "run it in Python to see where") from exc
+    if not callable(names.get(function)):
+        raise ConfigError(f"{path} has no function {function!r}", "name the function that builds the model")
+    return names[function]
+
+
+def _built(build: Any, source: str) -> Any:
+    try:
+        return build()
+    except Exception as exc:  # whatever the user's code raises
+        raise ConfigError(f"{source} fails with {type(exc).__name__}: {exc}", "call it in Python to see where") from exc
+
+
+def _read_key(path: Path) -> SealingKey:
+    from covey_protocol.seals import SealingKey
+
+    try:
+        pem = path.read_bytes()
+    except OSError as exc:
+        raise ConfigError(f"the key {path} cannot be read ({exc.strerror})", "check the path") from exc
+    return SealingKey.from_pem(pem, str(path))
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Atomically: readers see the old file or the new one, never half of it."""
+    import os
+    import tempfile
+
+    temporary = None
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            temporary = Path(file.name)
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    except OSError as exc:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+        raise StorageError(f"{path} cannot be written ({exc.strerror})", "check the folder and its free space") from exc

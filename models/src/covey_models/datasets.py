@@ -1,0 +1,221 @@
+"""Labelled data for simulations, demonstrations and devices: two that scikit-learn carries, and the user's own .npz.
+
+Everything is checked on the way in, because out-of-range labels and NaNs train silently to nonsense on a device. No
+TensorFlow here, and nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Union
+
+import numpy as np
+
+from covey_protocol.errors import ConfigError, DataError, MachineError
+
+Array = np.ndarray[Any, Any]
+
+STANDARD_DEVIATIONS = 5.0  # standardised features are clipped to this many: a bounded range that devices can check
+LARGEST_PIXEL = 255
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Examples and their classes.
+
+    x: (n, *shape) float32, all finite, within input_range. y: (n,) int32 in 0 .. len(class_names) - 1.
+    feature_names: one per number of a flat example, empty for images. input_range: inclusive bounds of all of x.
+    """
+
+    name: str
+    x: Array
+    y: Array
+    class_names: tuple[str, ...]
+    feature_names: tuple[str, ...]
+    input_range: tuple[float, float]
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        return tuple(self.x.shape[1:])
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def take(self, indices: Array) -> Dataset:
+        """The examples at these places, in this order."""
+        return replace(self, x=self.x[indices], y=self.y[indices])
+
+
+def digits() -> Dataset:
+    """1797 handwritten digits, 8x8x1, scaled from 0..16 to [0, 1] (UCI, through scikit-learn)."""
+    raw = _scikit_learn().load_digits()
+    x = (raw.images[..., None] / 16.0).astype(np.float32)
+    names = tuple(str(name) for name in raw.target_names)
+    return Dataset("digits", x, raw.target.astype(np.int32), names, (), (0.0, 1.0))
+
+
+def breast_cancer() -> Dataset:
+    """569 tumours, 30 features, malignant or benign (Wisconsin diagnostic, through scikit-learn).
+
+    Each feature is standardised with the mean and standard deviation of the whole set, then clipped to [-5, 5] (the
+    few numbers beyond are outliers of up to 12). A test split therefore knows the training split's scale.
+    """
+    raw = _scikit_learn().load_breast_cancer()
+    standardised = (raw.data - raw.data.mean(0)) / raw.data.std(0)
+    x = standardised.clip(-STANDARD_DEVIATIONS, STANDARD_DEVIATIONS).astype(np.float32)
+    names, features = (tuple(str(name) for name in group) for group in (raw.target_names, raw.feature_names))
+    bounds = (-STANDARD_DEVIATIONS, STANDARD_DEVIATIONS)
+    return Dataset("breast-cancer", x, raw.target.astype(np.int32), names, features, bounds)
+
+
+def _scikit_learn() -> Any:
+    try:
+        from sklearn import datasets
+    except ImportError as exc:
+        raise MachineError("scikit-learn is not installed", "install covey-models with its dependencies") from exc
+    return datasets
+
+
+BUILT_IN: dict[str, Callable[[], Dataset]] = {"digits": digits, "breast-cancer": breast_cancer}
+
+
+def load(name: Union[str, Path]) -> Dataset:
+    """A built-in data set by name, or the user's own from a path that ends in .npz (see `load_npz`)."""
+    if str(name) in BUILT_IN:
+        return BUILT_IN[str(name)]()
+    if str(name).endswith(".npz"):
+        return load_npz(Path(name))
+    raise DataError(f"there is no data set {str(name)!r}", f"choose one of {', '.join(BUILT_IN)} or give a .npz file")
+
+
+def load_npz(path: Path) -> Dataset:
+    """A user's own data: arrays x and y (or x_train and y_train; anything else in the file is ignored).
+
+    x: (n, *shape), one example per row. Integers must lie in 0..255, are scaled to [0, 1], and get a channel axis
+    where they are (n, height, width); floats stay as they are, and input_range is what occurs ([0, 1] if within).
+    y: (n,) or (n, 1), classes numbered from 0. class_names and feature_names may be arrays of text.
+    """
+    arrays = _arrays(path)
+    x_name, y_name = _names(path, arrays)
+    y = _labels(path, y_name, arrays[y_name])
+    x, bounds = _examples(path, x_name, arrays[x_name])
+    if len(x) != len(y):
+        raise DataError(f"{path}: {x_name} has {len(x)} examples, {y_name} has {len(y)}", "give one label per example")
+    if len(y) < 2 or len(np.unique(y)) < 2:
+        raise DataError(
+            f"{path} holds {len(y)} examples of {len(np.unique(y))} classes",
+            "give at least two examples of two classes",
+        )
+    if y.max() >= max(len(y), 2):
+        raise DataError(f"{path}: {y_name} holds class {y.max()}, with {len(y)} examples", "number the classes from 0")
+    class_names = _texts(path, arrays, "class_names", int(y.max()) + 1)
+    features = _texts(path, arrays, "feature_names", x.shape[1]) if x.ndim == 2 and "feature_names" in arrays else ()
+    return Dataset(path.stem, x, y, class_names, features, bounds)
+
+
+def _arrays(path: Path) -> dict[str, Array]:
+    """All arrays of an .npz file. Pickled objects are never loaded: they would run code."""
+    remedy = "write it with numpy.savez(path, x=..., y=...) from plain arrays of numbers"
+    try:
+        with path.open("rb") as file:  # numpy leaves a file open that it opened itself and could not read
+            archive = np.load(file, allow_pickle=False)
+            if isinstance(archive, np.lib.npyio.NpzFile):
+                return {name: archive[name] for name in archive.files}
+    except FileNotFoundError as exc:
+        raise DataError(f"there is no file {path}", "check the path") from exc
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, NotImplementedError) as exc:
+        raise DataError(f"{path} cannot be read as an .npz archive ({exc})", remedy) from exc
+    raise DataError(f"{path} is not an .npz archive", remedy)
+
+
+def _names(path: Path, arrays: dict[str, Array]) -> tuple[str, str]:
+    for x_name, y_name in (("x", "y"), ("x_train", "y_train")):
+        if x_name in arrays and y_name in arrays:
+            return x_name, y_name
+    held = ", ".join(sorted(arrays)) or "nothing"
+    raise DataError(f"{path} holds {held[:200]}, but not x and y", "name the arrays x and y (or x_train and y_train)")
+
+
+def _examples(path: Path, name: str, x: Array) -> tuple[Array, tuple[float, float]]:
+    if x.ndim < 2 or 0 in x.shape[1:]:
+        raise DataError(f"{path}: {name} has shape {x.shape}", "give one row of numbers per example")
+    if x.dtype.kind in "bui":
+        return _scaled(path, name, x), (0.0, 1.0)
+    if x.dtype.kind != "f":
+        raise DataError(f"{path}: {name} holds {x.dtype}, not numbers", "convert it to float32 or uint8")
+    with np.errstate(over="ignore"):  # too large for float32 becomes infinite and is refused here
+        x = x.astype(np.float32)
+    broken = ~np.isfinite(x).all(tuple(range(1, x.ndim)))
+    if broken.any():
+        raise DataError(
+            f"{path}: {int((~np.isfinite(x)).sum())} numbers of {name} are NaN or infinite, the first in row "
+            f"{int(broken.argmax())}",
+            "remove or fill in those examples",
+        )
+    low, high = (float(x.min()), float(x.max())) if len(x) else (0.0, 1.0)
+    if low >= 0.0 and high <= 1.0:
+        return x, (0.0, 1.0)
+    return x, (low, high if high > low else low + 1.0)
+
+
+def _scaled(path: Path, name: str, x: Array) -> Array:
+    if len(x) and (int(x.min()) < 0 or int(x.max()) > LARGEST_PIXEL):
+        raise DataError(
+            f"{path}: {name} holds integers from {x.min()} to {x.max()}; 0 to {LARGEST_PIXEL} are read as pixels",
+            "convert other quantities to float32",
+        )
+    scaled = x.astype(np.float32) / (1 if x.dtype.kind == "b" else LARGEST_PIXEL)
+    return scaled[..., None] if x.ndim == 3 else scaled
+
+
+def _labels(path: Path, name: str, y: Array) -> Array:
+    remedy = "give one class number per example, counted from 0"
+    if y.ndim == 2 and y.shape[1] == 1:
+        y = y[:, 0]
+    if y.ndim != 1:
+        raise DataError(f"{path}: {name} has shape {y.shape}, not (examples,)", remedy)
+    if y.dtype.kind not in "buif":
+        raise DataError(f"{path}: {name} holds {y.dtype}, not numbers", remedy)
+    wrong = ~((y >= 0) & (y < 2**31)) if y.dtype.kind != "f" else ~((y >= 0) & (y < 2**31) & (np.mod(y, 1) == 0))
+    if wrong.any():
+        first = int(wrong.argmax())
+        raise DataError(f"{path}: label {y[first]} in row {first} of {name} is not a class number", remedy)
+    return y.astype(np.int32)
+
+
+def _texts(path: Path, arrays: dict[str, Array], name: str, count: int) -> tuple[str, ...]:
+    """Optional names; numbers where there are none."""
+    if name not in arrays:
+        return tuple(str(number) for number in range(count))
+    texts = tuple(str(text) for text in np.ravel(arrays[name]))
+    if len(texts) < count:
+        raise DataError(
+            f"{path}: {name} has {len(texts)} entries, {count} are needed", "give one each, or leave it out"
+        )
+    return texts
+
+
+def split(dataset: Dataset, test_fraction: float, seed: int) -> tuple[Dataset, Dataset]:
+    """(train, test), shuffled, with about test_fraction of every class in the test part.
+
+    Each class keeps at least one example on either side if it has two.
+    """
+    if not 0.0 < test_fraction < 1.0:
+        raise ConfigError(f"the test fraction is {test_fraction}", "give a number between 0 and 1")
+    random = np.random.default_rng(seed)
+    train, test = [], []
+    for label in np.unique(dataset.y):
+        places = random.permutation(np.flatnonzero(dataset.y == label))
+        count = min(max(round(test_fraction * len(places)), 1), len(places) - 1)
+        test.append(places[:count])
+        train.append(places[count:])
+    train_part, test_part = (dataset.take(random.permutation(np.concatenate(part))) for part in (train, test))
+    return train_part, test_part

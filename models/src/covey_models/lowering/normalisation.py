@@ -1,0 +1,112 @@
+"""Batch normalisation (layer and group normalisation reach TensorFlow as the same op) and sums over examples."""
+
+from __future__ import annotations
+
+import math
+
+from covey_models._tensorflow import import_tensorflow
+from covey_models.lowering.formulations import column_sum, static
+from covey_models.lowering.registry import Node, Tensor, lowers
+
+tf = import_tensorflow()
+
+
+@lowers("FusedBatchNormV3")
+def batch_norm(
+    node: Node, x: Tensor, scale: Tensor, offset: Tensor, mean: Tensor, variance: Tensor
+) -> tuple[Tensor, ...]:
+    """Outputs: y, new moving mean, new moving variance, batch mean, batch variance, and one nobody reads."""
+    if node.attribute("data_format") == "NCHW":
+        y, *rest = _batch_norm(node, _channels_last(x), scale, offset, mean, variance)
+        return (_channels_first(y), *rest)
+    return _batch_norm(node, x, scale, offset, mean, variance)
+
+
+def _batch_norm(
+    node: Node, x: Tensor, scale: Tensor, offset: Tensor, mean: Tensor, variance: Tensor
+) -> tuple[Tensor, ...]:
+    epsilon = node.attribute("epsilon")
+    if not node.attribute("is_training"):
+        factor = scale * tf.math.rsqrt(variance + epsilon)
+        return x * factor + (offset - mean * factor), mean, variance, mean, variance, mean
+    rows = tf.reshape(x, [-1, x.shape[-1]])
+    count = rows.shape[0]
+    batch_mean = column_sum(rows) * (1.0 / count)
+    centred = rows - batch_mean
+    batch_variance = column_sum(centred * centred) * (1.0 / count)
+    y = centred * (scale * tf.math.rsqrt(batch_variance + epsilon)) + offset
+    unbiased = batch_variance * (count / max(count - 1, 1))
+    new_mean, new_variance = _moved(node, mean, variance, batch_mean, unbiased)
+    return tf.reshape(y, x.shape), new_mean, new_variance, batch_mean, batch_variance, batch_mean
+
+
+def _moved(
+    node: Node, mean: Tensor, variance: Tensor, batch_mean: Tensor, batch_variance: Tensor
+) -> tuple[Tensor, Tensor]:
+    share = node.attribute("exponential_avg_factor")
+    if share == 1.0:
+        return batch_mean, batch_variance
+    return (1.0 - share) * mean + share * batch_mean, (1.0 - share) * variance + share * batch_variance
+
+
+@lowers("FusedBatchNormGradV3")
+def batch_norm_gradient(
+    node: Node, dy: Tensor, x: Tensor, scale: Tensor, mean: Tensor, variance: Tensor, _unused: Tensor
+) -> tuple[Tensor, ...]:
+    if node.attribute("data_format") == "NCHW":
+        dx, *rest = _batch_norm_gradient(node, _channels_last(dy), _channels_last(x), scale, mean, variance)
+        return (_channels_first(dx), *rest)
+    return _batch_norm_gradient(node, dy, x, scale, mean, variance)
+
+
+def _batch_norm_gradient(
+    node: Node, dy: Tensor, x: Tensor, scale: Tensor, mean: Tensor, variance: Tensor
+) -> tuple[Tensor, ...]:
+    rows, slopes = (tf.reshape(tensor, [-1, x.shape[-1]]) for tensor in (x, dy))
+    count = rows.shape[0]
+    inverse = tf.math.rsqrt(variance + node.attribute("epsilon"))
+    normalised = (rows - mean) * inverse
+    d_offset = column_sum(slopes)
+    d_scale = column_sum(slopes * normalised)
+    if node.attribute("is_training"):
+        slopes = slopes - d_offset * (1.0 / count) - normalised * (d_scale * (1.0 / count))
+    return tf.reshape(slopes * (scale * inverse), x.shape), d_scale, d_offset, mean, mean
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return tf.transpose(x, [0, 2, 3, 1])
+
+
+def _channels_first(x: Tensor) -> Tensor:
+    return tf.transpose(x, [0, 3, 1, 2])
+
+
+@lowers("Sum")
+def sum_(node: Node, x: Tensor, axes: Tensor) -> Tensor:
+    keep = node.attribute("keep_dims")
+    if not _sums_examples(x, axes):
+        return tf.reduce_sum(x, static(axes), keepdims=keep)
+    shape = [1 if axis in _positive(x, axes) else size for axis, size in enumerate(x.shape)]
+    total = column_sum(tf.reshape(x, [_rows(x, axes), -1]))
+    return tf.reshape(total, shape if keep else x.shape[len(_positive(x, axes)) :])
+
+
+@lowers("Mean")
+def mean_(node: Node, x: Tensor, axes: Tensor) -> Tensor:
+    if not _sums_examples(x, axes):
+        return tf.reduce_mean(x, static(axes), keepdims=node.attribute("keep_dims"))
+    return sum_(node, x, axes) * (1.0 / _rows(x, axes))
+
+
+def _positive(x: Tensor, axes: Tensor) -> list[int]:
+    return sorted({axis % x.shape.rank for axis in static(axes)}) if x.shape.rank else []
+
+
+def _rows(x: Tensor, axes: Tensor) -> int:
+    return math.prod(int(x.shape[axis]) for axis in _positive(x, axes))
+
+
+def _sums_examples(x: Tensor, axes: Tensor) -> bool:
+    """Whether leading axes of float numbers are summed, and others are left: then two stages are more precise."""
+    summed = _positive(x, axes)
+    return x.dtype == tf.float32 and summed == list(range(len(summed))) and 0 < len(summed) < x.shape.rank

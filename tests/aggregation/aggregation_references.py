@@ -1,0 +1,97 @@
+"""Independent references of the rules: plain numpy in float64, one obvious loop each. Only for tests."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from covey_coordinator.aggregation.registry import make_rule
+from covey_coordinator.aggregation.rules import Judgement, Rule
+
+# Rules as the tables of the tests run them: name -> f such that n = 7 bears it.
+ALL_RULES = {"mean": 0, "median": 2, "trimmed-mean": 2, "multi-krum": 2, "krum": 2}
+
+
+def rules() -> dict[str, Rule]:
+    return {name: make_rule(name, f) for name, f in ALL_RULES.items()}
+
+
+_traced: dict[Rule, Any] = {}
+
+
+def judge(rule: Rule, updates: Any, num_examples: Any = None) -> Judgement:
+    """The rule through the direct door, numpy in and out. Traced once per rule."""
+    updates = np.asarray(updates, np.float32)
+    counts = np.ones(len(updates), np.float32) if num_examples is None else np.asarray(num_examples, np.float32)
+    if rule not in _traced:
+        signature = (tf.TensorSpec([None, None], tf.float32), tf.TensorSpec([None], tf.float32))
+        _traced[rule] = tf.function(rule.step, input_signature=signature, autograph=False)
+    return Judgement(*(tensor.numpy() for tensor in _traced[rule](tf.constant(updates), tf.constant(counts))))
+
+
+def mean(updates: np.ndarray, num_examples: np.ndarray, cap_ratio: float = 10.0) -> np.ndarray:
+    weights = np.minimum(num_examples.astype(np.float64), cap_ratio * np.median(num_examples))
+    return np.average(updates.astype(np.float64), axis=0, weights=weights)
+
+
+def median(updates: np.ndarray) -> np.ndarray:
+    return np.median(updates.astype(np.float64), axis=0)
+
+
+def trimmed_mean(updates: np.ndarray, f: int) -> np.ndarray:
+    ordered = np.sort(updates.astype(np.float64), axis=0)
+    return ordered[f : len(ordered) - f].mean(axis=0)
+
+
+def trimmed_shares(updates: np.ndarray, cut: int) -> np.ndarray:
+    ordered = np.sort(updates, axis=0)
+    outside = (updates < ordered[cut]) | (updates > ordered[len(updates) - 1 - cut])
+    return outside.mean(axis=1)
+
+
+def krum_scores(updates: np.ndarray, f: int) -> np.ndarray:
+    rows = updates.astype(np.float64)
+    scores = []
+    for i, row in enumerate(rows):
+        distances = sorted(float(np.sum((row - other) ** 2)) for j, other in enumerate(rows) if j != i)
+        scores.append(sum(distances[: len(rows) - f - 2]))
+    return np.array(scores)
+
+
+def krum_selection(updates: np.ndarray, f: int, m: int) -> list[int]:
+    """The m smallest scores; ties to the smaller index."""
+    scores = krum_scores(updates, f)
+    return sorted(sorted(range(len(scores)), key=lambda row: (scores[row], row))[:m])
+
+
+def bits(values: Any) -> bytes:
+    return np.ascontiguousarray(values).tobytes()
+
+
+def noisy(seed: int, n: int, d: int, spread: float = 1.0, hostile: int = 0, size: float = 100.0) -> np.ndarray:
+    """n updates around a common vector of size 1; the first `hostile` ones far away on one side."""
+    generator = np.random.default_rng(seed)
+    updates = generator.standard_normal(d) + spread * generator.standard_normal((n, d))
+    updates[:hostile] += size
+    return updates.astype(np.float32)
+
+
+def hostile_inputs(seed: int, n: int, d: int) -> tuple[np.ndarray, np.ndarray]:
+    """Updates at some relative spread, one of them of quite another size, and example counts of all sizes."""
+    generator = np.random.default_rng(seed)
+    updates = noisy(seed, n, d, spread=10.0 ** -generator.uniform(0, 5))
+    updates[generator.integers(n)] *= np.float32(10.0 ** generator.uniform(-20, 20))
+    return updates, np.exp(generator.uniform(0, 15, n)).astype(np.float32)
+
+
+def digest_of_all_rules() -> str:
+    """One digest over every rule's answers on some inputs."""
+    digest = hashlib.sha256()
+    for rule in rules().values():
+        for seed, (n, d) in enumerate([(7, 20000), (31, 9001)]):
+            for part in judge(rule, *hostile_inputs(seed, n, d)):
+                digest.update(bits(part))
+    return digest.hexdigest()

@@ -1,0 +1,105 @@
+"""The `covey` command: quick help, near names, one line and a documented code for every error."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from covey_protocol import errors
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def covey(*arguments: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "covey_edge", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=timeout)
+
+
+def test_help_lists_every_command_of_the_desktop() -> None:
+    ended = covey("--help")
+    assert ended.returncode == 0
+    for name in ("agent", "broker", "demo", "export", "provision", "serve"):
+        assert re.search(rf"^  {name} ", ended.stdout, re.MULTILINE), name
+    assert "not completely installed" not in ended.stdout
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("agent", "--help"), ("demo", "--help"), ("export", "--help")])
+def test_help_never_imports_what_is_heavy(arguments: tuple[str, ...]) -> None:
+    script = f"""
+import sys
+from covey_edge.cli import main
+try:
+    main({list(arguments)!r})
+except SystemExit:
+    pass
+print("HEAVY", sorted({{"tensorflow", "numpy", "sklearn", "paho", "matplotlib"}} & set(sys.modules)))
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert "HEAVY []" in ended.stdout
+
+
+def test_a_mistyped_command_names_the_nearest() -> None:
+    ended = covey("agnet")
+    assert ended.returncode == errors.EXIT_CONFIG
+    assert "agent" in ended.stderr
+
+
+def test_a_missing_configuration_is_one_line_with_the_documented_code() -> None:
+    ended = covey("agent", "--config", "/nonexistent/agent.toml")
+    assert ended.returncode == errors.EXIT_CONFIG
+    assert ended.stderr.count("\n") == 1
+    assert "/nonexistent/agent.toml" in ended.stderr
+
+
+def test_every_exit_code_is_documented_and_every_documented_code_exists() -> None:
+    codes = {value for name, value in vars(errors).items() if name.startswith("EXIT_")}
+    table = re.findall(r"^\| *(\d+) *\|", (ROOT / "docs" / "exit-codes.md").read_text(), re.MULTILINE)
+    assert {int(code) for code in table} == codes
+    assert len(table) == len(codes)
+
+
+def test_the_embedded_broker_says_that_its_port_is_taken(tmp_path: Path) -> None:
+    first = subprocess.Popen(
+        [sys.executable, "-m", "covey_edge", "broker", "run", "--port", "0"], stdout=subprocess.PIPE, text=True
+    )
+    assert first.stdout is not None
+    port = first.stdout.readline().strip().rpartition(":")[2]
+    try:
+        ended = covey("broker", "run", "--port", port)
+        assert ended.returncode == errors.EXIT_TRANSPORT
+        assert f"port {port} on 127.0.0.1 is in use" in ended.stderr
+        assert "Traceback" not in ended.stderr
+    finally:
+        first.terminate()
+        assert first.wait(10) == 0
+        first.stdout.close()
+
+
+def test_a_new_key_is_private_and_never_overwritten(tmp_path: Path) -> None:
+    path = tmp_path / "device.pem"
+    ended = covey("provision", "key", str(path))
+    assert re.fullmatch(r"[0-9a-f]{64}\n", ended.stdout)
+    assert path.stat().st_mode & 0o777 == 0o600
+    again = covey("provision", "key", str(path))
+    assert again.returncode == errors.EXIT_CONFIG
+    assert "exists" in again.stderr
+
+
+def test_an_interrupt_ends_the_broker_quietly() -> None:
+    broker = subprocess.Popen(
+        [sys.executable, "-m", "covey_edge", "broker", "run", "--port", "0"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert broker.stdout is not None
+    broker.stdout.readline()
+    time.sleep(0.2)
+    broker.send_signal(2)
+    _, error = broker.communicate(timeout=10)
+    assert "Traceback" not in error

@@ -1,0 +1,153 @@
+"""agent.toml is decoded strictly, files are written whole, the outbox and the cache keep what they promise."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from covey_edge.cache import KEEP, BlobCache
+from covey_edge.config import load_agent
+from covey_edge.files import write_atomic
+from covey_edge.mqtt import parse_broker
+from covey_edge.outbox import Entry, Outbox
+from covey_protocol.blobs import blob_ref
+from covey_protocol.errors import ConfigError, StorageError
+from covey_protocol.messages import Invitation, Offer, TrainingPlan
+from covey_protocol.seals import SealingKey
+
+KEY = SealingKey.from_seed(bytes(32))
+GOOD = f"""
+device_id = "kitchen-pi"
+fleet = "home"
+[broker]
+url = "mqtts://broker.local"
+username = "pi"
+password_file = "password"
+[identity]
+key_file = "device.pem"
+coordinator_key = "{KEY.public.hex()}"
+[data]
+path = "data.npz"
+"""
+
+
+def write(folder: Path, text: str) -> Path:
+    (folder / "device.pem").write_bytes(KEY.pem())
+    (folder / "password").write_text("secret\n")
+    path = folder / "agent.toml"
+    path.write_text(text)
+    return path
+
+
+def test_a_good_file_is_read_with_its_keys_and_paths(tmp_path: Path) -> None:
+    agent = load_agent(write(tmp_path, GOOD))
+    assert str(agent.broker) == "mqtts://broker.local:8883"
+    assert agent.broker.password == "secret"
+    assert agent.data_path == tmp_path / "data.npz"
+    assert agent.coordinator == KEY.public
+    assert "secret" not in repr(agent.broker)
+
+
+BAD = {
+    "a mistyped setting names the nearest": (GOOD.replace("fleet =", "fleat ="), "did you mean `fleet`"),
+    "a mistyped nested setting too": (GOOD.replace("url =", "ulr ="), "did you mean `url`"),
+    "a missing setting": (GOOD.replace('fleet = "home"', ""), "missing required field `fleet`"),
+    "a wrong type": (GOOD.replace('"home"', "3"), "Expected `str`"),
+    "a number out of bounds": (GOOD + "[training]\ntimeout_s = 0\n", "timeout_s"),
+    "noise without a clip norm": (GOOD + "[privacy]\nnoise_multiplier = 1.0\n", "needs clip_norm"),
+    "a device id that breaks topics": (GOOD.replace("kitchen-pi", "kitchen/pi"), "device_id"),
+    "not TOML": ("device_id = ", "not valid TOML"),
+    "an address that is none": (GOOD.replace("mqtts://broker.local", "http://broker"), "write mqtt://"),
+    "a coordinator key that is none": (GOOD.replace(KEY.public.hex(), "abc"), "not a public key"),
+    "a key file that is missing": (GOOD.replace("device.pem", "nokey.pem"), "nokey.pem cannot be read"),
+    "a password file that is missing": (GOOD.replace('"password"', '"nopass"'), "nopass cannot be read"),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_a_bad_file_is_refused_naming_the_thing(what: str, tmp_path: Path) -> None:
+    text, message = BAD[what]
+    with pytest.raises(ConfigError, match=message):
+        load_agent(write(tmp_path, text))
+
+
+def test_a_password_in_a_wrong_address_is_not_shown() -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_broker("http://pi:secret@host")
+    assert "secret" not in str(caught.value)
+
+
+def test_a_file_is_replaced_whole_and_leaves_no_temporary(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "file"
+    write_atomic(path, b"one")
+    write_atomic(path, b"two", mode=0o600)
+    assert path.read_bytes() == b"two"
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert [p.name for p in path.parent.iterdir()] == ["file"]
+
+
+def test_a_write_that_fails_half_way_keeps_the_old_file_and_names_it(tmp_path: Path) -> None:
+    """A file size limit makes the kernel refuse the write as a full disk does."""
+    script = """
+import resource, sys
+from pathlib import Path
+from covey_edge.files import write_atomic
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+write_atomic(Path(sys.argv[1]), bytes(5000))
+"""
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    ended = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, text=True, check=False)
+    assert f"StorageError: cannot write {path}" in ended.stderr
+    assert path.read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_folder_that_cannot_be_made_is_a_storage_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(StorageError, match="cannot write"):
+        write_atomic(tmp_path / "file" / "x", b"")
+
+
+INVITATION = Invitation("r.1", 1, 0, 1000, blob_ref(b"b"), blob_ref(b"p"), TrainingPlan(1, 0.1))
+
+
+def test_the_outbox_gives_back_what_it_keeps(tmp_path: Path) -> None:
+    outbox = Outbox(tmp_path)
+    assert outbox.load() is None
+    entry = Entry(INVITATION, Offer("r.1", blob_ref(b"update"), 3), b"update")
+    outbox.keep(entry)
+    assert Outbox(tmp_path).load() == entry
+    outbox.discard()
+    outbox.discard()
+    assert outbox.load() is None
+
+
+def test_a_damaged_outbox_is_set_aside_not_deleted(tmp_path: Path) -> None:
+    (tmp_path / "outbox.msgpack").write_bytes(b"\x00nonsense")
+    assert Outbox(tmp_path).load() is None
+    assert (tmp_path / "outbox.damaged").read_bytes() == b"\x00nonsense"
+
+
+def test_the_cache_knows_a_blob_by_its_content(tmp_path: Path) -> None:
+    cache = BlobCache(tmp_path)
+    ref = blob_ref(b"model")
+    assert not cache.has(ref)
+    cache.put(b"model", ref.sha256)
+    assert cache.has(ref)
+    cache.path(ref.sha256).write_bytes(b"mode1")
+    assert not cache.has(ref)
+
+
+def test_the_cache_drops_old_blobs_but_never_one_in_use(tmp_path: Path) -> None:
+    cache = BlobCache(tmp_path)
+    refs = [blob_ref(bytes([i])) for i in range(10)]
+    for age, ref in enumerate(refs):
+        cache.put(bytes([age]), ref.sha256)
+        os.utime(cache.path(ref.sha256), (age, age))
+    cache.prune({refs[0].sha256})
+    kept = [i for i, ref in enumerate(refs) if cache.has(ref)]
+    assert kept == [0, 7, 8, 9]
+    assert len(kept) == KEEP

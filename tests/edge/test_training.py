@@ -1,0 +1,258 @@
+"""Training in the child: real TFLite, and a child that dies, hangs or grows is a failed round, never a dead agent."""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from covey_edge.frames import Done, Open, Probe, Problem, Run
+from covey_edge.runtime import Model
+from covey_edge.trainer import Trainer, protect
+from covey_edge.training_process import TrainingProcess
+from covey_protocol.blobs import blob_ref
+from covey_protocol.bundle import read_bundle
+from covey_protocol.errors import BundleError
+from covey_protocol.messages import TrainingPlan
+from covey_protocol.seals import SealingKey
+
+
+@pytest.fixture
+def device(tmp_path: Path, digits_bundle: bytes) -> Path:
+    """A folder with a bundle and forty real digits."""
+    from sklearn.datasets import load_digits
+
+    x, y = load_digits(return_X_y=True)
+    np.savez(tmp_path / "data.npz", x=(x[:40] / 16).reshape(-1, 8, 8, 1), y=y[:40])
+    (tmp_path / "bundle").write_bytes(digits_bundle)
+    return tmp_path
+
+
+def open_request(folder: Path, key: SealingKey) -> Open:
+    bundle = folder / "bundle"
+    return Open(str(bundle), blob_ref(bundle.read_bytes()).sha256, key.public.hex(), "npz", str(folder / "data.npz"))
+
+
+def run_request(parameters: np.ndarray, **changes: Any) -> Run:
+    values: dict[str, Any] = {
+        "round_id": "r.1",
+        "device_id": "kitchen-pi",
+        "parameters": parameters.astype("<f4").tobytes(),
+        "plan": TrainingPlan(epochs=2, learning_rate=0.1, shuffle_seed=1),
+        "clip_norm": 0.0,
+        "noise_multiplier": 0.0,
+        "min_examples": 1,
+    }
+    return Run(**{**values, **changes})
+
+
+@pytest.fixture
+def opened(device: Path, coordinator_key: SealingKey, digits_bundle: bytes) -> tuple[Trainer, np.ndarray]:
+    trainer = Trainer()
+    answer = trainer.answer(open_request(device, coordinator_key))
+    assert isinstance(answer, Done), answer
+    return trainer, Model(read_bundle(digits_bundle)).parameters()
+
+
+def update_of(answer: object) -> np.ndarray:
+    assert isinstance(answer, Done), answer
+    return np.frombuffer(answer.update, "<f4")
+
+
+def test_training_lowers_the_loss_and_the_update_is_trained_minus_received(
+    opened: tuple[Trainer, np.ndarray], digits_bundle: bytes
+) -> None:
+    trainer, received = opened
+    answer = trainer.answer(run_request(received))
+    assert isinstance(answer, Done)
+    assert answer.num_examples == 40
+    assert answer.metrics["training_loss"] < answer.metrics["loss_before"]
+    update = update_of(answer)
+    assert update.shape == received.shape
+    model = Model(read_bundle(digits_bundle))
+    model.set_parameters(received + update)
+    with np.load(Path(trainer._data_state[1])) as data:  # type: ignore[arg-type]
+        loss, _ = model.evaluate(data["x"].astype(np.float32), data["y"].astype(np.int32))
+    assert loss < answer.metrics["loss_before"]
+
+
+def test_the_same_request_gives_the_same_bits_and_another_seed_others(opened: tuple[Trainer, np.ndarray]) -> None:
+    trainer, received = opened
+    first = update_of(trainer.answer(run_request(received)))
+    np.testing.assert_array_equal(first, update_of(trainer.answer(run_request(received))))
+    plan = TrainingPlan(epochs=2, learning_rate=0.1, shuffle_seed=2)
+    assert not np.array_equal(first, update_of(trainer.answer(run_request(received, plan=plan))))
+
+
+def test_one_example_means_one_example(opened: tuple[Trainer, np.ndarray]) -> None:
+    trainer, received = opened
+    answer = trainer.answer(run_request(received, plan=TrainingPlan(epochs=1, learning_rate=0.1, max_examples=1)))
+    assert isinstance(answer, Done)
+    assert answer.num_examples == 1
+
+
+def test_the_owners_clip_norm_bounds_what_leaves(opened: tuple[Trainer, np.ndarray]) -> None:
+    trainer, received = opened
+    free = update_of(trainer.answer(run_request(received)))
+    clipped = update_of(trainer.answer(run_request(received, clip_norm=0.01)))
+    assert np.linalg.norm(free) > 0.02
+    assert np.linalg.norm(clipped) == pytest.approx(0.01, rel=1e-5)
+    np.testing.assert_allclose(clipped / np.linalg.norm(clipped), free / np.linalg.norm(free), atol=1e-6)
+
+
+def test_the_owners_noise_is_there_and_never_twice_the_same() -> None:
+    update = np.zeros(20_000, np.float32)
+    noised = [protect(update, 2.0, 0.5) for _ in range(2)]
+    assert not np.array_equal(*noised)
+    assert np.std(noised[0]) == pytest.approx(1.0, rel=0.03)
+    assert abs(np.mean(noised[0])) < 0.04
+
+
+def test_new_data_are_used_in_the_next_round(
+    opened: tuple[Trainer, np.ndarray], device: Path, coordinator_key: SealingKey
+) -> None:
+    trainer, received = opened
+    with np.load(device / "data.npz") as data:
+        x, y = data["x"], data["y"]
+    np.savez(device / "data.npz", x=x[:7], y=y[:7])
+    assert isinstance(trainer.answer(open_request(device, coordinator_key)), Done)
+    answer = trainer.answer(run_request(received))
+    assert isinstance(answer, Done)
+    assert answer.num_examples == 7
+
+
+def test_labels_out_of_the_models_range_are_a_problem_not_nonsense(device: Path, coordinator_key: SealingKey) -> None:
+    with np.load(device / "data.npz") as data:
+        np.savez(device / "data.npz", x=data["x"], y=data["y"] + 5)
+    problem = Trainer().answer(open_request(device, coordinator_key))
+    assert isinstance(problem, Problem)
+    assert problem.kind == "DataError"
+    assert "labels above 9" in problem.what
+
+
+def test_a_bundle_of_another_coordinator_is_refused(device: Path) -> None:
+    problem = Trainer().answer(open_request(device, SealingKey.from_seed(bytes([5]) * 32)))
+    assert isinstance(problem, Problem)
+    assert problem.kind == "BundleError"
+
+
+def test_divergence_is_named_and_nothing_is_sent(opened: tuple[Trainer, np.ndarray]) -> None:
+    trainer, received = opened
+    problem = trainer.answer(run_request(received * np.float32(1e30), plan=TrainingPlan(20, 1000.0)))
+    assert isinstance(problem, Problem), problem
+    assert "not finite" in problem.what
+
+
+def test_too_few_examples_for_the_owners_policy_is_a_problem(opened: tuple[Trainer, np.ndarray]) -> None:
+    trainer, received = opened
+    problem = trainer.answer(run_request(received, min_examples=41))
+    assert isinstance(problem, Problem)
+    assert "policy" in problem.what
+
+
+def test_a_parameter_vector_of_the_wrong_length_is_refused(digits_bundle: bytes) -> None:
+    with pytest.raises(BundleError, match="3 parameters came"):
+        Model(read_bundle(digits_bundle)).set_parameters(np.zeros(3, np.float32))
+
+
+# --- the child as a process
+
+
+@pytest.fixture
+def child() -> Iterator[tuple[TrainingProcess, queue.Queue[tuple[object, Any]]]]:
+    answers: queue.Queue[tuple[object, Any]] = queue.Queue()
+    process = TrainingProcess(lambda token, frame: answers.put((token, frame)))
+    yield process, answers
+    process.stop()
+
+
+def test_a_killed_child_is_a_problem_and_the_next_request_starts_a_new_one(
+    child: tuple[TrainingProcess, queue.Queue[tuple[object, Any]]], device: Path
+) -> None:
+    process, answers = child
+    probe = Probe("npz", str(device / "data.npz"))
+    process.request("first", probe, 30)
+    assert answers.get(timeout=30) == ("first", Done(num_examples=40))
+    first = process.pid
+    assert first is not None
+    os.kill(first, signal.SIGSTOP)  # as a training that hangs
+    process.request("second", probe, 30)
+    os.kill(first, signal.SIGKILL)
+    token, problem = answers.get(timeout=30)
+    assert token == "second"
+    assert isinstance(problem, Problem)
+    assert "SIGKILL" in problem.what
+    process.request("third", probe, 30)
+    assert answers.get(timeout=30) == ("third", Done(num_examples=40))
+    assert process.pid != first
+
+
+def test_a_training_that_takes_too_long_is_ended(
+    child: tuple[TrainingProcess, queue.Queue[tuple[object, Any]]], device: Path
+) -> None:
+    process, answers = child
+    probe = Probe("npz", str(device / "data.npz"))
+    process.request("first", probe, 30)
+    answers.get(timeout=30)
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGSTOP)
+    process.request("slow", probe, 0.3)
+    token, problem = answers.get(timeout=10)
+    assert token == "slow"
+    assert "longer than 0.3 s" in problem.what
+    assert process.pid is None
+
+
+def test_the_child_dies_with_its_agent(device: Path) -> None:
+    script = f"""
+import queue, sys
+from covey_edge.frames import Probe
+from covey_edge.training_process import TrainingProcess
+answers = queue.Queue()
+process = TrainingProcess(lambda token, frame: answers.put(frame))
+process.request("p", Probe("npz", {str(device / "data.npz")!r}), 30)
+answers.get()
+print(process.pid, flush=True)
+sys.stdin.read()
+"""
+    parent = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert parent.stdout is not None
+    assert parent.stdin is not None
+    pid = int(parent.stdout.readline())
+    parent.kill()
+    parent.wait()
+    parent.stdin.close()
+    parent.stdout.close()
+    for _ in range(100):
+        if not Path(f"/proc/{pid}").exists():
+            return
+        time.sleep(0.05)
+    os.kill(pid, signal.SIGKILL)
+    pytest.fail("the training child outlived its agent")
+
+
+def test_nothing_the_edge_imports_is_tensorflow(device: Path, coordinator_key: SealingKey) -> None:
+    script = """
+import sys
+import covey_edge.agent, covey_edge.trainer, covey_edge.cli_agent, covey_protocol.round
+from covey_edge.trainer import Trainer
+from tests_request import request
+answer = Trainer().answer(request)
+assert type(answer).__name__ == "Done", answer
+heavy = {"tensorflow", "keras", "sklearn", "matplotlib", "tensorflow_federated", "scipy"} & set(sys.modules)
+print(sorted(heavy))
+"""
+    request = open_request(device, coordinator_key)
+    (device / "tests_request.py").write_text(f"from covey_edge.frames import Open\nrequest = {request!r}\n")
+    environment = {**os.environ, "PYTHONPATH": str(device)}
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=environment)
+    assert ended.stdout.strip() == "[]"

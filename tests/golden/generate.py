@@ -1,0 +1,118 @@
+"""Golden vectors of protocol version 1: the bytes of every message, and a check that today's code still makes them.
+
+`python tests/golden/generate.py` adds vectors for new messages and never changes an old one: they are the promise to
+devices in the field. The test in tests/protocol/test_golden.py verifies all of them.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from covey_protocol import codec
+from covey_protocol.bundle import Manifest, TensorSpec, write_bundle
+from covey_protocol.codec import COORDINATOR
+from covey_protocol.messages import (
+    Answer,
+    BlobRef,
+    Chunk,
+    Failure,
+    Invitation,
+    Message,
+    Need,
+    Offer,
+    Presence,
+    Receipt,
+    RoundClosed,
+    TrainingPlan,
+    Verdict,
+)
+from covey_protocol.parameters import ParameterSpec
+from covey_protocol.seals import SealingKey
+from covey_protocol.topics import Topics
+
+FILE = Path(__file__).with_name("v1.json")
+DEVICE = "kitchen-pi"
+TOPICS = Topics("golden")
+DEVICE_KEY = SealingKey.from_seed(bytes(range(32)))
+COORDINATOR_KEY = SealingKey.from_seed(bytes(range(32, 64)))
+HASH = bytes(range(32))
+OTHER = bytes(range(100, 132))
+
+FROM_COORDINATOR: dict[str, tuple[str, Message]] = {
+    "invitation": (
+        TOPICS.round,
+        Invitation(
+            round_id="run.1.abc",
+            number=1,
+            issued_at_ms=1_700_000_000_000,
+            duration_ms=600_000,
+            bundle=BlobRef(HASH, 100_000),
+            parameters=BlobRef(OTHER, 15_272, 4096),
+            plan=TrainingPlan(epochs=3, learning_rate=0.25, max_examples=7, shuffle_seed=42),
+            devices=("kitchen-pi", "porch_pi"),
+            requires=("train", "float32"),
+        ),
+    ),
+    "closed": (TOPICS.round, RoundClosed("run.1.abc", "abandoned", "2 updates came, the quorum is 5")),
+    "need": (TOPICS.down(DEVICE), Need("run.1.abc", HASH, (0, 3, 16_383))),
+    "receipt": (TOPICS.down(DEVICE), Receipt("run.1.abc", HASH, True)),
+    "receipt-refused": (TOPICS.down(DEVICE), Receipt("run.1.abc", HASH, False, "that round is over")),
+    "verdict": (TOPICS.down(DEVICE), Verdict("run.1.abc", "rejected", "Krum score too large")),
+}
+FROM_DEVICE: dict[str, tuple[str, Message]] = {
+    "presence-online": (
+        TOPICS.presence(DEVICE),
+        Presence(True, 1_700_000_000_000_000, "0.1.0", "tflite_runtime 2.14.0", ("train", "float32")),
+    ),
+    "presence-offline": (TOPICS.presence(DEVICE), Presence(False, 1_700_000_000_000_000)),
+    "answer": (TOPICS.up(DEVICE), Answer("run.1.abc", True)),
+    "answer-declined": (TOPICS.up(DEVICE), Answer("run.1.abc", False, "on battery")),
+    "offer": (TOPICS.up(DEVICE), Offer("run.1.abc", BlobRef(HASH, 15_272), 143, {"training_loss": 0.5})),
+    "chunk": (TOPICS.up(DEVICE), Chunk("run.1.abc", HASH, 2, b"\x00\x01\x02\xff")),
+    "failure": (TOPICS.up(DEVICE), Failure("run.1.abc", "the training process died (SIGSEGV)")),
+}
+
+
+def golden_bundle() -> bytes:
+    manifest = Manifest(
+        format=1,
+        name="golden",
+        model_sha256="",
+        model_bytes=0,
+        batch_size=16,
+        input=TensorSpec((8, 8, 1), "float32", 0.0, 1.0),
+        label=TensorSpec((), "int32", 0, 9),
+        parameters=(ParameterSpec("dense/kernel", (3, 4)), ParameterSpec("norm/mean", (4,), trainable=False)),
+        signatures=("train", "evaluate", "infer", "get_parameters", "set_parameters"),
+        loss="sparse_categorical_crossentropy",
+        optimizer="sgd",
+        num_classes=10,
+    )
+    return write_bundle(manifest, b"not a real model", COORDINATOR_KEY)
+
+
+def vectors() -> dict[str, dict[str, str]]:
+    """What today's code makes."""
+    made = {}
+    for sender, key, table in ((COORDINATOR, COORDINATOR_KEY, FROM_COORDINATOR), (DEVICE, DEVICE_KEY, FROM_DEVICE)):
+        for number, (name, (topic, message)) in enumerate(table.items(), start=1_700_000_000):
+            data = codec.encode(message, topic=topic, sender=sender, sequence=number, key=key)
+            made[name] = {"topic": topic, "sender": sender, "hex": data.hex()}
+    made["bundle"] = {"topic": "", "sender": COORDINATOR, "hex": golden_bundle().hex()}
+    return made
+
+
+def main() -> None:
+    known = json.loads(FILE.read_text())["vectors"] if FILE.exists() else {}
+    content = {
+        "protocol": 1,
+        "device_key": DEVICE_KEY.public.hex(),
+        "coordinator_key": COORDINATOR_KEY.public.hex(),
+        "vectors": {**vectors(), **known},
+    }
+    FILE.write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

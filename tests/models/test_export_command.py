@@ -1,0 +1,91 @@
+"""`covey export`, as an operator uses it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from covey_models.cli import export_command
+from covey_protocol.bundle import read_bundle
+from covey_protocol.errors import BundleError, ConfigError, CoveyError, StorageError
+from covey_protocol.seals import SealingKey
+
+MODULE = """
+from covey_models import build as zoo
+
+def softmax():
+    return zoo("softmax", (4,), 3, seed=1)
+
+def dropped():
+    import tensorflow as tf
+    layers = tf.keras.layers
+    return tf.keras.Sequential([layers.InputLayer((4,)), layers.Dropout(0.5), layers.Dense(3)])
+
+def failing():
+    raise ValueError("no data today")
+
+number = 3
+"""
+
+
+@pytest.fixture
+def module(tmp_path: Path) -> Path:
+    path = tmp_path / "mymodel.py"
+    path.write_text(MODULE)
+    return path
+
+
+def run(*arguments: Any) -> Result:
+    return CliRunner().invoke(export_command, [str(argument) for argument in arguments])
+
+
+def test_it_writes_a_sealed_bundle_and_says_so_in_one_line(module: Path, tmp_path: Path) -> None:
+    key, output = SealingKey.generate(), tmp_path / "out.covey"
+    (tmp_path / "key.pem").write_bytes(key.pem())
+    result = run(f"{module}:softmax", "-o", output, "--batch", 5, "--input-range", -1, 1, "--key", tmp_path / "key.pem")
+    assert result.exit_code == 0, result.exception
+    manifest = read_bundle(output.read_bytes(), sealed_by=key.public).manifest
+    assert (manifest.name, manifest.batch_size, manifest.input.minimum) == ("softmax", 5, -1.0)
+    assert result.output.count("\n") == 1
+    for part in ("15 parameters", f"{output.stat().st_size} bytes", "sealed", "after 6 steps"):
+        assert part in result.output
+
+
+REFUSED: dict[str, tuple[str, list[str], type[CoveyError], str]] = {
+    "an op that cannot travel": ("{m}:dropped", [], BundleError, "layer 'dropout'"),
+    "a wrong number of classes": ("{m}:softmax", ["--classes", "7"], BundleError, "3 classes apart, not 7"),
+    "no such function": ("{m}:other", [], ConfigError, "has no function 'other'"),
+    "not a function": ("{m}:number", [], ConfigError, "has no function 'number'"),
+    "a function that fails": ("{m}:failing", [], ConfigError, "ValueError: no data today"),
+    "no such file": ("{m}x.py:softmax", [], ConfigError, "there is no file"),
+    "no function named": ("{m}", [], ConfigError, "MODULE.py:FUNCTION"),
+    "no such key": ("{m}:softmax", ["--key", "{m}.pem"], ConfigError, "cannot be read"),
+    "not a key": ("{m}:softmax", ["--key", "{m}"], ConfigError, "not a readable private key"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refusals_name_the_cause_and_keep_the_old_file(case: str, module: Path, tmp_path: Path) -> None:
+    source, options, kind, expected = REFUSED[case]
+    output = tmp_path / "out.covey"
+    output.write_bytes(b"old")
+    result = run(source.format(m=module), "-o", output, *(option.format(m=module) for option in options))
+    assert isinstance(result.exception, kind)
+    assert expected in str(result.exception)
+    assert output.read_bytes() == b"old"
+
+
+def test_a_folder_that_is_not_there_is_a_storage_error(module: Path, tmp_path: Path) -> None:
+    result = run(f"{module}:softmax", "-o", tmp_path / "nowhere" / "out.covey")
+    assert isinstance(result.exception, StorageError)
+    assert {path.name for path in tmp_path.iterdir()} <= {"mymodel.py", "__pycache__"}
+
+
+def test_a_module_that_does_not_run_is_a_configuration_error(tmp_path: Path) -> None:
+    (tmp_path / "broken.py").write_text("import nothing_of_this_name")
+    result = run(f"{tmp_path}/broken.py:build", "-o", tmp_path / "out.covey")
+    assert isinstance(result.exception, ConfigError)
+    assert "nothing_of_this_name" in str(result.exception)

@@ -1,0 +1,145 @@
+"""A bundle opens only if every byte of it is what its maker sealed; opening never loads the model."""
+
+import io
+import zipfile
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from covey_protocol.bundle import (
+    MANIFEST_NAME,
+    REQUIRED_SIGNATURES,
+    Manifest,
+    TensorSpec,
+    read_bundle,
+    write_bundle,
+)
+from covey_protocol.errors import BundleError
+from covey_protocol.parameters import ParameterSpec, offsets, total_size
+from covey_protocol.seals import SealingKey
+
+KEY = SealingKey.from_seed(bytes(32))
+MANIFEST = Manifest(
+    format=1,
+    name="m",
+    model_sha256="",
+    model_bytes=0,
+    batch_size=4,
+    input=TensorSpec((3,), "float32", 0, 1),
+    label=TensorSpec((), "int32", 0, 1),
+    parameters=(ParameterSpec("dense/kernel", (3, 2)), ParameterSpec("dense/bias", (2,))),
+    signatures=REQUIRED_SIGNATURES,
+    loss="sparse_categorical_crossentropy",
+    optimizer="sgd",
+)
+SEALED = write_bundle(MANIFEST, b"model bytes", KEY)
+
+
+def rezip(**changes: bytes | None) -> bytes:
+    """SEALED with entries replaced (bytes) or left out (None)."""
+    names = {"model": "model.tflite", "manifest": "manifest.json", "seal": "seal", "extra": "extra"}
+    with zipfile.ZipFile(io.BytesIO(SEALED)) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    for key, content in changes.items():
+        if content is None:
+            del entries[names[key]]
+        else:
+            entries[names[key]] = content
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, content in entries.items():
+            archive.writestr(name, content)
+    return buffer.getvalue()
+
+
+def test_a_sealed_bundle_opens_with_its_makers_key() -> None:
+    bundle = read_bundle(SEALED, KEY.public)
+    assert bundle.model == b"model bytes"
+    assert bundle.sealed
+    assert bundle.manifest.dimension == 8
+
+
+def test_the_same_model_gives_the_same_bytes() -> None:
+    assert write_bundle(MANIFEST, b"model bytes", KEY) == SEALED
+
+
+def test_an_unsealed_bundle_opens_only_where_no_seal_is_asked() -> None:
+    data = write_bundle(MANIFEST, b"model bytes")
+    assert not read_bundle(data).sealed
+    with pytest.raises(BundleError, match="no seal"):
+        read_bundle(data, KEY.public)
+
+
+OTHER = SealingKey.from_seed(bytes([9]) * 32)
+manifest_bytes = zipfile.ZipFile(io.BytesIO(SEALED)).read(MANIFEST_NAME)
+BAD = {
+    "sealed by someone else": (write_bundle(MANIFEST, b"model bytes", OTHER), "not the expected coordinator's"),
+    "another model under the same seal": (rezip(model=b"model byteX"), "does not match its manifest"),
+    "a changed manifest under the same seal": (
+        rezip(manifest=manifest_bytes.replace(b'"m"', b'"n"')),
+        "not the expected coordinator's",
+    ),
+    "no seal": (rezip(seal=None), "no seal"),
+    "an extra file": (rezip(extra=b"x"), "unexpected files"),
+    "no model": (rezip(model=None), "unexpected files"),
+    "not a zip": (b"PK nonsense", "not a covey bundle"),
+    "nothing": (b"", "not a covey bundle"),
+    "cut off": (SEALED[:-40], "not a covey bundle"),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_a_bundle_is_refused_and_the_error_says_why(what: str) -> None:
+    data, message = BAD[what]
+    with pytest.raises(BundleError, match=message):
+        read_bundle(data, KEY.public)
+
+
+BAD_MANIFESTS = {
+    "a future format": ({"format": 2}, "has format 2"),
+    "an entry point too few": ({"signatures": ("train",)}, "lacks the entry points evaluate"),
+    "no parameters": ({"parameters": ()}, "parameter list"),
+    "a negative size": ({"parameters": (ParameterSpec("a", (-1,)),)}, "parameter list"),
+    "no batch": ({"batch_size": 0}, "batch size"),
+}
+
+
+@pytest.mark.parametrize("what", BAD_MANIFESTS)
+def test_a_manifest_that_cannot_be_used_is_refused(what: str) -> None:
+    changes, message = BAD_MANIFESTS[what]
+    format_version = changes.get("format", 1)
+    data = write_bundle(msgspec.structs.replace(MANIFEST, **changes), b"x")
+    if format_version != 1:
+        manifest = zipfile.ZipFile(io.BytesIO(data)).read(MANIFEST_NAME)
+        data = rezip(model=b"x", manifest=manifest.replace(b'"format": 1', b'"format": 2'), seal=None)
+    with pytest.raises(BundleError, match=message):
+        read_bundle(data)
+
+
+@given(st.integers(0, len(SEALED) - 1), st.integers(1, 255))
+def test_no_changed_byte_reaches_the_runtime(position: int, flip: int) -> None:
+    """Either the bundle is refused, or what is read is exactly what was sealed (zip padding may change)."""
+    data = bytearray(SEALED)
+    data[position] ^= flip
+    try:
+        bundle = read_bundle(bytes(data), KEY.public)
+    except BundleError:
+        return
+    assert bundle.model == b"model bytes"
+    assert bundle.manifest == read_bundle(SEALED).manifest
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(1, 5)), min_size=1, max_size=8))
+def test_offsets_tile_the_flat_vector(shapes: list[tuple[int, int]]) -> None:
+    specs = [ParameterSpec(f"p{i}", shape) for i, shape in enumerate(shapes)]
+    places = list(offsets(specs).values())
+    assert places[0].start == 0
+    assert places[-1].stop == total_size(specs)
+    assert all(a.stop == b.start for a, b in zip(places, places[1:]))
+
+
+def test_two_parameters_of_one_name_are_refused() -> None:
+    with pytest.raises(BundleError, match="occurs twice"):
+        offsets([ParameterSpec("a", (1,)), ParameterSpec("a", (2,))])

@@ -1,0 +1,181 @@
+"""Messages: any value survives the wire, any other bytes end in PeerError."""
+
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from covey_protocol import codec
+from covey_protocol.codec import ReplayGuard, Sequence
+from covey_protocol.errors import PeerError
+from covey_protocol.messages import (
+    MAX_CHUNKS,
+    MAX_REASON_CHARS,
+    Answer,
+    BlobRef,
+    Chunk,
+    Envelope,
+    Failure,
+    Invitation,
+    Need,
+    Offer,
+    Presence,
+    Receipt,
+    RoundClosed,
+    TrainingPlan,
+    Verdict,
+    reason_text,
+)
+from covey_protocol.seals import SealingKey
+
+KEY = SealingKey.from_seed(bytes(32))
+OTHER_KEY = SealingKey.from_seed(bytes([1]) * 32)
+TOPIC = "covey/1/f/device/d/up"
+
+hashes = st.binary(min_size=32, max_size=32)
+counts = st.integers(0, 2**53)
+round_ids = st.from_regex(r"\A[A-Za-z0-9][A-Za-z0-9._-]{0,94}\Z")
+device_ids = st.from_regex(r"\A[A-Za-z0-9][A-Za-z0-9_-]{0,62}\Z")
+reasons = st.text(max_size=MAX_REASON_CHARS)
+names = st.text(max_size=64)
+blobs = st.builds(BlobRef, hashes, st.integers(1, 2**34), st.integers(1, 2**20))
+plans = st.builds(TrainingPlan, st.integers(1, 1000), st.floats(1e-6, 1000), counts, counts)
+invitations = st.builds(
+    Invitation,
+    round_ids,
+    counts,
+    counts,
+    st.integers(1, 2**31),
+    blobs,
+    blobs,
+    plans,
+    st.lists(device_ids, max_size=20).map(tuple),
+    st.lists(names, max_size=5).map(tuple),
+)
+indices = st.lists(st.integers(0, MAX_CHUNKS - 1), min_size=1, max_size=50).map(tuple)
+from_coordinator = st.one_of(
+    invitations,
+    st.builds(RoundClosed, round_ids, names, reasons),
+    st.builds(Need, round_ids, hashes, indices),
+    st.builds(Receipt, round_ids, hashes, st.booleans(), reasons),
+    st.builds(Verdict, round_ids, names, reasons),
+)
+metrics = st.dictionaries(names, st.floats(allow_nan=False), max_size=5)
+from_device = st.one_of(
+    st.builds(Presence, st.booleans(), counts, names, names, st.lists(names, max_size=5).map(tuple)),
+    st.builds(Answer, round_ids, st.booleans(), reasons),
+    st.builds(Offer, round_ids, blobs, st.integers(1, 2**53), metrics),
+    st.builds(Chunk, round_ids, hashes, st.integers(0, MAX_CHUNKS - 1), st.binary(min_size=1, max_size=200)),
+    st.builds(Failure, round_ids, reasons),
+)
+
+
+@given(from_coordinator, counts)
+def test_what_the_coordinator_says_arrives_unchanged(message: Any, sequence: int) -> None:
+    data = codec.encode(message, topic=TOPIC, sender=codec.COORDINATOR, sequence=sequence, key=KEY)
+    assert codec.decode_from_coordinator(data, topic=TOPIC, key=KEY.public) == (message, sequence)
+
+
+@given(from_device, counts)
+def test_what_a_device_says_arrives_unchanged(message: Any, sequence: int) -> None:
+    data = codec.encode(message, topic=TOPIC, sender="d", sequence=sequence, key=KEY)
+    assert codec.decode_from_device(data, topic=TOPIC, sender="d", key=KEY.public) == (message, sequence)
+
+
+@given(st.binary(max_size=300))
+def test_any_bytes_end_in_a_peer_error(data: bytes) -> None:
+    with pytest.raises(PeerError):
+        codec.decode_from_device(data, topic=TOPIC, sender="d", key=KEY.public)
+
+
+@given(st.recursive(st.none() | st.integers(-(2**63), 2**63) | st.text() | st.binary(), st.lists, max_leaves=20))
+def test_any_sealed_msgpack_ends_in_a_message_or_a_peer_error(body: Any) -> None:
+    """The seal is right, so only the body's own checks stand between a hostile device and us."""
+    encoded = msgspec.msgpack.encode(body)
+    sealed = codec._sealed_bytes(1, TOPIC, "d", 7, encoded)
+    data = msgspec.msgpack.encode(Envelope(1, "d", 7, encoded, KEY.seal(sealed)))
+    with pytest.raises(PeerError):
+        codec.decode_from_device(data, topic=TOPIC, sender="d", key=KEY.public)
+
+
+@given(from_device, st.integers(0, 10**6), st.integers(1, 255))
+def test_one_changed_byte_anywhere_is_noticed(message: Any, position: int, flip: int) -> None:
+    data = bytearray(codec.encode(message, topic=TOPIC, sender="d", sequence=5, key=KEY))
+    data[position % len(data)] ^= flip
+    with pytest.raises(PeerError):
+        codec.decode_from_device(bytes(data), topic=TOPIC, sender="d", key=KEY.public)
+
+
+WRONG = {
+    "sealed by another key": {"key": OTHER_KEY},
+    "moved to another topic": {"topic": "covey/1/f/device/e/up"},
+    "moved to another fleet": {"topic": "covey/1/g/device/d/up"},
+    "sent in another device's name": {"sender": "e"},
+}
+
+
+@pytest.mark.parametrize("how", WRONG)
+def test_a_message_that_is_not_what_its_topic_says_is_refused(how: str) -> None:
+    values: dict[str, Any] = {"topic": TOPIC, "sender": "d", "sequence": 1, "key": KEY, **WRONG[how]}
+    data = codec.encode(Answer("r", True), **values)
+    with pytest.raises(PeerError):
+        codec.decode_from_device(data, topic=TOPIC, sender="d", key=KEY.public)
+
+
+BROKEN = {
+    "a device sends a coordinator's message": RoundClosed("r", "published"),
+    "an empty need": msgspec.structs.replace(Need("r", bytes(32), (1,)), indices=()),
+    "a round id with a slash": Answer("a/b", True),
+    "a round id with a wildcard": Answer("#", True),
+    "a reason that is too long": Failure("r", "x" * (MAX_REASON_CHARS + 1)),
+    "a chunk without data": Chunk("r", bytes(32), 0, b""),
+    "a chunk number beyond the bound": Chunk("r", bytes(32), MAX_CHUNKS, b"x"),
+    "a short hash": Chunk("r", bytes(31), 0, b"x"),
+    "an offer of nothing": Offer("r", BlobRef(bytes(32), 0), 1),
+    "an offer from no examples": Offer("r", BlobRef(bytes(32), 4), 0),
+    "too many metrics": Offer("r", BlobRef(bytes(32), 4), 1, {str(i): 0.0 for i in range(33)}),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_a_message_outside_its_bounds_is_refused(what: str) -> None:
+    data = codec.encode(BROKEN[what], topic=TOPIC, sender="d", sequence=1, key=KEY)
+    with pytest.raises(PeerError):
+        codec.decode_from_device(data, topic=TOPIC, sender="d", key=KEY.public)
+
+
+def test_another_protocol_version_is_refused_by_number() -> None:
+    data = msgspec.msgpack.encode(Envelope(2, "d", 1, b"", bytes(64)))
+    with pytest.raises(PeerError, match="speaks protocol 2"):
+        codec.decode_from_device(data, topic=TOPIC, sender="d", key=KEY.public)
+
+
+def test_sequence_numbers_grow_also_over_a_restart() -> None:
+    first = Sequence(1_000_000_000)
+    sent = [first.next() for _ in range(1000)]
+    assert sent == sorted(set(sent))
+    assert Sequence(1_002_000_000).next() > sent[-1]
+
+
+def test_a_number_passes_once_and_late_ones_pass_within_the_window() -> None:
+    guard = ReplayGuard()
+    assert guard.accept(5000)
+    assert not guard.accept(5000)
+    assert guard.accept(5000 - ReplayGuard.WINDOW + 1)
+    assert not guard.accept(5000 - ReplayGuard.WINDOW)
+    assert guard.accept(5001)
+
+
+@given(st.lists(st.integers(0, 5000), max_size=3000))
+def test_no_number_ever_passes_twice(numbers: list[int]) -> None:
+    guard = ReplayGuard()
+    passed = [number for number in numbers if guard.accept(number)]
+    assert len(passed) == len(set(passed))
+
+
+def test_a_reason_is_cut_to_one_bounded_line() -> None:
+    text = reason_text("a\nb  c" + "x" * 1000)
+    assert text.startswith("a b c")
+    assert len(text) == MAX_REASON_CHARS

@@ -1,0 +1,58 @@
+"""The bytes on the wire are a promise to devices in the field."""
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from covey_protocol import codec
+from covey_protocol.bundle import read_bundle
+from covey_protocol.seals import PublicKey
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+STORED = json.loads((GOLDEN / "v1.json").read_text())
+
+
+def generator() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("golden_generate", GOLDEN / "generate.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", sorted(STORED["vectors"]))
+def test_todays_code_still_makes_the_stored_bytes(name: str) -> None:
+    assert generator().vectors()[name]["hex"] == STORED["vectors"][name]["hex"]
+
+
+@pytest.mark.parametrize("name", sorted(set(STORED["vectors"]) - {"bundle"}))
+def test_the_stored_bytes_decode_to_the_message_they_were_made_from(name: str) -> None:
+    vector, made = STORED["vectors"][name], generator()
+    data = bytes.fromhex(vector["hex"])
+    if vector["sender"] == codec.COORDINATOR:
+        key = PublicKey.from_hex(STORED["coordinator_key"])
+        message, _ = codec.decode_from_coordinator(data, topic=vector["topic"], key=key)
+        assert message == made.FROM_COORDINATOR[name][1]
+    else:
+        key = PublicKey.from_hex(STORED["device_key"])
+        message, _ = codec.decode_from_device(data, topic=vector["topic"], sender=vector["sender"], key=key)
+        assert message == made.FROM_DEVICE[name][1]
+
+
+def test_every_message_has_a_golden_vector() -> None:
+    made = generator()
+    kinds = {type(message) for _, message in (*made.FROM_COORDINATOR.values(), *made.FROM_DEVICE.values())}
+    from typing import get_args
+
+    from covey_protocol.messages import FromCoordinator, FromDevice
+
+    assert kinds == set(get_args(FromCoordinator)) | set(get_args(FromDevice))
+
+
+def test_the_stored_bundle_opens_with_its_seal() -> None:
+    data = bytes.fromhex(STORED["vectors"]["bundle"]["hex"])
+    assert read_bundle(data, PublicKey.from_hex(STORED["coordinator_key"])).manifest.dimension == 16

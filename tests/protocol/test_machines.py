@@ -1,0 +1,363 @@
+"""The two state tables: complete, and each rule of docs/protocol.md sections 5 and 6 as a sentence."""
+
+from typing import Any, get_args
+
+import pytest
+
+from covey_protocol import device
+from covey_protocol import round as rounds
+from covey_protocol.blobs import blob_ref, chunk
+from covey_protocol.device import DeviceMachine, State
+from covey_protocol.errors import PeerError, RuleError
+from covey_protocol.messages import (
+    Answer,
+    BlobRef,
+    Chunk,
+    Failure,
+    Invitation,
+    Need,
+    Offer,
+    Receipt,
+    RoundClosed,
+    TrainingPlan,
+    Verdict,
+)
+from covey_protocol.round import Phase, Progress, RoundMachine, RoundSettings
+
+UPDATE = bytes(range(40))
+REF = blob_ref(UPDATE, 16)
+OFFER = Offer("run.1", REF, 5)
+
+
+def invitation(round_id: str = "run.1", **changes: Any) -> Invitation:
+    values: dict[str, Any] = {
+        "round_id": round_id,
+        "number": 1,
+        "issued_at_ms": 0,
+        "duration_ms": 60_000,
+        "bundle": BlobRef(bytes(32), 10, 16),
+        "parameters": BlobRef(bytes([1]) * 32, 40, 16),
+        "plan": TrainingPlan(1, 0.1),
+        "devices": ("a", "b", "c"),
+        "requires": ("train",),
+    }
+    return Invitation(**{**values, **changes})
+
+
+@pytest.mark.parametrize(("states", "events", "module"), [(State, device.Event, device), (Phase, rounds.Event, rounds)])
+def test_every_pair_of_state_and_event_is_decided(states: Any, events: Any, module: Any) -> None:
+    for state in states:
+        for kind in get_args(events):
+            decided, ignored = (state, kind) in module.TABLE, (state, kind) in module.IGNORED
+            assert decided != ignored, (state, kind)
+
+
+# --- the device
+
+
+def walk(machine: DeviceMachine, *events: device.Event, now: float = 0.0) -> list[device.Effect]:
+    """The effects of the last event."""
+    effects: list[device.Effect] = []
+    for event in events:
+        effects = machine.handle(event, now)
+    return effects
+
+
+TO_FETCHING = (device.Invited(invitation()), device.ConditionsChecked("run.1", True))
+TO_TRAINING = (*TO_FETCHING, device.BlobReady(bytes(32)), device.BlobReady(bytes([1]) * 32))
+TO_REPORTING = (*TO_TRAINING, device.Trained("run.1", UPDATE, 5))
+
+
+def test_a_device_goes_through_a_whole_round() -> None:
+    machine = DeviceMachine("a")
+    assert walk(machine, device.Invited(invitation())) == [device.CheckConditions(invitation())]
+    answer, fetch = walk(machine, device.ConditionsChecked("run.1", True))
+    assert answer == device.Send(Answer("run.1", True))
+    assert isinstance(fetch, device.Fetch)
+    assert walk(machine, device.BlobReady(bytes(32))) == []
+    assert walk(machine, device.BlobReady(bytes([1]) * 32)) == [device.Train(invitation())]
+    keep, send = walk(machine, device.Trained("run.1", UPDATE, 5))
+    assert isinstance(keep, device.Keep)
+    assert send == device.Send(OFFER)
+    sent = walk(machine, device.Needed(Need("run.1", REF.sha256, (0, 2))))
+    assert [s.message.index for s in sent if isinstance(s, device.Send)] == [0, 2]  # type: ignore[union-attr]
+    assert device.Discard("run.1") in walk(machine, device.Received(Receipt("run.1", REF.sha256, True)))
+    assert machine.state is State.IDLE
+
+
+def test_the_update_is_kept_before_anything_is_said_about_it() -> None:
+    effects = walk(DeviceMachine("a"), *TO_REPORTING)
+    assert [type(effect) for effect in effects] == [device.Keep, device.Send]
+
+
+def test_a_device_that_was_not_invited_stays_idle() -> None:
+    machine = DeviceMachine("z")
+    assert walk(machine, device.Invited(invitation())) == []
+    assert machine.state is State.IDLE
+
+
+def test_an_invitation_that_names_nobody_is_for_everyone() -> None:
+    assert walk(DeviceMachine("z"), device.Invited(invitation(devices=())))
+
+
+def test_a_capability_the_device_lacks_is_declined_by_name() -> None:
+    (answer, _) = walk(DeviceMachine("a"), device.Invited(invitation(requires=("train", "mask"))))
+    assert isinstance(answer, device.Send)
+    assert isinstance(answer.message, Answer)
+    assert not answer.message.accept
+    assert "mask" in answer.message.reason
+
+
+def test_a_condition_that_fails_is_declined_with_its_reason() -> None:
+    machine = DeviceMachine("a")
+    effects = walk(machine, device.Invited(invitation()), device.ConditionsChecked("run.1", False, "on battery"))
+    assert effects[0] == device.Send(Answer("run.1", False, "on battery"))
+    assert machine.state is State.IDLE
+
+
+def test_the_same_invitation_again_changes_nothing() -> None:
+    for walked in (TO_FETCHING, TO_TRAINING, TO_REPORTING):
+        machine = DeviceMachine("a")
+        walk(machine, *walked)
+        state = machine.state
+        assert walk(machine, device.Invited(invitation())) == []
+        assert machine.state is state
+
+
+def test_a_finished_round_is_not_begun_again_when_its_retained_invitation_comes_back() -> None:
+    machine = DeviceMachine("a")
+    walk(machine, *TO_REPORTING, device.Received(Receipt("run.1", REF.sha256, True)))
+    assert walk(machine, device.Invited(invitation())) == []
+    assert machine.state is State.IDLE
+
+
+def test_a_new_round_replaces_the_one_in_progress() -> None:
+    machine = DeviceMachine("a")
+    effects = walk(machine, *TO_TRAINING, device.Invited(invitation("run.2")))
+    assert effects[0] == device.Discard("run.1")
+    assert machine.round_id == "run.2"
+    assert walk(machine, device.Trained("run.1", UPDATE, 5)) == []
+
+
+def test_a_failed_training_is_reported_and_the_device_is_free_again() -> None:
+    machine = DeviceMachine("a")
+    effects = walk(machine, *TO_TRAINING, device.TrainingFailed("run.1", "SIGSEGV"))
+    assert effects[0] == device.Send(Failure("run.1", "SIGSEGV"))
+    assert machine.state is State.IDLE
+
+
+def test_an_unanswered_offer_is_sent_again_and_the_deadline_ends_it() -> None:
+    machine = DeviceMachine("a")
+    walk(machine, *TO_REPORTING)
+    assert machine.handle(device.Tick(), device.RESEND_S - 1) == []
+    assert machine.handle(device.Tick(), device.RESEND_S) == [device.Send(OFFER)]
+    effects = machine.handle(device.Tick(), 60.0)
+    assert isinstance(effects[0], device.Send)
+    assert isinstance(effects[0].message, Failure)
+    assert machine.state is State.IDLE
+
+
+def test_after_a_reconnection_the_last_word_is_said_again() -> None:
+    machine = DeviceMachine("a")
+    assert walk(machine, *TO_TRAINING, device.Connected()) == [device.Send(Answer("run.1", True))]
+    assert walk(machine, device.Trained("run.1", UPDATE, 5), device.Connected()) == [device.Send(OFFER)]
+
+
+def test_an_update_from_before_a_restart_is_offered_again() -> None:
+    machine = DeviceMachine("a")
+    machine.restore(invitation(), OFFER, UPDATE, now=0.0)
+    assert walk(machine, device.Connected()) == [device.Send(OFFER)]
+    (sent,) = walk(machine, device.Needed(Need("run.1", REF.sha256, (1,))))
+    assert sent == device.Send(Chunk("run.1", REF.sha256, 1, chunk(UPDATE, REF, 1)))
+
+
+def test_chunks_that_do_not_exist_are_not_sent() -> None:
+    machine = DeviceMachine("a")
+    walk(machine, *TO_REPORTING)
+    assert walk(machine, device.Needed(Need("run.1", REF.sha256, (7, 16_000)))) == []
+
+
+# --- the round
+
+
+SETTINGS = RoundSettings(quorum=2, answer_s=10.0, grace_s=3.0, update_bytes=len(UPDATE))
+
+
+def opened(**changes: Any) -> RoundMachine:
+    machine = RoundMachine(invitation(), ["c", "a", "b"], SETTINGS)
+    machine.handle(rounds.Opened(), 0.0)
+    return machine
+
+
+def accept(machine: RoundMachine, *names: str) -> None:
+    for name in names:
+        machine.handle(rounds.Answered(name, Answer("run.1", True)), 0.0)
+
+
+def deliver(machine: RoundMachine, name: str, now: float = 1.0) -> list[rounds.Effect]:
+    """Offer, chunks, stored; the effects of the last step."""
+    machine.handle(rounds.Offered(name, OFFER), now)
+    for index in range(REF.num_chunks):
+        effects = machine.handle(
+            rounds.ChunkArrived(name, Chunk("run.1", REF.sha256, index, chunk(UPDATE, REF, index))), now
+        )
+    assert effects == [rounds.Store(name, OFFER, UPDATE)]
+    return machine.handle(rounds.Stored(name), now)
+
+
+def test_a_round_ends_when_every_device_delivered() -> None:
+    machine = opened()
+    accept(machine, "a", "b", "c")
+    assert deliver(machine, "b") == [rounds.SendTo("b", Receipt("run.1", REF.sha256, True))]
+    deliver(machine, "c")
+    assert deliver(machine, "a")[-1] == rounds.Aggregate(("a", "b", "c"))
+    closed, *verdicts, finished = machine.handle(rounds.Aggregated({"a": "", "b": "too far", "c": ""}), 2.0)
+    assert closed == rounds.PublishRound(RoundClosed("run.1", "published"))
+    assert rounds.SendTo("b", Verdict("run.1", "rejected", "too far")) in verdicts
+    assert finished == rounds.Finished("published", "", {})
+
+
+def test_no_receipt_before_the_update_is_durable() -> None:
+    machine = opened()
+    machine.handle(rounds.Offered("a", OFFER), 1.0)
+    said: list[rounds.Effect] = []
+    for index in range(REF.num_chunks):
+        said += machine.handle(
+            rounds.ChunkArrived("a", Chunk("run.1", REF.sha256, index, chunk(UPDATE, REF, index))), 1.0
+        )
+    assert not any(isinstance(effect, rounds.SendTo) for effect in said)
+    assert machine.handle(rounds.Stored("a"), 1.0)[0] == rounds.SendTo("a", Receipt("run.1", REF.sha256, True))
+
+
+def test_a_lost_device_is_waited_for_a_little_then_the_round_goes_on() -> None:
+    machine = opened()
+    accept(machine, "a", "b", "c")
+    deliver(machine, "a")
+    deliver(machine, "b")
+    assert machine.handle(rounds.PresenceChanged("c", False), 2.0) == []
+    assert machine.handle(rounds.Tick(), 2.0 + SETTINGS.grace_s - 0.1) == []
+    assert machine.handle(rounds.Tick(), 2.0 + SETTINGS.grace_s) == [rounds.Aggregate(("a", "b"))]
+    finished = machine.handle(rounds.Aggregated({}), 6.0)[-1]
+    assert isinstance(finished, rounds.Finished)
+    assert finished.missing == {"c": "connection lost"}
+
+
+def test_a_device_that_comes_back_in_time_still_counts() -> None:
+    machine = opened()
+    accept(machine, "a", "b", "c")
+    deliver(machine, "a")
+    deliver(machine, "b")
+    machine.handle(rounds.PresenceChanged("c", False), 2.0)
+    machine.handle(rounds.PresenceChanged("c", True), 3.0)
+    assert machine.handle(rounds.Tick(), 30.0) == []
+    assert deliver(machine, "c", 31.0)[-1] == rounds.Aggregate(("a", "b", "c"))
+
+
+def test_who_declines_or_fails_is_not_waited_for() -> None:
+    machine = opened()
+    accept(machine, "a", "b")
+    machine.handle(rounds.Answered("c", Answer("run.1", False, "on battery")), 0.0)
+    deliver(machine, "a")
+    assert deliver(machine, "b")[-1] == rounds.Aggregate(("a", "b"))
+
+
+def test_silent_devices_are_waited_for_until_the_answer_time() -> None:
+    machine = opened()
+    deliver(machine, "a")
+    deliver(machine, "b")
+    assert machine.handle(rounds.Tick(), SETTINGS.answer_s - 1) == []
+    assert machine.handle(rounds.Tick(), SETTINGS.answer_s) == [rounds.Aggregate(("a", "b"))]
+
+
+def test_a_deadline_before_the_answer_time_still_ends_the_round() -> None:
+    machine = RoundMachine(invitation(duration_ms=5_000), ["a", "b", "c"], SETTINGS)
+    machine.handle(rounds.Opened(), 0.0)
+    deliver(machine, "a")
+    deliver(machine, "b")
+    assert machine.handle(rounds.Tick(), 5.0) == [rounds.Aggregate(("a", "b"))]
+
+
+def test_without_a_quorum_at_the_deadline_the_round_is_abandoned_with_a_reason() -> None:
+    machine = opened()
+    accept(machine, "a", "b", "c")
+    deliver(machine, "a")
+    closed, finished = machine.handle(rounds.Tick(), 60.0)
+    assert closed == rounds.PublishRound(RoundClosed("run.1", "abandoned", "1 updates came, the quorum is 2"))
+    assert isinstance(finished, rounds.Finished)
+    assert set(finished.missing) == {"b", "c"}
+
+
+def test_a_refusing_rule_abandons_the_round() -> None:
+    machine = opened()
+    for name in "abc":
+        deliver(machine, name)
+    finished = machine.handle(rounds.AggregationRefused("krum needs more devices"), 2.0)[-1]
+    assert finished == rounds.Finished("abandoned", "krum needs more devices", {})
+
+
+def test_an_update_of_the_wrong_size_is_refused_before_a_byte_of_it_is_taken() -> None:
+    machine = opened()
+    effects = machine.handle(rounds.Offered("a", Offer("run.1", blob_ref(b"tiny"), 5)), 1.0)
+    assert isinstance(effects[0], rounds.SendTo)
+    assert isinstance(effects[0].message, Receipt)
+    assert not effects[0].message.kept
+    assert "needs 40" in effects[0].message.reason
+
+
+def test_an_update_that_breaks_its_hash_is_refused() -> None:
+    machine = opened()
+    machine.handle(rounds.Offered("a", OFFER), 1.0)
+    for index in range(REF.num_chunks):
+        data = bytes(REF.chunk_size(index))
+        effects = machine.handle(rounds.ChunkArrived("a", Chunk("run.1", REF.sha256, index, data)), 1.0)
+    assert isinstance(effects[0], rounds.SendTo)
+    assert isinstance(effects[0].message, Receipt)
+    assert not effects[0].message.kept
+    assert machine.progress()["a"] is Progress.REFUSED
+
+
+def test_an_update_offered_again_after_it_was_stored_gets_its_receipt_again() -> None:
+    machine = opened()
+    accept(machine, "a", "b", "c")
+    deliver(machine, "a")
+    assert machine.handle(rounds.Offered("a", OFFER), 2.0) == [rounds.SendTo("a", Receipt("run.1", REF.sha256, True))]
+
+
+def test_a_second_different_update_of_one_device_is_refused() -> None:
+    machine = opened()
+    accept(machine, "a", "b", "c")
+    deliver(machine, "a")
+    other = Offer("run.1", blob_ref(bytes(40), 16), 5)
+    (effect,) = machine.handle(rounds.Offered("a", other), 2.0)
+    assert isinstance(effect, rounds.SendTo)
+    assert effect.message == Receipt(
+        "run.1", other.update.sha256, False, "an update of this device is already stored for this round"
+    )
+
+
+def test_only_missing_chunks_are_asked_for_again() -> None:
+    machine = opened()
+    machine.handle(rounds.Offered("a", OFFER), 1.0)
+    machine.handle(rounds.ChunkArrived("a", Chunk("run.1", REF.sha256, 1, chunk(UPDATE, REF, 1))), 1.0)
+    assert machine.handle(rounds.Offered("a", OFFER), 2.0) == [rounds.SendTo("a", Need("run.1", REF.sha256, (0, 2)))]
+
+
+def test_an_offer_for_a_round_that_is_over_is_answered_so() -> None:
+    (effect,) = opened().handle(rounds.Offered("a", Offer("run.0", REF, 5)), 1.0)
+    assert effect == rounds.SendTo("a", Receipt("run.0", REF.sha256, False, "that round is over"))
+
+
+def test_strangers_and_chunks_out_of_the_blue_are_protocol_errors_that_change_nothing() -> None:
+    machine = opened()
+    before = machine.progress()
+    with pytest.raises(PeerError):
+        machine.handle(rounds.Offered("mallory", OFFER), 1.0)
+    with pytest.raises(PeerError):
+        machine.handle(rounds.ChunkArrived("a", Chunk("run.1", REF.sha256, 0, UPDATE[:16])), 1.0)
+    assert machine.progress() == before
+
+
+@pytest.mark.parametrize("quorum", [0, 4])
+def test_a_quorum_that_cannot_be_met_is_refused_at_once(quorum: int) -> None:
+    with pytest.raises(RuleError):
+        RoundMachine(invitation(), ["a", "b", "c"], RoundSettings(quorum, 1, 1, 40))
