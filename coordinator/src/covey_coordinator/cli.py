@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from covey_coordinator.libraries import prepare
+
 A_FILE = click.Path(path_type=Path)
 
 
@@ -18,7 +20,7 @@ A_FILE = click.Path(path_type=Path)
 @click.option("--fleet", default="demo", show_default=True, help="Fleet name in the topics.")
 @click.option("--engine", type=click.Choice(["tff", "direct"]), default="tff", show_default=True)
 @click.option("--rule", default="multi-krum", show_default=True, help="Robust rule to compare with the plain mean.")
-@click.option("--rounds", default=12, show_default=True, type=int)
+@click.option("--rounds", default=20, show_default=True, type=int)
 @click.option("--devices", default=10, show_default=True, type=int)
 @click.option("--corrupted", default=3, show_default=True, type=int, help="How many devices are corrupted.")
 @click.option(
@@ -40,11 +42,11 @@ def demo_command(broker: str | None, data: str, **options: object) -> None:
     from covey_coordinator.machine import check_machine
 
     check_machine()
+    prepare()
     from covey_coordinator.demo.display import Display
-    from covey_coordinator.demo.program import pin_threads, run_demo
+    from covey_coordinator.demo.program import run_demo
     from covey_coordinator.demo.settings import DemoSettings
 
-    pin_threads()
     run_demo(DemoSettings(data=data, broker=broker, **options), Display())  # type: ignore[arg-type]
 
 
@@ -55,6 +57,7 @@ def serve_command(config_path: Path) -> None:
     from covey_coordinator.machine import check_machine
 
     check_machine()
+    prepare()
     from covey_coordinator.serve import serve
 
     serve(config_path, click.echo)

@@ -47,6 +47,7 @@ START_ATTEMPTS = 3  # another program may take the port between our look and the
 START_TIMEOUT_S = 60.0  # about 1 s on an idle desktop; slow disks read 300 MB first
 STOP_TIMEOUT_S = 5.0  # the worker ends within 10 ms of SIGTERM, busy or idle
 POLL_S = 0.2
+LISTEN_POLL_S = 0.02
 GRPC_OPTIONS = (("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1))
 
 
@@ -244,24 +245,37 @@ def _launch(binary: Path, port: int, log_path: str | os.PathLike[str] | None) ->
 
 
 def _channel_when_ready(process: subprocess.Popen[bytes], port: int) -> Any:
-    """A gRPC channel once the worker answers; None if it ended. Raises MachineError if it takes too long."""
+    """A gRPC channel once the worker listens; None if it ended. Raises MachineError if it takes too long."""
     import grpc
 
-    channel = grpc.insecure_channel(f"127.0.0.1:{port}", GRPC_OPTIONS)
-    ready = grpc.channel_ready_future(channel)
     deadline = time.monotonic() + START_TIMEOUT_S
     while process.poll() is None:
-        with contextlib.suppress(grpc.FutureTimeoutError):
-            ready.result(timeout=POLL_S)
-            return channel
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=POLL_S):
+            return grpc.insecure_channel(f"127.0.0.1:{port}", GRPC_OPTIONS)
         if time.monotonic() > deadline:
             _end(process)
             raise MachineError(
                 f"TFF's worker did not answer within {START_TIMEOUT_S:.0f} s", "try on a less busy machine"
             )
-    ready.cancel()
-    channel.close()
+        time.sleep(LISTEN_POLL_S)
     return None
+
+
+class _WithoutSubscriptions:
+    """A gRPC channel on which watching the connection does nothing.
+
+    TFF's stub watches it, for a flag that only TFF's own worker manager reads; gRPC then polls in a thread of its own,
+    which dies of an exception when the channel is closed at the wrong moment.
+    """
+
+    def __init__(self, channel: Any) -> None:
+        self._channel = channel
+
+    def subscribe(self, callback: Any, try_to_connect: bool = False) -> None:
+        pass
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._channel, name)
 
 
 def _free_port() -> int:
@@ -290,7 +304,7 @@ def _execution_context(channel: Any) -> Any:
     import tensorflow_federated as tff
     from tensorflow_federated.python.core.environments.tensorflow_frontend import tensorflow_computation
 
-    stub = tff.framework.RemoteExecutorGrpcStub(channel)
+    stub = tff.framework.RemoteExecutorGrpcStub(_WithoutSubscriptions(channel))
 
     def executor(cardinalities: Any) -> Any:
         cardinalities.setdefault(tff.CLIENTS, 0)

@@ -29,7 +29,7 @@ class DemoSettings:
     fleet: str = "demo"
     engine: str = "tff"
     rule: str = "multi-krum"
-    rounds: int = 12
+    rounds: int = 20
     devices: int = 10
     corrupted: int = 3
     alpha: float = 1.0
