@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import click
@@ -59,5 +60,8 @@ def serve_command(config_path: Path) -> None:
     check_machine()
     prepare()
     from covey_coordinator.serve import serve
+    from covey_edge.processes import interrupted_by_signals
 
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    interrupted_by_signals()
     serve(config_path, click.echo)

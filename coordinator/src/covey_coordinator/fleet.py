@@ -27,7 +27,7 @@ from covey_protocol.messages import (
     RoundClosed,
 )
 from covey_protocol.seals import PublicKey, SealingKey
-from covey_protocol.topics import Topics
+from covey_protocol.topics import Topics, check_device_id
 
 log = logging.getLogger("covey.coordinator")
 
@@ -210,7 +210,7 @@ class Fleet:
 
 def roster_from(keys: Mapping[str, str]) -> dict[str, PublicKey]:
     """Device ids to public keys, from hex digits."""
-    return {device_id: PublicKey.from_hex(key) for device_id, key in keys.items()}
+    return {check_device_id(device_id): PublicKey.from_hex(key) for device_id, key in keys.items()}
 
 
 def device_ids(fleet: Fleet, wanted: Sequence[str] | None = None) -> list[str]:

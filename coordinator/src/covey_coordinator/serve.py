@@ -1,6 +1,7 @@
 """`covey serve`: a coordinator for a real fleet, from one TOML file. docs/coordinator.md lists every setting.
 
-Runs the asked number of rounds and keeps a checkpoint of each; started again, it goes on after the newest readable one.
+Runs until the asked number of rounds is published and keeps a checkpoint of each; started again, it goes on after the
+newest readable one. An abandoned round is repeated.
 """
 
 from __future__ import annotations
@@ -24,12 +25,20 @@ from covey_coordinator.store import RunStore
 from covey_edge.config import BrokerSettings, NotNegative, Positive, read_broker, read_toml
 from covey_edge.runtime import Model
 from covey_protocol.bundle import read_bundle
-from covey_protocol.errors import ConfigError
-from covey_protocol.messages import DEFAULT_CHUNK_BYTES, MAX_CHUNK_BYTES, TrainingPlan
+from covey_protocol.errors import ConfigError, RunError
+from covey_protocol.messages import (
+    DEFAULT_CHUNK_BYTES,
+    MAX_CHUNK_BYTES,
+    MAX_DURATION_MS,
+    MAX_EPOCHS,
+    MAX_LEARNING_RATE,
+    TrainingPlan,
+)
 from covey_protocol.seals import SealingKey
 from covey_protocol.topics import check_name
 
 AtLeastOne = Annotated[int, Meta(ge=1)]
+MOST_ABANDONED = 10  # rounds in a row; then an operator has to look
 
 
 class RuleSettings(Struct, frozen=True, forbid_unknown_fields=True):
@@ -47,8 +56,8 @@ class ServerSettings(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class TrainingSettings(Struct, frozen=True, forbid_unknown_fields=True):
-    epochs: AtLeastOne = 1
-    learning_rate: Positive = 0.1
+    epochs: Annotated[int, Meta(ge=1, le=MAX_EPOCHS)] = 1
+    learning_rate: Annotated[float, Meta(gt=0, le=MAX_LEARNING_RATE)] = 0.1
     seed: Annotated[int, Meta(ge=0)] = 0
 
 
@@ -57,7 +66,7 @@ class RoundSettings(Struct, frozen=True, forbid_unknown_fields=True):
 
     devices: AtLeastOne
     quorum: AtLeastOne
-    duration_s: Positive = 600.0
+    duration_s: Annotated[float, Meta(ge=1, le=MAX_DURATION_MS / 1000)] = 600.0
     answer_s: Positive = 20.0
     grace_s: NotNegative = 3.0
     wait_s: Positive = 3600.0
@@ -112,7 +121,9 @@ def serve(path: Path, say: Callable[[str], None]) -> None:
         stack.callback(fleet.close)
         say(f"{config.fleet}: connected to {broker}, waiting for {config.round.devices} devices")
         coordinator = Coordinator(fleet, store)
-        for number in range(done + 1, config.rounds + 1):
+        abandoned = 0
+        while done < config.rounds:
+            number = done + 1
             online = coordinator.wait_for(config.round.devices, config.round.wait_s)
             result = coordinator.run_round(
                 run_id=config.run,
@@ -125,11 +136,15 @@ def serve(path: Path, say: Callable[[str], None]) -> None:
                 engine=engine,
                 timing=Timing(config.round.duration_s, config.round.answer_s, config.round.grace_s),
             )
-            parameters = result.parameters
-            store.save_checkpoint(config.run, number, parameters)
             for line in _lines(number, config.rounds, result):
                 say(line)
-            time.sleep(config.round.pause_s if number < config.rounds else 0)
+            if result.outcome == "published":
+                parameters, done, abandoned = result.parameters, number, 0
+                store.save_checkpoint(config.run, number, parameters)
+            else:
+                abandoned += 1
+                _give_up_if_hopeless(abandoned, result.reason)
+            time.sleep(config.round.pause_s if done < config.rounds else 0)
     say(f"checkpoints: {store.checkpoints(config.run)}")
 
 
@@ -151,6 +166,14 @@ def _resume(
     number, parameters = found
     say(f"going on after round {number}")
     return parameters, number
+
+
+def _give_up_if_hopeless(abandoned: int, reason: str) -> None:
+    if abandoned >= MOST_ABANDONED:
+        raise RunError(
+            f"{abandoned} rounds in a row were abandoned ({reason})",
+            "look at the devices; started again, the run goes on after its newest checkpoint",
+        )
 
 
 def _lines(number: int, rounds: int, result: RoundResult) -> list[str]:

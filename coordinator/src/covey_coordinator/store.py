@@ -19,7 +19,7 @@ class RunStore:
     def store_update(self, round_id: str, device_id: str, data: bytes) -> Path:
         """Durable when this returns; StorageError if it cannot be."""
         path = self.folder / "updates" / round_id / f"{device_id}.f32"
-        write_atomic(path, data)
+        write_atomic(path, data, mode=0o600)  # an update can be inverted: see the inversion check
         return path
 
     def read_update(self, round_id: str, device_id: str) -> npt.NDArray[np.float32]:

@@ -17,7 +17,7 @@ from covey_edge.cache import BlobCache
 from covey_edge.config import Agent
 from covey_edge.frames import Done, Frame, Open, Probe, Problem, Run
 from covey_edge.mqtt import ConnectionDown, ConnectionUp, Incoming, MqttTransport
-from covey_edge.outbox import Entry, Outbox
+from covey_edge.outbox import Entry, NumberFile, Outbox
 from covey_edge.training_process import TrainingProcess
 from covey_protocol import codec, device, errors
 from covey_protocol.blobs import BlobAssembly
@@ -51,7 +51,9 @@ class AgentProgram:
         self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._topics = Topics(agent.config.fleet)
         self._machine = device.DeviceMachine(agent.config.device_id)
-        self._sequence = Sequence(time.time_ns())
+        self._numbers = NumberFile(agent.state_dir / "sequence")
+        self._sequence = Sequence(time.time_ns(), self._numbers.load(), self._numbers.store)
+        self._session = self._sequence.next()
         self._guard = ReplayGuard()
         self._cache = BlobCache(agent.state_dir / "blobs")
         self._outbox = Outbox(agent.state_dir)
@@ -64,6 +66,7 @@ class AgentProgram:
         self._transport = MqttTransport(
             agent.broker, f"covey-{agent.config.fleet}-{agent.config.device_id}", self._inbox
         )
+        self._connected = False
         self._stopped = False
 
     # --- life
@@ -78,6 +81,7 @@ class AgentProgram:
         device_id = self._config.device_id
         self._transport.subscribe([self._topics.round, self._topics.down(device_id)])
         self._transport.connect()
+        self._connected = True
         log.info("%s connected to %s as %s", device_id, self._agent.broker, self._config.fleet)
 
     def run(self) -> None:
@@ -101,9 +105,10 @@ class AgentProgram:
 
     def close(self) -> None:
         """Say goodbye to the broker and end the child."""
-        with contextlib.suppress(errors.TransportError):  # then the last will says it for us
-            self._transport.flush([self._publish_presence(online=False)], timeout_s=2.0)
-        self._transport.close()
+        if self._connected:
+            with contextlib.suppress(errors.TransportError):  # then the last will says it for us
+                self._transport.flush([self._publish_presence(online=False)], timeout_s=2.0)
+            self._transport.close()
         self._child.stop()
 
     # --- what comes in
@@ -116,7 +121,6 @@ class AgentProgram:
             self._handle(device.Connected())
         elif isinstance(item, ConnectionDown):
             log.warning("connection to %s lost (%s), trying again", self._agent.broker, item.reason)
-            self._set_will()
         else:
             self._take_answer(*item)
 
@@ -158,7 +162,9 @@ class AgentProgram:
             log.error("round %s: %s", round_id, problem)
             self._handle(device.TrainingFailed(round_id, problem))
         elif isinstance(frame, Done) and not frame.update:
-            self._runtime = frame.runtime
+            if frame.runtime != self._runtime:
+                self._runtime = frame.runtime
+                self._publish_presence(online=True)
             self._run_training()
         elif isinstance(frame, Done):
             self._handle(device.Trained(round_id, frame.update, frame.num_examples, frame.metrics))
@@ -278,8 +284,7 @@ class AgentProgram:
         )
 
     def _set_will(self) -> None:
-        """A new session and the goodbye the broker says for us if this connection breaks."""
-        self._session = time.time_ns() // 1000
+        """The goodbye the broker says for us if the connection breaks."""
         topic = self._topics.presence(self._config.device_id)
         self._transport.set_will(topic, self._sealed(Presence(False, self._session), topic))
 

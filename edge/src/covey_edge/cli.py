@@ -37,7 +37,7 @@ class Commands(click.Group):
             return None
         try:
             command: click.Command = point.load()
-        except ImportError as exc:
+        except (ImportError, AttributeError) as exc:
             return _broken(cmd_name, exc)
         return command
 
@@ -51,7 +51,7 @@ class Commands(click.Group):
             raise
 
 
-def _broken(name: str, error: ImportError) -> click.Command:
+def _broken(name: str, error: Exception) -> click.Command:
     """A command whose parts are not installed still has a line in the help, and says what is missing when called."""
 
     def fail(**_: Any) -> None:

@@ -14,7 +14,7 @@ from msgspec import Meta, Struct
 from covey_edge.mqtt import Broker, parse_broker
 from covey_protocol.errors import ConfigError
 from covey_protocol.seals import PublicKey, SealingKey
-from covey_protocol.topics import check_name
+from covey_protocol.topics import check_device_id, check_name
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -100,7 +100,7 @@ class Agent(Struct, frozen=True):
 def load_agent(path: Path) -> Agent:
     """Read agent.toml and the keys it names. ConfigError names the file, the setting and the nearest right name."""
     config = read_toml(path, AgentConfig)
-    check_name(config.device_id, "device_id")
+    check_device_id(config.device_id)
     check_name(config.fleet, "fleet")
     if config.privacy.noise_multiplier and not config.privacy.clip_norm:
         raise ConfigError(f"{path}: noise_multiplier needs clip_norm", "set privacy.clip_norm; noise is measured in it")
@@ -121,6 +121,8 @@ def read_broker(settings: BrokerSettings, folder: Path) -> Broker:
     }
     broker = parse_broker(settings.url, **files)
     if settings.username is None:
+        if settings.password_file is not None:
+            raise ConfigError("broker.password_file needs broker.username", "set both or none")
         return broker
     password = _read(folder / settings.password_file).decode().strip() if settings.password_file else None
     return Broker(broker.host, broker.port, broker.tls, settings.username, password, **files)

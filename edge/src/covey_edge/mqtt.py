@@ -67,10 +67,14 @@ def parse_broker(url: str, **files: Optional[Path]) -> Broker:
         port = parts.port
     except ValueError as exc:
         raise ConfigError(f"broker address {_redacted(url)!r} cannot be read", "write mqtt://host:1883") from exc
-    if parts.scheme not in DEFAULT_PORTS or not parts.hostname or parts.path not in ("", "/"):
+    strange = parts.path not in ("", "/") or parts.query or parts.fragment
+    if parts.scheme not in DEFAULT_PORTS or not parts.hostname or strange:
         raise ConfigError(
             f"broker address {_redacted(url)!r} cannot be read", "write mqtt://host:1883 or mqtts://host:8883"
         )
+    if parts.scheme == "mqtt" and any(files.values()):
+        given = ", ".join(name for name, value in files.items() if value)
+        raise ConfigError(f"{given} without TLS at {_redacted(url)}", "write mqtts://, or leave the files out")
     return Broker(
         host=parts.hostname,
         port=port or DEFAULT_PORTS[parts.scheme],

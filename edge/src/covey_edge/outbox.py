@@ -1,4 +1,7 @@
-"""The outbox: the one update this device still owes, durable until the coordinator says it is kept or refused."""
+"""The outbox: the one update this device still owes, durable until the coordinator says it is kept or refused.
+
+And the message numbers it has reserved, so that a device without a clock battery never repeats one.
+"""
 
 from __future__ import annotations
 
@@ -37,3 +40,20 @@ class Outbox:
 
     def discard(self) -> None:
         self._path.unlink(missing_ok=True)
+
+
+class NumberFile:
+    """One number on disk: the highest message number a run may have used."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def load(self) -> int:
+        """0 where nothing readable is there."""
+        try:
+            return int(self._path.read_text())
+        except (OSError, ValueError):
+            return 0
+
+    def store(self, number: int) -> None:
+        write_atomic(self._path, str(number).encode(), mode=0o600)

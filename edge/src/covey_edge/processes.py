@@ -1,4 +1,4 @@
-"""Tying a child process to its parent, so that nothing covey starts outlives it."""
+"""Tying a child process to its parent, so that nothing covey starts outlives it; and orderly ends."""
 
 from __future__ import annotations
 
@@ -21,3 +21,13 @@ def die_with_parent(parent: int) -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(0)
+
+
+def interrupted_by_signals() -> None:
+    """Make SIGTERM and SIGHUP end this process as Ctrl-C does: through its clean-up."""
+
+    def raise_interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, raise_interrupt)

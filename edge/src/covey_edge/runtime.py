@@ -82,7 +82,5 @@ class Model:
         weight[: len(x)] = 1.0
         if len(x) == size:
             return x, y, weight
-        full_x = np.zeros((size, *x.shape[1:]), x.dtype)
-        full_y = np.zeros((size, *y.shape[1:]), y.dtype)
-        full_x[: len(x)], full_y[: len(y)] = x, y
-        return full_x, full_y, weight
+        # repeated real examples, not zeros: BatchNorm's statistics see all rows, whatever their weight
+        return np.resize(x, (size, *x.shape[1:])), np.resize(y, (size, *y.shape[1:])), weight

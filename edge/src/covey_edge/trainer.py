@@ -98,6 +98,8 @@ class Trainer:
             "training_loss": loss,
             "seconds": time.monotonic() - started,
         }
+        if request.noise_multiplier:  # the rest is exact functions of the data, which the noise is to cover
+            metrics = {"seconds": metrics["seconds"]}
         # a metric that is not a number would only confuse whoever averages it
         finite = {name: value for name, value in metrics.items() if np.isfinite(value)}
         return Done(update.astype("<f4").tobytes(), len(x), finite, self._model.runtime)

@@ -7,14 +7,17 @@ from collections.abc import Iterator
 from typing import Optional
 
 from covey_protocol.errors import PeerError, UsageError
-from covey_protocol.messages import DEFAULT_CHUNK_BYTES, MAX_CHUNKS, BlobRef
+from covey_protocol.messages import DEFAULT_CHUNK_BYTES, BlobRef
 
 
 def blob_ref(data: bytes, chunk_bytes: int = DEFAULT_CHUNK_BYTES) -> BlobRef:
     """The address of `data`. UsageError if it is empty or needs more than MAX_CHUNKS chunks."""
-    if not data or -(-len(data) // chunk_bytes) > MAX_CHUNKS:
-        raise UsageError(f"{len(data)} bytes cannot travel in chunks of {chunk_bytes}", "use a larger chunk size")
-    return BlobRef(hashlib.sha256(data).digest(), len(data), chunk_bytes)
+    if not data:
+        raise UsageError("nothing to send")
+    try:
+        return BlobRef(hashlib.sha256(data).digest(), len(data), chunk_bytes)
+    except ValueError as exc:
+        raise UsageError(f"{len(data)} bytes cannot travel so ({exc})", "use a larger chunk size") from exc
 
 
 def chunks(data: bytes, ref: BlobRef) -> Iterator[tuple[int, bytes]]:

@@ -119,7 +119,7 @@ def read_bundle(data: bytes, sealed_by: Optional[PublicKey] = None) -> Bundle:
         if not sealed_by.verifies(entries[SEAL_NAME], SEAL_CONTEXT + entries[MANIFEST_NAME]):
             raise BundleError("the bundle's seal is not the expected coordinator's", "fetch it again or pin its key")
     model = entries[MODEL_NAME]
-    if hashlib.sha256(model).hexdigest() != manifest.model_sha256:
+    if len(model) != manifest.model_bytes or hashlib.sha256(model).hexdigest() != manifest.model_sha256:
         raise BundleError("the model in the bundle does not match its manifest", "fetch or export the bundle again")
     return Bundle(manifest, model, SEAL_NAME in entries)
 

@@ -7,6 +7,7 @@ Decoding any bytes ends in a message or a PeerError, nothing else.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Union
 
 import msgspec
@@ -15,8 +16,9 @@ from covey_protocol import PROTOCOL_VERSION
 from covey_protocol.errors import PeerError
 from covey_protocol.messages import Envelope, FromCoordinator, FromDevice, Message
 from covey_protocol.seals import PublicKey, SealingKey
+from covey_protocol.topics import RESERVED_ID
 
-COORDINATOR = "coordinator"  # the coordinator's sender name; not a possible device id on a device topic
+COORDINATOR = RESERVED_ID  # the coordinator's sender name; no device may have it
 MAX_ENVELOPE_BYTES = 2 * 1024 * 1024  # a chunk of the largest size, or an invitation that names 10,000 devices
 SEAL_CONTEXT = b"covey message\x00"
 
@@ -72,17 +74,26 @@ def _sealed_bytes(version: int, topic: str, sender: str, sequence: int, body: by
 
 
 class Sequence:
-    """Numbers the messages of one sender: strictly growing, also over restarts while the clock does not jump back.
+    """Numbers the messages of one sender: strictly growing, also over restarts and where the clock jumps back.
 
-    now_ns: Unix time in nanoseconds at the start. Numbers start there (in microseconds), far above any earlier run's.
+    now_ns: Unix time in nanoseconds at the start; numbers begin there, in microseconds. reserved: the value an earlier
+    run gave to `reserve`, which wins where the clock says less. reserve: called with a number before any up to it is
+    used, to be remembered for the next run.
     """
 
-    def __init__(self, now_ns: int) -> None:
-        self._next = now_ns // 1000
+    BLOCK = 2**20  # numbers reserved at once: about a second of the clock, more messages than most runs send
+
+    def __init__(self, now_ns: int, reserved: int = 0, reserve: Callable[[int], None] = lambda number: None) -> None:
+        self._last = max(now_ns // 1000, reserved)
+        self._reserve = reserve
+        self._reserved = self._last
 
     def next(self) -> int:
-        self._next += 1
-        return self._next
+        if self._last >= self._reserved:
+            self._reserved = self._last + self.BLOCK
+            self._reserve(self._reserved)
+        self._last += 1
+        return self._last
 
 
 class ReplayGuard:

@@ -19,9 +19,12 @@ MAX_DEVICES = 10_000  # devices one invitation can name: 64 bytes each keeps it 
 MAX_CHUNKS = 16_384  # at 64 KiB a blob of 1 GiB
 MAX_CHUNK_BYTES = 1024 * 1024
 DEFAULT_CHUNK_BYTES = 64 * 1024  # AWS IoT Core refuses messages above 128 KB; half of it leaves room for the envelope
+MAX_EPOCHS = 1000
+MAX_LEARNING_RATE = 1000.0
+MAX_DURATION_MS = 30 * 24 * 3600 * 1000  # a month
 
-DeviceId = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,62}$")]
-RoundId = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,94}$")]
+DeviceId = Annotated[str, Meta(pattern=r"\A[A-Za-z0-9][A-Za-z0-9_-]{0,62}\Z")]
+RoundId = Annotated[str, Meta(pattern=r"\A[A-Za-z0-9][A-Za-z0-9._-]{0,94}\Z")]
 Name = Annotated[str, Meta(max_length=64)]
 Reason = Annotated[str, Meta(max_length=MAX_REASON_CHARS)]
 Count = Annotated[int, Meta(ge=0, le=2**53)]
@@ -31,11 +34,18 @@ Capabilities = Annotated[tuple[Name, ...], Meta(max_length=64)]
 
 
 class BlobRef(Struct, frozen=True):
-    """A content-addressed piece of data: its sha256, its size in bytes, and the size of all chunks but the last."""
+    """A content-addressed piece of data: its sha256, its size in bytes, and the size of all chunks but the last.
+
+    At most MAX_CHUNKS chunks: a peer cannot make us count to millions.
+    """
 
     sha256: Sha256
     size: Annotated[int, Meta(ge=1, le=MAX_CHUNKS * MAX_CHUNK_BYTES)]
     chunk_bytes: Annotated[int, Meta(ge=1, le=MAX_CHUNK_BYTES)] = DEFAULT_CHUNK_BYTES
+
+    def __post_init__(self) -> None:
+        if self.num_chunks > MAX_CHUNKS:
+            raise ValueError(f"a blob of {self.num_chunks} chunks, the limit is {MAX_CHUNKS}")
 
     @property
     def num_chunks(self) -> int:
@@ -53,8 +63,8 @@ class TrainingPlan(Struct, frozen=True):
     learning_rate: of the local optimizer. shuffle_seed: with the device id it fixes the order of examples.
     """
 
-    epochs: Annotated[int, Meta(ge=1, le=1000)]
-    learning_rate: Annotated[float, Meta(gt=0, le=1000)]
+    epochs: Annotated[int, Meta(ge=1, le=MAX_EPOCHS)]
+    learning_rate: Annotated[float, Meta(gt=0, le=MAX_LEARNING_RATE)]
     max_examples: Count = 0
     shuffle_seed: Count = 0
 
@@ -65,15 +75,15 @@ class TrainingPlan(Struct, frozen=True):
 class Invitation(Struct, frozen=True, tag="invitation"):
     """The current round, retained on `fleet/round`.
 
-    duration_ms: how long the round accepts updates, counted by the coordinator from issued_at_ms (Unix time; devices'
-    clocks are not trusted and only use the duration). devices: who is invited; empty means everyone.
+    duration_ms: how long the round accepts updates; each side counts it from when it sent or got this, by its own
+    clock. issued_at_ms: Unix time, for logs only; devices' clocks are not trusted. devices: who is invited; empty means everyone.
     requires: capabilities a device must have to take part, so that later kinds of rounds are declined by old devices.
     """
 
     round_id: RoundId
     number: Count
     issued_at_ms: Count
-    duration_ms: Annotated[int, Meta(ge=1, le=30 * 24 * 3600 * 1000)]
+    duration_ms: Annotated[int, Meta(ge=1, le=MAX_DURATION_MS)]
     bundle: BlobRef
     parameters: BlobRef
     plan: TrainingPlan
@@ -120,7 +130,7 @@ class Verdict(Struct, frozen=True, tag="verdict"):
 class Presence(Struct, frozen=True, tag="presence"):
     """Retained on `device/ID/presence`; the offline form is also the last will.
 
-    session: grows with every connection, so that an old presence cannot be replayed over a newer one.
+    session: grows with every start of the agent, so that an old presence cannot be replayed over a newer one.
     """
 
     online: bool

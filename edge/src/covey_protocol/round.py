@@ -296,6 +296,14 @@ class RoundMachine:
         peer.offer, peer.progress = offer, Progress.UPLOADING
         return [SendTo(event.device_id, Need(offer.round_id, offer.update.sha256, peer.assembly.missing()))]
 
+    def _offered_late(self, event: Offered, now: float) -> list[Effect]:
+        """The doors are closed: who was stored hears so again, everybody else that the round is over."""
+        offer = event.offer
+        peer = self._devices.get(event.device_id)
+        kept = peer is not None and peer.progress is Progress.STORED and peer.offer == offer
+        reason = "" if kept else "that round is over"
+        return [SendTo(event.device_id, Receipt(offer.round_id, offer.update.sha256, kept, reason))]
+
     def _chunk_arrived(self, event: ChunkArrived, now: float) -> list[Effect]:
         chunk = event.chunk
         peer = self._peer(event.device_id, chunk.round_id)
@@ -422,7 +430,8 @@ _M = RoundMachine
 TABLE: dict[tuple[Phase, type], Action] = {
     (Phase.INVITING, Opened): _M._opened,
     **{(phase, Answered): _M._answered for phase in _OPEN},
-    **{(phase, Offered): _M._offered for phase in Phase},  # later offers get a receipt that says the round is over
+    **{(phase, Offered): _M._offered for phase in _OPEN},
+    **{(phase, Offered): _M._offered_late for phase in Phase if phase not in _OPEN},
     **{(phase, ChunkArrived): _M._chunk_arrived for phase in _OPEN},
     **{(phase, Stored): _M._stored for phase in _OPEN},
     **{(phase, Failed): _M._failed for phase in _OPEN},

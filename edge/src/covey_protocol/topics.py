@@ -25,6 +25,16 @@ class DeviceTopic(NamedTuple):
     channel: str  # "presence", "up" or "down"
 
 
+RESERVED_ID = "coordinator"  # the sender and MQTT client name of the coordinator
+
+
+def check_device_id(name: str) -> str:
+    """The device id itself; ConfigError where it cannot be one."""
+    if name == RESERVED_ID:
+        raise ConfigError(f"device_id {name!r} is the coordinator's own name", "choose another")
+    return check_name(name, "device_id")
+
+
 def check_name(name: str, what: str = "name") -> str:
     """The name itself; ConfigError unless it is 1-63 letters, digits, - or _, starting with a letter or digit."""
     if not _NAME.fullmatch(name):

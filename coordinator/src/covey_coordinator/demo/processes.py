@@ -159,13 +159,3 @@ class AgentProcesses:
 
     def stop(self) -> None:
         stop_all(list(self._agents.values()))
-
-
-def interrupted_by_signals() -> None:
-    """Make SIGTERM and SIGHUP end the demo as Ctrl-C does: through its clean-up."""
-
-    def raise_interrupt(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, raise_interrupt)

@@ -26,13 +26,14 @@ from covey_coordinator.aggregation.worker import Worker
 from covey_coordinator.coordinator import Coordinator, RoundResult, Timing
 from covey_coordinator.demo.devices import DeviceFiles, Shard, make_device
 from covey_coordinator.demo.display import Display, RunDisplay, why_rejected
-from covey_coordinator.demo.processes import AgentProcesses, BrokerProcess, interrupted_by_signals
+from covey_coordinator.demo.processes import AgentProcesses, BrokerProcess
 from covey_coordinator.demo.settings import DemoSettings
 from covey_coordinator.fleet import Fleet
 from covey_coordinator.machine import check_machine
 from covey_coordinator.store import RunStore
 from covey_edge.files import write_atomic
 from covey_edge.mqtt import Broker, parse_broker
+from covey_edge.processes import interrupted_by_signals
 from covey_edge.runtime import Model
 from covey_protocol.bundle import read_bundle
 from covey_protocol.errors import RunError
@@ -110,6 +111,7 @@ class Demo:
         rows = f"{settings.devices} devices, {settings.corrupted} of them will be corrupted"
         display.line(f"covey demo: {settings.data_name}, {rows}, seed {settings.seed}")
         data = self._load_data()
+        settings.check_rule()  # imports TensorFlow, so after what is cheap to know
         devices = self._start_fleet(data)
         model = self._export(data)
         fleet = self._connect(devices)
@@ -263,7 +265,7 @@ class Demo:
         from covey_coordinator.aggregation.registry import make_rule
 
         settings = self._settings
-        num_byzantine = 0 if rule == "mean" else settings.corrupted
+        num_byzantine = 0 if rule == "mean" else settings.num_byzantine
         engine = make_engine(
             settings.engine,
             make_rule(rule, num_byzantine),

@@ -38,7 +38,7 @@ class DemoSettings:
     runs_dir: Path = Path("runs")
 
     def check(self) -> None:
-        """ConfigError or RuleError for what cannot work, before any process is started."""
+        """ConfigError for what cannot work."""
         check_name(self.fleet, "fleet name")
         if self.name and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", self.name):
             raise ConfigError(f"run name {self.name!r} cannot be used", "use letters, digits, ., - and _")
@@ -48,7 +48,15 @@ class DemoSettings:
             raise ConfigError(f"{self.corrupted} of {self.devices} devices cannot be corrupted", "lower --corrupted")
         if self.rounds < 1:
             raise ConfigError(f"{self.rounds} rounds train nothing", "ask for at least 1")
-        make_rule(self.rule, self.corrupted).check(self.devices)
+
+    def check_rule(self) -> None:
+        """ConfigError for an unknown rule, RuleError for one that cannot bear this fleet."""
+        make_rule(self.rule, self.num_byzantine).check(self.devices)
+
+    @property
+    def num_byzantine(self) -> int:
+        """What the robust rule is told. The mean bears nobody."""
+        return 0 if self.rule == "mean" else self.corrupted
 
     @property
     def data_name(self) -> str:
