@@ -1,4 +1,4 @@
-"""`covey demo` as a user runs it: real processes, one report, the same table for the same seed, and nothing left behind."""
+"""`covey demo` as a user runs it: real processes, one report, the same table for the same seed, nothing left behind."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from covey_coordinator import records
-from covey_coordinator.fleet import Fleet, FromFleet
+from covey_coordinator.fleet import POLL_S, Fleet, FromFleet
 from covey_coordinator.store import RunStore
 from covey_protocol import round as rounds
 from covey_protocol.errors import PeerError, RuleError, RunError
@@ -35,7 +35,6 @@ from covey_protocol.round import Progress, RoundMachine, RoundSettings
 log = logging.getLogger("covey.coordinator")
 
 Floats = npt.NDArray[np.float32]
-POLL_S = 0.2
 
 
 class StepOutcome(Protocol):
@@ -92,8 +91,7 @@ class _Round:
 class Coordinator:
     """Rounds of one fleet, one at a time.
 
-    on_progress: called with every device's progress whenever something came in.
-    check: called about five times a second; may raise (a broker process died, the operator interrupted).
+    on_progress: called with every device's progress, a few times a second and whenever something came in.
     """
 
     def __init__(
@@ -102,12 +100,10 @@ class Coordinator:
         store: RunStore,
         *,
         on_progress: Callable[[dict[str, Progress]], None] = lambda progress: None,
-        check: Callable[[], None] = lambda: None,
     ) -> None:
         self.fleet = fleet
         self.store = store
         self._on_progress = on_progress
-        self._check = check
 
     def wait_for(
         self, count: int, timeout_s: float, on_progress: Callable[[int], None] = lambda online: None
@@ -115,7 +111,6 @@ class Coordinator:
         """Wait until `count` devices are online; their ids. RunError when they do not come."""
         end = time.monotonic() + timeout_s
         while len(self.fleet.online()) < count:
-            self._check()
             on_progress(len(self.fleet.online()))
             if time.monotonic() > end:
                 online = self.fleet.online()
@@ -155,7 +150,6 @@ class Coordinator:
         try:
             self._handle(state, rounds.Opened())
             while state.finished is None:
-                self._check()
                 received = self.fleet.next(POLL_S)
                 self._handle(state, _event(received) if received is not None else rounds.Tick())
                 self._on_progress(state.machine.progress())

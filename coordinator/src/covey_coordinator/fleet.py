@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import queue
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +33,7 @@ log = logging.getLogger("covey.coordinator")
 
 PUBLISH_TIMEOUT_S = 60.0
 BROKER_PATIENCE_S = 30.0
+POLL_S = 0.2
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,8 @@ class Fleet:
     """Devices as the coordinator sees them.
 
     roster: the public key of every device that may take part; everybody else is ignored and counted in `refused`.
-    patience_s: how long the broker may be away before `next` raises TransportError.
+    patience_s: how long the broker may be away before waiting for it raises TransportError.
+    check: called a few times a second while waiting; may raise (a broker process died).
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class Fleet:
         *,
         chunk_bytes: int = DEFAULT_CHUNK_BYTES,
         patience_s: float = BROKER_PATIENCE_S,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
         self.broker = broker
         self.topics = Topics(name)
@@ -67,6 +70,7 @@ class Fleet:
         self._key = key
         self._chunk_bytes = chunk_bytes
         self._patience_s = patience_s
+        self._check = check
         self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._transport = MqttTransport(broker, f"covey-{name}-{COORDINATOR}", self._inbox)
         self._sequence = codec.Sequence(time.time_ns())
@@ -125,11 +129,14 @@ class Fleet:
             self._transport.publish(self.topics.blob(ref.sha256, index), payload, retain=True)
             for index, payload in chunks(data, ref)
         ]
-        if not self._transport.flush(sent, PUBLISH_TIMEOUT_S):
-            raise TransportError(
-                f"{self.broker} did not take the model within {PUBLISH_TIMEOUT_S:g} s",
-                f"check that it accepts messages of {self._chunk_bytes} bytes",
-            )
+        end = time.monotonic() + PUBLISH_TIMEOUT_S
+        while not self._transport.flush(sent, POLL_S):
+            self._watch()
+            if time.monotonic() > end:
+                raise TransportError(
+                    f"{self.broker} did not take the model within {PUBLISH_TIMEOUT_S:g} s",
+                    f"check that it accepts messages of {self._chunk_bytes} bytes",
+                )
 
     def _sealed(self, message: FromCoordinator, topic: str) -> bytes:
         return codec.encode(message, topic=topic, sender=COORDINATOR, sequence=self._sequence.next(), key=self._key)
@@ -143,7 +150,7 @@ class Fleet:
         """
         end = time.monotonic() + timeout_s
         while True:
-            self._check_patience()
+            self._watch()
             try:
                 item = self._inbox.get(timeout=max(0.0, end - time.monotonic()))
             except queue.Empty:
@@ -160,10 +167,15 @@ class Fleet:
                 self._restore()
             elif isinstance(item, ConnectionDown):
                 log.warning("connection to %s lost (%s), trying again", self.broker, item.reason)
-                self._down_since = self._down_since or time.monotonic()
 
-    def _check_patience(self) -> None:
-        if self._down_since is not None and time.monotonic() - self._down_since > self._patience_s:
+    def _watch(self) -> None:
+        """While we wait: is everything that we wait for still there?"""
+        self._check()
+        if self._transport.connected:
+            self._down_since = None
+            return
+        self._down_since = self._down_since or time.monotonic()
+        if time.monotonic() - self._down_since > self._patience_s:
             raise TransportError(
                 f"{self.broker} went away and did not come back within {self._patience_s:g} s",
                 "start the broker again and repeat the command",
@@ -171,7 +183,6 @@ class Fleet:
 
     def _restore(self) -> None:
         """After a reconnection: a broker that was restarted may have forgotten what we retained."""
-        self._down_since = None
         if not self._was_up:
             self._was_up = True
             return

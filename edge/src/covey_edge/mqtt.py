@@ -167,6 +167,10 @@ class MqttTransport:
                 transient=reason not in HOPELESS,
             )
 
+    @property
+    def connected(self) -> bool:
+        return self._client.is_connected()
+
     def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> int:
         """Queue a message and return its number; it goes out as soon as there is a connection."""
         info = self._client.publish(topic, payload, qos=1, retain=retain)

@@ -115,7 +115,7 @@ class Demo:
         devices = self._start_fleet(data)
         model = self._export(data)
         fleet = self._connect(devices)
-        coordinator = Coordinator(fleet, RunStore(self._folder), on_progress=self._on_progress, check=self._check)
+        coordinator = Coordinator(fleet, RunStore(self._folder), on_progress=self._on_progress)
         self._wait_for_devices(coordinator)
         corrupted = self._corrupted()
         count = f"{len(corrupted)} corrupted"
@@ -229,7 +229,7 @@ class Demo:
         return _Model(keras, name, bundle, Model(opened))
 
     def _make_fleet(self, roster: dict[str, PublicKey]) -> Fleet:
-        return Fleet(self._parsed_broker(), self._settings.fleet, self._key, roster)
+        return Fleet(self._parsed_broker(), self._settings.fleet, self._key, roster, check=self._check)
 
     def _connect(self, devices: list[DeviceFiles]) -> Fleet:
         fleet = self._make_fleet({device.device_id: device.public for device in devices})

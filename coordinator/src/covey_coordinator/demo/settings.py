@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from covey_coordinator.aggregation.registry import make_rule
+from covey_edge.mqtt import Broker, parse_broker
 from covey_protocol.errors import ConfigError
 from covey_protocol.topics import check_name
 
@@ -48,6 +49,12 @@ class DemoSettings:
             raise ConfigError(f"{self.corrupted} of {self.devices} devices cannot be corrupted", "lower --corrupted")
         if self.rounds < 1:
             raise ConfigError(f"{self.rounds} rounds train nothing", "ask for at least 1")
+        if self.broker is not None:
+            self.external_broker()
+
+    def external_broker(self) -> Broker:
+        """The user's own broker. ConfigError where its address or files cannot be used."""
+        return parse_broker(self.broker or "", ca_file=self.ca_file, cert_file=self.cert_file, key_file=self.key_file)
 
     def check_rule(self) -> None:
         """ConfigError for an unknown rule, RuleError for one that cannot bear this fleet."""
