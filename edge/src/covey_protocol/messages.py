@@ -76,8 +76,9 @@ class Invitation(Struct, frozen=True, tag="invitation"):
     """The current round, retained on `fleet/round`.
 
     duration_ms: how long the round accepts updates; each side counts it from when it sent or got this, by its own
-    clock. issued_at_ms: Unix time, for logs only; devices' clocks are not trusted. devices: who is invited, empty for
-    everyone. requires: capabilities a device must have to take part, so that later kinds of rounds are declined by old devices.
+    clock. issued_at_ms: Unix time, for logs only; devices' clocks are not trusted.
+    devices: who is invited, empty for everyone. requires: capabilities a device must have to take part, so that later
+    kinds of rounds are declined by old devices.
     """
 
     round_id: RoundId
