@@ -19,7 +19,7 @@ import numpy as np
 import paho.mqtt.client as paho
 import psutil
 import pytest
-from conftest import RunningBroker, free_port, start_mosquitto, stop_broker
+from brokers import RunningBroker, free_port, start_mosquitto, stop_broker
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
