@@ -355,7 +355,7 @@ class Demo:
             true_label=int(shard.y[0]),
             input_range=data.input_range,
             device_id=device_id,
-            clip_norm=float(np.linalg.norm(update)) / 2,
+            clip_norm=float(f"{np.linalg.norm(update) / 2:.2g}"),  # half its length, in a number people can read
             noise_multipliers=NOISE_MULTIPLIERS,
             seed=self._settings.seed,
             feature_names=data.feature_names,

@@ -1,0 +1,146 @@
+"""`covey serve` as an operator runs it: from a TOML file, with agents as processes, stopped and started again."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from brokers import RunningBroker
+
+from covey_coordinator.demo.devices import Shard, make_device
+from covey_coordinator.demo.processes import AgentProcesses
+from covey_coordinator.store import RunStore
+from covey_edge.runtime import Model
+from covey_protocol import errors
+from covey_protocol.bundle import read_bundle
+from covey_protocol.seals import SealingKey
+
+pytestmark = [pytest.mark.broker, pytest.mark.fleet]
+
+CONFIG = """
+fleet = "clinic"
+run = "digits"
+rounds = {rounds}
+bundle = "digits.covey"
+key_file = "coordinator.pem"
+[broker]
+url = "{url}"
+[round]
+devices = 3
+quorum = 3
+[rule]
+name = "trimmed-mean"
+num_byzantine = 1
+[server]
+optimizer = "adam"
+learning_rate = 0.01
+[training]
+learning_rate = 0.1
+[devices]
+{devices}
+"""
+
+
+@pytest.fixture
+def clinic(
+    tmp_path: Path, digits_bundle: bytes, coordinator_key: SealingKey, mosquitto: RunningBroker
+) -> Iterator[Path]:
+    """A folder with all that `covey serve` needs, and three running agents."""
+    from sklearn.datasets import load_digits
+
+    x, y = load_digits(return_X_y=True)
+    x = (x / 16).astype(np.float32).reshape(-1, 8, 8, 1)
+    devices = [
+        make_device(
+            name,
+            tmp_path / name,
+            "clinic",
+            {"url": mosquitto.url},
+            coordinator_key.public,
+            Shard(x[i::15][:60], y[i::15][:60].astype(np.int32)),
+        )
+        for i, name in enumerate(("ward-1", "ward-2", "ward-3"))
+    ]
+    (tmp_path / "digits.covey").write_bytes(digits_bundle)
+    (tmp_path / "coordinator.pem").write_bytes(coordinator_key.pem())
+    keys = "\n".join(f'{device.device_id} = "{device.public.hex()}"' for device in devices)
+    (tmp_path / "template").write_text(CONFIG.replace("{url}", mosquitto.url).replace("{devices}", keys))
+    agents = AgentProcesses({device.device_id: device.config for device in devices}, tmp_path / "logs")
+    yield tmp_path
+    agents.stop()
+
+
+def serve(folder: Path, rounds: int) -> subprocess.CompletedProcess[str]:
+    path = folder / "coordinator.toml"
+    path.write_text((folder / "template").read_text().replace("{rounds}", str(rounds)))
+    command = [sys.executable, "-m", "covey_edge", "serve", "--config", str(path)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+
+
+def test_a_run_goes_on_after_its_newest_readable_checkpoint(clinic: Path, digits_bundle: bytes) -> None:
+    first = serve(clinic, 2)
+    assert first.returncode == 0, first.stderr
+    assert "round 2/2 published: 3 of 3 updates" in first.stdout
+    store = RunStore(clinic / "runs" / "digits")
+    model = Model(read_bundle(digits_bundle))
+    initial, (number, trained) = model.parameters(), store.newest_checkpoint("digits", 3818) or (0, np.zeros(0))
+    assert number == 2
+    assert not np.array_equal(initial, trained)
+    damaged = store.checkpoints("digits") / "round-00007.f32"
+    damaged.write_bytes(b"half a chec")
+    second = serve(clinic, 3)
+    assert "going on after round 2" in second.stdout
+    assert "round 3/3 published" in second.stdout
+    assert "round 1/3" not in second.stdout
+
+
+def test_a_stop_by_the_service_manager_is_orderly(clinic: Path) -> None:
+    path = clinic / "coordinator.toml"
+    path.write_text((clinic / "template").read_text().replace("{rounds}", "1000"))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "covey_edge", "serve", "--config", str(path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("round 1/"):
+            break
+    process.send_signal(signal.SIGTERM)
+    _, error = process.communicate(timeout=30)
+    assert process.returncode == errors.EXIT_INTERRUPTED
+    assert "Traceback" not in error
+
+
+BAD = {
+    "a mistyped key": ("devices = 3", "device = 3", errors.EXIT_CONFIG, "did you mean `devices`"),
+    "a quorum above the devices": ("quorum = 3", "quorum = 4", errors.EXIT_CONFIG, "quorum"),
+    "a rule that the quorum cannot bear": ("num_byzantine = 1", "num_byzantine = 2", errors.EXIT_RULE, "trimmed-mean"),
+    "a missing bundle": ("digits.covey", "other.covey", errors.EXIT_CONFIG, "other.covey cannot be read"),
+    "a device key that is none": ('ward-1 = "', 'ward-1 = "zz', errors.EXIT_CONFIG, "not a public key"),
+    "an unknown optimizer": ('"adam"', '"adamw"', errors.EXIT_CONFIG, "adam"),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_a_bad_file_is_one_line_with_the_documented_code(
+    what: str, tmp_path: Path, digits_bundle: bytes, coordinator_key: SealingKey
+) -> None:
+    old, new, code, words = BAD[what]
+    text = CONFIG.replace("{url}", "mqtt://127.0.0.1:1").replace("{rounds}", "1")
+    text = text.replace("{devices}", f'ward-1 = "{coordinator_key.public.hex()}"')
+    (tmp_path / "digits.covey").write_bytes(digits_bundle)
+    (tmp_path / "coordinator.pem").write_bytes(coordinator_key.pem())
+    (tmp_path / "template").write_text(text.replace(old, new))
+    ended = serve(tmp_path, 1)
+    assert ended.returncode == code, ended.stderr
+    last = ended.stderr.strip().splitlines()[-1]
+    assert last.startswith("covey: error: ")
+    assert words in last
+    assert "Traceback" not in ended.stderr

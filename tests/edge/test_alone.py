@@ -1,0 +1,107 @@
+"""The edge distribution alone, from its wheel and its lock, on every Python it promises: it installs and it trains.
+
+Slow: builds a wheel and makes an environment for each Python found on this machine; needs a package index.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from covey_protocol.seals import SealingKey
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+ROOT = Path(__file__).parent.parent.parent
+VERSIONS = ["3.9", "3.10", "3.11", "3.12", "3.13"]
+
+TRAIN = """
+import hashlib, json, resource, sys
+from pathlib import Path
+import covey_edge.agent, covey_edge.cli_agent
+from covey_edge.frames import Done, Open, Run
+from covey_edge.runtime import Model
+from covey_edge.trainer import Trainer
+from covey_protocol.bundle import read_bundle
+from covey_protocol.messages import TrainingPlan
+folder, key = Path(sys.argv[1]), sys.argv[2]
+bundle = (folder / "bundle").read_bytes()
+trainer = Trainer()
+sha256 = hashlib.sha256(bundle).digest()
+opened = trainer.answer(Open(str(folder / "bundle"), sha256, key, "npz", str(folder / "data.npz")))
+assert isinstance(opened, Done), opened
+received = Model(read_bundle(bundle)).parameters()
+plan = TrainingPlan(epochs=3, learning_rate=0.1, shuffle_seed=1)
+done = trainer.answer(Run("r", "pi", received.astype("<f4").tobytes(), plan, 0.0, 0.0, 1))
+assert isinstance(done, Done), done
+(folder / "update").write_bytes(done.update)
+heavy = sorted({"tensorflow", "keras", "sklearn"} & set(sys.modules))
+print(json.dumps({"runtime": done.runtime, "heavy": heavy, "before": done.metrics["loss_before"],
+                  "after": done.metrics["training_loss"]}))
+"""
+
+
+def interpreter(version: str) -> str:
+    """A Python of this version, from PATH or the places version managers keep them."""
+    managed = sorted(Path.home().glob(f".pyenv/versions/{version}.*/bin/python"))
+    for candidate in (*map(str, managed), shutil.which(f"python{version}")):
+        if candidate and subprocess.run([candidate, "-c", ""], check=False, capture_output=True).returncode == 0:
+            return candidate
+    pytest.skip(f"no Python {version} on this machine")
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(ROOT / "edge")]
+    subprocess.run(command, check=True, capture_output=True)
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+@pytest.fixture(scope="module")
+def device(tmp_path_factory: pytest.TempPathFactory, digits_bundle: bytes) -> Path:
+    from sklearn.datasets import load_digits
+
+    folder = tmp_path_factory.mktemp("device")
+    x, y = load_digits(return_X_y=True)
+    np.savez(folder / "data.npz", x=(x[:200] / 16).reshape(-1, 8, 8, 1), y=y[:200])
+    (folder / "bundle").write_bytes(digits_bundle)
+    return folder
+
+
+UPDATES: dict[str, np.ndarray] = {}
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_the_edge_alone_installs_and_trains(
+    version: str, wheel: Path, device: Path, coordinator_key: SealingKey, tmp_path: Path
+) -> None:
+    python = str(tmp_path / "env" / "bin" / "python")
+    subprocess.run([interpreter(version), "-m", "venv", str(tmp_path / "env")], check=True)
+    pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    lock = ROOT / "locks" / "edge.txt"
+    for arguments in (["--require-hashes", "--only-binary", ":all:", "-r", str(lock)], ["--no-deps", str(wheel)]):
+        ended = subprocess.run([*pip, *arguments], check=False, capture_output=True, text=True)
+        assert ended.returncode == 0, ended.stderr[-2000:]
+    ended = subprocess.run(
+        [python, "-c", TRAIN, str(device), coordinator_key.public.hex()], check=False, capture_output=True, text=True
+    )
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    result = json.loads(ended.stdout.splitlines()[-1])
+    assert result["heavy"] == []
+    assert result["after"] < result["before"]
+    helped = subprocess.run([python, "-m", "covey_edge", "--help"], check=True, capture_output=True, text=True)
+    assert "agent" in helped.stdout
+    assert "demo" not in helped.stdout
+    print(f"\nPython {version}: {result['runtime']}, loss {result['before']:.4f} -> {result['after']:.4f}")
+    update = np.frombuffer((device / "update").read_bytes(), "<f4")
+    for other, known in UPDATES.items():
+        np.testing.assert_allclose(update, known, atol=1e-5, err_msg=f"{version} against {other}")
+    UPDATES[version] = update
