@@ -24,7 +24,7 @@ def main() -> None:
     desktop = ["--python-version", "3.11", "--python-platform", "x86_64-manylinux_2_31"]
     anywhere = ["--universal", "--python-version", "3.9"]
     compile_lock(uv, ["pyproject.toml", *members, "--group", "dev", *own, *desktop], "dev.txt")
-    compile_lock(uv, ["edge/pyproject.toml", *anywhere], "edge.txt")
+    compile_lock(uv, ["edge/pyproject.toml", "--constraint", "locks/constraints.in", *anywhere], "edge.txt")
     compile_lock(uv, ["-", *anywhere], "uv.txt", UV_VERSION)
 
 

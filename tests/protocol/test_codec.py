@@ -40,7 +40,15 @@ round_ids = st.from_regex(r"\A[A-Za-z0-9][A-Za-z0-9._-]{0,94}\Z")
 device_ids = st.from_regex(r"\A[A-Za-z0-9][A-Za-z0-9_-]{0,62}\Z")
 reasons = st.text(max_size=MAX_REASON_CHARS)
 names = st.text(max_size=64)
-blobs = st.builds(BlobRef, hashes, st.integers(1, 2**34), st.integers(1, 2**20))
+blobs = st.builds(
+    lambda sha256, chunk_bytes, num_chunks, less: BlobRef(
+        sha256, num_chunks * chunk_bytes - less % chunk_bytes, chunk_bytes
+    ),
+    hashes,
+    st.integers(1, 2**20),
+    st.integers(1, MAX_CHUNKS),
+    st.integers(0, 2**20),
+)
 plans = st.builds(TrainingPlan, st.integers(1, 1000), st.floats(1e-6, 1000), counts, counts)
 invitations = st.builds(
     Invitation,
@@ -146,17 +154,43 @@ def test_a_message_outside_its_bounds_is_refused(what: str) -> None:
         codec.decode_from_device(data, topic=TOPIC, sender="d", key=KEY.public)
 
 
+def test_a_blob_of_millions_of_chunks_is_refused_when_it_is_read() -> None:
+    ref = BlobRef(bytes(32), MAX_CHUNKS, 1)
+    data = codec.encode(Offer("r", ref, 1), topic=TOPIC, sender="d", sequence=1, key=KEY)
+    assert codec.decode_from_device(data, topic=TOPIC, sender="d", key=KEY.public)[0] == Offer("r", ref, 1)
+    body = msgspec.msgpack.decode(msgspec.msgpack.encode(Offer("r", ref, 1)))
+    body["update"]["size"] = 2**34
+    encoded = msgspec.msgpack.encode(body)
+    seal = KEY.seal(codec._sealed_bytes(1, TOPIC, "d", 1, encoded))
+    with pytest.raises(PeerError, match="chunks"):
+        codec.decode_from_device(
+            msgspec.msgpack.encode(Envelope(1, "d", 1, encoded, seal)), topic=TOPIC, sender="d", key=KEY.public
+        )
+
+
 def test_another_protocol_version_is_refused_by_number() -> None:
     data = msgspec.msgpack.encode(Envelope(2, "d", 1, b"", bytes(64)))
     with pytest.raises(PeerError, match="speaks protocol 2"):
         codec.decode_from_device(data, topic=TOPIC, sender="d", key=KEY.public)
 
 
-def test_sequence_numbers_grow_also_over_a_restart() -> None:
-    first = Sequence(1_000_000_000)
-    sent = [first.next() for _ in range(1000)]
+def test_sequence_numbers_grow_also_over_a_restart_and_where_the_clock_jumps_back() -> None:
+    kept = [0]
+    sent: list[int] = []
+    for now_ns in (1_700_000_000 * 10**9, 10**9, 0, 1_700_000_000 * 10**9 + 2 * 10**9):
+        sequence = Sequence(now_ns, kept[-1], kept.append)
+        for _ in range(1000):
+            sent.append(sequence.next())
+            assert sent[-1] <= kept[-1], "used before it was reserved"
     assert sent == sorted(set(sent))
-    assert Sequence(1_002_000_000).next() > sent[-1]
+
+
+def test_numbers_are_reserved_in_blocks_not_one_by_one() -> None:
+    kept: list[int] = []
+    sequence = Sequence(0, 0, kept.append)
+    for _ in range(Sequence.BLOCK + 1):
+        sequence.next()
+    assert kept == [Sequence.BLOCK, 2 * Sequence.BLOCK]
 
 
 def test_a_number_passes_once_and_late_ones_pass_within_the_window() -> None:

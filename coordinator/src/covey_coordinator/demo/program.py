@@ -413,6 +413,7 @@ class Demo:
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         logger = logging.getLogger("covey")
         logger.setLevel(logging.INFO)
+        logger.propagate = False  # TensorFlow's import gives the root logger a handler on the terminal
         logger.addHandler(handler)
         self._stack.callback(handler.close)
         self._stack.callback(logger.removeHandler, handler)
