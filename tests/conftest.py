@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from brokers import RunningBroker, start_mosquitto, stop_broker
+from brokers import RunningBroker, certificates, start_mosquitto, stop_broker
 
 from covey_protocol.seals import SealingKey
 
@@ -22,6 +22,25 @@ def mosquitto(tmp_path: Path) -> Iterator[RunningBroker]:
     """A real Mosquitto on a free loopback port."""
     broker = start_mosquitto(tmp_path)
     yield broker
+    stop_broker(broker)
+
+
+@pytest.fixture
+def tls_broker(tmp_path: Path) -> Iterator[tuple[str, dict[str, Path]]]:
+    tmp_path.chmod(0o755)
+    for parent in tmp_path.parents[:2]:
+        parent.chmod(0o755)
+    files = certificates(tmp_path)
+    lines = (
+        f"cafile {files['ca.crt']}",
+        f"certfile {files['server.crt']}",
+        f"keyfile {files['server.key']}",
+        "require_certificate true",
+        "use_identity_as_username true",
+        "allow_anonymous false",
+    )
+    broker = start_mosquitto(tmp_path, lines)
+    yield f"mqtts://127.0.0.1:{broker.port}", files
     stop_broker(broker)
 
 

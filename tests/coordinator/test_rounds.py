@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import datetime
 import gc
-import ipaddress
 import os
 import queue
 import signal
@@ -20,9 +18,6 @@ import paho.mqtt.client as paho
 import psutil
 import pytest
 from brokers import RunningBroker, free_port, start_mosquitto, stop_broker
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
 
 from covey_coordinator.aggregation.engines import make_engine
 from covey_coordinator.aggregation.registry import make_rule
@@ -371,59 +366,6 @@ def test_strangers_forgers_and_nonsense_change_nothing(setup: Setup) -> None:
 
 
 # --- TLS
-
-
-def certificates(folder: Path) -> dict[str, Path]:
-    """A throw-away authority with a server and a client certificate."""
-    now = datetime.datetime.now(datetime.timezone.utc)
-
-    def make(name: str, issuer: tuple[x509.Name, Any] | None, ca: bool) -> tuple[x509.Name, Any]:
-        key = ec.generate_private_key(ec.SECP256R1())
-        subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
-        issuer_name, issuer_key = issuer or (subject, key)
-        builder = (
-            x509.CertificateBuilder()
-            .subject_name(subject)
-            .issuer_name(issuer_name)
-            .public_key(key.public_key())
-            .serial_number(x509.random_serial_number())
-            .not_valid_before(now - datetime.timedelta(hours=1))
-            .not_valid_after(now + datetime.timedelta(days=1))
-            .add_extension(x509.BasicConstraints(ca=ca, path_length=None), critical=True)
-            .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), False)
-        )
-        certificate = builder.sign(issuer_key, hashes.SHA256())
-        (folder / f"{name}.crt").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
-        pem = key.private_bytes(
-            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-        )
-        (folder / f"{name}.key").write_bytes(pem)
-        (folder / f"{name}.key").chmod(0o644)  # Mosquitto drops to its own user before it reads
-        return subject, key
-
-    authority = make("ca", None, True)
-    make("server", authority, False)
-    make("client", authority, False)
-    return {name: folder / name for name in ("ca.crt", "server.crt", "server.key", "client.crt", "client.key")}
-
-
-@pytest.fixture
-def tls_broker(tmp_path: Path) -> Iterator[tuple[str, dict[str, Path]]]:
-    tmp_path.chmod(0o755)
-    for parent in tmp_path.parents[:2]:
-        parent.chmod(0o755)
-    files = certificates(tmp_path)
-    lines = (
-        f"cafile {files['ca.crt']}",
-        f"certfile {files['server.crt']}",
-        f"keyfile {files['server.key']}",
-        "require_certificate true",
-        "use_identity_as_username true",
-        "allow_anonymous false",
-    )
-    broker = start_mosquitto(tmp_path, lines)
-    yield f"mqtts://127.0.0.1:{broker.port}", files
-    stop_broker(broker)
 
 
 def test_a_round_works_over_tls_with_client_certificates(

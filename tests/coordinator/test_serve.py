@@ -122,6 +122,7 @@ BAD = {
     "a mistyped key": ("devices = 3", "device = 3", errors.EXIT_CONFIG, "did you mean `devices`"),
     "a quorum above the devices": ("quorum = 3", "quorum = 4", errors.EXIT_CONFIG, "quorum"),
     "a rule that the quorum cannot bear": ("num_byzantine = 1", "num_byzantine = 2", errors.EXIT_RULE, "trimmed-mean"),
+    "fewer keys than devices": ("devices = 3", "devices = 4", errors.EXIT_CONFIG, "but [devices] holds"),
     "a missing bundle": ("digits.covey", "other.covey", errors.EXIT_CONFIG, "other.covey cannot be read"),
     "a device key that is none": ('ward-1 = "', 'ward-1 = "zz', errors.EXIT_CONFIG, "not a public key"),
     "an unknown optimizer": ('"adam"', '"adamw"', errors.EXIT_CONFIG, "adam"),
@@ -134,7 +135,8 @@ def test_a_bad_file_is_one_line_with_the_documented_code(
 ) -> None:
     old, new, code, words = BAD[what]
     text = CONFIG.replace("{url}", "mqtt://127.0.0.1:1").replace("{rounds}", "1")
-    text = text.replace("{devices}", f'ward-1 = "{coordinator_key.public.hex()}"')
+    keys = "\n".join(f'ward-{number} = "{coordinator_key.public.hex()}"' for number in (1, 2, 3))
+    text = text.replace("{devices}", keys)
     (tmp_path / "digits.covey").write_bytes(digits_bundle)
     (tmp_path / "coordinator.pem").write_bytes(coordinator_key.pem())
     (tmp_path / "template").write_text(text.replace(old, new))

@@ -93,6 +93,15 @@ def test_the_users_own_file_works_the_same_way(tmp_path: Path) -> None:
     assert "covey demo: own, 5 devices" in ended.stdout
 
 
+@pytest.mark.broker
+def test_a_broker_of_the_users_own_works_over_tls(tmp_path: Path, tls_broker: tuple[str, dict[str, Path]]) -> None:
+    url, files = tls_broker
+    options = ["--ca-file", files["ca.crt"], "--cert-file", files["client.crt"], "--key-file", files["client.key"]]
+    ended = demo(tmp_path / "runs", *SMALL, "--engine", "direct", "--broker", url, *map(str, options))
+    assert ended.returncode == 0, ended.stderr
+    assert f"broker     {url}" in ended.stdout
+
+
 # --- ends
 
 
@@ -130,6 +139,18 @@ def test_an_interrupt_at_any_moment_leaves_no_process_behind(moment: str, tmp_pa
     _, error = process.communicate(timeout=60)
     assert process.returncode == errors.EXIT_INTERRUPTED
     assert "Traceback" not in error
+    assert wait_until_gone(tmp_path) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tenths", range(2, 140, 9))
+def test_an_interrupt_after_any_time_leaves_no_process_behind(tenths: int, tmp_path: Path) -> None:
+    process = start(tmp_path, *SMALL[:4], "--rounds", "50", "--engine", "tff")
+    time.sleep(tenths / 10)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode in (errors.EXIT_INTERRUPTED, -signal.SIGINT)  # the latter while Python itself starts
+    assert "Traceback" not in error or tenths < 5, error
     assert wait_until_gone(tmp_path) == []
 
 

@@ -56,6 +56,17 @@ BAD = {
     "a missing setting": (GOOD.replace('fleet = "home"', ""), "missing required field `fleet`"),
     "a wrong type": (GOOD.replace('"home"', "3"), "Expected `str`"),
     "a number out of bounds": (GOOD + "[training]\ntimeout_s = 0\n", "timeout_s"),
+    "a password in two places": (GOOD.replace("//broker", "//pi:secret@broker"), "password in one place"),
+    "a key without its certificate": (
+        GOOD.replace("[identity]", 'key_file = "k"\n[identity]', 1),
+        "without its cert_file",
+    ),
+    "certificate files without TLS": (
+        GOOD.replace("mqtts:", "mqtt:").replace("[identity]", 'ca_file = "ca"\n[identity]', 1),
+        "ca_file without TLS",
+    ),
+    "a password file without a user": (GOOD.replace('username = "pi"\n', ""), "password_file needs"),
+    "the coordinator's own name": (GOOD.replace("kitchen-pi", "coordinator"), "own name"),
     "noise without a clip norm": (GOOD + "[privacy]\nnoise_multiplier = 1.0\n", "needs clip_norm"),
     "a device id that breaks topics": (GOOD.replace("kitchen-pi", "kitchen/pi"), "device_id"),
     "not TOML": ("device_id = ", "not valid TOML"),

@@ -9,6 +9,7 @@ import click
 
 from covey_coordinator.libraries import prepare
 
+MAX_SEED = 2**31  # times a million and the round's number, a shuffle_seed stays within the protocol's 2^53
 A_FILE = click.Path(path_type=Path)
 
 
@@ -31,7 +32,7 @@ A_FILE = click.Path(path_type=Path)
     type=click.FloatRange(min=0, min_open=True),
     help="Dirichlet concentration of the shards; smaller is less alike.",
 )
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0))
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0, MAX_SEED))
 @click.option("--name", default="", help="Name of the run's folder [default: data and time].")
 @click.option("--runs-dir", type=A_FILE, default=Path("runs"), show_default=True)
 def demo_command(broker: str | None, data: str, **options: object) -> None:
@@ -63,5 +64,4 @@ def serve_command(config_path: Path) -> None:
     from covey_edge.processes import interrupted_by_signals
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    interrupted_by_signals()
-    serve(config_path, click.echo)
+    serve(config_path, click.echo, interrupted_by_signals())

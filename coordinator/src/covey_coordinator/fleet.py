@@ -207,7 +207,7 @@ class Fleet:
         if isinstance(message, Presence):
             known = self._presence.get(place.device_id)
             if known is not None and message.session < known.session:
-                return None  # an older connection's last will, or a replay
+                return None  # an older start's last will, or a replay
             self._presence[place.device_id] = message
         elif not self._guards.setdefault(place.device_id, ReplayGuard()).accept(sequence):
             return None

@@ -7,7 +7,7 @@ import sys
 
 from covey_protocol.errors import MachineError
 
-NO_WHEEL = "TensorFlow Federated has wheels for Linux on x86-64 with Python 3.9 to 3.11 only"
+NO_WHEEL = "TensorFlow Federated and covey's coordinator need Linux on x86-64 with Python 3.10 or 3.11"
 ELSEWHERE = "run the coordinator on such a machine; `covey agent` works here"
 
 
@@ -19,7 +19,7 @@ def check_machine(
     """Raises MachineError on machines for which TFF does not exist."""
     if system != "Linux" or machine not in ("x86_64", "AMD64"):
         raise MachineError(f"this machine is {system} on {machine}: {NO_WHEEL}", ELSEWHERE)
-    if not (3, 9) <= version <= (3, 11):
+    if not (3, 10) <= version <= (3, 11):
         raise MachineError(
             f"this is Python {version[0]}.{version[1]}: {NO_WHEEL}", "use Python 3.11 (`make demo` does)"
         )

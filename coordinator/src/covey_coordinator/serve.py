@@ -58,7 +58,7 @@ class ServerSettings(Struct, frozen=True, forbid_unknown_fields=True):
 class TrainingSettings(Struct, frozen=True, forbid_unknown_fields=True):
     epochs: Annotated[int, Meta(ge=1, le=MAX_EPOCHS)] = 1
     learning_rate: Annotated[float, Meta(gt=0, le=MAX_LEARNING_RATE)] = 0.1
-    seed: Annotated[int, Meta(ge=0)] = 0
+    seed: Annotated[int, Meta(ge=0, le=2**31)] = 0
 
 
 class RoundSettings(Struct, frozen=True, forbid_unknown_fields=True):
@@ -89,13 +89,21 @@ class CoordinatorConfig(Struct, frozen=True, forbid_unknown_fields=True):
     chunk_bytes: Annotated[int, Meta(ge=1024, le=MAX_CHUNK_BYTES)] = DEFAULT_CHUNK_BYTES
 
 
-def serve(path: Path, say: Callable[[str], None]) -> None:
-    """Run a coordinator as its file says. Raises the errors of covey_protocol.errors."""
+def serve(path: Path, say: Callable[[str], None], check: Callable[[], None] = lambda: None) -> None:
+    """Run a coordinator as its file says. Raises the errors of covey_protocol.errors.
+
+    check: called a few times a second; may raise to end the run.
+    """
     config = read_toml(path, CoordinatorConfig)
     check_name(config.run, "run")
     if config.round.quorum > config.round.devices:
         raise ConfigError(
             f"{path}: a quorum of {config.round.quorum} needs round.devices of as many", "lower the quorum"
+        )
+    if config.round.devices > len(config.devices):
+        raise ConfigError(
+            f"{path}: round.devices = {config.round.devices}, but [devices] holds {len(config.devices)} keys",
+            "add the missing devices' keys or lower round.devices",
         )
     folder = path.parent
     key = SealingKey.from_pem(_read(folder / config.key_file), config.key_file)
@@ -116,7 +124,7 @@ def serve(path: Path, say: Callable[[str], None]) -> None:
         stack.callback(engine.close)
         roster = roster_from(config.devices)
         broker = read_broker(config.broker, folder)
-        fleet = Fleet(broker, config.fleet, key, roster, chunk_bytes=config.chunk_bytes)
+        fleet = Fleet(broker, config.fleet, key, roster, chunk_bytes=config.chunk_bytes, check=check)
         fleet.connect()
         stack.callback(fleet.close)
         say(f"{config.fleet}: connected to {broker}, waiting for {config.round.devices} devices")

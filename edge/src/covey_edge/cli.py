@@ -72,7 +72,8 @@ def main(argv: Optional[list[str]] = None) -> None:
     """Entry point of the `covey` command."""
     try:
         code = covey.main(args=argv, prog_name="covey", standalone_mode=False)
-    except click.exceptions.Abort:
+    except (click.exceptions.Abort, KeyboardInterrupt):  # click turns the latter into the former
+        click.echo("covey: interrupted", err=True)
         code = EXIT_INTERRUPTED
     except click.ClickException as exc:
         exc.show()
@@ -82,9 +83,6 @@ def main(argv: Optional[list[str]] = None) -> None:
             raise
         click.echo(f"covey: error: {exc}", err=True)
         code = exc.exit_code
-    except KeyboardInterrupt:
-        click.echo("covey: interrupted", err=True)
-        code = EXIT_INTERRUPTED
     except BrokenPipeError:
         sys.stderr.close()
         code = EXIT_BUG

@@ -124,6 +124,8 @@ def read_broker(settings: BrokerSettings, folder: Path) -> Broker:
         if settings.password_file is not None:
             raise ConfigError("broker.password_file needs broker.username", "set both or none")
         return broker
+    if broker.password is not None:
+        raise ConfigError("broker.username and a password in broker.url", "give the password in one place")
     password = _read(folder / settings.password_file).decode().strip() if settings.password_file else None
     return Broker(broker.host, broker.port, broker.tls, settings.username, password, **files)
 

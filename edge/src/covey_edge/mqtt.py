@@ -75,6 +75,8 @@ def parse_broker(url: str, **files: Optional[Path]) -> Broker:
     if parts.scheme == "mqtt" and any(files.values()):
         given = ", ".join(name for name, value in files.items() if value)
         raise ConfigError(f"{given} without TLS at {_redacted(url)}", "write mqtts://, or leave the files out")
+    if files.get("key_file") and not files.get("cert_file"):
+        raise ConfigError("a key_file without its cert_file", "give both or none")
     return Broker(
         host=parts.hostname,
         port=port or DEFAULT_PORTS[parts.scheme],

@@ -6,8 +6,11 @@ import ctypes
 import os
 import signal
 import sys
+from collections.abc import Callable
+from typing import Any
 
 PR_SET_PDEATHSIG = 1
+PATIENCE = 3  # signals after which nobody is patient any more
 
 
 def die_with_parent(parent: int) -> None:
@@ -23,11 +26,40 @@ def die_with_parent(parent: int) -> None:
         os._exit(0)
 
 
-def interrupted_by_signals() -> None:
-    """Make SIGTERM and SIGHUP end this process as Ctrl-C does: through its clean-up."""
+def interrupted_by_signals() -> Callable[[], None]:
+    """Make SIGTERM and SIGHUP end this process as Ctrl-C does: through its clean-up.
 
-    def raise_interrupt(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
+    Returns a check that raises KeyboardInterrupt if one of the three has come. Call it in every loop that waits: an
+    exception from a signal handler is lost where it strikes inside a destructor or a C callback (seen while TFF is
+    imported), and a lost Ctrl-C must not let the program run on. A second signal does not disturb the clean-up; a third
+    ends the process at once. Signals that were ignored when we started (nohup) stay ignored.
+    """
+    came: list[int] = []
 
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, raise_interrupt)
+    def interrupt(number: int, frame: object) -> None:
+        came.append(number)
+        if len(came) >= PATIENCE:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        if len(came) == 1:
+            raise KeyboardInterrupt
+
+    def check() -> None:
+        if came:
+            raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, interrupt)
+    sys.unraisablehook = _without_interrupts(sys.unraisablehook)
+    return check
+
+
+def _without_interrupts(hook: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """`hook` for everything but a KeyboardInterrupt in a place that cannot raise: the check raises it again."""
+
+    def quiet(unraisable: Any) -> None:
+        if not issubclass(unraisable.exc_type, KeyboardInterrupt):
+            hook(unraisable)
+
+    return quiet

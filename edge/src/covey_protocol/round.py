@@ -60,7 +60,7 @@ FINAL = frozenset({Progress.STORED, Progress.DECLINED, Progress.FAILED, Progress
 @dataclass(frozen=True)
 class RoundSettings:
     """quorum: fewest stored updates that may be aggregated. answer_s: how long to wait for answers to the invitation.
-    grace_s: how long a device whose connection broke is waited for once everyone else is done.
+    grace_s: how long a device whose connection broke is waited for.
     update_bytes: the only size an update may have (4 d).
     """
 
@@ -300,7 +300,8 @@ class RoundMachine:
         """The doors are closed: who was stored hears so again, everybody else that the round is over."""
         offer = event.offer
         peer = self._devices.get(event.device_id)
-        kept = peer is not None and peer.progress is Progress.STORED and peer.offer == offer
+        stored = peer.offer if peer is not None and peer.progress is Progress.STORED else None
+        kept = stored is not None and stored.update.sha256 == offer.update.sha256
         reason = "" if kept else "that round is over"
         return [SendTo(event.device_id, Receipt(offer.round_id, offer.update.sha256, kept, reason))]
 

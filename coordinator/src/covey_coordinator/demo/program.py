@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,19 +84,26 @@ def run_demo(settings: DemoSettings, display: Display) -> records.DemoRecord:
     started = time.monotonic()
     check_machine()
     settings.check()
-    interrupted_by_signals()
+    check_interrupted = interrupted_by_signals()
     name = settings.name or f"{settings.data_name}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = settings.runs_dir / name
     with contextlib.ExitStack() as stack:
-        return Demo(settings, display, name, folder, stack).run(started)
+        return Demo(settings, display, name, folder, stack, check_interrupted).run(started)
 
 
 class Demo:
     """One demo in progress. What must be ended is on `stack`."""
 
     def __init__(
-        self, settings: DemoSettings, display: Display, name: str, folder: Path, stack: contextlib.ExitStack
+        self,
+        settings: DemoSettings,
+        display: Display,
+        name: str,
+        folder: Path,
+        stack: contextlib.ExitStack,
+        check_interrupted: Callable[[], None],
     ) -> None:
+        self._check_interrupted = check_interrupted
         self._settings, self._display, self._name, self._folder = settings, display, name, folder
         self._stack = stack
         self._broker: BrokerProcess | None = None
@@ -398,7 +405,8 @@ class Demo:
             self._running.devices(progress)
 
     def _check(self) -> None:
-        """Called all the time: has a process of ours ended?"""
+        """Called all the time: were we asked to stop, has a process of ours ended?"""
+        self._check_interrupted()
         if self._broker is not None:
             self._broker.check()
         if self._agents is not None and self._running is not None:
