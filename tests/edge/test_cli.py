@@ -8,9 +8,11 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from covey_protocol import errors
+from covey_protocol.seals import SealingKey
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -54,6 +56,31 @@ def test_a_missing_configuration_is_one_line_with_the_documented_code() -> None:
     assert ended.returncode == errors.EXIT_CONFIG
     assert ended.stderr.count("\n") == 1
     assert "/nonexistent/agent.toml" in ended.stderr
+
+
+def write_agent(folder: Path, data: str = "data.npz", url: str = "mqtt://127.0.0.1:1") -> str:
+    key = SealingKey.generate()
+    (folder / "device.pem").write_bytes(key.pem())
+    (folder / "agent.toml").write_text(
+        f'device_id = "pi"\nfleet = "home"\n[broker]\nurl = "{url}"\n[data]\npath = "{data}"\n'
+        f'[identity]\nkey_file = "device.pem"\ncoordinator_key = "{key.public.hex()}"\n'
+    )
+    return str(folder / "agent.toml")
+
+
+def test_an_agent_without_its_data_says_so_at_once(tmp_path: Path) -> None:
+    ended = covey("agent", "--config", write_agent(tmp_path))
+    assert ended.returncode == errors.EXIT_DATA
+    assert ended.stderr.count("\n") == 1
+    assert f"{tmp_path}/data.npz does not exist; check data.path" in ended.stderr
+
+
+def test_an_agent_without_a_broker_names_it(tmp_path: Path) -> None:
+    np.savez(tmp_path / "data.npz", x=np.zeros((3, 2)), y=np.zeros(3))
+    ended = covey("agent", "--quiet", "--config", write_agent(tmp_path))
+    assert ended.returncode == errors.EXIT_TRANSPORT
+    assert ended.stderr.count("\n") == 1
+    assert "mqtt://127.0.0.1:1 cannot be reached" in ended.stderr
 
 
 def test_every_exit_code_is_documented_and_every_documented_code_exists() -> None:

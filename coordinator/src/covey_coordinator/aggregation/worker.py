@@ -144,6 +144,7 @@ class _Keeper:
         self._calls: queue.SimpleQueue[tuple[Future[Any], Callable[..., Any], tuple[Any, ...]] | None] = (
             queue.SimpleQueue()
         )
+        self._stopping = False
         self._thread = threading.Thread(
             target=self._run, args=(binary, log_path), daemon=True, name="tff-worker-keeper"
         )
@@ -154,7 +155,7 @@ class _Keeper:
     @cached_property
     def context(self) -> Any:
         """Made when first used: it imports TFF, which takes far longer than the start of the worker."""
-        return _execution_context(self._channel)
+        return _execution_context(self._channel, lambda: self.is_running and not self._stopping)
 
     @property
     def is_running(self) -> bool:
@@ -175,6 +176,7 @@ class _Keeper:
                     ) from None
 
     def stop(self) -> None:
+        self._stopping = True
         self._calls.put(None)
         _end(self.process)
         self._channel.close()
@@ -296,7 +298,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def _execution_context(channel: Any) -> Any:
+def _execution_context(channel: Any, is_alive: Callable[[], bool]) -> Any:
     """A synchronous TFF context on the worker behind this channel.
 
     TFF frees values on the worker 20 at a time by default; at 40 MB per round that is 1 GB more than freeing each.
@@ -304,7 +306,24 @@ def _execution_context(channel: Any) -> Any:
     import tensorflow_federated as tff
     from tensorflow_federated.python.core.environments.tensorflow_frontend import tensorflow_computation
 
-    stub = tff.framework.RemoteExecutorGrpcStub(_WithoutSubscriptions(channel))
+    class Stub(tff.framework.RemoteExecutorGrpcStub):  # type: ignore[misc]
+        """Frees values on a living worker only: the finalizers of an interrupted call come after the worker's end."""
+
+        def dispose(self, request: Any) -> None:
+            self._if_alive(super().dispose, request)
+
+        def dispose_executor(self, request: Any) -> None:
+            self._if_alive(super().dispose_executor, request)
+
+        def _if_alive(self, free: Callable[[Any], object], request: Any) -> None:
+            try:
+                if is_alive():
+                    free(request)
+            except Exception:
+                if is_alive():
+                    raise
+
+    stub = Stub(_WithoutSubscriptions(channel))
 
     def executor(cardinalities: Any) -> Any:
         cardinalities.setdefault(tff.CLIENTS, 0)
