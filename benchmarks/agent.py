@@ -22,20 +22,20 @@ from covey_coordinator.libraries import prepare
 
 prepare()
 
-import covey_models  # noqa: E402 (after `prepare`)
-from covey_coordinator.aggregation.engines import make_engine  # noqa: E402
-from covey_coordinator.aggregation.registry import make_rule  # noqa: E402
-from covey_coordinator.coordinator import Coordinator  # noqa: E402
-from covey_coordinator.demo.devices import Shard, make_device  # noqa: E402
-from covey_coordinator.demo.processes import AgentProcesses, BrokerProcess  # noqa: E402
-from covey_coordinator.fleet import Fleet  # noqa: E402
-from covey_coordinator.store import RunStore  # noqa: E402
-from covey_edge.mqtt import parse_broker  # noqa: E402
-from covey_edge.runtime import Model  # noqa: E402
-from covey_models import datasets, zoo  # noqa: E402
-from covey_protocol.bundle import read_bundle  # noqa: E402
-from covey_protocol.messages import TrainingPlan  # noqa: E402
-from covey_protocol.seals import SealingKey  # noqa: E402
+import covey_models
+from covey_coordinator.aggregation.engines import make_engine
+from covey_coordinator.aggregation.registry import make_rule
+from covey_coordinator.coordinator import Coordinator
+from covey_coordinator.demo.devices import Shard, make_device
+from covey_coordinator.demo.processes import AgentProcesses, BrokerProcess
+from covey_coordinator.fleet import Fleet
+from covey_coordinator.store import RunStore
+from covey_edge.mqtt import parse_broker
+from covey_edge.runtime import Model
+from covey_models import datasets, zoo
+from covey_protocol.bundle import read_bundle
+from covey_protocol.messages import TrainingPlan
+from covey_protocol.seals import SealingKey
 
 BATCH = 16
 

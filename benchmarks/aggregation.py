@@ -11,12 +11,13 @@ worker and back. Compare within a row, not between runs.
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import time
 from collections.abc import Callable
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+from covey_coordinator.libraries import prepare
+
+prepare()
 
 import numpy as np
 import tensorflow as tf

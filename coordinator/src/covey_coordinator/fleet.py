@@ -91,8 +91,9 @@ class Fleet:
         try:
             for sha256 in list(self._blobs):
                 self.clear_blob(sha256)
-            sent = self._transport.publish(self.topics.round, b"", retain=True)
-            self._transport.flush([sent], timeout_s=2.0)
+            if self._round is not None:
+                sent = self._transport.publish(self.topics.round, b"", retain=True)
+                self._transport.flush([sent], timeout_s=2.0)
         except TransportError as exc:
             log.warning("the broker could not be tidied: %s", exc)
         self._transport.close()
