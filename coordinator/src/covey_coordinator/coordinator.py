@@ -206,6 +206,11 @@ class Coordinator:
         return rounds.Aggregated(reasons)
 
 
+def shuffle_seed(seed: int, number: int) -> int:
+    """The plan's shuffle_seed for one round of a run: another order every round, the same for the same seed."""
+    return seed * 1_000_003 + number
+
+
 def _invitation(
     run_id: str,
     number: int,

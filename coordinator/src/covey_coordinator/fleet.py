@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import queue
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -223,9 +223,3 @@ class Fleet:
 def roster_from(keys: Mapping[str, str]) -> dict[str, PublicKey]:
     """Device ids to public keys, from hex digits."""
     return {check_device_id(device_id): PublicKey.from_hex(key) for device_id, key in keys.items()}
-
-
-def device_ids(fleet: Fleet, wanted: Sequence[str] | None = None) -> list[str]:
-    """The online devices among `wanted` (default: all)."""
-    online = fleet.online()
-    return online if wanted is None else [device_id for device_id in wanted if device_id in set(online)]

@@ -18,11 +18,11 @@ from msgspec import Meta, Struct
 
 from covey_coordinator.aggregation.engines import make_engine
 from covey_coordinator.aggregation.registry import make_rule
-from covey_coordinator.coordinator import Coordinator, RoundResult, Timing
+from covey_coordinator.coordinator import Coordinator, RoundResult, Timing, shuffle_seed
 from covey_coordinator.fleet import Fleet, roster_from
 from covey_coordinator.records import ACCEPTED
 from covey_coordinator.store import RunStore
-from covey_edge.config import BrokerSettings, NotNegative, Positive, read_broker, read_toml
+from covey_edge.config import BrokerSettings, NotNegative, Positive, read_broker, read_file, read_toml
 from covey_edge.runtime import Model
 from covey_protocol.bundle import read_bundle
 from covey_protocol.errors import ConfigError, RunError
@@ -106,8 +106,8 @@ def serve(path: Path, say: Callable[[str], None], check: Callable[[], None] = la
             "add the missing devices' keys or lower round.devices",
         )
     folder = path.parent
-    key = SealingKey.from_pem(_read(folder / config.key_file), config.key_file)
-    data = _read(folder / config.bundle)
+    key = SealingKey.from_pem(read_file(folder / config.key_file), config.key_file)
+    data = read_file(folder / config.bundle)
     bundle = read_bundle(data, key.public)
     rule = make_rule(config.rule.name, config.rule.num_byzantine, **config.rule.settings)
     rule.check(config.round.quorum)
@@ -160,7 +160,7 @@ def _plan(training: TrainingSettings, number: int) -> TrainingPlan:
     return TrainingPlan(
         epochs=training.epochs,
         learning_rate=training.learning_rate,
-        shuffle_seed=training.seed * 1_000_003 + number,
+        shuffle_seed=shuffle_seed(training.seed, number),
     )
 
 
@@ -191,10 +191,3 @@ def _lines(number: int, rounds: int, result: RoundResult) -> list[str]:
     head = f"round {number}/{rounds} {result.outcome}: {used} of {len(result.verdicts)} updates{loss}"
     reasons = [f"  {v.device_id} {v.status}: {v.reason}" for v in result.verdicts if v.status != ACCEPTED]
     return [f"{head}{f' ({result.reason})' if result.reason else ''}", *reasons]
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as exc:
-        raise ConfigError(f"{path} cannot be read ({exc.strerror})", "check the path and the permissions") from exc

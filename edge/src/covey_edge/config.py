@@ -108,7 +108,7 @@ def load_agent(path: Path) -> Agent:
         config,
         path.parent.resolve(),
         read_broker(config.broker, path.parent),
-        SealingKey.from_pem(_read(path.parent / config.identity.key_file), config.identity.key_file),
+        SealingKey.from_pem(read_file(path.parent / config.identity.key_file), config.identity.key_file),
         PublicKey.from_hex(config.identity.coordinator_key),
     )
 
@@ -126,14 +126,14 @@ def read_broker(settings: BrokerSettings, folder: Path) -> Broker:
         return broker
     if broker.password is not None:
         raise ConfigError("broker.username and a password in broker.url", "give the password in one place")
-    password = _read(folder / settings.password_file).decode().strip() if settings.password_file else None
+    password = read_file(folder / settings.password_file).decode().strip() if settings.password_file else None
     return Broker(broker.host, broker.port, broker.tls, settings.username, password, **files)
 
 
 def read_toml(path: Path, kind: type[T]) -> T:
     """A TOML file as a strict struct. ConfigError for unreadable files, unknown keys (naming the nearest), values."""
     try:
-        content = tomllib.loads(_read(path).decode())
+        content = tomllib.loads(read_file(path).decode())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
         raise ConfigError(f"{path} is not valid TOML ({exc})", "correct that line") from exc
     try:
@@ -153,7 +153,8 @@ def _nearest(error: str, kind: Any) -> str:
     return f"did you mean `{close[0]}`?" if close else "remove it"
 
 
-def _read(path: Path) -> bytes:
+def read_file(path: Path) -> bytes:
+    """A file an operator named. ConfigError names it where it cannot be read."""
     try:
         return path.read_bytes()
     except OSError as exc:

@@ -104,30 +104,16 @@ def _built(build: Any, source: str) -> Any:
 
 
 def _read_key(path: Path) -> SealingKey:
+    from covey_edge.config import read_file
     from covey_protocol.seals import SealingKey
 
-    try:
-        pem = path.read_bytes()
-    except OSError as exc:
-        raise ConfigError(f"the key {path} cannot be read ({exc.strerror})", "check the path") from exc
-    return SealingKey.from_pem(pem, str(path))
+    return SealingKey.from_pem(read_file(path), str(path))
 
 
 def _write(path: Path, data: bytes) -> None:
-    """Atomically: readers see the old file or the new one, never half of it."""
-    import os
-    import tempfile
+    """Atomically, into a folder that is there: a mistyped folder is refused, not made."""
+    from covey_edge.files import write_atomic
 
-    temporary = None
-    try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            temporary = Path(file.name)
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    except OSError as exc:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
-        raise StorageError(f"{path} cannot be written ({exc.strerror})", "check the folder and its free space") from exc
+    if not path.parent.is_dir():
+        raise StorageError(f"{path} cannot be written (no such folder)", "check the folder and its free space")
+    write_atomic(path, data)

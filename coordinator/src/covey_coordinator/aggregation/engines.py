@@ -12,13 +12,13 @@ A round that fails, whatever the reason, leaves the engine as it was.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
+from covey_coordinator.aggregation.registry import suggest
 from covey_coordinator.aggregation.rules import Judgement, Rule
 from covey_coordinator.aggregation.screening import Screened, screen_updates
 from covey_coordinator.aggregation.worker import Worker
@@ -114,9 +114,7 @@ def build_server_optimizer(name: str, learning_rate: float) -> Any:
 
 def _known(kind: str, name: str, names: tuple[str, ...]) -> None:
     if name not in names:
-        near = difflib.get_close_matches(name, names, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ConfigError(f"there is no {kind} {name!r}", f"{hint}known: {', '.join(names)}")
+        raise ConfigError(f"there is no {kind} {name!r}", suggest(name, names))
 
 
 class _RoundEngine:

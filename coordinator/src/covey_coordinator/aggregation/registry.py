@@ -29,10 +29,10 @@ def make_rule(name: str, num_byzantine: int = 0, **settings: Any) -> Rule:
     of at least 0.
     """
     if name not in SETTINGS:
-        raise ConfigError(f"there is no aggregation rule {name!r}", _suggest(name, RULE_NAMES))
+        raise ConfigError(f"there is no aggregation rule {name!r}", suggest(name, RULE_NAMES))
     for setting in settings:
         if setting not in SETTINGS[name]:
-            raise ConfigError(f"rule {name!r} has no setting {setting!r}", _suggest(setting, _known_settings(name)))
+            raise ConfigError(f"rule {name!r} has no setting {setting!r}", suggest(setting, _known_settings(name)))
     if isinstance(num_byzantine, bool) or not isinstance(num_byzantine, int) or num_byzantine < 0:
         raise RuleError(
             f"{name} with num_byzantine = {num_byzantine!r}", "set num_byzantine to 0 or more, a whole number"
@@ -60,7 +60,7 @@ def _known_settings(name: str) -> tuple[str, ...]:
     return ("num_byzantine", *SETTINGS[name])
 
 
-def _suggest(word: str, known: tuple[str, ...]) -> str:
+def suggest(word: str, known: tuple[str, ...]) -> str:
     """'did you mean X?' where a known word is near, then the whole list."""
     near = difflib.get_close_matches(word, known, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""

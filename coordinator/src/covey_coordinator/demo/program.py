@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from covey_coordinator import records
 from covey_coordinator.aggregation.worker import Worker
-from covey_coordinator.coordinator import Coordinator, RoundResult, Timing
+from covey_coordinator.coordinator import Coordinator, RoundResult, Timing, shuffle_seed
 from covey_coordinator.demo.devices import DeviceFiles, Shard, make_device
 from covey_coordinator.demo.display import Display, RunDisplay, why_rejected
 from covey_coordinator.demo.processes import AgentProcesses, BrokerProcess
@@ -293,7 +293,7 @@ class Demo:
                     plan=TrainingPlan(
                         epochs=EPOCHS,
                         learning_rate=LEARNING_RATE[model.name],
-                        shuffle_seed=settings.seed * 1_000_003 + number,
+                        shuffle_seed=shuffle_seed(settings.seed, number),
                     ),
                     device_ids=coordinator.fleet.online() or settings.device_ids(),
                     quorum=max(1, len(coordinator.fleet.online()) // 2),
