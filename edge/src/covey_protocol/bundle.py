@@ -18,7 +18,8 @@ from typing import Optional
 
 import msgspec
 
-from covey_protocol.errors import BundleError
+from covey_protocol.errors import BundleError, TrainingError
+from covey_protocol.messages import TrainingPlan
 from covey_protocol.parameters import ParameterSpec, total_size
 from covey_protocol.seals import PublicKey, SealingKey
 
@@ -30,6 +31,7 @@ MAX_BUNDLE_BYTES = 512 * 1024 * 1024  # far above any model that trains on a pho
 MAX_MANIFEST_BYTES = 4 * 1024 * 1024  # a ResNet50's parameter list is under 100 KB
 REQUIRED_SIGNATURES = ("train", "evaluate", "infer", "get_parameters", "set_parameters")
 RESET_OPTIMIZER = "reset_optimizer"  # the entry point of bundles whose optimizer has state
+DTYPES = ("float32", "int32", "uint8")  # of inputs and labels
 TRAIN_INPUTS = ("seed", "clip_norm", "proximal", "correction")  # what `train` may take beside the inputs all have
 SEAL_CONTEXT = b"covey bundle 1\x00"
 
@@ -134,6 +136,20 @@ def read_bundle(data: bytes, sealed_by: Optional[PublicKey] = None) -> Bundle:
     return Bundle(manifest, model, SEAL_NAME in entries)
 
 
+def check_plan(manifest: Manifest, plan: TrainingPlan) -> None:
+    """TrainingError where a plan asks for what the bundle's training step has no input for."""
+    asked = (
+        (plan.gradient_clip_norm, "clip_norm", "gradient clipping (gradient_clip_norm", "--clip"),
+        (plan.proximal_weight, "proximal", "FedProx (proximal_weight", "--proximal"),
+    )
+    for value, name, what, option in asked:
+        if value and name not in manifest.train_inputs:
+            raise TrainingError(
+                f"the plan asks for {what} = {value:g}), and bundle {manifest.name!r} cannot do it",
+                f"export the model with `covey export {option}`",
+            )
+
+
 def _encoded(manifest: Manifest) -> bytes:
     """Indented JSON. A field younger than format 1's first bundles is left out where it is empty, so that a device
     that does not know it reads every bundle that does not use it."""
@@ -163,6 +179,9 @@ def _manifest(data: bytes) -> Manifest:
         )
     if any(size < 0 for spec in manifest.parameters for size in spec.shape) or manifest.dimension < 1:
         raise BundleError("the bundle's parameter list is not usable", "export it again")
+    foreign = [spec.dtype for spec in (manifest.input, manifest.label) if spec.dtype not in DTYPES]
+    if foreign:
+        raise BundleError(f"the bundle takes {' and '.join(foreign)}, unknown here", "update covey")
     if manifest.batch_size < 1:
         raise BundleError(f"the bundle's batch size is {manifest.batch_size}", "export it again")
     return manifest
