@@ -27,7 +27,7 @@ def covey(*arguments: str, timeout: float = 60) -> subprocess.CompletedProcess[s
 def test_help_lists_every_command_of_the_desktop() -> None:
     ended = covey("--help")
     assert ended.returncode == 0
-    for name in ("agent", "broker", "demo", "export", "provision", "serve"):
+    for name in ("agent", "broker", "demo", "export", "inspect", "provision", "serve"):
         assert re.search(rf"^  {name} ", ended.stdout, re.MULTILINE), name
     assert "not completely installed" not in ended.stdout
 
