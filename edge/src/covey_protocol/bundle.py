@@ -124,13 +124,12 @@ def read_bundle(data: bytes, sealed_by: Optional[PublicKey] = None) -> Bundle:
     Raises BundleError naming what is wrong; never loads the model.
     """
     entries = _unzip(data)
-    manifest = _manifest(entries[MANIFEST_NAME])
-    if sealed_by is not None:
+    if sealed_by is not None:  # first, so that nobody else's manifest is even parsed
         if SEAL_NAME not in entries:
             raise BundleError("the bundle carries no seal", "export it with the coordinator's key")
         if not sealed_by.verifies(entries[SEAL_NAME], SEAL_CONTEXT + entries[MANIFEST_NAME]):
             raise BundleError("the bundle's seal is not the expected coordinator's", "fetch it again or pin its key")
-    model = entries[MODEL_NAME]
+    manifest, model = _manifest(entries[MANIFEST_NAME]), entries[MODEL_NAME]
     if len(model) != manifest.model_bytes or hashlib.sha256(model).hexdigest() != manifest.model_sha256:
         raise BundleError("the model in the bundle does not match its manifest", "fetch or export the bundle again")
     return Bundle(manifest, model, SEAL_NAME in entries)
@@ -162,7 +161,7 @@ def _encoded(manifest: Manifest) -> bytes:
 def _manifest(data: bytes) -> Manifest:
     try:
         manifest = msgspec.json.decode(data, type=Manifest)
-    except msgspec.MsgspecError as exc:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
         raise BundleError(f"the bundle's manifest cannot be read ({exc})", "export it again") from exc
     if manifest.format != FORMAT_VERSION:
         raise BundleError(
