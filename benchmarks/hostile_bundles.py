@@ -112,9 +112,7 @@ def zip_tricks(data: bytes) -> dict[str, bytes]:
         struct.pack_into("<I", inflated, start, 0xFFFFFFF0)
     return {
         "compressed": _zipped(items, zipfile.ZIP_DEFLATED),
-        "a bomb of zeros for a model": _zipped(
-            [("model.tflite", bytes(50_000_000)), *items[1:]], zipfile.ZIP_DEFLATED
-        ),
+        "a bomb of zeros for a model": _zipped([("model.tflite", bytes(50_000_000)), *items[1:]], zipfile.ZIP_DEFLATED),
         "model and manifest swapped": _zipped([("model.tflite", manifest), ("manifest.json", model), ("seal", seal)]),
         "manifest and seal swapped": _zipped([("model.tflite", model), ("manifest.json", seal), ("seal", manifest)]),
         "a path for a name": _zipped([*items, ("../../model.tflite", model)]),
@@ -143,7 +141,7 @@ def doubled(data: bytes, model: bytes) -> bytes:
 
 
 def opened(data: bytes, key: SealingKey, good: Bundle) -> str:
-    """"refused", "as sealed", or what went wrong."""
+    """ "refused", "as sealed", or what went wrong."""
     try:
         bundle = read_bundle(data, key.public)
     except BundleError:

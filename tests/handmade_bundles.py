@@ -16,6 +16,8 @@ from covey_protocol.seals import SealingKey
 
 BATCH, INPUTS, OUTPUTS, SEEDS = 4, 4, 3, 8
 MOMENTUM = 0.5
+SMALL = (4099, 3)  # a shape found nowhere else in the file
+SMALL_BYTES = np.array(SMALL, "<i4").tobytes()
 SEED_UNIT = 65536  # the seeds are kept modulo this, which float32 holds exactly
 SPECS = (
     ParameterSpec("linear/kernel", (INPUTS, OUTPUTS)),
@@ -43,11 +45,14 @@ def manifest(**changes: Any) -> Manifest:
     return Manifest(**{**values, **changes})
 
 
-def linear_bundle(key: SealingKey) -> bytes:
-    """The sealed bundle. `train` clips the batch's gradient, then adds the correction and FedProx's pull."""
+def linear_bundle(key: SealingKey, bomb: str = "") -> bytes:
+    """The sealed bundle. `train` clips the batch's gradient, then adds the correction and FedProx's pull.
+
+    bomb: "memory" makes `train` ask for 16 GiB, "time" makes it loop without end; both are sound TFLite models.
+    """
     from covey_models._tensorflow import import_tensorflow
     from covey_models.convert import convert
-    from covey_models.lowering import lower
+    from covey_models.lowering import Lowered, lower
 
     tf = import_tensorflow()
     kernel = tf.Variable(start_kernel())
@@ -86,6 +91,21 @@ def linear_bundle(key: SealingKey) -> bytes:
         seeds.assign(tf.concat([seeds[1:], tf.reshape(kept, [1])], 0))
         clipped_to.assign(tf.reshape(clip_norm, [1]))
         return {"loss": loss}
+
+    def exploding(
+        x: Any,
+        y: Any,
+        example_weight: Any,
+        learning_rate: Any,
+        seed: Any,
+        clip_norm: Any,
+        proximal_weight: Any,
+        proximal_center: Any,
+        correction: Any,
+    ) -> dict[str, Any]:
+        if bomb == "memory":
+            return {"loss": tf.reduce_sum(tf.fill(SMALL, learning_rate))}
+        return {"loss": tf.while_loop(lambda value: value < 2.0, lambda value: [tf.sqrt(value)], [learning_rate])[0]}
 
     def gradient(x: Any, y: Any, example_weight: Any, seed: Any) -> dict[str, Any]:
         loss, part = loss_and_gradient(x, y, example_weight)
@@ -127,13 +147,19 @@ def linear_bundle(key: SealingKey) -> bytes:
         set_parameters: [vector],
         reset_optimizer: [],
     }
-    lowered = {
-        function.__name__: lower(
-            tf.function(function, input_signature=signature, autograph=False).get_concrete_function()
-        )
+    traced = {
+        function.__name__: tf.function(function, input_signature=signature, autograph=False).get_concrete_function()
         for function, signature in functions.items()
     }
-    return write_bundle(manifest(), convert(lowered, [*parameters, velocity]), key)
+    lowered = {name: lower(function) for name, function in traced.items()}
+    if bomb:
+        function = tf.function(exploding, input_signature=functions[train], autograph=False)
+        lowered["train"] = Lowered(function.get_concrete_function(), {})
+    model = convert(lowered, [*parameters, velocity])
+    if bomb == "memory":  # asked for that much itself, the converter would allocate it
+        assert model.count(SMALL_BYTES) >= 1
+        model = model.replace(SMALL_BYTES, np.array([2**16, 2**16], "<i4").tobytes())
+    return write_bundle(manifest(), model, key)
 
 
 def start_kernel() -> np.ndarray[Any, Any]:

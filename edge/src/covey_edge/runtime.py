@@ -148,7 +148,7 @@ class Model:
         try:
             result: dict[str, Numbers] = self._run[entry_point](**inputs)
         except _REFUSALS as exc:
-            said = " ".join(str(exc).split())[:200]
+            said = " ".join(str(exc).split())[:200] or type(exc).__name__
             raise BundleError(
                 f"{entry_point} of bundle {self.manifest.name!r} fails in {self.runtime} ({said})", "export it again"
             ) from exc
