@@ -261,7 +261,7 @@ def test_moving_statistics_are_never_noised_unasked(device: Path, linear: bytes,
     assert isinstance(problem, Problem)
     assert problem.kind == "TrainingError"
     assert "moving statistics (norm/moving_variance" in problem.what
-    for remedy in ("GroupNormalization", "kept on the device", "noise_moving_statistics = true"):
+    for remedy in ("GroupNormalization", "--moving-statistics local", "noise_moving_statistics = true"):
         assert remedy in problem.remedy
     assert isinstance(trainer.answer(run_request(linear, clip_norm=1.0)), Done)  # clipping alone needs no permission
 

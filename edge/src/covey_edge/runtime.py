@@ -82,7 +82,7 @@ class Model:
         if correction is not None and "correction" not in self.manifest.train_inputs:
             raise TrainingError(
                 f"bundle {self.manifest.name!r} cannot add a correction to its gradient",
-                "export it with an input for a correction",
+                "export the model with `covey export --correction`",
             )
         if RESET_OPTIMIZER in self._run:
             self._call(RESET_OPTIMIZER)

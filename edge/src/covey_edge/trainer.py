@@ -158,7 +158,7 @@ def refuse_moving_statistics(manifest: Manifest) -> None:
     if moving:
         raise TrainingError(
             f"this device adds noise, and {len(moving)} tensors of the model are moving statistics ({moving[0]}, ...)",
-            "export the model with its moving statistics kept on the device, use GroupNormalization, or set "
+            "export the model with `--moving-statistics local`, use GroupNormalization, or set "
             "privacy.noise_moving_statistics = true in agent.toml",
         )
 
