@@ -1,4 +1,4 @@
-"""The same bundles train to TensorFlow's weights in both runtimes of the devices. test_alone.py takes all Pythons."""
+"""The same bundles train to the weights of TensorFlow in both runtimes; test_alone.py takes every Python."""
 
 from __future__ import annotations
 
