@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from covey_models._tensorflow import import_tensorflow
 from covey_models.lowering.formulations import is_positive
+from covey_models.lowering.pooling import is_masked_where_pooled
 from covey_models.lowering.registry import Node, Tensor, lowers
 
 tf = import_tensorflow()
@@ -14,6 +15,9 @@ SELU_ALPHA = 1.6732632423543772
 
 @lowers("ReluGrad")
 def relu_gradient(node: Node, dy: Tensor, y: Tensor) -> Tensor:
+    upstream = node.op.inputs[0].op
+    if upstream.type == "MaxPoolGrad" and is_masked_where_pooled(upstream):
+        return dy
     # TensorFlow hands over the output of Relu; only an op of unknown origin can be negative.
     return dy * is_positive(y if node.op.inputs[1].op.type == "Relu" else tf.nn.relu(y))
 

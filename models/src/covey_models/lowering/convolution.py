@@ -5,16 +5,23 @@ Layout is NHWC; TensorFlow on a CPU has no other. Kernels are (height, width, ch
 
 from __future__ import annotations
 
-import numpy as np
+from dataclasses import dataclass
 
 from covey_models._tensorflow import import_tensorflow
-from covey_models.lowering.formulations import column_sum, gather_rows, matmul, static, sum_touching
+from covey_models.lowering.formulations import (
+    column_sum,
+    gather_rows,
+    matmul,
+    static,
+    sum_touching,
+    transpose,
+)
 from covey_models.lowering.geometry import Window
 from covey_models.lowering.registry import Node, Tensor, lowers
 
 tf = import_tensorflow()
 
-MOST_CHANNELS_FOR_CONSTANT_FILTER = 2  # up to here a one-hot CONV_2D makes patches 4x faster than GATHER
+MOST_CHANNELS_FOR_SLICES = 4  # up to here copying lines beats copying pixels; at 8 channels they are level
 
 
 def window_of(node: Node, kernel: tuple[int, int]) -> Window:
@@ -29,26 +36,80 @@ def window_of(node: Node, kernel: tuple[int, int]) -> Window:
     return Window(kernel, (down, right), (dilation_y, dilation_x), padding, explicit)
 
 
-def patches(node: Node, images: Tensor, window: Window) -> Tensor:
-    """(batch * outputs, taps * channels); made once per image tensor and window, forward and backward."""
+@dataclass(frozen=True)
+class Patches:
+    """What every output of a convolution sees.
+
+    matrix: (batch * outputs, taps * channels), or its transpose where `turned`.
+    """
+
+    matrix: Tensor
+    turned: bool = False
+
+    def times(self, kernel: Tensor) -> Tensor:
+        """The convolution with a (taps * channels, filters) matrix: (batch * outputs, filters)."""
+        return matmul(self.matrix, kernel, transpose_a=self.turned)
+
+    def kernel_gradient(self, dy: Tensor) -> Tensor:
+        """(taps * channels, filters) from dy (batch * outputs, filters)."""
+        return matmul(self.matrix, dy, transpose_a=not self.turned)
+
+
+def patches(node: Node, images: Tensor, window: Window) -> Patches:
+    """Made once per image tensor and window, for the forward and the backward pass."""
     key = ("patches", images.ref(), window)
     if key not in node.shared:
         node.shared[key] = _patches(images, window)
-    return node.shared[key]
+    found: Patches = node.shared[key]
+    return found
 
 
-def _patches(images: Tensor, window: Window) -> Tensor:
+def _patches(images: Tensor, window: Window) -> Patches:
     batch, height, width, channels = images.shape
-    rows, columns = window.output_size(height, width)
-    shape = [batch * rows * columns, window.taps * channels]
     if window.is_every_pixel_once(height, width):
-        return tf.reshape(images, shape)
-    if channels <= MOST_CHANNELS_FOR_CONSTANT_FILTER and window.padding != "EXPLICIT":
-        one_hot = np.eye(window.taps * channels, dtype=np.float32).reshape(*window.kernel, channels, -1)
-        spread = tf.nn.conv2d(images, one_hot, window.strides, window.padding, dilations=window.dilations)
-        return tf.reshape(spread, shape)
+        return Patches(tf.reshape(images, [batch * height * width, channels]))
+    if channels <= MOST_CHANNELS_FOR_SLICES:
+        return Patches(_sliced_patches(images, window), turned=True)
+    return Patches(_gathered_patches(images, window))
+
+
+def _gathered_patches(images: Tensor, window: Window) -> Tensor:
+    """(batch * outputs, taps * channels): whole pixels are copied."""
+    batch, height, width, channels = images.shape
+    table = window.inputs_of_outputs(height, width)
     pixels = tf.reshape(images, [batch, height * width, channels])
-    return tf.reshape(gather_rows(pixels, window.inputs_of_outputs(height, width)), shape)
+    return tf.reshape(gather_rows(pixels, table), [batch * len(table), window.taps * channels])
+
+
+def _sliced_patches(images: Tensor, window: Window) -> Tensor:
+    """(taps * channels, batch * outputs): every tap is one slice of the padded planes, so that whole lines are copied.
+
+    With strides, the planes are first sorted by phase (the coordinate modulo the stride), which makes lines contiguous.
+    """
+    batch, height, width, channels = images.shape
+    (down, right), (rows, columns) = window.strides, window.output_size(height, width)
+    planes = tf.reshape(images if channels == 1 else transpose(tf.reshape(images, [-1, channels])), [-1, height, width])
+    count = channels * batch
+    padded, (lines, dots) = _padded_to_phases(planes, window)
+    if (down, right) != (1, 1):
+        padded = tf.transpose(tf.reshape(padded, [count * lines, down, dots, right]), [1, 3, 0, 2])
+    phases = tf.reshape(padded, [down * right, count, lines, dots])
+    taps = []
+    for y, x in window.offsets():
+        begin = [(y % down) * right + x % right, 0, y // down, x // right]
+        taps.append(tf.reshape(tf.slice(phases, begin, [1, count, rows, columns]), [channels, batch * rows * columns]))
+    return tf.concat(taps, 0)
+
+
+def _padded_to_phases(planes: Tensor, window: Window) -> tuple[Tensor, tuple[int, int]]:
+    """Planes (n, height, width) with the window's padding, and the size of one phase of them."""
+    sides, phase = [[0, 0]], []
+    for axis, size in enumerate(planes.shape[1:]):
+        before, needed = window.reach(axis, size)
+        stride = window.strides[axis]
+        phase.append(-(-max(needed, before + size) // stride))
+        sides.append([before, phase[-1] * stride - size - before])
+    return tf.pad(planes, sides), (phase[0], phase[1])
 
 
 def _groups(tensor: Tensor, count: int, axis: int = -1) -> list[Tensor]:
@@ -67,7 +128,7 @@ def convolution(node: Node, images: Tensor, kernel: Tensor) -> Tensor:
     parts = []
     for part, weights in zip(_image_groups(node, images, groups), _groups(kernel, groups)):
         matrix = tf.reshape(weights, [-1, weights.shape[3]])
-        product = matmul(patches(node, part, window), matrix)
+        product = patches(node, part, window).times(matrix)
         parts.append(tf.reshape(product, [images.shape[0], *size, weights.shape[3]]))
     return _joined(parts)
 
@@ -80,7 +141,7 @@ def convolution_filter_gradient(node: Node, images: Tensor, kernel_shape: Tensor
     parts = []
     for part, gradient in zip(_image_groups(node, images, groups), _groups(dy, groups)):
         matrix = tf.reshape(gradient, [-1, gradient.shape[3]])
-        product = matmul(patches(node, part, window), matrix, transpose_a=True)
+        product = patches(node, part, window).kernel_gradient(matrix)
         parts.append(tf.reshape(product, [height, width, channels, gradient.shape[3]]))
     return _joined(parts)
 
@@ -123,7 +184,7 @@ def _input_gradient(shape: tuple[int, int, int, int], kernel: Tensor, dy: Tensor
 def depthwise_filter_gradient(node: Node, images: Tensor, kernel_shape: Tensor, dy: Tensor) -> Tensor:
     height, width, channels, multiplier = static(kernel_shape)
     window = window_of(node, (height, width))
-    seen = patches(node, images, window)
+    seen = _gathered_patches(images, window)
     gradient = tf.reshape(dy, [-1, channels, multiplier])
     parts = []
     for index in range(multiplier):
