@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from covey_models._tensorflow import import_tensorflow
 from covey_models.lowering.formulations import (
     column_sum,
     gather_rows,
     matmul,
+    padded_rows,
     static,
     sum_touching,
     transpose,
@@ -182,15 +185,35 @@ def _input_gradient(shape: tuple[int, int, int, int], kernel: Tensor, dy: Tensor
 
 @lowers("DepthwiseConv2dNativeBackpropFilter")
 def depthwise_filter_gradient(node: Node, images: Tensor, kernel_shape: Tensor, dy: Tensor) -> Tensor:
+    """One tap after the other: all taps at once would take nine times the memory for a 3x3 kernel, and more time."""
     height, width, channels, multiplier = static(kernel_shape)
     window = window_of(node, (height, width))
-    seen = _gathered_patches(images, window)
-    gradient = tf.reshape(dy, [-1, channels, multiplier])
-    parts = []
-    for index in range(multiplier):
-        tiled = tf.tile(gradient[:, :, index], [1, window.taps])
-        parts.append(tf.reshape(column_sum(seen * tiled), [height, width, channels, 1]))
-    return _joined(parts)
+    slopes = tf.reshape(dy, [-1, channels * multiplier])
+    sums = []
+    for seen in _seen_by_taps(images, window):
+        rows = tf.reshape(seen, [-1, channels])
+        if multiplier > 1:
+            rows = tf.reshape(tf.tile(tf.reshape(rows, [-1, 1]), [1, multiplier]), [-1, channels * multiplier])
+        sums.append(column_sum(rows * slopes))
+    return tf.reshape(tf.concat(sums, 0), [height, width, channels, multiplier])
+
+
+def _seen_by_taps(images: Tensor, window: Window) -> list[Tensor]:
+    """What each tap of a window reads: one tensor with batch * outputs * channels numbers per tap, row by row."""
+    batch, height, width, channels = images.shape
+    if window.strides != (1, 1):
+        table = window.inputs_of_outputs(height, width)
+        pixels = padded_rows(tf.reshape(images, [batch, height * width, channels]), table)
+        return [tf.gather(pixels, table[:, tap], axis=1) for tap in range(window.taps)]
+    sides = [[0, 0]]
+    for axis, size in enumerate((height, width)):
+        before, needed = window.reach(axis, size)
+        sides.append([before, max(0, needed - size - before)])
+    padded = tf.pad(images, [*sides, [0, 0]])
+    return [
+        tf.slice(padded, [0, y, x, 0], [batch, *window.output_size(height, width), channels])
+        for y, x in window.offsets()
+    ]
 
 
 @lowers("DepthwiseConv2dNativeBackpropInput")
@@ -198,9 +221,28 @@ def depthwise_input_gradient(node: Node, image_shape: Tensor, kernel: Tensor, dy
     batch, height, width, channels = static(image_shape)
     multiplier = kernel.shape[3]
     window = window_of(node, (kernel.shape[0], kernel.shape[1]))
+    if window.strides == (1, 1) and multiplier == 1:
+        return _depthwise_of_turned_kernel((height, width), kernel, dy, window)
     outputs = dy.shape[1] * dy.shape[2]
-    gradient = tf.reshape(dy, [batch * outputs, 1, channels, multiplier])
-    weights = tf.reshape(kernel, [1, window.taps, channels, multiplier])
-    products = [gradient[..., index] * weights[..., index] for index in range(multiplier)]
-    entries = tf.reshape(tf.add_n(products), [batch, outputs * window.taps, channels])
+    slopes = tf.reshape(dy, [batch * outputs, 1, channels * multiplier])
+    products = slopes * tf.reshape(kernel, [1, window.taps, channels * multiplier])
+    if multiplier > 1:
+        products = tf.reduce_sum(tf.reshape(products, [-1, channels, multiplier]), 2)
+    entries = tf.reshape(products, [batch, outputs * window.taps, channels])
     return sum_touching(entries, window.outputs_of_inputs(height, width), (batch, height, width, channels))
+
+
+def _depthwise_of_turned_kernel(size: tuple[int, int], kernel: Tensor, dy: Tensor, window: Window) -> Tensor:
+    """Without strides, the gradient of the images is itself a depthwise convolution: of dy, with the kernel turned
+    by 180 degrees (by GATHER: REVERSE_V2 of two axes is wrong in TFLite 2.14)."""
+    taps = tf.reshape(kernel, [window.taps, -1])
+    turned = tf.reshape(tf.gather(taps, np.arange(window.taps, dtype=np.int32)[::-1]), kernel.shape)
+    if window.padding == "SAME" and all(side % 2 for side in window.kernel):
+        return tf.nn.depthwise_conv2d(dy, turned, [1, 1, 1, 1], "SAME", dilations=window.dilations)
+    sides = [[0, 0]]
+    for axis, (pixels, outputs) in enumerate(zip(size, dy.shape[1:3])):
+        beyond = (window.kernel[axis] - 1) * window.dilations[axis]
+        before = beyond - window.reach(axis, pixels)[0]
+        sides.append([before, pixels + beyond - outputs - before])
+    padded = tf.pad(dy, [*sides, [0, 0]])
+    return tf.nn.depthwise_conv2d(padded, turned, [1, 1, 1, 1], "VALID", dilations=window.dilations)
