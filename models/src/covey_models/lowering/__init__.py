@@ -2,10 +2,38 @@
 
 from __future__ import annotations
 
-from covey_models.lowering import activations, convolution, losses, matmul, normalisation, pooling, shapes, variables
-from covey_models.lowering.registry import LOWERINGS, REFUSALS, Node, lowers, refuse
-from covey_models.lowering.rewriter import Lowered, describe, layer_of, lower
+from covey_models.lowering import (
+    activations,
+    convolution,
+    loops,
+    losses,
+    matmul,
+    normalisation,
+    pooling,
+    random,
+    shapes,
+    variables,
+)
+from covey_models.lowering.registry import LOOPS, LOWERINGS, RANDOM, REFUSALS, Node, lowers, refuse
+from covey_models.lowering.rewriter import Lowered, all_ops, describe, is_random, layer_of, lower, rewrite, seeded
 
-THEMES = (activations, convolution, losses, matmul, normalisation, pooling, shapes, variables)  # importing registers
+# importing registers
+THEMES = (activations, convolution, loops, losses, matmul, normalisation, pooling, random, shapes, variables)
 
-__all__ = ["LOWERINGS", "REFUSALS", "Lowered", "Node", "describe", "layer_of", "lower", "lowers", "refuse"]
+__all__ = [
+    "LOOPS",
+    "LOWERINGS",
+    "RANDOM",
+    "REFUSALS",
+    "Lowered",
+    "Node",
+    "all_ops",
+    "describe",
+    "is_random",
+    "layer_of",
+    "lower",
+    "lowers",
+    "refuse",
+    "rewrite",
+    "seeded",
+]

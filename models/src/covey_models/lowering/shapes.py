@@ -13,11 +13,6 @@ from covey_protocol.errors import BundleError
 tf = import_tensorflow()
 
 
-@lowers("Identity", "IdentityN", "StopGradient", "PreventGradient", "Snapshot")
-def pass_through(node: Node, *tensors: Tensor) -> list[Tensor]:
-    return list(tensors)
-
-
 @lowers("StridedSliceGrad")
 def strided_slice_gradient(
     node: Node, shape: Tensor, begin: Tensor, end: Tensor, strides: Tensor, dy: Tensor

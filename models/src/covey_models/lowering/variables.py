@@ -6,7 +6,7 @@ Order is kept by TensorFlow's automatic control dependencies, which see the same
 from __future__ import annotations
 
 from covey_models._tensorflow import import_tensorflow
-from covey_models.lowering.registry import Node, Tensor, lowers, refuse
+from covey_models.lowering.registry import Node, Tensor, lowers
 
 tf = import_tensorflow()
 
@@ -33,18 +33,3 @@ def assign_sub(node: Node, handle: Tensor, value: Tensor) -> list[Tensor]:
 @lowers("ResourceApplyGradientDescent")
 def gradient_descent(node: Node, handle: Tensor, learning_rate: Tensor, gradient: Tensor) -> list[Tensor]:
     return assign(handle, read(handle, gradient) - learning_rate * gradient)
-
-
-refuse(
-    "RandomUniform", "RandomStandardNormal", "RandomUniformInt", "TruncatedNormal", "Multinomial",
-    "StatelessRandomUniformV2", "StatelessRandomNormalV2", "StatelessRandomUniform", "StatelessRandomNormal",
-    "StatelessRandomUniformFullIntV2", "StatelessRandomGetKeyCounter", "StatelessRandomGetAlg", "StatefulUniform",
-    "RngReadAndSkip",
-    why="it draws random numbers, and TFLite's generator is neither TensorFlow's nor seedable per device",
-    remedy="remove the layer, or replace dropout and noise by weight decay",
-)  # fmt: skip
-refuse(
-    "While", "StatelessWhile", "If", "StatelessIf", "Case", "StatelessCase", "TensorListReserve",
-    why="loops and branches inside a training step are not rewritten",
-    remedy="unroll it (recurrent layers take unroll=True)",
-)  # fmt: skip
