@@ -1,4 +1,4 @@
-"""Environments that hold the edge distribution's dependencies alone, from its lock, on other Pythons of this machine."""
+"""Environments that hold the edge's dependencies alone, from its lock, on other Pythons of this machine."""
 
 from __future__ import annotations
 
