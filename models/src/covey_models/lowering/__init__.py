@@ -2,10 +2,48 @@
 
 from __future__ import annotations
 
-from covey_models.lowering import activations, convolution, losses, matmul, normalisation, pooling, shapes, variables
+from covey_models.lowering import (
+    activations,
+    convolution,
+    einsum,
+    gathers,
+    local_response,
+    losses,
+    mathematics,
+    matmul,
+    normalisation,
+    optimizers,
+    pooling,
+    quantization,
+    reductions,
+    refusals,
+    resize,
+    shapes,
+    variables,
+    volumes,
+)
 from covey_models.lowering.registry import LOWERINGS, REFUSALS, Node, lowers, refuse
 from covey_models.lowering.rewriter import Lowered, describe, layer_of, lower
 
-THEMES = (activations, convolution, losses, matmul, normalisation, pooling, shapes, variables)  # importing registers
+THEMES = (  # importing a theme registers its lowerings
+    activations,
+    convolution,
+    einsum,
+    gathers,
+    local_response,
+    losses,
+    mathematics,
+    matmul,
+    normalisation,
+    optimizers,
+    pooling,
+    quantization,
+    reductions,
+    refusals,
+    resize,
+    shapes,
+    variables,
+    volumes,
+)
 
 __all__ = ["LOWERINGS", "REFUSALS", "Lowered", "Node", "describe", "layer_of", "lower", "lowers", "refuse"]
