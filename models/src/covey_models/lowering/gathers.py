@@ -217,5 +217,3 @@ def segment_product(node: Node, x: Tensor, ids: Tensor) -> Tensor:
     """y[s] = product of the rows of segment s, for constant segments; 1 for an empty one."""
     rows, counts = _segments(x, ids, 1.0)
     return tf.reshape(tf.reduce_prod(rows, 1), [len(counts), *x.shape[1:]])
-
-

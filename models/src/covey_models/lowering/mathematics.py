@@ -12,7 +12,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from covey_models._tensorflow import import_tensorflow
+from covey_models.lowering.constants import constant
 from covey_models.lowering.registry import Node, Tensor, lowers
+from covey_protocol.errors import BundleError
 
 tf = import_tensorflow()
 
@@ -68,6 +70,8 @@ def reciprocal_gradient(node: Node, y: Tensor, dy: Tensor) -> Tensor:
 @lowers("DivNoNan")
 def divide_no_nan(node: Node, a: Tensor, b: Tensor) -> Tensor:
     """a / b, and 0 where b is 0."""
+    if b.dtype.is_complex:
+        raise BundleError("complex numbers cannot be trained in TFLite", "put the spectrum before what is trained")
     is_zero = zero_is_one(b)
     return a * (1.0 - is_zero) / (b + is_zero)
 
@@ -260,3 +264,18 @@ def digamma(node: Node, x: Tensor) -> Tensor:
     square = inverse * inverse
     series = tf.math.log(z) - 0.5 * inverse - square * (1.0 / 12.0 - square * (1.0 / 120.0 - square * (1.0 / 252.0)))
     return series - tf.add_n([1.0 / (x + float(step)) for step in range(SHIFT)])
+
+
+@lowers("Polygamma")
+def trigamma(node: Node, order: Tensor, x: Tensor) -> Tensor:
+    """y = 1/z + 1/2z^2 + 1/6z^3 - 1/30z^5 + 1/42z^7 + 1/x^2 + ... + 1/(x + 5)^2, z = x + 6; order 1 only.
+
+    For x > 0 only, wrong below. Relative error at most 1e-6 for 1e-3 < x < 1e4. Source: the derivative of DLMF 5.11.2.
+    """
+    if (constant(order, "the order of a polygamma function") != 1.0).any():
+        raise BundleError("polygamma functions of an order other than 1 have no lowering", "use the first order")
+    inverse = 1.0 / (x + float(SHIFT))
+    square = inverse * inverse
+    odd = 1.0 / 6.0 - square * (1.0 / 30.0 - square * (1.0 / 42.0))
+    series = inverse + square * (0.5 + inverse * odd)
+    return series + tf.add_n([1.0 / tf.square(x + float(step)) for step in range(SHIFT)])

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from covey_models._tensorflow import import_tensorflow
+from covey_models.lowering.constants import constant, value_of
 from covey_models.lowering.formulations import static
 from covey_models.lowering.mathematics import log_of_one_plus
 from covey_models.lowering.registry import Node, Tensor, lowers
@@ -77,13 +78,25 @@ def in_top_k(node: Node, predictions: Tensor, targets: Tensor, k: Tensor = None)
     return tf.logical_and(larger < float(count), tf.reduce_sum(chosen, 1) > 0.0)
 
 
+def _bins(size: Tensor) -> int:
+    """The number of bins: a constant, or min(c, max(d, what the data says)) with d >= c, which is c."""
+    known = value_of(size)
+    if known is None and size.op.type == "Minimum":
+        for limit, other in (size.op.inputs, reversed(size.op.inputs)):
+            most = value_of(limit)
+            floors = [value_of(part) for part in other.op.inputs] if other.op.type == "Maximum" else []
+            if most is not None and any(floor is not None and floor >= most for floor in floors):
+                return int(most)
+    return int(constant(size, "the number of bins"))
+
+
 @lowers("Bincount", "DenseBincount")
 def bin_count(node: Node, values: Tensor, size: Tensor, weights: Tensor) -> Tensor:
     """y[b] = sum of the weights (1 without any) of the values that are b, per row; binary_output gives 1 for some.
 
     As sums of one-hot rows. Values outside 0 ... size - 1 are not counted.
     """
-    bins = static(size)[0]
+    bins = _bins(size)
     rows = values if node.op.type == "DenseBincount" and values.shape.rank == 2 else tf.reshape(values, [1, -1])
     hot = tf.one_hot(tf.cast(rows, tf.int32), bins)
     weighted = 0 not in weights.shape

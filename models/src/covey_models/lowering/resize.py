@@ -85,9 +85,7 @@ def scale_and_translate(node: Node, images: Tensor, size: Tensor, scale: Tensor,
 
 
 @lowers("ScaleAndTranslateGrad")
-def scale_and_translate_gradient(
-    node: Node, dy: Tensor, images: Tensor, scale: Tensor, translation: Tensor
-) -> Tensor:
+def scale_and_translate_gradient(node: Node, dy: Tensor, images: Tensor, scale: Tensor, translation: Tensor) -> Tensor:
     """dx = R^T dy C per channel, with the weights R and C of the forward op."""
     factors, offsets = constant(scale, "the scale of an image"), constant(translation, "the translation of an image")
 

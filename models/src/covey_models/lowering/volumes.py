@@ -41,8 +41,9 @@ def _patches(node: Node, volumes: Tensor, window: Window) -> Tensor:
 def _sum_touching(entries: Tensor, table: Table, shape: tuple[int, ...]) -> Tensor:
     """Every voxel of a volume of this shape sums the entries (n, e, c) that the table (voxels, touches) names."""
     batch, *size, channels = shape
-    gathered = tf.reshape(gather_rows(entries, table), [batch, math.prod(size), table.shape[1], channels])
-    return tf.reshape(tf.reduce_sum(gathered, 2), shape)
+    gathered = gather_rows(entries, np.ascontiguousarray(table.T))  # touch by touch: SUM adds whole volumes
+    gathered = tf.reshape(gathered, [batch, table.shape[1], math.prod(size) * channels])
+    return tf.reshape(tf.reduce_sum(gathered, 1), shape)
 
 
 def _groups(tensor: Tensor, count: int) -> list[Tensor]:
