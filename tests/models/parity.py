@@ -23,8 +23,8 @@ Inputs = Callable[[], "list[Array]"]
 class Case:
     """What to compute and on what.
 
-    function: tensors -> a tensor or a nest of them. inputs: makes the arrays. differentiate: also compare the gradient of
-    a weighted sum of all outputs with respect to every float input and every variable.
+    function: tensors -> a tensor or a nest of them. inputs: makes the arrays. differentiate: also compare the gradient
+    of a weighted sum of all outputs with respect to every float input and every variable.
     """
 
     function: Callable[..., Any]
@@ -54,7 +54,9 @@ def together(*parts: Inputs) -> Inputs:
     return lambda: [array for part in parts for array in part()]
 
 
-def of_layer(build: Callable[[], Any], *shapes: tuple[int, ...], inputs: Any = None, **arguments: Any) -> Case:
+def of_layer(
+    build: Callable[[], Any], *shapes: tuple[int, ...], inputs: Any = None, tolerance: float = 2e-6, **arguments: Any
+) -> Case:
     """A Keras layer called on normal numbers; it is built once, in eager mode."""
     made = inputs or normal(*shapes)
 
@@ -70,7 +72,7 @@ def of_layer(build: Callable[[], Any], *shapes: tuple[int, ...], inputs: Any = N
     def call(*tensors: Any) -> Any:
         return layer()(tensors[0] if len(tensors) == 1 else list(tensors), **arguments)
 
-    return Case(call, made)
+    return Case(call, made, tolerance=tolerance)
 
 
 def traced(case: Case) -> Any:
@@ -143,3 +145,13 @@ def relative_error(computed: Array, expected: Array) -> float:
     largest = np.abs(wanted[np.isfinite(wanted)]).max(initial=1.0)
     with np.errstate(invalid="ignore"):
         return float((np.where(same, 0.0, np.abs(wide - wanted)) / largest).max())
+
+
+UPDATES = ("ResourceApply", "ResourceScatter", "Assign")  # what op types that change variables begin with
+
+
+def op_types(graph: Any) -> set[str]:
+    """All op types of a graph and of the functions it calls."""
+    definition = graph.as_graph_def()
+    nodes = [*definition.node, *[node for function in definition.library.function for node in function.node_def]]
+    return {node.op for node in nodes}

@@ -5,7 +5,6 @@ from __future__ import annotations
 from covey_models.lowering import (
     activations,
     convolution,
-    einsum,
     gathers,
     layouts,
     local_response,
@@ -15,6 +14,7 @@ from covey_models.lowering import (
     normalisation,
     optimizers,
     pooling,
+    products,
     quantization,
     reductions,
     refusals,
@@ -29,7 +29,6 @@ from covey_models.lowering.rewriter import Lowered, describe, layer_of, lower
 THEMES = (  # importing a theme registers its lowerings
     activations,
     convolution,
-    einsum,
     gathers,
     layouts,
     local_response,
@@ -39,6 +38,7 @@ THEMES = (  # importing a theme registers its lowerings
     normalisation,
     optimizers,
     pooling,
+    products,
     quantization,
     reductions,
     refusals,

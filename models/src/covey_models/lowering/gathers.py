@@ -1,13 +1,12 @@
 """Ops that move numbers or add up chosen rows, as GATHER by a constant table and SUM.
 
-Tables are made by `geometry` or, for ops that only move numbers, by TensorFlow itself (`constants.places`). An index that
-is out of range is an error in TensorFlow and in TFLite's GATHER alike: the step fails, nothing is read from elsewhere.
+Tables are made by `geometry` or, for ops that only move numbers, by TensorFlow itself (`constants.places`). An index
+that is out of range is an error in TensorFlow and in TFLite's GATHER alike: the step fails, no other row is read.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import numpy as np
 
@@ -34,7 +33,7 @@ def reverse(node: Node, x: Tensor, axes: Tensor) -> Tensor:
 
 
 def _in_matrices(x: Tensor, rank: int, table: Table, padding: float = 0.0) -> Tensor:
-    """Numbers moved within the last `rank` axes of x, alike for all the axes before; -1 in the table gives `padding`."""
+    """Numbers moved within the last `rank` axes of x, alike for all axes before; -1 in the table gives `padding`."""
     batch, inner = list(x.shape[: x.shape.rank - rank]), math.prod(x.shape[x.shape.rank - rank :])
     rows = tf.reshape(x, [math.prod(batch), inner, 1])
     taken = gather_rows(rows, np.where(table < 0, inner, table).astype(np.int32).reshape(-1), padding)

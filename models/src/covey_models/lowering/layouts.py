@@ -1,7 +1,7 @@
 """Channels-first models: the lowerings for channels-last layout between two transposes.
 
-TensorFlow runs NCHW on processors for which it was built with oneDNN. Every TFLite kernel wants NHWC. The transpose of a
-tensor is made once, however many ops read it.
+TensorFlow runs NCHW on processors for which it was built with oneDNN. Every TFLite kernel wants NHWC. The transpose
+of a tensor is made once, however many ops read it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """TensorFlow's fused optimizer ops as arithmetic between READ_VARIABLE and ASSIGN_VARIABLE.
 
 The Keras optimizers of 2.14 are written in plain assignments and need none of these; tf.keras.optimizers.legacy and
-tf.compat.v1.train do. In the formulas w is the variable, g its gradient, r the learning rate; every other name is a slot
-or an input of the op. All slots are updated before w, as in TensorFlow.
+tf.compat.v1.train do. In the formulas w is the variable, g its gradient, r the learning rate; every other name is a
+slot or an input of the op. All slots are updated before w, as in TensorFlow.
 """
 
 from __future__ import annotations
@@ -141,10 +141,10 @@ def follow_the_regularised_leader(
     node: Node, w: Tensor, accumulator: Tensor, linear: Tensor, g: Tensor, r: Tensor, l1: Tensor, l2: Tensor,
     *rest: Tensor,
 ) -> list[Tensor]:  # fmt: skip
-    """b = a + g^2; z += g' - (b^-p - a^-p) / r w; w = (l1 sign(z) - z) / (b^-p / r + 2 l2) where |z| > l1, else 0; a = b.
+    """b = a + g^2; z += g' - (b^-p - a^-p) w / r; w = (l1 sign(z) - z) / (b^-p / r + 2 l2) if |z| > l1 else 0; a = b.
 
-    p is the learning rate's power (negative); g' = g + 2 l2_shrinkage w in the second version. With multiply_linear_by_lr
-    z, l1 and l2 carry a factor r.
+    p is the learning rate's power (negative); g' = g + 2 l2_shrinkage w in the second version. With
+    multiply_linear_by_lr z, l1 and l2 carry a factor r.
     """
     *shrinkages, power = rest
     scaled = node.has("multiply_linear_by_lr") and node.attribute("multiply_linear_by_lr")

@@ -1,7 +1,7 @@
 """Quantisation-aware training: numbers rounded to the grid that int8 inference will use later.
 
-The grid has the step s = (max - min) / (q - p) with p = 0 (1 for narrow_range) and q = 2^num_bits - 1. It is moved so that
-0 lies on it: low = (p - z) s, high = (q - z) s with z = round(clip(p - min / s, p, q)).
+The grid has the step s = (max - min) / (q - p) with p = 0 (1 for narrow_range) and q = 2^num_bits - 1. It is moved so
+that 0 lies on it: low = (p - z) s, high = (q - z) s with z = round(clip(p - min / s, p, q)).
 """
 
 from __future__ import annotations

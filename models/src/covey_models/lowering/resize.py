@@ -1,8 +1,8 @@
 """Resizing of images: every kind is a constant matrix over the rows and one over the columns.
 
 The matrices are read off TensorFlow itself: the op is run on images that are 1 in one row and 0 elsewhere. So the
-attributes (align_corners, half_pixel_centers, antialias, kernel) mean exactly what they mean there. Bilinear and nearest
-forward stay the builtins.
+attributes (align_corners, half_pixel_centers, antialias, kernel) mean exactly what they mean there. Bilinear and
+nearest forward stay the builtins.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def _matrix(op: Any, length: int, others: list[Any]) -> Array:
 
 
 def _resized(images: Tensor, rows: Array, columns: Array) -> Tensor:
-    """y[n, i, j, c] = sum over h, w of rows[i, h] columns[j, w] x[n, h, w, c]: two matrix products, three transposes."""
+    """y[n, i, j, c] = sum over h, w of rows[i, h] columns[j, w] x[n, h, w, c]: two matrix products, three turns."""
     batch, height, width, channels = images.shape
     by_row = tf.reshape(tf.transpose(images, [1, 0, 2, 3]), [height, batch * width * channels])
     by_row = tf.reshape(matmul(tf.constant(rows), by_row), [len(rows), batch, width, channels])

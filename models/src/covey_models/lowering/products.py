@@ -1,4 +1,4 @@
-"""Einstein sums of one and two operands: diagonals, sums, transposes and one matrix product per batch entry."""
+"""Products of stacks of matrices, and Einstein sums: diagonals, sums, transposes and one product per batch entry."""
 
 from __future__ import annotations
 
@@ -18,19 +18,37 @@ tf = import_tensorflow()
 Label = Union[str, int]  # a letter, or the number of an axis of "...", counted from the right
 
 
+@lowers("BatchMatMulV2", "BatchMatMul")
+def batch_matmul(node: Node, a: Tensor, b: Tensor) -> Tensor:
+    """y[i...] = a[i...] @ b[i...], either transposed, for any number of axes; BATCH_MATMUL of rank 3, without adj_y."""
+    batch = tf.broadcast_static_shape(a.shape[:-2], b.shape[:-2]).as_list()
+    a, b = _stacked(a, batch, node.attribute("adj_x")), _stacked(b, batch, node.attribute("adj_y"))
+    return tf.reshape(_matrices(a, b), [*batch, a.shape[1], b.shape[2]])
+
+
+def _stacked(x: Tensor, batch: list[int], turned: bool) -> Tensor:
+    """(batch, rows, columns), broadcast to this batch."""
+    rows, columns = x.shape[-2:]
+    if x.shape[:-2] != batch:
+        x = tf.broadcast_to(x, [*batch, rows, columns])
+    x = tf.reshape(x, [math.prod(batch), rows, columns])
+    return tf.transpose(x, [0, 2, 1]) if turned else x
+
+
 @lowers("Einsum")
 def einsum(node: Node, *operands: Tensor) -> Tensor:
     """y[output] = sum over the labels that are not in the output of the product of the operands.
 
-    Two operands: both are brought to (batch, left, summed) and (batch, summed, right) and multiplied as matrices. A label
-    that is repeated within an operand is a diagonal; "..." broadcasts.
+    Two operands: both are brought to (batch, left, summed) and (batch, summed, right) and multiplied as matrices. A
+    label that is repeated within an operand is a diagonal; "..." broadcasts.
     """
     terms, output = _labels(node.attribute("equation"), [operand.shape.rank for operand in operands])
     parts = []
     for index, (operand, labels) in enumerate(zip(operands, terms)):
         needed = {label for other, term in enumerate(terms) if other != index for label in term} | set(output)
         parts.append(_reduced(operand, labels, needed))
-    x, labels = parts[0] if len(parts) == 1 else _product(*parts, output)
+    first, *others = parts
+    x, labels = _product(first, others[0], output) if others else first
     return _arranged(x, labels, output)
 
 
