@@ -9,8 +9,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import msgspec
+
 from covey_protocol import codec
-from covey_protocol.bundle import Manifest, TensorSpec, write_bundle
+from covey_protocol.bundle import TRAIN_INPUTS, Manifest, Proof, TensorSpec, write_bundle
 from covey_protocol.codec import COORDINATOR
 from covey_protocol.messages import (
     Answer,
@@ -59,6 +61,19 @@ FROM_COORDINATOR: dict[str, tuple[str, Message]] = {
     "receipt": (TOPICS.down(DEVICE), Receipt("run.1.abc", HASH, True)),
     "receipt-refused": (TOPICS.down(DEVICE), Receipt("run.1.abc", HASH, False, "that round is over")),
     "verdict": (TOPICS.down(DEVICE), Verdict("run.1.abc", "rejected", "Krum score too large")),
+    "invitation-clip-proximal": (
+        TOPICS.round,
+        Invitation(
+            round_id="run.2.abd",
+            number=2,
+            issued_at_ms=1_700_000_600_000,
+            duration_ms=600_000,
+            bundle=BlobRef(HASH, 100_000),
+            parameters=BlobRef(OTHER, 15_272, 4096),
+            plan=TrainingPlan(epochs=1, learning_rate=0.5, gradient_clip_norm=0.25, proximal_weight=0.125),
+            requires=("train", "float32", "clip_norm", "proximal"),
+        ),
+    ),
 }
 FROM_DEVICE: dict[str, tuple[str, Message]] = {
     "presence-online": (
@@ -74,8 +89,8 @@ FROM_DEVICE: dict[str, tuple[str, Message]] = {
 }
 
 
-def golden_bundle() -> bytes:
-    manifest = Manifest(
+def golden_manifest() -> Manifest:
+    return Manifest(
         format=1,
         name="golden",
         model_sha256="",
@@ -89,7 +104,22 @@ def golden_bundle() -> bytes:
         optimizer="sgd",
         num_classes=10,
     )
-    return write_bundle(manifest, b"not a real model", COORDINATOR_KEY)
+
+
+def golden_bundles() -> dict[str, bytes]:
+    """The first form of the manifest, and one that uses every field added since."""
+    first = golden_manifest()
+    later = msgspec.structs.replace(
+        first,
+        optimizer="adam",
+        signatures=(*first.signatures, "reset_optimizer"),
+        proof=Proof(6, 2.5e-7, 1e-5, "tflite_runtime", judgement="float64"),
+        train_inputs=TRAIN_INPUTS,
+    )
+    return {
+        name: write_bundle(manifest, b"not a real model", COORDINATOR_KEY)
+        for name, manifest in (("bundle", first), ("bundle-train-inputs", later))
+    }
 
 
 def vectors() -> dict[str, dict[str, str]]:
@@ -99,7 +129,8 @@ def vectors() -> dict[str, dict[str, str]]:
         for number, (name, (topic, message)) in enumerate(table.items(), start=1_700_000_000):
             data = codec.encode(message, topic=topic, sender=sender, sequence=number, key=key)
             made[name] = {"topic": topic, "sender": sender, "hex": data.hex()}
-    made["bundle"] = {"topic": "", "sender": COORDINATOR, "hex": golden_bundle().hex()}
+    for name, data in golden_bundles().items():
+        made[name] = {"topic": "", "sender": COORDINATOR, "hex": data.hex()}
     return made
 
 

@@ -15,14 +15,31 @@ from covey_protocol.seals import SealingKey
 
 MODULE = """
 from covey_models import build as zoo
+from beside import WIDTH
 
 def softmax():
     return zoo("softmax", (4,), 3, seed=1)
 
-def dropped():
+def as_text():
     import tensorflow as tf
     layers = tf.keras.layers
-    return tf.keras.Sequential([layers.InputLayer((4,)), layers.Dropout(0.5), layers.Dense(3)])
+    counted = layers.Lambda(lambda x: tf.strings.to_number(tf.strings.as_string(x)), name="text")
+    return tf.keras.Sequential([layers.InputLayer((4,)), layers.Dense(WIDTH), counted, layers.Dense(3)])
+
+def norm():
+    import tensorflow as tf
+    layers = tf.keras.layers
+    return tf.keras.Sequential(
+        [layers.InputLayer((4,)), layers.Dense(WIDTH), layers.BatchNormalization(), layers.Dense(2)]
+    )
+
+def pseudo_huber(labels, outputs):
+    import tensorflow as tf
+    return tf.reduce_sum(tf.sqrt(1.0 + (outputs - labels[:, tf.newaxis]) ** 2) - 1.0, -1)
+
+def rmsprop():
+    import tensorflow as tf
+    return tf.keras.optimizers.RMSprop(rho=0.8)
 
 def failing():
     raise ValueError("no data today")
@@ -35,6 +52,7 @@ number = 3
 def module(tmp_path: Path) -> Path:
     path = tmp_path / "mymodel.py"
     path.write_text(MODULE)
+    (tmp_path / "beside.py").write_text("WIDTH = 3")
     return path
 
 
@@ -54,8 +72,22 @@ def test_it_writes_a_sealed_bundle_and_says_so_in_one_line(module: Path, tmp_pat
         assert part in result.output
 
 
+def test_every_setting_reaches_the_bundle(module: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out.covey"
+    result = run(
+        f"{module}:norm", "-o", output, "--loss", f"{module}:pseudo_huber", "--label-shape", "", "--optimizer",
+        f"{module}:rmsprop", "--clip", "--proximal", "--correction", "--moving-statistics", "local", "--batch", 4,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.exception
+    manifest = read_bundle(output.read_bytes()).manifest
+    assert (manifest.loss, manifest.optimizer, manifest.label.shape) == ("pseudo_huber", "rmsprop", ())
+    assert manifest.train_inputs == ("clip_norm", "proximal", "correction")
+    assert "reset_optimizer" in manifest.signatures
+    assert all(spec.trainable for spec in manifest.parameters)
+
+
 REFUSED: dict[str, tuple[str, list[str], type[CoveyError], str]] = {
-    "an op that cannot travel": ("{m}:dropped", [], BundleError, "layer 'dropout'"),
+    "an op that cannot travel": ("{m}:as_text", [], BundleError, "op AsString of the layer 'text' is neither"),
     "a wrong number of classes": ("{m}:softmax", ["--classes", "7"], BundleError, "3 classes apart, not 7"),
     "no such function": ("{m}:other", [], ConfigError, "has no function 'other'"),
     "not a function": ("{m}:number", [], ConfigError, "has no function 'number'"),
@@ -81,7 +113,7 @@ def test_refusals_name_the_cause_and_keep_the_old_file(case: str, module: Path, 
 def test_a_folder_that_is_not_there_is_a_storage_error(module: Path, tmp_path: Path) -> None:
     result = run(f"{module}:softmax", "-o", tmp_path / "nowhere" / "out.covey")
     assert isinstance(result.exception, StorageError)
-    assert {path.name for path in tmp_path.iterdir()} <= {"mymodel.py", "__pycache__"}
+    assert {path.name for path in tmp_path.iterdir()} <= {"mymodel.py", "beside.py", "__pycache__"}
 
 
 def test_a_module_that_does_not_run_is_a_configuration_error(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """A bundle opens only if every byte of it is what its maker sealed; opening never loads the model."""
 
 import io
+import json
 import zipfile
 
 import msgspec
@@ -12,6 +13,7 @@ from covey_protocol.bundle import (
     MANIFEST_NAME,
     REQUIRED_SIGNATURES,
     Manifest,
+    Proof,
     TensorSpec,
     read_bundle,
     write_bundle,
@@ -103,6 +105,7 @@ BAD_MANIFESTS = {
     "no parameters": ({"parameters": ()}, "parameter list"),
     "a negative size": ({"parameters": (ParameterSpec("a", (-1,)),)}, "parameter list"),
     "no batch": ({"batch_size": 0}, "batch size"),
+    "a train input of a later covey": ({"train_inputs": ("seed", "momentum")}, r"\(momentum\); update covey"),
 }
 
 
@@ -116,6 +119,16 @@ def test_a_manifest_that_cannot_be_used_is_refused(what: str) -> None:
         data = rezip(model=b"x", manifest=manifest.replace(b'"format": 1', b'"format": 2'), seal=None)
     with pytest.raises(BundleError, match=message):
         read_bundle(data)
+
+
+def test_a_manifest_that_uses_no_young_field_does_not_name_it() -> None:
+    """An old device refuses manifests with keys it does not know, and must be able to read this one."""
+    assert "train_inputs" not in json.loads(manifest_bytes)
+    proof = Proof(6, 1e-7, 1e-5, "tflite_runtime")
+    data = write_bundle(msgspec.structs.replace(MANIFEST, proof=proof), b"x")
+    entry = zipfile.ZipFile(io.BytesIO(data)).read(MANIFEST_NAME)
+    assert sorted(json.loads(entry)["proof"]) == ["max_abs_error", "runtime", "steps", "tolerance"]
+    assert read_bundle(data).manifest.proof == proof
 
 
 @given(st.integers(0, len(SEALED) - 1), st.integers(1, 255))

@@ -1,5 +1,6 @@
 """Messages: any value survives the wire, any other bytes end in PeerError."""
 
+import math
 from typing import Any
 
 import msgspec
@@ -12,6 +13,8 @@ from covey_protocol.codec import ReplayGuard, Sequence
 from covey_protocol.errors import PeerError
 from covey_protocol.messages import (
     MAX_CHUNKS,
+    MAX_GRADIENT_NORM,
+    MAX_PROXIMAL_WEIGHT,
     MAX_REASON_CHARS,
     Answer,
     BlobRef,
@@ -49,7 +52,15 @@ blobs = st.builds(
     st.integers(1, MAX_CHUNKS),
     st.integers(0, 2**20),
 )
-plans = st.builds(TrainingPlan, st.integers(1, 1000), st.floats(1e-6, 1000), counts, counts)
+plans = st.builds(
+    TrainingPlan,
+    st.integers(1, 1000),
+    st.floats(1e-6, 1000),
+    counts,
+    counts,
+    st.floats(0, MAX_GRADIENT_NORM),
+    st.floats(0, MAX_PROXIMAL_WEIGHT),
+)
 invitations = st.builds(
     Invitation,
     round_ids,
@@ -90,6 +101,23 @@ def test_what_the_coordinator_says_arrives_unchanged(message: Any, sequence: int
 def test_what_a_device_says_arrives_unchanged(message: Any, sequence: int) -> None:
     data = codec.encode(message, topic=TOPIC, sender="d", sequence=sequence, key=KEY)
     assert codec.decode_from_device(data, topic=TOPIC, sender="d", key=KEY.public) == (message, sequence)
+
+
+PLAN = {"epochs": 1, "learning_rate": 0.1}
+
+
+@pytest.mark.parametrize("field", ["gradient_clip_norm", "proximal_weight"])
+@pytest.mark.parametrize("value", [-1e-9, math.nan, math.inf, 1.1e9, "1"])
+def test_a_plan_out_of_its_bounds_is_refused(field: str, value: object) -> None:
+    encoded = msgspec.msgpack.encode({**PLAN, field: value})
+    with pytest.raises(msgspec.ValidationError, match=field):
+        msgspec.msgpack.decode(encoded, type=TrainingPlan)
+
+
+def test_a_plan_says_on_the_wire_only_what_it_asks_for() -> None:
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(TrainingPlan(1, 0.1))) == PLAN
+    asked = msgspec.msgpack.decode(msgspec.msgpack.encode(TrainingPlan(1, 0.1, proximal_weight=0.5)))
+    assert asked == {**PLAN, "proximal_weight": 0.5}
 
 
 @given(st.binary(max_size=300))

@@ -13,6 +13,7 @@ from covey_protocol.seals import PublicKey
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 STORED = json.loads((GOLDEN / "v1.json").read_text())
+BUNDLES = {"bundle", "bundle-train-inputs"}
 
 
 def generator() -> ModuleType:
@@ -29,7 +30,7 @@ def test_todays_code_still_makes_the_stored_bytes(name: str) -> None:
     assert generator().vectors()[name]["hex"] == STORED["vectors"][name]["hex"]
 
 
-@pytest.mark.parametrize("name", sorted(set(STORED["vectors"]) - {"bundle"}))
+@pytest.mark.parametrize("name", sorted(set(STORED["vectors"]) - BUNDLES))
 def test_the_stored_bytes_decode_to_the_message_they_were_made_from(name: str) -> None:
     vector, made = STORED["vectors"][name], generator()
     data = bytes.fromhex(vector["hex"])
@@ -53,6 +54,16 @@ def test_every_message_has_a_golden_vector() -> None:
     assert kinds == set(get_args(FromCoordinator)) | set(get_args(FromDevice))
 
 
-def test_the_stored_bundle_opens_with_its_seal() -> None:
-    data = bytes.fromhex(STORED["vectors"]["bundle"]["hex"])
+@pytest.mark.parametrize("name", sorted(BUNDLES))
+def test_the_stored_bundle_opens_with_its_seal(name: str) -> None:
+    data = bytes.fromhex(STORED["vectors"][name]["hex"])
     assert read_bundle(data, PublicKey.from_hex(STORED["coordinator_key"])).manifest.dimension == 16
+
+
+def test_fields_younger_than_a_stored_bundle_read_as_their_defaults() -> None:
+    manifest = read_bundle(bytes.fromhex(STORED["vectors"]["bundle"]["hex"])).manifest
+    assert manifest.train_inputs == ()
+    later = read_bundle(bytes.fromhex(STORED["vectors"]["bundle-train-inputs"]["hex"])).manifest
+    assert later.train_inputs == ("seed", "clip_norm", "proximal", "correction")
+    assert later.proof is not None
+    assert later.proof.judgement == "float64"

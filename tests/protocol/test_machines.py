@@ -2,12 +2,14 @@
 
 from typing import Any, get_args
 
+import msgspec
 import pytest
 
 from covey_protocol import device
 from covey_protocol import round as rounds
 from covey_protocol.blobs import blob_ref, chunk
-from covey_protocol.device import DeviceMachine, State
+from covey_protocol.bundle import REQUIRED_SIGNATURES, Manifest, TensorSpec
+from covey_protocol.device import DeviceMachine, State, needed_capabilities
 from covey_protocol.errors import PeerError, RuleError
 from covey_protocol.messages import (
     Answer,
@@ -22,6 +24,7 @@ from covey_protocol.messages import (
     TrainingPlan,
     Verdict,
 )
+from covey_protocol.parameters import ParameterSpec
 from covey_protocol.round import Phase, Progress, RoundMachine, RoundSettings
 
 UPDATE = bytes(range(40))
@@ -106,6 +109,35 @@ def test_a_capability_the_device_lacks_is_declined_by_name() -> None:
     assert isinstance(answer.message, Answer)
     assert not answer.message.accept
     assert "mask" in answer.message.reason
+
+
+def test_an_invitation_requires_what_an_old_device_would_pass_over_in_silence() -> None:
+    first = Manifest(
+        format=1,
+        name="m",
+        model_sha256="",
+        model_bytes=0,
+        batch_size=4,
+        input=TensorSpec((3,), "float32"),
+        label=TensorSpec((), "int32"),
+        parameters=(ParameterSpec("dense/kernel", (3, 2)),),
+        signatures=REQUIRED_SIGNATURES,
+        loss="sparse_categorical_crossentropy",
+        optimizer="sgd",
+    )
+    plain = TrainingPlan(1, 0.1)
+    assert needed_capabilities(first, plain) == ("train", "float32")
+    asks = msgspec.structs.replace(plain, gradient_clip_norm=1.0, proximal_weight=0.1)
+    assert needed_capabilities(first, asks) == ("train", "float32", "clip_norm", "proximal")
+    adam = msgspec.structs.replace(first, signatures=(*first.signatures, "reset_optimizer"), train_inputs=("seed",))
+    assert needed_capabilities(adam, plain) == ("train", "float32", "seed", "reset_optimizer")
+    (effect,) = walk(DeviceMachine("a"), device.Invited(invitation(requires=needed_capabilities(adam, asks))))
+    assert isinstance(effect, device.CheckConditions)
+    old = DeviceMachine("a", capabilities=("train", "float32"))
+    (answer, _) = walk(old, device.Invited(invitation(requires=needed_capabilities(adam, asks))))
+    assert isinstance(answer, device.Send)
+    assert isinstance(answer.message, Answer)
+    assert answer.message.reason.startswith("this device cannot seed, clip_norm, proximal, reset_optimizer")
 
 
 def test_a_condition_that_fails_is_declined_with_its_reason() -> None:

@@ -19,6 +19,8 @@ from covey_coordinator import records
 from covey_coordinator.fleet import POLL_S, Fleet, FromFleet
 from covey_coordinator.store import RunStore
 from covey_protocol import round as rounds
+from covey_protocol.bundle import read_bundle
+from covey_protocol.device import needed_capabilities
 from covey_protocol.errors import PeerError, RuleError, RunError
 from covey_protocol.messages import (
     Answer,
@@ -142,9 +144,10 @@ class Coordinator:
         devices are told so; rows reach the engine sorted by device id, so the order of arrival changes no bit.
         """
         started = time.monotonic()
+        requires = needed_capabilities(read_bundle(bundle).manifest, plan)
         bundle_ref = self.fleet.publish_blob(bundle)
         parameters_ref = self.fleet.publish_blob(parameters.astype("<f4").tobytes())
-        invitation = _invitation(run_id, number, bundle_ref, parameters_ref, plan, device_ids, timing)
+        invitation = _invitation(run_id, number, bundle_ref, parameters_ref, plan, device_ids, requires, timing)
         settings = RoundSettings(quorum, timing.answer_s, timing.grace_s, parameters_ref.size)
         state = _Round(RoundMachine(invitation, device_ids, settings), parameters, parameters, engine)
         try:
@@ -218,6 +221,7 @@ def _invitation(
     parameters: BlobRef,
     plan: TrainingPlan,
     device_ids: Sequence[str],
+    requires: tuple[str, ...],
     timing: Timing,
 ) -> Invitation:
     now_ms = time.time_ns() // 1_000_000
@@ -230,7 +234,7 @@ def _invitation(
         parameters=parameters,
         plan=plan,
         devices=tuple(sorted(device_ids)),
-        requires=("train", "float32"),
+        requires=requires,
     )
 
 

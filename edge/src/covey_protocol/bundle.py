@@ -29,6 +29,8 @@ SEAL_NAME = "seal"
 MAX_BUNDLE_BYTES = 512 * 1024 * 1024  # far above any model that trains on a phone; bounds what a peer can make us hold
 MAX_MANIFEST_BYTES = 4 * 1024 * 1024  # a ResNet50's parameter list is under 100 KB
 REQUIRED_SIGNATURES = ("train", "evaluate", "infer", "get_parameters", "set_parameters")
+RESET_OPTIMIZER = "reset_optimizer"  # the entry point of bundles whose optimizer has state
+TRAIN_INPUTS = ("seed", "clip_norm", "proximal", "correction")  # what `train` may take beside the inputs all have
 SEAL_CONTEXT = b"covey bundle 1\x00"
 
 
@@ -44,20 +46,27 @@ class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     maximum: Optional[float] = None
 
 
-class Proof(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Proof(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """What the export measured before it wrote the bundle: TFLite against TensorFlow on the same data.
 
     max_abs_error: largest difference of any weight after `steps` steps. tolerance: what it was held against.
+    judgement: "float32", held against TensorFlow's own float32; "float64", against TensorFlow in float64, because
+    rounding can flip a kink of the model (a ReLU) and then no two float32 programs agree.
     """
 
     steps: int
     max_abs_error: float
     tolerance: float
     runtime: str
+    judgement: str = "float32"
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What a bundle holds; `manifest.json` is exactly this."""
+    """What a bundle holds; `manifest.json` is exactly this.
+
+    optimizer: the name of the optimizer that `train` steps with. train_inputs: which of TRAIN_INPUTS `train` takes
+    beside x, y, example_weight and learning_rate (docs/bundle.md).
+    """
 
     format: int
     name: str
@@ -75,6 +84,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     tensorflow: str = ""
     proof: Optional[Proof] = None
     metadata: dict[str, str] = {}  # msgspec copies empty defaults
+    train_inputs: tuple[str, ...] = ()
 
     @property
     def dimension(self) -> int:
@@ -98,7 +108,7 @@ def write_bundle(manifest: Manifest, model: bytes, key: Optional[SealingKey] = N
         model_sha256=hashlib.sha256(model).hexdigest(),
         model_bytes=len(model),
     )
-    manifest_bytes = msgspec.json.format(msgspec.json.encode(manifest), indent=1)
+    manifest_bytes = _encoded(manifest)
     entries = {MODEL_NAME: model, MANIFEST_NAME: manifest_bytes}
     if key is not None:
         entries[SEAL_NAME] = key.seal(SEAL_CONTEXT + manifest_bytes)
@@ -124,6 +134,15 @@ def read_bundle(data: bytes, sealed_by: Optional[PublicKey] = None) -> Bundle:
     return Bundle(manifest, model, SEAL_NAME in entries)
 
 
+def _encoded(manifest: Manifest) -> bytes:
+    """Indented JSON. A field younger than format 1's first bundles is left out where it is empty, so that a device
+    that does not know it reads every bundle that does not use it."""
+    content = msgspec.to_builtins(manifest)
+    if not manifest.train_inputs:
+        del content["train_inputs"]
+    return msgspec.json.format(msgspec.json.encode(content), indent=1)
+
+
 def _manifest(data: bytes) -> Manifest:
     try:
         manifest = msgspec.json.decode(data, type=Manifest)
@@ -137,6 +156,11 @@ def _manifest(data: bytes) -> Manifest:
     missing = [name for name in REQUIRED_SIGNATURES if name not in manifest.signatures]
     if missing:
         raise BundleError(f"the bundle lacks the entry points {', '.join(missing)}", "export it again")
+    unknown = [name for name in manifest.train_inputs if name not in TRAIN_INPUTS]
+    if unknown:
+        raise BundleError(
+            f"the bundle's training step takes inputs unknown here ({', '.join(unknown)})", "update covey"
+        )
     if any(size < 0 for spec in manifest.parameters for size in spec.shape) or manifest.dimension < 1:
         raise BundleError("the bundle's parameter list is not usable", "export it again")
     if manifest.batch_size < 1:

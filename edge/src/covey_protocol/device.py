@@ -12,6 +12,7 @@ from enum import Enum
 from typing import Optional, Union
 
 from covey_protocol.blobs import blob_ref, chunk
+from covey_protocol.bundle import RESET_OPTIMIZER, TRAIN_INPUTS, Manifest
 from covey_protocol.messages import (
     Answer,
     BlobRef,
@@ -30,7 +31,20 @@ from covey_protocol.messages import (
 )
 
 RESEND_S = 5.0  # how long an unanswered offer waits before it is sent again
-CAPABILITIES: tuple[Name, ...] = ("train", "float32")
+# beside the two of the first devices, what a bundle or a plan may need and an old device would pass over in silence
+CAPABILITIES: tuple[Name, ...] = ("train", "float32", *TRAIN_INPUTS, RESET_OPTIMIZER)
+
+
+def needed_capabilities(manifest: Manifest, plan: TrainingPlan) -> tuple[Name, ...]:
+    """What an invitation to train this bundle by this plan must name in `requires`, in the order of CAPABILITIES."""
+    needed = {"train", "float32", *manifest.train_inputs}
+    if RESET_OPTIMIZER in manifest.signatures:
+        needed.add(RESET_OPTIMIZER)
+    if plan.gradient_clip_norm:
+        needed.add("clip_norm")
+    if plan.proximal_weight:
+        needed.add("proximal")
+    return tuple(name for name in CAPABILITIES if name in needed)
 
 
 class State(Enum):

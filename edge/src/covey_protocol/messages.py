@@ -21,6 +21,8 @@ MAX_CHUNK_BYTES = 1024 * 1024
 DEFAULT_CHUNK_BYTES = 64 * 1024  # AWS IoT Core refuses messages above 128 KB; half of it leaves room for the envelope
 MAX_EPOCHS = 1000
 MAX_LEARNING_RATE = 1000.0
+MAX_GRADIENT_NORM = 1e9  # far above the norm of any gradient worth a step; keeps the product with it finite in float32
+MAX_PROXIMAL_WEIGHT = 1000.0  # FedProx's mu; with learning_rate * mu above 1 a step already overshoots its centre
 MAX_DURATION_MS = 30 * 24 * 3600 * 1000  # a month
 
 DeviceId = Annotated[str, Meta(pattern=r"\A[A-Za-z0-9][A-Za-z0-9_-]{0,62}\Z")]
@@ -56,17 +58,22 @@ class BlobRef(Struct, frozen=True):
         return min(self.chunk_bytes, self.size - index * self.chunk_bytes)
 
 
-class TrainingPlan(Struct, frozen=True):
+class TrainingPlan(Struct, frozen=True, omit_defaults=True):
     """What a device is asked to do with its data. The device's own policy may do less, never more.
 
     epochs: passes over the local data. max_examples: use at most the first this many examples, 0 for all.
-    learning_rate: of the local optimizer. shuffle_seed: with the device id it fixes the order of examples.
+    learning_rate: of the local optimizer. shuffle_seed: with the device id it fixes the order of examples, and with the
+    step's number what the model itself draws (Dropout). gradient_clip_norm: largest Euclidean norm of a batch's
+    gradient over all variables together, 0 for off. proximal_weight: mu of FedProx (Li et al. 2020, arXiv:1812.06127,
+    eq. 2): every step's loss gains mu / 2 |w - w_received|^2, 0 for off.
     """
 
     epochs: Annotated[int, Meta(ge=1, le=MAX_EPOCHS)]
     learning_rate: Annotated[float, Meta(gt=0, le=MAX_LEARNING_RATE)]
     max_examples: Count = 0
     shuffle_seed: Count = 0
+    gradient_clip_norm: Annotated[float, Meta(ge=0, le=MAX_GRADIENT_NORM)] = 0.0
+    proximal_weight: Annotated[float, Meta(ge=0, le=MAX_PROXIMAL_WEIGHT)] = 0.0
 
 
 # --- coordinator to devices

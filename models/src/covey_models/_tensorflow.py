@@ -7,6 +7,7 @@ too late) and a missing TensorFlow is an error that says what to install. Import
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import logging
 import os
@@ -63,3 +64,42 @@ def _stderr_replaced() -> Iterator[None]:
                 os.dup2(kept, 2)
     finally:
         os.close(kept)
+
+
+# --- what has no public name in TensorFlow 2.14; nothing else in this package uses a private one
+
+
+def graph_of(op: Any, attribute: str) -> Any:
+    """The FuncGraph of the function that an op calls (`f` of a call, `cond` and `body` of a loop), None if lost."""
+    return getattr(op.graph._get_function(op.get_attr(attribute).name), "graph", None)
+
+
+def flatbuffer_schema() -> Any:
+    """TFLite's flatbuffer schema as Python classes."""
+    return importlib.import_module("tensorflow.lite.python.schema_py_generated")
+
+
+def variable_shape(handle: Any) -> tuple[int, ...]:
+    """The shape of the variable behind a resource tensor."""
+    return tuple(size.size for size in handle._handle_data.shape_and_type[0].shape.dim)
+
+
+def variable_dtype(handle: Any) -> Any:
+    """The dtype of the variable behind a resource tensor; None if it is no variable (a lookup table)."""
+    data = getattr(handle, "_handle_data", None)
+    return data.shape_and_type[0].dtype if data is not None and data.is_set and data.shape_and_type else None
+
+
+@functools.cache
+def has_double_kernel(op_type: str) -> bool:
+    """Whether TensorFlow can compute this op in float64 on a processor."""
+    kernels = importlib.import_module("tensorflow.python.framework.kernels")
+    double = import_tensorflow().float64.as_datatype_enum
+    found = [kernel for kernel in kernels.get_registered_kernels_for_op(op_type).kernel if kernel.device_type == "CPU"]
+    typed = [constraint for kernel in found for constraint in kernel.constraint if constraint.name == "T"]
+    return not typed or any(double in constraint.allowed_values.list.type for constraint in typed)
+
+
+def layers_of(model: Any) -> list[Any]:
+    """All layers of a Keras model, also those inside layers and nested models."""
+    return list(model._flatten_layers(include_self=False))

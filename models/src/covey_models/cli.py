@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     from covey_protocol.seals import SealingKey
 
 
+LOSSES = ("sparse_categorical_crossentropy", "categorical_crossentropy", "binary_crossentropy", "mean_squared_error",
+          "mean_absolute_error", "huber")  # fmt: skip
+OPTIMIZERS = ("sgd", "momentum", "nesterov", "adam", "adamw", "rmsprop", "adagrad")
+
+
 @click.command("export")
 @click.argument("source", metavar="MODULE.py:FUNCTION")
 @click.option("-o", "--output", required=True, type=click.Path(dir_okay=False, path_type=Path), help="File to write.")
@@ -23,12 +28,33 @@ if TYPE_CHECKING:
 @click.option("--batch", default=16, show_default=True, help="Examples per training step (fixed in the bundle).")
 @click.option(
     "--loss",
-    default="sparse_categorical_crossentropy",
+    default=LOSSES[0],
     show_default=True,
-    help="Or binary_crossentropy (one logit), or mean_squared_error (one value).",
+    metavar="NAME | MODULE.py:FUNCTION",
+    help=f"One of {', '.join(LOSSES)}; or your own function (labels, outputs) -> one number per example.",
+)
+@click.option(
+    "--optimizer",
+    default=OPTIMIZERS[0],
+    show_default=True,
+    metavar="NAME | MODULE.py:FUNCTION",
+    help=f"One of {', '.join(OPTIMIZERS)}; or your own function that returns a Keras optimizer. "
+    "The learning rate is an input of the step.",
 )
 @click.option("--input-range", nargs=2, type=float, metavar="LO HI", help="Bounds of every input number.")
 @click.option("--classes", type=int, help="How many classes; checked against the model.")
+@click.option("--label-dtype", type=click.Choice(["int32", "float32"]), help="Labels of your own loss.")
+@click.option("--label-shape", metavar="N,N,...", help='Shape of one label of your own loss; "" for one number.')
+@click.option("--clip", is_flag=True, help="Give the step an input for clipping the gradient's global norm.")
+@click.option("--proximal", is_flag=True, help="Give the step the inputs of FedProx's proximal term.")
+@click.option("--correction", is_flag=True, help="Give the step a vector to add to the gradient (SVRG, SCAFFOLD).")
+@click.option(
+    "--moving-statistics",
+    type=click.Choice(["average", "local"]),
+    default="average",
+    show_default=True,
+    help="Whether BatchNorm's moving statistics travel and are averaged, or stay on each device.",
+)
 @click.option(
     "--key", type=click.Path(dir_okay=False, path_type=Path), help="PEM file of the key that seals the bundle."
 )
@@ -37,70 +63,96 @@ def export_command(
     source: str,
     output: Path,
     name: Optional[str],
-    batch: int,
     loss: str,
-    input_range: Optional[tuple[float, float]],
+    optimizer: str,
     classes: Optional[int],
+    label_shape: Optional[str],
     key: Optional[Path],
-    seed: int,
+    **settings: Any,
 ) -> None:
     """Export a Keras model as a training bundle.
 
-    FUNCTION in MODULE.py takes no arguments and returns a built Keras model that ends in logits. The bundle proves
-    itself against TensorFlow before it is written; if it fails, nothing is written.
+    FUNCTION in MODULE.py takes no arguments and returns a built Keras model. The bundle proves itself against
+    TensorFlow before it is written; if it fails, nothing is written.
     """
     from covey_models.export import export
     from covey_protocol.bundle import read_bundle
 
     sealing = None if key is None else _read_key(key)
-    build = _function(source)
-    model = _built(build, source)
+    files = _Files()
+    model = files.built(source)
     data = export(
         model,
         name=name or source.rpartition(":")[2],
-        loss=loss,
-        batch_size=batch,
-        input_range=input_range,
+        loss=files.function(loss) if ".py:" in loss else loss,
+        optimizer=files.built(optimizer) if ".py:" in optimizer else optimizer,
+        batch_size=settings.pop("batch"),
         num_classes=classes,
+        label_shape=None if label_shape is None else _shape(label_shape),
         key=sealing,
-        seed=seed,
+        **settings,
     )
     _write(output, data)
     manifest = read_bundle(data).manifest
     assert manifest.proof is not None  # export always fills it in
+    judge = "TensorFlow" if manifest.proof.judgement == "float32" else "float64 TensorFlow"
     click.echo(
         f"{output}: {manifest.dimension} parameters, {len(data)} bytes, "
-        f"{'sealed' if sealing else 'not sealed'}, equal to TensorFlow within {manifest.proof.max_abs_error:.1e} "
+        f"{'sealed' if sealing else 'not sealed'}, equal to {judge} within {manifest.proof.max_abs_error:.1e} "
         f"after {manifest.proof.steps} steps in {manifest.proof.runtime}"
     )
 
 
-def _function(source: str) -> Any:
-    """The function that MODULE.py:FUNCTION names. Runs the user's file."""
-    import runpy
-
-    path, separator, function = source.rpartition(":")
-    if not separator or not path.endswith(".py"):
-        raise ConfigError(f"{source!r} does not name a function", "write it as MODULE.py:FUNCTION")
-    if not Path(path).is_file():
-        raise ConfigError(f"there is no file {path}", "check the path")
-    from covey_models._tensorflow import import_tensorflow
-
-    import_tensorflow()  # first and quietly, before the user's own import
+def _shape(text: str) -> tuple[int, ...]:
     try:
-        names = runpy.run_path(path)
-    except Exception as exc:  # whatever the user's code raises
-        raise ConfigError(f"{path} fails with {type(exc).__name__}: {exc}", "run it in Python to see where") from exc
-    if not callable(names.get(function)):
-        raise ConfigError(f"{path} has no function {function!r}", "name the function that builds the model")
-    return names[function]
+        return tuple(int(size) for size in text.split(",") if size)
+    except ValueError as exc:
+        raise ConfigError(f"{text!r} is no shape", "write whole numbers with commas, such as 28,28") from exc
 
 
-def _built(build: Any, source: str) -> Any:
-    try:
-        return build()
-    except Exception as exc:  # whatever the user's code raises
-        raise ConfigError(f"{source} fails with {type(exc).__name__}: {exc}", "call it in Python to see where") from exc
+class _Files:
+    """The user's Python files, each run once; a file may import what lies beside it."""
+
+    def __init__(self) -> None:
+        self._names: dict[str, dict[str, Any]] = {}
+
+    def function(self, source: str) -> Any:
+        """The function that MODULE.py:FUNCTION names."""
+        path, separator, function = source.rpartition(":")
+        if not separator or not path.endswith(".py"):
+            raise ConfigError(f"{source!r} does not name a function", "write it as MODULE.py:FUNCTION")
+        if not Path(path).is_file():
+            raise ConfigError(f"there is no file {path}", "check the path")
+        if path not in self._names:
+            self._names[path] = self._run(path)
+        if not callable(self._names[path].get(function)):
+            raise ConfigError(f"{path} has no function {function!r}", "name a function of that file")
+        return self._names[path][function]
+
+    def built(self, source: str) -> Any:
+        """What that function returns."""
+        build = self.function(source)
+        try:
+            return build()
+        except Exception as exc:  # whatever the user's code raises
+            what = f"{source} fails with {type(exc).__name__}: {exc}"
+            raise ConfigError(what, "call it in Python to see where") from exc
+
+    def _run(self, path: str) -> dict[str, Any]:
+        import runpy
+        import sys
+
+        from covey_models._tensorflow import import_tensorflow
+
+        import_tensorflow()  # first and quietly, before the user's own import
+        sys.path.insert(0, str(Path(path).resolve().parent))
+        try:
+            return runpy.run_path(path)
+        except Exception as exc:  # whatever the user's code raises
+            what = f"{path} fails with {type(exc).__name__}: {exc}"
+            raise ConfigError(what, "run it in Python to see where") from exc
+        finally:
+            sys.path.pop(0)
 
 
 def _read_key(path: Path) -> SealingKey:

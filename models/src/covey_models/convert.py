@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from covey_models._tensorflow import import_tensorflow, quiet
+from covey_models._tensorflow import flatbuffer_schema, import_tensorflow, quiet
 from covey_models.lowering import Lowered, describe
 from covey_protocol.errors import BundleError
 
@@ -47,8 +47,7 @@ _REMEDY = "replace the layer, or add a lowering for the op (docs: how to add a l
 
 def operators(model: bytes) -> list[str]:
     """The ops a TFLite model uses, by name and sorted: ADD, BATCH_MATMUL, ...; "custom NAME" for what is no builtin."""
-    from tensorflow.lite.python import schema_py_generated as schema
-
+    schema = flatbuffer_schema()
     names = {number: name for name, number in vars(schema.BuiltinOperator).items() if not name.startswith("_")}
     parsed = schema.ModelT.InitFromObj(schema.Model.GetRootAs(model, 0))
     found = set()

@@ -6,17 +6,19 @@ Nothing is written here; a bundle that fails its proof never becomes bytes.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Optional
+
+import numpy as np
 
 from covey_models._tensorflow import import_tensorflow, quiet
 from covey_models.convert import convert
-from covey_models.losses import Loss, loss_named
+from covey_models.losses import Loss, behind, loss_for
 from covey_models.lowering import lower
 from covey_models.proof import DataRange, prove
-from covey_models.steps import Steps, training_steps
+from covey_models.steps import MOVING_STATISTICS, Recipe, Steps, layer_names, training_steps
 from covey_protocol.bundle import FORMAT_VERSION, Manifest, Proof, TensorSpec, write_bundle
 from covey_protocol.errors import BundleError, ConfigError, CoveyError
 from covey_protocol.seals import SealingKey
@@ -29,43 +31,66 @@ class Settings:
     """What `covey_models.export` was asked for; see there."""
 
     name: str
-    loss: str
-    batch_size: int
+    loss: Any = "sparse_categorical_crossentropy"
+    optimizer: Any = "sgd"
+    batch_size: int = 16
     input_range: Optional[tuple[float, float]] = None
+    label_dtype: Optional[str] = None
+    label_shape: Optional[tuple[int, ...]] = None
     num_classes: Optional[int] = None
     class_names: tuple[str, ...] = ()
+    clip: bool = False
+    proximal: bool = False
+    correction: bool = False
+    moving_statistics: str = "average"
     seed: int = 0
     metadata: dict[str, str] = field(default_factory=dict)
 
 
 def exported(model: Any, settings: Settings, key: Optional[SealingKey] = None) -> bytes:
     """The bytes of the bundle. The model is left as it was."""
-    loss = loss_named(settings.loss)
     _check_settings(settings)
     _check_model(model)
-    classes = _checked_classes(model, loss, settings)
+    settings = _with_input_range(model, settings)
+    loss = loss_for(
+        settings.loss,
+        tuple(model.output_shape[1:]),
+        label_dtype=settings.label_dtype,
+        label_shape=settings.label_shape,
+        num_classes=settings.num_classes,
+    )
+    _check_classes(loss, settings)
+    recipe = Recipe(
+        loss,
+        settings.batch_size,
+        settings.optimizer,
+        settings.clip,
+        settings.proximal,
+        settings.correction,
+        settings.moving_statistics,
+    )
     with quiet(), _unchanged(model):
-        steps = _traced(model, loss, settings.batch_size)
-        tflite = _converted(model, steps)
-        data = DataRange(tuple(model.input_shape[1:]), settings.input_range, classes)
-        proof = prove(tflite, steps, loss, data, settings.seed)
-    return write_bundle(_manifest(model, settings, loss, classes, steps, proof), tflite, key)
+        steps = _traced(model, recipe)
+        _check_outputs(model, loss, settings)
+        tflite = _converted(steps.functions, model, steps)
+        data = DataRange(_input_shape(model), model.inputs[0].dtype.name, settings.input_range, loss.labels)
+        proof = prove(tflite, steps, lambda functions: _converted(functions, model, steps), data, settings.seed)
+    return write_bundle(_manifest(model, settings, steps, proof), tflite, key)
 
 
-def _traced(model: Any, loss: Loss, batch_size: int) -> Steps:
+def _traced(model: Any, recipe: Recipe) -> Steps:
     try:
-        return training_steps(model, loss, batch_size)
+        return training_steps(model, recipe)
     except CoveyError:
         raise
-    except Exception as exc:  # whatever a user's layer raises when it is called
+    except Exception as exc:  # whatever a user's layer or loss raises when it is called
         said = " ".join(str(exc).split())[:300] or type(exc).__name__
-        what = f"the training step of {model.name!r} cannot be traced with batches of {batch_size} ({said})"
-        raise BundleError(what, "call the model on one batch in TensorFlow to see where it fails") from exc
+        what = f"the training step of {model.name!r} cannot be traced with batches of {recipe.batch_size} ({said})"
+        raise BundleError(what, "call the model and the loss on one batch in TensorFlow to see where it fails") from exc
 
 
-def _manifest(
-    model: Any, settings: Settings, loss: Loss, classes: Optional[int], steps: Steps, proof: Proof
-) -> Manifest:
+def _manifest(model: Any, settings: Settings, steps: Steps, proof: Proof) -> Manifest:
+    labels = steps.recipe.loss.labels
     return Manifest(
         format=FORMAT_VERSION,
         name=settings.name,
@@ -73,12 +98,13 @@ def _manifest(
         model_bytes=0,
         batch_size=settings.batch_size,
         input=_input_spec(model, settings.input_range),
-        label=_label_spec(loss, classes),
+        label=TensorSpec(labels.shape, labels.dtype, labels.minimum, labels.maximum),
         parameters=steps.specs,
         signatures=tuple(steps.functions),
-        loss=loss.name,
-        optimizer="sgd",
-        num_classes=classes,
+        train_inputs=steps.train_inputs,
+        loss=steps.recipe.loss.name,
+        optimizer=steps.optimizer.name,
+        num_classes=labels.classes,
         class_names=settings.class_names,
         tensorflow=tf.__version__,
         proof=proof,
@@ -86,15 +112,11 @@ def _manifest(
     )
 
 
-def _converted(model: Any, steps: Steps) -> bytes:
-    layers = _layer_names(model)
-    _check_variables(model, steps)
-    lowered = {name: lower(function, layers) for name, function in steps.functions.items()}
-    return convert(lowered, list(model.variables), layers)
-
-
-def _layer_names(model: Any) -> set[str]:
-    return {layer.name for layer in model._flatten_layers(include_self=False)}
+def _converted(functions: Mapping[str, Any], model: Any, steps: Steps) -> bytes:
+    """A TFLite model of some functions over the model's variables; frozen ones become constants."""
+    layers = layer_names(model)
+    lowered = {name: lower(function, layers, steps.constants) for name, function in functions.items()}
+    return convert(lowered, steps.variables, layers)
 
 
 @contextmanager
@@ -115,6 +137,9 @@ def _check_settings(settings: Settings) -> None:
         low, high = settings.input_range
         if not (math.isfinite(low) and math.isfinite(high) and low < high):
             raise ConfigError(f"the input range {low} to {high} is not one", "give two numbers, the lower bound first")
+    if settings.moving_statistics not in MOVING_STATISTICS:
+        what = f"moving statistics cannot be {settings.moving_statistics!r}"
+        raise ConfigError(what, f"choose one of {', '.join(MOVING_STATISTICS)}")
 
 
 def _check_model(model: Any) -> None:
@@ -127,43 +152,57 @@ def _check_model(model: Any) -> None:
             f"the model {model.name!r} has {len(model.inputs)} inputs and {len(model.outputs)} outputs",
             "export a model with one of each",
         )
-    if model.inputs[0].dtype != tf.float32:
-        raise BundleError(f"the model's input is {model.inputs[0].dtype.name}", "give it a float32 input")
-    if any(size is None for size in model.input_shape[1:]):
-        raise BundleError(f"the model's input shape {model.input_shape[1:]} is open", "fix every axis but the batch")
+    if model.inputs[0].dtype.name not in INPUT_DTYPES:
+        what = f"the model's input is {model.inputs[0].dtype.name}"
+        raise BundleError(what, f"give it an input of {', '.join(INPUT_DTYPES)}")
+    if any(size is None for size in _input_shape(model)):
+        raise BundleError(f"the model's input shape {_input_shape(model)} is open", "fix every axis but the batch")
+    if any(size is None for size in model.output_shape[1:]):
+        raise BundleError(f"the model's output shape {model.output_shape[1:]} is open", "fix every axis but the batch")
     if not model.trainable_variables:
         raise BundleError(f"the model {model.name!r} has nothing to train", "make a layer with weights trainable")
-    _check_ends_in_logits(model)
 
 
-def _check_ends_in_logits(model: Any) -> None:
-    last = model.layers[-1]
-    activation = getattr(getattr(last, "activation", None), "__name__", "")
-    if activation in ("softmax", "sigmoid") or isinstance(last, tf.keras.layers.Softmax):
+INPUT_DTYPES = ("float32", "int32", "uint8")
+
+
+def _input_shape(model: Any) -> tuple[Any, ...]:
+    return tuple(model.inputs[0].shape[1:])
+
+
+def _with_input_range(model: Any, settings: Settings) -> Settings:
+    """Whole-number inputs must have bounds: an index beyond an embedding stops a device's training."""
+    dtype = model.inputs[0].dtype.name
+    if dtype == "uint8" and settings.input_range is None:
+        return replace(settings, input_range=(0.0, 255.0))
+    if dtype == "int32" and settings.input_range is None:
+        what = f"the model {model.name!r} takes whole numbers and their range is not given"
+        raise ConfigError(what, "give input_range, such as 0 and the vocabulary's size - 1")
+    return settings
+
+
+def _check_outputs(model: Any, loss: Loss, settings: Settings) -> None:
+    """Refuse probabilities where logits are needed and the softmax is hidden, say in a nested function."""
+    if not loss.takes_logits:
+        return
+    low, high = settings.input_range or (-1.0, 1.0)
+    numbers = np.random.default_rng(settings.seed).uniform(low, high, (settings.batch_size, *_input_shape(model)))
+    x = tf.constant(numbers.astype(model.inputs[0].dtype.as_numpy_dtype))
+
+    def last_values() -> Any:
+        return behind("Sigmoid", behind("Softmax", model(x, training=False)))
+
+    values = tf.function(last_values, autograph=False)().numpy()
+    sums = values.sum(-1)
+    if values.shape[-1] > 1 and (values >= 0.0).all() and np.abs(sums - 1.0).max() < 1e-3:
         raise BundleError(
-            f"the model ends in {activation or 'softmax'} (layer {last.name!r})",
-            "end it in logits: the loss and `infer` apply it themselves, with less rounding",
+            f"the outputs of {model.name!r} are probabilities, made where the export cannot see how",
+            f"end the model in logits or in a plain softmax layer: {loss.name} needs the logits",
         )
 
 
-def _check_variables(model: Any, steps: Steps) -> None:
-    known = {id(variable.handle) for variable in model.variables}
-    for function in steps.functions.values():
-        for captured in function.captured_inputs:
-            if captured.dtype == tf.resource and id(captured) not in known:
-                raise BundleError(
-                    f"the model {model.name!r} uses a variable or table that is not among model.variables",
-                    "create it with add_weight in the layer that uses it",
-                )
-
-
-def _checked_classes(model: Any, loss: Loss, settings: Settings) -> Optional[int]:
-    """How many classes the bundle tells apart; None for a regression."""
-    shape = tuple(model.output_shape)
-    if len(shape) != 2 or (loss.outputs is not None and shape[1] != loss.outputs):
-        wanted = "(batch, classes)" if loss.outputs is None else f"(batch, {loss.outputs})"
-        raise BundleError(f"the model's output has shape {shape}, {loss.name} needs {wanted}", "change the last layer")
-    classes = None if loss.label_dtype == "float32" else loss.classes or int(shape[1])
+def _check_classes(loss: Loss, settings: Settings) -> None:
+    classes = loss.labels.classes
     if settings.num_classes is not None and settings.num_classes != classes:
         raise BundleError(
             f"the model tells {classes} classes apart, not {settings.num_classes}",
@@ -173,15 +212,8 @@ def _checked_classes(model: Any, loss: Loss, settings: Settings) -> Optional[int
         raise ConfigError(
             f"there are {len(settings.class_names)} class names for {classes} classes", "give one name per class"
         )
-    return classes
 
 
 def _input_spec(model: Any, bounds: Optional[tuple[float, float]]) -> TensorSpec:
     low, high = (None, None) if bounds is None else (float(bounds[0]), float(bounds[1]))
-    return TensorSpec(tuple(model.input_shape[1:]), "float32", low, high)
-
-
-def _label_spec(loss: Loss, classes: Optional[int]) -> TensorSpec:
-    if classes is None:
-        return TensorSpec((), loss.label_dtype)
-    return TensorSpec((), loss.label_dtype, 0.0, float(classes - 1))
+    return TensorSpec(_input_shape(model), model.inputs[0].dtype.name, low, high)

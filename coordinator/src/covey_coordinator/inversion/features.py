@@ -210,7 +210,7 @@ def _descend(
 
 def _gauss_newton(feature_map: FeatureMap, seen: Vector, start: Vector, noise_std: float, prior: Prior) -> Vector:
     """The best x for one direction. seen: G v (m + 1,). The last unknown is |b| in units of its first guess."""
-    from scipy.optimize import least_squares  # type: ignore[import-untyped]  # SciPy ships no types
+    from scipy.optimize import least_squares
 
     ones = np.append(feature_map.values(start), 1.0)
     guess = max(float(seen @ ones / (ones @ ones)), noise_std)

@@ -8,6 +8,7 @@ from covey_models.lowering import (
     gathers,
     layouts,
     local_response,
+    loops,
     losses,
     mathematics,
     matmul,
@@ -16,6 +17,7 @@ from covey_models.lowering import (
     pooling,
     products,
     quantization,
+    random,
     reductions,
     refusals,
     resize,
@@ -23,15 +25,16 @@ from covey_models.lowering import (
     variables,
     volumes,
 )
-from covey_models.lowering.registry import LOWERINGS, REFUSALS, Node, lowers, refuse
-from covey_models.lowering.rewriter import Lowered, describe, layer_of, lower
+from covey_models.lowering.registry import LOOPS, LOWERINGS, RANDOM, REFUSALS, Node, lowers, refuse
+from covey_models.lowering.rewriter import Lowered, all_ops, describe, is_random, layer_of, lower, rewrite, seeded
 
-THEMES = (  # importing a theme registers its lowerings
+THEMES = (  # importing registers
     activations,
     convolution,
     gathers,
     layouts,
     local_response,
+    loops,
     losses,
     mathematics,
     matmul,
@@ -40,6 +43,7 @@ THEMES = (  # importing a theme registers its lowerings
     pooling,
     products,
     quantization,
+    random,
     reductions,
     refusals,
     resize,
@@ -48,4 +52,20 @@ THEMES = (  # importing a theme registers its lowerings
     volumes,
 )
 
-__all__ = ["LOWERINGS", "REFUSALS", "Lowered", "Node", "describe", "layer_of", "lower", "lowers", "refuse"]
+__all__ = [
+    "LOOPS",
+    "LOWERINGS",
+    "RANDOM",
+    "REFUSALS",
+    "Lowered",
+    "Node",
+    "all_ops",
+    "describe",
+    "is_random",
+    "layer_of",
+    "lower",
+    "lowers",
+    "refuse",
+    "rewrite",
+    "seeded",
+]

@@ -18,12 +18,6 @@ from covey_protocol.errors import BundleError
 tf = import_tensorflow()
 
 
-@lowers("Identity", "IdentityN", "StopGradient", "PreventGradient", "Snapshot")
-def pass_through(node: Node, *tensors: Tensor) -> list[Tensor]:
-    """y = x."""
-    return list(tensors)
-
-
 @lowers("CheckNumerics")
 def unchecked(node: Node, x: Tensor) -> Tensor:
     """y = x. Nothing is checked here: devices check the loss and the parameters of every round."""

@@ -6,7 +6,7 @@ Order is kept by TensorFlow's automatic control dependencies, which see the same
 from __future__ import annotations
 
 from covey_models._tensorflow import import_tensorflow
-from covey_models.lowering.registry import Node, Tensor, lowers, refuse
+from covey_models.lowering.registry import Node, Tensor, lowers
 
 tf = import_tensorflow()
 
@@ -78,18 +78,3 @@ def scatter_nd_sub(node: Node, handle: Tensor, indices: Tensor, updates: Tensor)
 def scatter_nd_update(node: Node, handle: Tensor, indices: Tensor, updates: Tensor) -> list[Tensor]:
     """w[index...] = part, for every index of several axes and its part."""
     return assign(handle, tf.tensor_scatter_nd_update(read(handle, updates), indices, updates))
-
-
-refuse(
-    "RandomUniform", "RandomStandardNormal", "RandomUniformInt", "TruncatedNormal", "Multinomial",
-    "StatelessRandomUniformV2", "StatelessRandomNormalV2", "StatelessRandomUniform", "StatelessRandomNormal",
-    "StatelessRandomUniformFullIntV2", "StatelessRandomGetKeyCounter", "StatelessRandomGetAlg", "StatefulUniform",
-    "RngReadAndSkip",
-    why="it draws random numbers, and TFLite's generator is neither TensorFlow's nor seedable per device",
-    remedy="remove the layer, or replace dropout and noise by weight decay",
-)  # fmt: skip
-refuse(
-    "While", "StatelessWhile", "If", "StatelessIf", "Case", "StatelessCase", "TensorListReserve",
-    why="loops and branches inside a training step are not rewritten",
-    remedy="unroll it (recurrent layers take unroll=True)",
-)  # fmt: skip
