@@ -1,4 +1,4 @@
-"""Environments that hold the edge distribution's dependencies alone, from its lock, on other Pythons of this machine."""
+"""Environments that hold what the edge distribution needs and nothing else, from its lock, on other Pythons."""
 
 from __future__ import annotations
 
