@@ -1,6 +1,7 @@
 """Bundles of many kinds, and the weights TensorFlow gets from the same batches: what every runtime must reproduce.
 
-The reference is a Keras training loop written out here; nothing of covey's export is in it.
+The reference is a Keras training loop written out here; nothing of covey's export is in it. Only a model that draws
+random numbers has none in Keras: there the two runtimes must agree with each other.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ for path in sorted(folder.glob("*.covey")):
         plan = TrainingPlan(1, 1.0, gradient_clip_norm=float(data["clip_norm"]), proximal_weight=float(data["mu"]))
         correction = data["correction"] if data["correction"].any() else None
         model.start_training(plan, correction)
-        for x, y in zip(data["x"], data["y"]):
-            model.train_batch(x, y, float(data["rate"]))
+        for step, (x, y) in enumerate(zip(data["x"], data["y"])):
+            model.train_batch(x, y, float(data["rate"]), 1000 + step)
         expected, got = data["expected"], model.parameters()
     errors[path.stem] = [float(np.abs(got - expected).max()), float(np.abs(expected).max())]
 heavy = sorted({"tensorflow", "keras"} & set(sys.modules))
@@ -43,7 +44,10 @@ print(json.dumps({"runtime": model.runtime, "errors": errors, "heavy": heavy}))
 
 @dataclass(frozen=True)
 class Kind:
-    """build: the Keras model. optimizer: its name for the export and its class's for the reference."""
+    """build: the Keras model. optimizer: its name for the export and its class's for the reference.
+
+    words: the input is whole numbers below this. one_hot: the labels are vectors. random: the model draws.
+    """
 
     build: Callable[[Any], Any]
     optimizer: str = "sgd"
@@ -51,6 +55,9 @@ class Kind:
     clip_norm: float = 0.0
     mu: float = 0.0
     correct: bool = False
+    words: int = 0
+    one_hot: bool = False
+    random: bool = False
     export: dict[str, Any] = field(default_factory=dict)
 
 
@@ -96,6 +103,18 @@ def _dense(tf: Any) -> Any:
     return tf.keras.Sequential([layers.InputLayer((6,)), layers.Dense(9, activation="tanh"), layers.Dense(4)])
 
 
+def _words(tf: Any) -> Any:
+    layers = tf.keras.layers
+    start = layers.Input((6,), dtype="int32")
+    return tf.keras.Model(start, layers.Dense(4)(layers.GlobalAveragePooling1D()(layers.Embedding(20, 5)(start))))
+
+
+def _dropout(tf: Any) -> Any:
+    layers = tf.keras.layers
+    rest = [layers.Dense(16, activation="tanh"), layers.Dropout(0.4), layers.Dense(4)]
+    return tf.keras.Sequential([layers.InputLayer((6,)), *rest])
+
+
 EVERYTHING = {"clip": True, "proximal": True, "correction": True}
 KINDS = {
     "digits": Kind(_digits),
@@ -104,6 +123,9 @@ KINDS = {
     "attention": Kind(_attention),
     "recurrent": Kind(_recurrent),
     "adam": Kind(_dense, "adam", "Adam"),
+    "words": Kind(_words, words=20, export={"input_range": (0, 19)}),
+    "one-hot": Kind(_dense, one_hot=True, export={"loss": "categorical_crossentropy"}),
+    "dropout": Kind(_dropout, random=True),
     "clipped-fedprox": Kind(_dense, "sgd", "SGD", clip_norm=0.3, mu=4.0, correct=True, export=EVERYTHING),
 }
 
@@ -121,14 +143,17 @@ def write_set(folder: Path) -> None:
         data = covey_models.export(model, name=name, optimizer=kind.optimizer, batch_size=BATCH, **kind.export)
         (folder / f"{name}.covey").write_bytes(data)
         random = np.random.default_rng(2)
-        x = random.random((STEPS, BATCH, *model.input_shape[1:]), np.float32)
+        shape = (STEPS, BATCH, *model.input_shape[1:])
+        x = random.integers(0, kind.words, shape, np.int32) if kind.words else random.random(shape, np.float32)
         y = random.integers(0, model.output_shape[-1], (STEPS, BATCH), np.int32)
         specs = read_bundle(data).manifest.parameters
         size = sum(spec.size for spec in specs)
         correction = random.standard_normal(size).astype(np.float32) * np.float32(0.1 * kind.correct)
         names = [spec.name for spec in specs]
         start = _flat(model, names)
-        expected = _trained(tf, model, kind, x, y, correction, names)
+        expected = _drawn(data, x, y) if kind.random else _trained(tf, model, kind, x, y, correction, names)
+        if kind.one_hot:
+            y = np.eye(model.output_shape[-1], dtype=np.float32)[y]
         assert np.abs(expected - start).max() > 0.01, f"{name} hardly trains: the comparison would say nothing"
         np.savez(
             folder / f"{name}.npz",
@@ -159,6 +184,21 @@ def _trained(tf: Any, model: Any, kind: Kind, x: Any, y: Any, correction: Any, n
     for bx, by in zip(x, y):
         step(tf.constant(bx), tf.constant(by))
     return _flat(model, names)
+
+
+def _drawn(data: bytes, x: Any, y: Any) -> Any:
+    """The parameters after this process's own runtime has trained; other seeds must lead elsewhere."""
+    from covey_edge.runtime import Model
+    from covey_protocol.bundle import read_bundle
+
+    ends = []
+    for first_seed in (2000, 1000):
+        model = Model(read_bundle(data))
+        for step, (bx, by) in enumerate(zip(x, y)):
+            model.train_batch(bx, by, RATE, first_seed + step)
+        ends.append(model.parameters())
+    assert np.abs(ends[0] - ends[1]).max() > 0.001
+    return ends[1]
 
 
 def _flat(model: Any, names: list[str]) -> Any:

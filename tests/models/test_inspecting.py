@@ -118,10 +118,19 @@ def test_the_memory_estimate_is_near_what_a_real_interpreter_takes(tf: Any, tmp_
     measured = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     print(f"estimated {estimated / 1e6:.1f} MB, measured {measured / 1e6:.1f} MB")
     assert estimated > 10e6  # large enough that the runtime's own few megabytes do not decide
-    assert 0.75 < measured / estimated < 1.5
+    assert 0.75 < measured / estimated < 1.7  # docs/bundle.md: 0.95 to 1.38 on the machine that wrote it
 
 
-def test_momentum_counts_as_optimizer_state(batch_norm_bundle: Bundle, coordinator_key: SealingKey) -> None:
+def test_adams_two_moments_count_as_optimizer_state(tf: Any) -> None:
+    layers = tf.keras.layers
+    model = tf.keras.Sequential([layers.InputLayer((12,)), layers.Dense(7), layers.Dense(5)])
+    inspection = inspect(export(model, name="adam", optimizer="adam", batch_size=4))
+    parameters = 4 * inspection.manifest.dimension
+    assert inspection.memory.parameters == parameters
+    assert 2 * parameters <= inspection.memory.optimizer <= 2 * parameters + 100  # a step count and the like
+
+
+def test_momentum_counts_as_optimizer_state(coordinator_key: SealingKey) -> None:
     from handmade_bundles import INPUTS, OUTPUTS, linear_bundle
 
     inspection = inspect(linear_bundle(coordinator_key))
