@@ -67,8 +67,8 @@ class Constants:
 class Memory:
     """Estimated bytes of the training process beside Python, NumPy and the runtime's own code.
 
-    optimizer: state that is no parameter. vectors: the received parameters and the update. arenas: of every entry
-    point that a round calls; each keeps its own.
+    optimizer: state that is no parameter. vectors: the received parameters, the update, and a copy of each on its way.
+    arenas: of every entry point that a round calls; each keeps its own.
     """
 
     model: int
@@ -155,7 +155,7 @@ def _memory(bundle: Bundle, model: TfliteModel, facts: Sequence[EntryPointFacts]
         model=len(bundle.model),
         parameters=parameters,
         optimizer=max(0, sum(variable_bytes(model).values()) - parameters),
-        vectors=2 * parameters,
+        vectors=4 * parameters,
         arenas=sum(one.arena_bytes for one in facts if one.name in EVERY_ROUND),
     )
 
