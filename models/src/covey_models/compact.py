@@ -13,6 +13,7 @@ import flatbuffers
 import numpy as np
 
 from covey_models._tensorflow import flatbuffer_schema
+from covey_models.inplace import guard_shared_inputs
 
 FILE_IDENTIFIER = b"TFL3"
 ALIGNMENT = 16  # of constants, in bytes: the schema's force_align, which its Python classes leave out
@@ -20,9 +21,10 @@ _NOTHING = SimpleNamespace()
 
 
 def compacted(model: bytes) -> bytes:
-    """The same model, smaller. Names of entry points and of their inputs and outputs stay."""
+    """The same model, smaller, and guarded (`covey_models.inplace`). Names of entry points, inputs and outputs stay."""
     schema = flatbuffer_schema()
     parsed = schema.ModelT.InitFromObj(schema.Model.GetRootAs(model, 0))
+    guard_shared_inputs(parsed)
     _share_buffers(parsed)
     for graph in parsed.subgraphs:
         for tensor in graph.tensors:
