@@ -5,20 +5,52 @@ from __future__ import annotations
 from covey_models.lowering import (
     activations,
     convolution,
+    gathers,
+    layouts,
+    local_response,
     loops,
     losses,
+    mathematics,
     matmul,
     normalisation,
+    optimizers,
     pooling,
+    products,
+    quantization,
     random,
+    reductions,
+    refusals,
+    resize,
     shapes,
     variables,
+    volumes,
 )
 from covey_models.lowering.registry import LOOPS, LOWERINGS, RANDOM, REFUSALS, Node, lowers, refuse
 from covey_models.lowering.rewriter import Lowered, all_ops, describe, is_random, layer_of, lower, rewrite, seeded
 
-# importing registers
-THEMES = (activations, convolution, loops, losses, matmul, normalisation, pooling, random, shapes, variables)
+THEMES = (  # importing registers
+    activations,
+    convolution,
+    gathers,
+    layouts,
+    local_response,
+    loops,
+    losses,
+    mathematics,
+    matmul,
+    normalisation,
+    optimizers,
+    pooling,
+    products,
+    quantization,
+    random,
+    reductions,
+    refusals,
+    resize,
+    shapes,
+    variables,
+    volumes,
+)
 
 __all__ = [
     "LOOPS",
