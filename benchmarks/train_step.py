@@ -384,6 +384,7 @@ def entries_of(model: Any, batch_size: int, tflite: bytes, folder: Path, others:
         entries.append(Entry("PyTorch, eager", "pytorch", torch, paths["model.keras"], {}))
     else:
         print("PyTorch: not measured, there is no .bench/pytorch")
+    print("onnxruntime-training, MNN: not measured, this script has no contestant for them")
     return entries
 
 
