@@ -13,6 +13,7 @@ from typing import Any
 
 from covey_models._tensorflow import flatbuffer_schema, import_tensorflow, quiet
 from covey_models.lowering import Lowered, describe
+from covey_models.overwriting import without_overwriting
 from covey_protocol.errors import BundleError
 
 tf = import_tensorflow()
@@ -31,7 +32,7 @@ def convert(functions: Mapping[str, Lowered], variables: list[Any], layers: Coll
             converter = tf.lite.TFLiteConverter.from_saved_model(folder)
             converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS]
             converter.experimental_enable_resource_variables = True
-            model = bytes(converter.convert())
+            model = without_overwriting(bytes(converter.convert()))
     except (
         Exception
     ) as exc:  # the converter raises whatever its C++ half reports: ConverterError, ValueError, RuntimeError

@@ -74,6 +74,8 @@ def while_loop(node: Node, *state: Value) -> list[Value]:
 def branch(node: Node, condition: Tensor, *inputs: Value) -> list[Value]:
     """The branch a constant condition names; else both, and SELECT, where neither has side effects."""
     known = tf.get_static_value(condition)
+    if known is None and _only_asserts(node.graph("else_branch")):
+        known = True  # assertions are left out, here as everywhere
     if known is not None:
         return node.run(node.graph("then_branch" if known else "else_branch"), inputs)
     if node.op.type == "If":
@@ -82,6 +84,11 @@ def branch(node: Node, condition: Tensor, *inputs: Value) -> list[Value]:
     if any(isinstance(value, TensorList) for value in (*chosen, *other)):
         raise BundleError("its branches hand over lists and its condition depends on the data", "use tf.where")
     return [tf.where(condition, one, two) for one, two in zip(chosen, other)]
+
+
+def _only_asserts(graph: Any) -> bool:
+    types = {op.type for op in graph.get_operations()}
+    return "Assert" in types and types <= {"Assert", "Const", "Identity", "NoOp", "Placeholder"}
 
 
 def _shape(node: Node, element_shape: Tensor) -> Optional[tuple[int, ...]]:
