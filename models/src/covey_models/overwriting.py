@@ -13,6 +13,7 @@ instead of r. Layers of Keras hardly ever make the pattern; gradients of gradien
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -124,8 +125,6 @@ def _insert_copies(schema: Any, subgraph: Any, places: list[tuple[int, int]], co
 
 
 def _packed(parsed: Any) -> bytes:
-    import flatbuffers  # comes with TensorFlow
-
-    builder = flatbuffers.Builder(1024)
+    builder = importlib.import_module("flatbuffers").Builder(1024)  # comes with TensorFlow, untyped
     builder.Finish(parsed.Pack(builder), IDENTIFIER)
     return bytes(builder.Output())
