@@ -16,6 +16,7 @@ test-slow: $(READY) ## everything, also what takes long
 bench: $(READY) ## side-by-side measurements
 	.venv/bin/python benchmarks/aggregation.py
 	.venv/bin/python benchmarks/agent.py
+	.venv/bin/python benchmarks/train_step.py --quick
 
 check: $(READY) ## format, lint, types, import contracts, tests
 	./check
@@ -27,4 +28,4 @@ lock: $(READY) ## compile locks/*.txt anew: names, versions and hashes, never an
 	@.venv/bin/python scripts/lock.py
 
 clean:
-	rm -rf .venv .bootstrap .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf .venv .bootstrap .bench .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -125,6 +125,24 @@ BAD = {
     "fewer keys than devices": ("devices = 3", "devices = 4", errors.EXIT_CONFIG, "but [devices] holds"),
     "a missing bundle": ("digits.covey", "other.covey", errors.EXIT_CONFIG, "other.covey cannot be read"),
     "a device key that is none": ('ward-1 = "', 'ward-1 = "zz', errors.EXIT_CONFIG, "not a public key"),
+    "a mistyped training setting": (
+        "[devices]",
+        "proximal_wieght = 0.1\n[devices]",
+        errors.EXIT_CONFIG,
+        "did you mean `proximal_weight`",
+    ),
+    "a negative clip norm": (
+        "[devices]",
+        "gradient_clip_norm = -1.0\n[devices]",
+        errors.EXIT_CONFIG,
+        "gradient_clip_norm",
+    ),
+    "FedProx with a bundle that cannot": (
+        "[devices]",
+        "proximal_weight = 0.1\n[devices]",
+        errors.EXIT_CONFIG,
+        "covey export --proximal",
+    ),
     "an unknown optimizer": ('"adam"', '"adamw"', errors.EXIT_CONFIG, "adam"),
 }
 

@@ -6,19 +6,19 @@ Slow: builds a wheel and makes an environment for each Python found on this mach
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from environments import FROM_LOCK, ROOT, found_python, install, make_environment
+from runtime_set import check_set
 
 from covey_protocol.seals import SealingKey
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-ROOT = Path(__file__).parent.parent.parent
 VERSIONS = ["3.9", "3.10", "3.11", "3.12", "3.13"]
 
 TRAIN = """
@@ -47,15 +47,6 @@ print(json.dumps({"runtime": done.runtime, "heavy": heavy, "before": done.metric
 """
 
 
-def interpreter(version: str) -> str:
-    """A Python of this version, from PATH or the places version managers keep them."""
-    managed = sorted(Path.home().glob(f".pyenv/versions/{version}.*/bin/python"))
-    for candidate in (*map(str, managed), shutil.which(f"python{version}")):
-        if candidate and subprocess.run([candidate, "-c", ""], check=False, capture_output=True).returncode == 0:
-            return candidate
-    pytest.skip(f"no Python {version} on this machine")
-
-
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
@@ -81,15 +72,14 @@ UPDATES: dict[str, np.ndarray] = {}
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_the_edge_alone_installs_and_trains(
-    version: str, wheel: Path, device: Path, coordinator_key: SealingKey, tmp_path: Path
+    version: str, wheel: Path, device: Path, bundle_set: Path, coordinator_key: SealingKey, tmp_path: Path
 ) -> None:
-    python = str(tmp_path / "env" / "bin" / "python")
-    subprocess.run([interpreter(version), "-m", "venv", str(tmp_path / "env")], check=True)
-    pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    lock = ROOT / "locks" / "edge.txt"
-    for arguments in (["--require-hashes", "--only-binary", ":all:", "-r", str(lock)], ["--no-deps", str(wheel)]):
-        ended = subprocess.run([*pip, *arguments], check=False, capture_output=True, text=True)
-        assert ended.returncode == 0, ended.stderr[-2000:]
+    found = found_python(version)
+    if found is None:
+        pytest.skip(f"no Python {version} on this machine")
+    python = make_environment(found, tmp_path / "env")
+    for arguments in (FROM_LOCK, ("--no-deps", str(wheel))):
+        assert not (complaint := install(python, *arguments)), complaint
     ended = subprocess.run(
         [python, "-c", TRAIN, str(device), coordinator_key.public.hex()], check=False, capture_output=True, text=True
     )
@@ -105,3 +95,5 @@ def test_the_edge_alone_installs_and_trains(
     for other, known in UPDATES.items():
         np.testing.assert_allclose(update, known, atol=1e-5, err_msg=f"{version} against {other}")
     UPDATES[version] = update
+    assert check_set(python, bundle_set) == result["runtime"]
+    assert result["runtime"].startswith("tflite_runtime" if version in ("3.9", "3.10", "3.11") else "ai_edge_litert")

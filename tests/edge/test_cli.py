@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import re
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from covey_edge.runtime import installed
 from covey_protocol import errors
 from covey_protocol.seals import SealingKey
 
@@ -25,7 +27,7 @@ def covey(*arguments: str, timeout: float = 60) -> subprocess.CompletedProcess[s
 def test_help_lists_every_command_of_the_desktop() -> None:
     ended = covey("--help")
     assert ended.returncode == 0
-    for name in ("agent", "broker", "demo", "export", "provision", "serve"):
+    for name in ("agent", "broker", "demo", "export", "inspect", "provision", "serve"):
         assert re.search(rf"^  {name} ", ended.stdout, re.MULTILINE), name
     assert "not completely installed" not in ended.stdout
 
@@ -81,6 +83,14 @@ def test_an_agent_without_a_broker_names_it(tmp_path: Path) -> None:
     assert ended.returncode == errors.EXIT_TRANSPORT
     assert ended.stderr.count("\n") == 1
     assert "mqtt://127.0.0.1:1 cannot be reached" in ended.stderr
+
+
+def test_an_agent_says_at_its_start_what_it_trains_with(tmp_path: Path) -> None:
+    np.savez(tmp_path / "data.npz", x=np.zeros((3, 2)), y=np.zeros(3))
+    ended = covey("agent", "--config", write_agent(tmp_path))
+    assert "data.npz holds 3 examples" in ended.stderr
+    assert f"trains with {installed()[1]} on Python {platform.python_version()}" in ended.stderr
+    assert re.search(r"(tflite_runtime|ai_edge_litert) \d+\.\d+", ended.stderr)
 
 
 def test_every_exit_code_is_documented_and_every_documented_code_exists() -> None:

@@ -227,6 +227,32 @@ def test_the_inverse_table_names_exactly_the_taps_that_read_each_pixel(
         assert [entry for entry in touching if entry < len(entries)] == np.flatnonzero(entries == pixel).tolist()
 
 
+@settings(deadline=None, max_examples=60)
+@given(
+    size=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    kernel=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    strides=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    dilations=st.tuples(st.integers(1, 2), st.integers(1, 2)),
+    padding=st.sampled_from(["SAME", "VALID", "EXPLICIT"]),
+    channels=st.integers(1, 3),
+)
+def test_patches_cut_as_slices_are_the_gathered_patches(
+    size: tuple[int, int],
+    kernel: tuple[int, int],
+    strides: tuple[int, int],
+    dilations: tuple[int, int],
+    padding: str,
+    channels: int,
+) -> None:
+    from covey_models.lowering.convolution import _gathered_patches, _sliced_patches
+
+    window = Window(kernel, strides, dilations, padding, ((1, 2), (0, 1)))
+    if min(window.output_size(*size)) < 1:
+        return  # no output at all
+    images = tf.constant(np.random.default_rng(0).random((2, *size, channels)).astype(np.float32))
+    np.testing.assert_array_equal(tf.transpose(_sliced_patches(images, window)), _gathered_patches(images, window))
+
+
 def test_an_op_type_has_one_lowering() -> None:
     with pytest.raises(ValueError, match="two lowerings"):
         lowers("MatMul")(lambda node: None)

@@ -13,7 +13,15 @@ from covey_models.zoo import ZOO
 from covey_protocol.bundle import read_bundle
 from covey_protocol.errors import ConfigError
 
-SHAPES: dict[str, tuple[int, ...]] = {"small-cnn": (8, 8, 1), "mlp": (30,), "softmax": (30,)}
+SHAPES: dict[str, tuple[int, ...]] = {
+    "small-cnn": (8, 8, 1),
+    "mlp": (30,),
+    "softmax": (30,),
+    "emnist-cnn": (28, 28, 1),
+    "ds-cnn": (49, 10, 1),
+    "activity-cnn": (128, 9),
+    "transformer": (16, 8),
+}
 
 
 def names(model: Any) -> list[str]:
@@ -32,9 +40,10 @@ def test_the_seed_decides_the_weights_and_nothing_else_does(name: str, tf: Any) 
     assert not np.array_equal(first.get_weights()[0], other.get_weights()[0])
 
 
-def test_no_two_layers_start_from_the_same_numbers() -> None:
-    model = build("small-cnn", (32, 32, 3), 10, seed=0)
-    starts = [weight.ravel()[:20] for weight in model.get_weights() if weight.any()]
+@pytest.mark.parametrize("name", ZOO)
+def test_no_two_layers_start_from_the_same_numbers(name: str) -> None:
+    model = build(name, SHAPES[name], 10, seed=0)
+    starts = [weight.ravel()[:20] for weight in model.get_weights() if len(np.unique(weight)) > 1]
     assert len({tuple(np.round(start / np.abs(start).max(), 4)) for start in starts}) == len(starts)
 
 

@@ -19,7 +19,7 @@ from covey_coordinator import records
 from covey_coordinator.fleet import POLL_S, Fleet, FromFleet
 from covey_coordinator.store import RunStore
 from covey_protocol import round as rounds
-from covey_protocol.bundle import read_bundle
+from covey_protocol.bundle import check_plan, read_bundle
 from covey_protocol.device import needed_capabilities
 from covey_protocol.errors import PeerError, RuleError, RunError
 from covey_protocol.messages import (
@@ -140,13 +140,16 @@ class Coordinator:
     ) -> RoundResult:
         """One round with these devices. engine None collects the updates and leaves the model as it is (for audits).
 
+        Raises TrainingError for a plan that the bundle cannot follow, before anything is published.
         Returns the new parameters, or the old ones with outcome "abandoned". The updates lie in the store before their
         devices are told so; rows reach the engine sorted by device id, so the order of arrival changes no bit.
         """
         started = time.monotonic()
-        requires = needed_capabilities(read_bundle(bundle).manifest, plan)
+        manifest = read_bundle(bundle).manifest
+        check_plan(manifest, plan)
         bundle_ref = self.fleet.publish_blob(bundle)
         parameters_ref = self.fleet.publish_blob(parameters.astype("<f4").tobytes())
+        requires = needed_capabilities(manifest, plan)
         invitation = _invitation(run_id, number, bundle_ref, parameters_ref, plan, device_ids, requires, timing)
         settings = RoundSettings(quorum, timing.answer_s, timing.grace_s, parameters_ref.size)
         state = _Round(RoundMachine(invitation, device_ids, settings), parameters, parameters, engine)

@@ -24,14 +24,16 @@ from covey_coordinator.records import ACCEPTED
 from covey_coordinator.store import RunStore
 from covey_edge.config import BrokerSettings, NotNegative, Positive, read_broker, read_file, read_toml
 from covey_edge.runtime import Model
-from covey_protocol.bundle import read_bundle
-from covey_protocol.errors import ConfigError, RunError
+from covey_protocol.bundle import Manifest, check_plan, read_bundle
+from covey_protocol.errors import ConfigError, RunError, TrainingError
 from covey_protocol.messages import (
     DEFAULT_CHUNK_BYTES,
     MAX_CHUNK_BYTES,
     MAX_DURATION_MS,
     MAX_EPOCHS,
+    MAX_GRADIENT_NORM,
     MAX_LEARNING_RATE,
+    MAX_PROXIMAL_WEIGHT,
     TrainingPlan,
 )
 from covey_protocol.seals import SealingKey
@@ -59,6 +61,8 @@ class TrainingSettings(Struct, frozen=True, forbid_unknown_fields=True):
     epochs: Annotated[int, Meta(ge=1, le=MAX_EPOCHS)] = 1
     learning_rate: Annotated[float, Meta(gt=0, le=MAX_LEARNING_RATE)] = 0.1
     seed: Annotated[int, Meta(ge=0, le=2**31)] = 0
+    gradient_clip_norm: Annotated[float, Meta(ge=0, le=MAX_GRADIENT_NORM)] = 0.0
+    proximal_weight: Annotated[float, Meta(ge=0, le=MAX_PROXIMAL_WEIGHT)] = 0.0
 
 
 class RoundSettings(Struct, frozen=True, forbid_unknown_fields=True):
@@ -109,6 +113,7 @@ def serve(path: Path, say: Callable[[str], None], check: Callable[[], None] = la
     key = SealingKey.from_pem(read_file(folder / config.key_file), config.key_file)
     data = read_file(folder / config.bundle)
     bundle = read_bundle(data, key.public)
+    _check_training(path, config.training, bundle.manifest)
     rule = make_rule(config.rule.name, config.rule.num_byzantine, **config.rule.settings)
     rule.check(config.round.quorum)
     store = RunStore(folder / config.runs_dir / config.run)
@@ -156,11 +161,20 @@ def serve(path: Path, say: Callable[[str], None], check: Callable[[], None] = la
     say(f"checkpoints: {store.checkpoints(config.run)}")
 
 
+def _check_training(path: Path, training: TrainingSettings, manifest: Manifest) -> None:
+    try:
+        check_plan(manifest, _plan(training, 1))
+    except TrainingError as exc:
+        raise ConfigError(f"{path}: {exc.what}", f"{exc.remedy}, or leave the setting out") from exc
+
+
 def _plan(training: TrainingSettings, number: int) -> TrainingPlan:
     return TrainingPlan(
         epochs=training.epochs,
         learning_rate=training.learning_rate,
         shuffle_seed=shuffle_seed(training.seed, number),
+        gradient_clip_norm=training.gradient_clip_norm,
+        proximal_weight=training.proximal_weight,
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import platform
 import queue
 import time
 from typing import Any, Optional, Union
@@ -167,6 +168,7 @@ class AgentProgram:
                 self._publish_presence(online=True)
             self._run_training()
         elif isinstance(frame, Done):
+            log.info("round %s: trained on %d examples with %s", round_id, frame.num_examples, frame.runtime)
             self._handle(device.Trained(round_id, frame.update, frame.num_examples, frame.metrics))
 
     # --- what the machine wants
@@ -249,6 +251,7 @@ class AgentProgram:
             privacy.clip_norm,
             privacy.noise_multiplier,
             privacy.min_examples,
+            privacy.noise_moving_statistics,
         )
         self._child.request(invitation.round_id, request, self._config.training.timeout_s)
 
@@ -305,7 +308,9 @@ class AgentProgram:
             if isinstance(frame, Problem):
                 kind = getattr(errors, frame.kind, errors.TrainingError)
                 raise kind(frame.what, frame.remedy)
+            self._runtime = frame.runtime
             log.info("%s holds %d examples", self._agent.data_path, frame.num_examples)
+            log.info("covey %s trains with %s on Python %s", __version__, frame.runtime, platform.python_version())
             return
 
 

@@ -61,11 +61,14 @@ class PrivacySettings(Struct, frozen=True, forbid_unknown_fields=True):
     """The owner's own policy, applied before anything leaves the device. 0 switches each off.
 
     clip_norm: largest L2 norm of an update. noise_multiplier: Gaussian noise of this many clip_norms per coordinate.
+    noise_moving_statistics: train models whose moving statistics (BatchNorm) would be noised too; without it such a
+    round is refused.
     """
 
     clip_norm: NotNegative = 0.0
     noise_multiplier: NotNegative = 0.0
     min_examples: Annotated[int, Meta(ge=1)] = 1
+    noise_moving_statistics: bool = False
 
 
 class AgentConfig(Struct, frozen=True, forbid_unknown_fields=True):

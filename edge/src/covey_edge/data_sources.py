@@ -13,7 +13,7 @@ import zipfile
 from collections.abc import Callable
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +26,7 @@ ENTRY_POINTS = "covey.data_sources"
 
 
 def read_npz(path: Path) -> Examples:
-    """Arrays `x` (n, ...) and `y` (n,) or (n, k) of an .npz file. Pickled objects are never loaded."""
+    """Arrays `x` (n, ...) and `y` (n, ...) of an .npz file. Pickled objects are never loaded."""
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             missing = [name for name in ("x", "y") if name not in archive]
@@ -92,13 +92,26 @@ def _checked(array: npt.NDArray[Any], spec: TensorSpec, what: str, remedy: str) 
         raise DataError(
             f"{what} has examples of shape {array.shape[1:]}, the model takes {tuple(spec.shape)}", "reshape the data"
         )
-    if spec.dtype.startswith("int") and array.dtype.kind == "f":
+    if spec.dtype != "float32" and array.dtype.kind == "f":
         _refuse_rows(_any_per_row(array != np.floor(array)), f"{what} must be whole numbers", remedy)
-    if spec.minimum is not None:
-        _refuse_rows(_any_per_row(array < spec.minimum - 1e-6), f"{what} below {spec.minimum:g}", remedy)
-    if spec.maximum is not None:
-        _refuse_rows(_any_per_row(array > spec.maximum + 1e-6), f"{what} above {spec.maximum:g}", remedy)
+    minimum, maximum = _bounds(spec)
+    if minimum is not None:
+        _refuse_rows(_any_per_row(array < minimum - 1e-6), f"{what} below {minimum:g}", remedy)
+    if maximum is not None:
+        _refuse_rows(_any_per_row(array > maximum + 1e-6), f"{what} above {maximum:g}", remedy)
     return np.ascontiguousarray(array, dtype=np.dtype(spec.dtype))
+
+
+def _bounds(spec: TensorSpec) -> tuple[Optional[float], Optional[float]]:
+    """The specification's bounds, and where it has none those of its integers: 256 must not become 0 in uint8."""
+    if spec.dtype == "float32":
+        return spec.minimum, spec.maximum
+    limits = np.iinfo(spec.dtype)
+    minimum, maximum = float(limits.min), float(limits.max)
+    return (
+        minimum if spec.minimum is None else max(minimum, spec.minimum),
+        maximum if spec.maximum is None else min(maximum, spec.maximum),
+    )
 
 
 def _finite_rows(array: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:

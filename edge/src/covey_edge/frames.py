@@ -33,17 +33,18 @@ class Run(msgspec.Struct, frozen=True, tag="run"):
     clip_norm: float
     noise_multiplier: float
     min_examples: int
+    noise_moving_statistics: bool = False
 
 
 class Probe(msgspec.Struct, frozen=True, tag="probe"):
-    """Only look whether the data can be read."""
+    """Only look whether the data can be read, and which runtime there is."""
 
     data_source: str
     data_path: str
 
 
 class Done(msgspec.Struct, frozen=True, tag="done"):
-    """A request went well. update and what follows are set for Run only; num_examples for Probe as well."""
+    """A request went well. update and metrics are set for Run only, num_examples for Probe as well."""
 
     update: bytes = b""
     num_examples: int = 0

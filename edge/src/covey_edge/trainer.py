@@ -20,10 +20,11 @@ import numpy as np
 from covey_edge.data_sources import Examples, check_examples, load_examples
 from covey_edge.frames import Done, Frame, Open, Probe, Problem, Run, read_frame, write_frame
 from covey_edge.processes import die_with_parent
-from covey_edge.runtime import Floats, Model
-from covey_protocol.bundle import read_bundle
+from covey_edge.runtime import Floats, Model, installed
+from covey_protocol.bundle import Manifest, read_bundle
 from covey_protocol.errors import BundleError, CoveyError, DataError, TrainingError
 from covey_protocol.messages import TrainingPlan
+from covey_protocol.parameters import offsets
 from covey_protocol.privacy import add_gaussian_noise, clip
 from covey_protocol.seals import PublicKey
 
@@ -42,7 +43,7 @@ class Trainer:
         try:
             if isinstance(request, Probe):
                 x, _ = load_examples(request.data_source, Path(request.data_path))
-                return Done(num_examples=len(x))
+                return Done(num_examples=len(x), runtime=installed()[1])
             if isinstance(request, Open):
                 return self._open(request)
             if isinstance(request, Run):
@@ -83,6 +84,8 @@ class Trainer:
             x, y = x[: request.plan.max_examples], y[: request.plan.max_examples]
         if len(x) < request.min_examples:
             raise TrainingError(f"{len(x)} examples are fewer than this device's policy asks ({request.min_examples})")
+        if request.noise_multiplier and not request.noise_moving_statistics:
+            refuse_moving_statistics(self._model.manifest)
         received = np.frombuffer(request.parameters, "<f4").astype(np.float32)
         started = time.monotonic()
         self._model.set_parameters(received)
@@ -92,6 +95,8 @@ class Trainer:
         if not np.isfinite(update).all():
             raise TrainingError("training diverged: the update is not finite", "lower the learning rate")
         update = protect(update, request.clip_norm, request.noise_multiplier)
+        if request.noise_multiplier:
+            update = keep_variances(update, received, self._model.manifest)
         metrics = {
             "loss_before": loss_before,
             "accuracy_before": accuracy_before,
@@ -106,19 +111,31 @@ class Trainer:
 
 
 def train(model: Model, examples: Examples, plan: TrainingPlan, device_id: str) -> float:
-    """plan.epochs passes in an order fixed by the plan's seed and the device id; the mean loss of the last pass."""
+    """plan.epochs passes in an order fixed by the plan's seed and the device id; the mean loss of the last pass.
+
+    FedProx's centre is the parameters the model holds at the start.
+    """
     x, y = examples
     rng = np.random.default_rng([plan.shuffle_seed, zlib.crc32(device_id.encode())])
     size = model.manifest.batch_size
-    mean_loss = float("nan")
+    draws = "seed" in model.manifest.train_inputs
+    mean_loss, step = float("nan"), 0
+    model.start_training(plan)
     for _ in range(plan.epochs):
         order = rng.permutation(len(x))
-        losses = [
-            model.train_batch(x[rows], y[rows], plan.learning_rate) * len(rows)
-            for rows in (order[start : start + size] for start in range(0, len(x), size))
-        ]
-        mean_loss = sum(losses) / len(x)
+        loss_sum = 0.0
+        for rows in (order[start : start + size] for start in range(0, len(x), size)):
+            seed = step_seed(plan.shuffle_seed, device_id, step) if draws else 0
+            loss_sum += model.train_batch(x[rows], y[rows], plan.learning_rate, seed) * len(rows)
+            step += 1
+        mean_loss = loss_sum / len(x)
     return mean_loss
+
+
+def step_seed(shuffle_seed: int, device_id: str, step: int) -> int:
+    """The seed (0 to 2^31 - 1) of what the model draws in one step of a round, counted from 0 (docs/protocol.md)."""
+    entropy = [shuffle_seed, zlib.crc32(device_id.encode()), step]
+    return int(np.random.SeedSequence(entropy).generate_state(1)[0]) & 0x7FFFFFFF
 
 
 def protect(update: Floats, clip_norm: float, noise_multiplier: float) -> Floats:
@@ -130,6 +147,33 @@ def protect(update: Floats, clip_norm: float, noise_multiplier: float) -> Floats
         return clipped
     rng = np.random.default_rng(int.from_bytes(os.urandom(32), "big"))
     return add_gaussian_noise(clipped, clip_norm, noise_multiplier, rng)
+
+
+def refuse_moving_statistics(manifest: Manifest) -> None:
+    """TrainingError where noise on the update would also be noise on moving statistics.
+
+    A weight bears noise and learns on; a variance of 0.1 with a noise of 0.5 is another model, or none at all.
+    """
+    moving = [spec.name for spec in manifest.parameters if not spec.trainable]
+    if moving:
+        raise TrainingError(
+            f"this device adds noise, and {len(moving)} tensors of the model are moving statistics ({moving[0]}, ...)",
+            "export the model with `--moving-statistics local`, use GroupNormalization, or set "
+            "privacy.noise_moving_statistics = true in agent.toml",
+        )
+
+
+def keep_variances(update: Floats, received: Floats, manifest: Manifest) -> Floats:
+    """The update, with no moving variance below 0 in received + update; (d,) each.
+
+    Noise makes a small variance negative, and the root of it NaN on every device. Cutting off at 0 uses nothing that
+    the receiver does not know, so it costs no privacy; it lifts variances that the noise is as large as.
+    """
+    update = update.copy()
+    for name, place in offsets(manifest.parameters).items():
+        if name.endswith("moving_variance"):
+            update[place] = np.maximum(update[place], -received[place])
+    return update
 
 
 def _private_stdout() -> BinaryIO:

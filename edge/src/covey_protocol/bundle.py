@@ -18,7 +18,8 @@ from typing import Optional
 
 import msgspec
 
-from covey_protocol.errors import BundleError
+from covey_protocol.errors import BundleError, TrainingError
+from covey_protocol.messages import TrainingPlan
 from covey_protocol.parameters import ParameterSpec, total_size
 from covey_protocol.seals import PublicKey, SealingKey
 
@@ -30,6 +31,7 @@ MAX_BUNDLE_BYTES = 512 * 1024 * 1024  # far above any model that trains on a pho
 MAX_MANIFEST_BYTES = 4 * 1024 * 1024  # a ResNet50's parameter list is under 100 KB
 REQUIRED_SIGNATURES = ("train", "evaluate", "infer", "get_parameters", "set_parameters")
 RESET_OPTIMIZER = "reset_optimizer"  # the entry point of bundles whose optimizer has state
+DTYPES = ("float32", "int32", "uint8")  # of inputs and labels
 TRAIN_INPUTS = ("seed", "clip_norm", "proximal", "correction")  # what `train` may take beside the inputs all have
 SEAL_CONTEXT = b"covey bundle 1\x00"
 
@@ -122,16 +124,29 @@ def read_bundle(data: bytes, sealed_by: Optional[PublicKey] = None) -> Bundle:
     Raises BundleError naming what is wrong; never loads the model.
     """
     entries = _unzip(data)
-    manifest = _manifest(entries[MANIFEST_NAME])
-    if sealed_by is not None:
+    if sealed_by is not None:  # first, so that nobody else's manifest is even parsed
         if SEAL_NAME not in entries:
             raise BundleError("the bundle carries no seal", "export it with the coordinator's key")
         if not sealed_by.verifies(entries[SEAL_NAME], SEAL_CONTEXT + entries[MANIFEST_NAME]):
             raise BundleError("the bundle's seal is not the expected coordinator's", "fetch it again or pin its key")
-    model = entries[MODEL_NAME]
+    manifest, model = _manifest(entries[MANIFEST_NAME]), entries[MODEL_NAME]
     if len(model) != manifest.model_bytes or hashlib.sha256(model).hexdigest() != manifest.model_sha256:
         raise BundleError("the model in the bundle does not match its manifest", "fetch or export the bundle again")
     return Bundle(manifest, model, SEAL_NAME in entries)
+
+
+def check_plan(manifest: Manifest, plan: TrainingPlan) -> None:
+    """TrainingError where a plan asks for what the bundle's training step has no input for."""
+    asked = (
+        (plan.gradient_clip_norm, "clip_norm", "gradient clipping (gradient_clip_norm", "--clip"),
+        (plan.proximal_weight, "proximal", "FedProx (proximal_weight", "--proximal"),
+    )
+    for value, name, what, option in asked:
+        if value and name not in manifest.train_inputs:
+            raise TrainingError(
+                f"the plan asks for {what} = {value:g}), and bundle {manifest.name!r} cannot do it",
+                f"export the model with `covey export {option}`",
+            )
 
 
 def _encoded(manifest: Manifest) -> bytes:
@@ -146,7 +161,7 @@ def _encoded(manifest: Manifest) -> bytes:
 def _manifest(data: bytes) -> Manifest:
     try:
         manifest = msgspec.json.decode(data, type=Manifest)
-    except msgspec.MsgspecError as exc:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
         raise BundleError(f"the bundle's manifest cannot be read ({exc})", "export it again") from exc
     if manifest.format != FORMAT_VERSION:
         raise BundleError(
@@ -163,6 +178,9 @@ def _manifest(data: bytes) -> Manifest:
         )
     if any(size < 0 for spec in manifest.parameters for size in spec.shape) or manifest.dimension < 1:
         raise BundleError("the bundle's parameter list is not usable", "export it again")
+    foreign = [spec.dtype for spec in (manifest.input, manifest.label) if spec.dtype not in DTYPES]
+    if foreign:
+        raise BundleError(f"the bundle takes {' and '.join(foreign)}, unknown here", "update covey")
     if manifest.batch_size < 1:
         raise BundleError(f"the bundle's batch size is {manifest.batch_size}", "export it again")
     return manifest

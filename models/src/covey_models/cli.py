@@ -1,4 +1,4 @@
-"""`covey export`: a user's Keras model in a Python file becomes a .covey file.
+"""`covey export`: a user's Keras model in a Python file becomes a .covey file. `covey inspect`: what is in one.
 
 Importing this file imports nothing heavy: `covey --help` on a desktop must not wait for TensorFlow.
 """
@@ -101,6 +101,37 @@ def export_command(
         f"{'sealed' if sealing else 'not sealed'}, equal to {judge} within {manifest.proof.max_abs_error:.1e} "
         f"after {manifest.proof.steps} steps in {manifest.proof.runtime}"
     )
+
+
+@click.command("inspect", short_help="Say what a bundle holds and what it costs a device.")
+@click.argument("bundle", metavar="MODEL.covey", type=click.Path(dir_okay=False, path_type=Path))
+@click.option("--target", type=click.Choice(["edge", "android"]), default="edge", show_default=True)
+@click.option("--key", metavar="HEX", help="Public key that must have sealed it, 64 hexadecimal digits.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object instead of text.")
+def inspect_command(bundle: Path, target: str, key: Optional[str], as_json: bool) -> None:
+    """Say what a bundle holds and what it costs a device.
+
+    Reads the file and never loads the model. Ends with code 6 where the bundle is damaged, not sealed by --key, or
+    needs an operator that the target's runtime does not have.
+    """
+    import msgspec
+
+    from covey_edge.config import read_file
+    from covey_models.inspecting import as_plain, inspect, lines
+    from covey_protocol.errors import BundleError
+    from covey_protocol.seals import PublicKey
+
+    inspection = inspect(read_file(bundle), target, None if key is None else PublicKey.from_hex(key))
+    if as_json:
+        click.echo(msgspec.json.format(msgspec.json.encode(as_plain(inspection)), indent=1).decode())
+    else:
+        for line in lines(inspection):
+            click.echo(line)
+    if inspection.problems:
+        raise BundleError(
+            f"{bundle} does not run on the target {target!r}: {inspection.problems[0]}",
+            "replace the layer that needs it",
+        )
 
 
 def _shape(text: str) -> tuple[int, ...]:

@@ -71,8 +71,8 @@ def exported(model: Any, settings: Settings, key: Optional[SealingKey] = None) -
     )
     with quiet(), _unchanged(model):
         steps = _traced(model, recipe)
-        _check_outputs(model, loss, settings)
         tflite = _converted(steps.functions, model, steps)
+        _check_outputs(model, loss, settings)
         data = DataRange(_input_shape(model), model.inputs[0].dtype.name, settings.input_range, loss.labels)
         proof = prove(tflite, steps, lambda functions: _converted(functions, model, steps), data, settings.seed)
     return write_bundle(_manifest(model, settings, steps, proof), tflite, key)

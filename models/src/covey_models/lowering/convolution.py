@@ -5,16 +5,26 @@ Layout is NHWC; TensorFlow on a CPU has no other. Kernels are (height, width, ch
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from covey_models._tensorflow import import_tensorflow
-from covey_models.lowering.formulations import column_sum, gather_rows, matmul, static, sum_touching
+from covey_models.lowering.formulations import (
+    column_sum,
+    gather_rows,
+    matmul,
+    padded_rows,
+    static,
+    sum_touching,
+    transpose,
+)
 from covey_models.lowering.geometry import Window
 from covey_models.lowering.registry import Node, Tensor, lowers
 
 tf = import_tensorflow()
 
-MOST_CHANNELS_FOR_CONSTANT_FILTER = 2  # up to here a one-hot CONV_2D makes patches 4x faster than GATHER
+MOST_CHANNELS_FOR_SLICES = 4  # up to here copying lines beats copying pixels; at 8 channels they are level
 
 
 def window_of(node: Node, kernel: tuple[int, int]) -> Window:
@@ -29,26 +39,80 @@ def window_of(node: Node, kernel: tuple[int, int]) -> Window:
     return Window(kernel, (down, right), (dilation_y, dilation_x), padding, explicit)
 
 
-def patches(node: Node, images: Tensor, window: Window) -> Tensor:
-    """(batch * outputs, taps * channels); made once per image tensor and window, forward and backward."""
+@dataclass(frozen=True)
+class Patches:
+    """What every output of a convolution sees.
+
+    matrix: (batch * outputs, taps * channels), or its transpose where `turned`.
+    """
+
+    matrix: Tensor
+    turned: bool = False
+
+    def times(self, kernel: Tensor) -> Tensor:
+        """The convolution with a (taps * channels, filters) matrix: (batch * outputs, filters)."""
+        return matmul(self.matrix, kernel, transpose_a=self.turned)
+
+    def kernel_gradient(self, dy: Tensor) -> Tensor:
+        """(taps * channels, filters) from dy (batch * outputs, filters)."""
+        return matmul(self.matrix, dy, transpose_a=not self.turned)
+
+
+def patches(node: Node, images: Tensor, window: Window) -> Patches:
+    """Made once per image tensor and window, for the forward and the backward pass."""
     key = ("patches", images.ref(), window)
     if key not in node.shared:
         node.shared[key] = _patches(images, window)
-    return node.shared[key]
+    found: Patches = node.shared[key]
+    return found
 
 
-def _patches(images: Tensor, window: Window) -> Tensor:
+def _patches(images: Tensor, window: Window) -> Patches:
     batch, height, width, channels = images.shape
-    rows, columns = window.output_size(height, width)
-    shape = [batch * rows * columns, window.taps * channels]
     if window.is_every_pixel_once(height, width):
-        return tf.reshape(images, shape)
-    if channels <= MOST_CHANNELS_FOR_CONSTANT_FILTER and window.padding != "EXPLICIT":
-        one_hot = np.eye(window.taps * channels, dtype=np.float32).reshape(*window.kernel, channels, -1)
-        spread = tf.nn.conv2d(images, one_hot, window.strides, window.padding, dilations=window.dilations)
-        return tf.reshape(spread, shape)
+        return Patches(tf.reshape(images, [batch * height * width, channels]))
+    if channels <= MOST_CHANNELS_FOR_SLICES:
+        return Patches(_sliced_patches(images, window), turned=True)
+    return Patches(_gathered_patches(images, window))
+
+
+def _gathered_patches(images: Tensor, window: Window) -> Tensor:
+    """(batch * outputs, taps * channels): whole pixels are copied."""
+    batch, height, width, channels = images.shape
+    table = window.inputs_of_outputs(height, width)
     pixels = tf.reshape(images, [batch, height * width, channels])
-    return tf.reshape(gather_rows(pixels, window.inputs_of_outputs(height, width)), shape)
+    return tf.reshape(gather_rows(pixels, table), [batch * len(table), window.taps * channels])
+
+
+def _sliced_patches(images: Tensor, window: Window) -> Tensor:
+    """(taps * channels, batch * outputs): every tap is one slice of the padded planes, so that whole lines are copied.
+
+    With strides, the planes are first sorted by phase (the coordinate modulo the stride), which makes lines contiguous.
+    """
+    batch, height, width, channels = images.shape
+    (down, right), (rows, columns) = window.strides, window.output_size(height, width)
+    planes = tf.reshape(images if channels == 1 else transpose(tf.reshape(images, [-1, channels])), [-1, height, width])
+    count = channels * batch
+    padded, (lines, dots) = _padded_to_phases(planes, window)
+    if (down, right) != (1, 1):
+        padded = tf.transpose(tf.reshape(padded, [count * lines, down, dots, right]), [1, 3, 0, 2])
+    phases = tf.reshape(padded, [down * right, count, lines, dots])
+    taps = []
+    for y, x in window.offsets():
+        begin = [(y % down) * right + x % right, 0, y // down, x // right]
+        taps.append(tf.reshape(tf.slice(phases, begin, [1, count, rows, columns]), [channels, batch * rows * columns]))
+    return tf.concat(taps, 0)
+
+
+def _padded_to_phases(planes: Tensor, window: Window) -> tuple[Tensor, tuple[int, int]]:
+    """Planes (n, height, width) with the window's padding, and the size of one phase of them."""
+    sides, phase = [[0, 0]], []
+    for axis, size in enumerate(planes.shape[1:]):
+        before, needed = window.reach(axis, size)
+        stride = window.strides[axis]
+        phase.append(-(-max(needed, before + size) // stride))
+        sides.append([before, phase[-1] * stride - size - before])
+    return tf.pad(planes, sides), (phase[0], phase[1])
 
 
 def _groups(tensor: Tensor, count: int, axis: int = -1) -> list[Tensor]:
@@ -68,7 +132,7 @@ def convolution(node: Node, images: Tensor, kernel: Tensor) -> Tensor:
     parts = []
     for part, weights in zip(_image_groups(node, images, groups), _groups(kernel, groups)):
         matrix = tf.reshape(weights, [-1, weights.shape[3]])
-        product = matmul(patches(node, part, window), matrix)
+        product = patches(node, part, window).times(matrix)
         parts.append(tf.reshape(product, [images.shape[0], *size, weights.shape[3]]))
     return _joined(parts)
 
@@ -82,7 +146,7 @@ def convolution_filter_gradient(node: Node, images: Tensor, kernel_shape: Tensor
     parts = []
     for part, gradient in zip(_image_groups(node, images, groups), _groups(dy, groups)):
         matrix = tf.reshape(gradient, [-1, gradient.shape[3]])
-        product = matmul(patches(node, part, window), matrix, transpose_a=True)
+        product = patches(node, part, window).kernel_gradient(matrix)
         parts.append(tf.reshape(product, [height, width, channels, gradient.shape[3]]))
     return _joined(parts)
 
@@ -124,16 +188,38 @@ def _input_gradient(shape: tuple[int, int, int, int], kernel: Tensor, dy: Tensor
 
 @lowers("DepthwiseConv2dNativeBackpropFilter")
 def depthwise_filter_gradient(node: Node, images: Tensor, kernel_shape: Tensor, dy: Tensor) -> Tensor:
-    """dw[t, c, m] = sum over outputs of P(x)[t, c] dy[c, m]."""
+    """dw[t, c, m] = sum over outputs of P(x)[t, c] dy[c, m], one tap after the other.
+
+    All taps at once would take nine times the memory for a 3x3 kernel, and more time.
+    """
     height, width, channels, multiplier = static(kernel_shape)
     window = window_of(node, (height, width))
-    seen = patches(node, images, window)
-    gradient = tf.reshape(dy, [-1, channels, multiplier])
-    parts = []
-    for index in range(multiplier):
-        tiled = tf.tile(gradient[:, :, index], [1, window.taps])
-        parts.append(tf.reshape(column_sum(seen * tiled), [height, width, channels, 1]))
-    return _joined(parts)
+    slopes = tf.reshape(dy, [-1, channels * multiplier])
+    sums = []
+    for seen in _seen_by_taps(images, window):
+        rows = tf.reshape(seen, [-1, channels])
+        if multiplier > 1:
+            rows = tf.reshape(tf.tile(tf.reshape(rows, [-1, 1]), [1, multiplier]), [-1, channels * multiplier])
+        sums.append(column_sum(rows * slopes))
+    return tf.reshape(tf.concat(sums, 0), [height, width, channels, multiplier])
+
+
+def _seen_by_taps(images: Tensor, window: Window) -> list[Tensor]:
+    """What each tap of a window reads: one tensor with batch * outputs * channels numbers per tap, row by row."""
+    batch, height, width, channels = images.shape
+    if window.strides != (1, 1):
+        table = window.inputs_of_outputs(height, width)
+        pixels = padded_rows(tf.reshape(images, [batch, height * width, channels]), table)
+        return [tf.gather(pixels, table[:, tap], axis=1) for tap in range(window.taps)]
+    sides = [[0, 0]]
+    for axis, size in enumerate((height, width)):
+        before, needed = window.reach(axis, size)
+        sides.append([before, max(0, needed - size - before)])
+    padded = tf.pad(images, [*sides, [0, 0]])
+    return [
+        tf.slice(padded, [0, y, x, 0], [batch, *window.output_size(height, width), channels])
+        for y, x in window.offsets()
+    ]
 
 
 @lowers("DepthwiseConv2dNativeBackpropInput")
@@ -142,9 +228,28 @@ def depthwise_input_gradient(node: Node, image_shape: Tensor, kernel: Tensor, dy
     batch, height, width, channels = static(image_shape)
     multiplier = kernel.shape[3]
     window = window_of(node, (kernel.shape[0], kernel.shape[1]))
+    if window.strides == (1, 1) and multiplier == 1:
+        return _depthwise_of_turned_kernel((height, width), kernel, dy, window)
     outputs = dy.shape[1] * dy.shape[2]
-    gradient = tf.reshape(dy, [batch * outputs, 1, channels, multiplier])
-    weights = tf.reshape(kernel, [1, window.taps, channels, multiplier])
-    products = [gradient[..., index] * weights[..., index] for index in range(multiplier)]
-    entries = tf.reshape(tf.add_n(products), [batch, outputs * window.taps, channels])
+    slopes = tf.reshape(dy, [batch * outputs, 1, channels * multiplier])
+    products = slopes * tf.reshape(kernel, [1, window.taps, channels * multiplier])
+    if multiplier > 1:
+        products = tf.reduce_sum(tf.reshape(products, [-1, channels, multiplier]), 2)
+    entries = tf.reshape(products, [batch, outputs * window.taps, channels])
     return sum_touching(entries, window.outputs_of_inputs(height, width), (batch, height, width, channels))
+
+
+def _depthwise_of_turned_kernel(size: tuple[int, int], kernel: Tensor, dy: Tensor, window: Window) -> Tensor:
+    """Without strides, the gradient of the images is itself a depthwise convolution: of dy, with the kernel turned
+    by 180 degrees (by GATHER: REVERSE_V2 of two axes is wrong in TFLite 2.14)."""
+    taps = tf.reshape(kernel, [window.taps, -1])
+    turned = tf.reshape(tf.gather(taps, np.arange(window.taps, dtype=np.int32)[::-1]), kernel.shape)
+    if window.padding == "SAME" and all(side % 2 for side in window.kernel):
+        return tf.nn.depthwise_conv2d(dy, turned, [1, 1, 1, 1], "SAME", dilations=window.dilations)
+    sides = [[0, 0]]
+    for axis, (pixels, outputs) in enumerate(zip(size, dy.shape[1:3])):
+        beyond = (window.kernel[axis] - 1) * window.dilations[axis]
+        before = beyond - window.reach(axis, pixels)[0]
+        sides.append([before, pixels + beyond - outputs - before])
+    padded = tf.pad(dy, [*sides, [0, 0]])
+    return tf.nn.depthwise_conv2d(padded, turned, [1, 1, 1, 1], "VALID", dilations=window.dilations)

@@ -43,7 +43,7 @@ def matmul(a: Tensor, b: Tensor, transpose_a: bool = False, transpose_b: bool = 
         if size(b) > size(a) + rows * columns:
             return transpose(_batch_matmul(b, transpose(a)))
         return _batch_matmul(a, transpose(b))
-    if transpose_a and size(b) < size(a):
+    if transpose_a and a.shape[1] * b.shape[1] < size(b) < size(a):  # a sum over many rows, such as a kernel's gradient
         return transpose(_batch_matmul(b, a, adjoint_a=True))
     return _batch_matmul(a, b, adjoint_a=transpose_a)
 
@@ -84,19 +84,33 @@ def is_positive(tensor: Tensor) -> Tensor:
     return tf.sign(tensor)
 
 
+def minus(a: Tensor, b: Tensor) -> Tensor:
+    """a - b. Where a shape is broadcast, TFLite 2.14 computes SUB 20 times slower than ADD; -1 * b is exact."""
+    if isinstance(a, float) or a.shape != b.shape:
+        return a + -1.0 * b
+    return a - b
+
+
+def absolute(x: Tensor) -> Tensor:
+    """|x|, 50 times faster than ABS in TFLite 2.14."""
+    return tf.nn.relu(x) + tf.nn.relu(-1.0 * x)
+
+
+def padded_rows(rows: Tensor, table: Table, padding: float = 0.0) -> Tensor:
+    """(n, r, c), with one more row full of `padding` where the table names row r."""
+    if not bool((table == rows.shape[1]).any()):
+        return rows
+    return tf.raw_ops.PadV2(input=rows, paddings=[[0, 0], [0, 1], [0, 0]], constant_values=np.float32(padding))
+
+
 def gather_rows(rows: Tensor, table: Table, padding: float = 0.0) -> Tensor:
     """(n, r, c) gathered along axis 1 by a flat table; index r is a row full of `padding`."""
-    count = rows.shape[1]
-    if bool((table == count).any()):
-        rows = tf.raw_ops.PadV2(input=rows, paddings=[[0, 0], [0, 1], [0, 0]], constant_values=np.float32(padding))
-    return tf.gather(rows, table.reshape(-1), axis=1)
+    return tf.gather(padded_rows(rows, table, padding), np.ravel(table), axis=1)
 
 
 def sum_touching(entries: Tensor, table: Table, image: Sequence[int]) -> Tensor:
     """The inverse of taking patches: every pixel sums the entries (n, e, c) that the table (pixels, touches) names."""
     batch, height, width, channels = image
-    gathered = gather_rows(entries, table)
-    if table.shape[1] == 1:
-        return tf.reshape(gathered, image)
-    pixels = tf.reshape(gathered, [batch, height * width, table.shape[1], channels])
-    return tf.reshape(tf.reduce_sum(pixels, 2), [batch, height, width, channels])
+    gathered = gather_rows(entries, table.T)  # touch by touch: SUM adds whole images, twice as fast as pixel by pixel
+    images = tf.reshape(gathered, [batch, table.shape[1], height * width * channels])
+    return tf.reshape(tf.reduce_sum(images, 1) if table.shape[1] > 1 else images, image)

@@ -64,6 +64,16 @@ class Window:
         """(inputs, touches): the inverse table, as entries `output * taps + tap`, filled up with `outputs * taps`."""
         return inverse_table(self.inputs_of_outputs(*size).reshape(-1), math.prod(size))
 
+    def offsets(self) -> list[tuple[int, int]]:
+        """How far down and right of its window's first pixel every tap of a flat image's window lies, row by row."""
+        rows, columns = (range(0, size * step, step) for size, step in zip(self.kernel, self.dilations))
+        return [(y, x) for y in rows for x in columns]
+
+    def reach(self, axis: int, size: int) -> tuple[int, int]:
+        """Along one axis: the padding before the first pixel, and how many pixels, padding included, windows read."""
+        outputs, before = self._axis(axis, size)
+        return before, (outputs - 1) * self.strides[axis] + (self.kernel[axis] - 1) * self.dilations[axis] + 1
+
     def _axis(self, axis: int, size: int) -> tuple[int, int]:
         """How many outputs along one axis and how much padding before the first pixel."""
         stride = self.strides[axis]

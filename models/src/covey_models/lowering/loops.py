@@ -17,7 +17,7 @@ from covey_protocol.errors import BundleError
 
 tf = import_tensorflow()
 
-MOST_TURNS = 10_000  # a longer loop would give a model of millions of ops
+MOST_TURNS = 2_000  # a longer loop would give a model of a hundred thousand ops
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from covey_models._tensorflow import import_tensorflow
-from covey_models.lowering.formulations import column_sum, static
+from covey_models.lowering.formulations import column_sum, minus, static
 from covey_models.lowering.registry import Node, Tensor, lowers
 
 tf = import_tensorflow()
@@ -28,11 +28,11 @@ def _batch_norm(
     epsilon = node.attribute("epsilon")
     if not node.attribute("is_training"):
         factor = scale * tf.math.rsqrt(variance + epsilon)
-        return x * factor + (offset - mean * factor), mean, variance, mean, variance, mean
+        return x * factor + minus(offset, mean * factor), mean, variance, mean, variance, mean
     rows = tf.reshape(x, [-1, x.shape[-1]])
     count = rows.shape[0]
     batch_mean = column_sum(rows) * (1.0 / count)
-    centred = rows - batch_mean
+    centred = minus(rows, batch_mean)
     batch_variance = column_sum(centred * centred) * (1.0 / count)
     y = centred * (scale * tf.math.rsqrt(batch_variance + epsilon)) + offset
     unbiased = batch_variance * (count / max(count - 1, 1))
@@ -69,11 +69,11 @@ def _batch_norm_gradient(
     rows, slopes = (tf.reshape(tensor, [-1, x.shape[-1]]) for tensor in (x, dy))
     count = rows.shape[0]
     inverse = tf.math.rsqrt(variance + node.attribute("epsilon"))
-    normalised = (rows - mean) * inverse
+    normalised = minus(rows, mean) * inverse
     d_offset = column_sum(slopes)
     d_scale = column_sum(slopes * normalised)
     if node.attribute("is_training"):
-        slopes = slopes - d_offset * (1.0 / count) - normalised * (d_scale * (1.0 / count))
+        slopes = slopes + d_offset * (-1.0 / count) + normalised * (d_scale * (-1.0 / count))
     return tf.reshape(slopes * (scale * inverse), x.shape), d_scale, d_offset, mean, mean
 
 

@@ -6,6 +6,8 @@ lowerings do exactly that: constant regions of an image make ties all the time.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from covey_models._tensorflow import import_tensorflow
@@ -24,9 +26,24 @@ def max_pool_gradient(node: Node, images: Tensor, pooled: Tensor, dy: Tensor) ->
     """dx = dy at the first pixel of the window (row by row) that equals the maximum, else 0."""
     _, rows, columns, _ = node.attribute("ksize")
     window = window_of(node, (rows, columns))
+    if is_masked_where_pooled(node.op):
+        dy = dy * is_positive(pooled)
     if window.tiles(*images.shape[1:3]):
         return _tiled_max_pool_gradient(window, images, pooled, dy)
     return _overlapping_max_pool_gradient(window, images, pooled, dy)
+
+
+def is_masked_where_pooled(op: Any) -> bool:
+    """Whether a ReLU's gradient needs no mask of its own behind this MaxPoolGrad of that ReLU's output.
+
+    The pixel that gets a window's gradient holds the pooled value, so the mask of the pooled values, a quarter of the
+    size for 2x2 windows, does the same before the gradient is spread. Both lowerings ask here.
+    """
+    (gradient,) = op.outputs
+    used_by = gradient.consumers()
+    return op.inputs[0].op.type == "Relu" and all(
+        user.type == "ReluGrad" and user.inputs[1] is op.inputs[0] for user in used_by
+    )
 
 
 def _first_holders(pooled: Tensor, taps: list[Tensor], dy: Tensor) -> list[Tensor]:
@@ -47,8 +64,9 @@ def _tiled_max_pool_gradient(window: Window, images: Tensor, pooled: Tensor, dy:
     bands = tf.reshape(images, [batch, rows, down, width * channels])
     taps = []
     for y in range(down):
-        band = tf.reshape(bands[:, :, y, :], [batch, rows, columns, right * channels])
-        taps += [band[..., x * channels : (x + 1) * channels] for x in range(right)]
+        band = tf.slice(bands, [0, 0, y, 0], [batch, rows, 1, width * channels])
+        band = tf.reshape(band, [batch, rows, columns, right * channels])
+        taps += [tf.slice(band, [0, 0, 0, x * channels], pooled.shape) for x in range(right)]
     parts = _first_holders(pooled, taps, dy)
     lines = [
         tf.reshape(tf.concat(parts[y * right : (y + 1) * right], -1), [batch, rows, 1, width * channels])
