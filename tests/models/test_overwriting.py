@@ -77,9 +77,10 @@ def test_many_random_programs_compute_what_tensorflow_computes() -> None:
 def copies_in(function: Any, shapes: int, monkeypatch: pytest.MonkeyPatch) -> int:
     counts: list[int] = []
     counted = compact.copy_what_would_be_overwritten
-    monkeypatch.setattr(compact, "copy_what_would_be_overwritten", lambda parsed: counts.append(counted(parsed)))
     case = Case(function, normal(*[(4, 6)] * shapes), differentiate=False)
-    converting.convert({"step": lower(traced(case))}, [])
+    with monkeypatch.context() as patched:
+        patched.setattr(compact, "copy_what_would_be_overwritten", lambda parsed: counts.append(counted(parsed)))
+        converting.convert({"step": lower(traced(case))}, [])
     return counts[0]
 
 

@@ -25,7 +25,7 @@ GIVING_ON = ("RESHAPE", "EXPAND_DIMS", "SQUEEZE", "BITCAST")
 
 
 def copy_what_would_be_overwritten(parsed: Any) -> int:
-    """Put copies into a parsed model (the schema's ModelT) where the planner would let a tensor be overwritten too early.
+    """Put copies into a parsed model (the schema's ModelT) where a tensor would be overwritten too early.
 
     Returns how many: mostly none.
     """
