@@ -8,6 +8,7 @@ the others.
 from __future__ import annotations
 
 import functools
+import sys
 from typing import Any
 
 import numpy as np
@@ -82,6 +83,12 @@ def masked_words() -> Any:
     return tf.keras.Sequential(words)
 
 
+def asserted_and_printed(x: Any) -> Any:
+    tf.debugging.assert_greater(x, -100.0)
+    tf.print("x is", x, output_stream=sys.stderr)
+    return tf.raw_ops.Print(input=2.0 * x, data=[x])
+
+
 def strided(x: Any) -> list[Any]:
     return [x[:, ::2, 1::3, :], x[:, ::-1, 6:1:-2, :], x[..., tf.newaxis, ::2, -1], x[:, -5:-2, ::-3]]
 
@@ -137,6 +144,18 @@ def bounds() -> list[Any]:
 
 def first_layout(name: str, shape: tuple[int, ...], *arguments: Any, **named: Any) -> Case:
     return of_layer(lambda: getattr(layers, name)(*arguments, **named, data_format="channels_first"), shape)
+
+
+TRANSFORMS = np.array(
+    [[0.9, 0.1, 0.3, -0.2, 1.1, 0.4, 0, 0], [1.2, -0.3, -2.3, 0.2, 0.8, 3.4, 0.01, -0.02]], np.float32
+)
+
+
+def transformed(mode: str, interpolation: str = "BILINEAR") -> Any:
+    """Images turned, sheared and moved partly out of sight."""
+    return lambda x, t: tf.raw_ops.ImageProjectiveTransformV3(
+        images=x, transforms=t, output_shape=[7, 9], fill_value=0.3, interpolation=interpolation, fill_mode=mode
+    )
 
 
 POOLS_3D = {
@@ -241,7 +260,9 @@ CASES: dict[str, Case] = {
         ),
         normal(TABLE),
     ),
-    "numbers that are checked": Case(lambda x: tf.debugging.check_numerics(x, "finite"), normal(TABLE)),
+    "numbers that are checked, asserted and printed": Case(
+        each(lambda x: tf.debugging.check_numerics(x, "finite"), asserted_and_printed), normal(TABLE)
+    ),
     "gradients of one's own, stopped gradients": Case(
         each(tf.custom_gradient(lambda x: (tf.round(x), lambda dy: dy)), lambda x: x * tf.stop_gradient(x)),
         normal(TABLE),
@@ -585,6 +606,17 @@ CASES: dict[str, Case] = {
     ),
     "spectra before what is trained": Case(
         lambda x: tf.abs(tf.signal.stft(x, 8, 4)), normal((2, 32)), differentiate=False
+    ),
+    "images turned and moved": Case(
+        each(
+            *[transformed(mode) for mode in ("REFLECT", "WRAP", "CONSTANT", "NEAREST")],
+            *[transformed(mode, "NEAREST") for mode in ("REFLECT", "WRAP", "CONSTANT", "NEAREST")],
+        ),
+        together(normal((2, 8, 10, 3)), lambda: [TRANSFORMS]),
+        differentiate=False,
+    ),
+    "contrasts, before what is trained": Case(
+        lambda x: tf.image.adjust_contrast(x, 1.3), normal(IMAGES), differentiate=False
     ),
     # convolutions
     "convolutions of images": of_layer(

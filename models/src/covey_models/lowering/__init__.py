@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from covey_models.lowering import (
     activations,
+    augmentation,
     convolution,
     gathers,
     layouts,
@@ -30,6 +31,7 @@ from covey_models.lowering.rewriter import Lowered, all_ops, describe, is_random
 
 THEMES = (  # importing registers
     activations,
+    augmentation,
     convolution,
     gathers,
     layouts,

@@ -125,6 +125,7 @@ def _joined(parts: list[Tensor]) -> Tensor:
 
 @lowers("Conv2D")
 def convolution(node: Node, images: Tensor, kernel: Tensor) -> Tensor:
+    """y = P(x) w: the patches P(x), (batch * outputs, taps * channels), times the kernel as a matrix; per group."""
     groups = images.shape[3] // kernel.shape[2]
     window = window_of(node, (kernel.shape[0], kernel.shape[1]))
     size = window.output_size(*images.shape[1:3])
@@ -138,6 +139,7 @@ def convolution(node: Node, images: Tensor, kernel: Tensor) -> Tensor:
 
 @lowers("Conv2DBackpropFilter")
 def convolution_filter_gradient(node: Node, images: Tensor, kernel_shape: Tensor, dy: Tensor) -> Tensor:
+    """dw = P(x)^T dy, with the patches of the forward pass; per group."""
     height, width, channels, _ = static(kernel_shape)
     groups = images.shape[3] // channels
     window = window_of(node, (height, width))
@@ -151,6 +153,7 @@ def convolution_filter_gradient(node: Node, images: Tensor, kernel_shape: Tensor
 
 @lowers("Conv2DBackpropInput")
 def convolution_input_gradient(node: Node, image_shape: Tensor, kernel: Tensor, dy: Tensor) -> Tensor:
+    """dx = sum over the taps that read a pixel of dy w^T (col2im); the forward pass of Conv2DTranspose."""
     batch, height, width, channels = static(image_shape)
     groups = channels // kernel.shape[2]
     shape = (batch, height, width, kernel.shape[2])
@@ -185,7 +188,10 @@ def _input_gradient(shape: tuple[int, int, int, int], kernel: Tensor, dy: Tensor
 
 @lowers("DepthwiseConv2dNativeBackpropFilter")
 def depthwise_filter_gradient(node: Node, images: Tensor, kernel_shape: Tensor, dy: Tensor) -> Tensor:
-    """One tap after the other: all taps at once would take nine times the memory for a 3x3 kernel, and more time."""
+    """dw[t, c, m] = sum over outputs of P(x)[t, c] dy[c, m], one tap after the other.
+
+    All taps at once would take nine times the memory for a 3x3 kernel, and more time.
+    """
     height, width, channels, multiplier = static(kernel_shape)
     window = window_of(node, (height, width))
     slopes = tf.reshape(dy, [-1, channels * multiplier])
@@ -218,6 +224,7 @@ def _seen_by_taps(images: Tensor, window: Window) -> list[Tensor]:
 
 @lowers("DepthwiseConv2dNativeBackpropInput")
 def depthwise_input_gradient(node: Node, image_shape: Tensor, kernel: Tensor, dy: Tensor) -> Tensor:
+    """dx = sum over the taps that read a pixel of the sum over m of dy[c, m] w[t, c, m]."""
     batch, height, width, channels = static(image_shape)
     multiplier = kernel.shape[3]
     window = window_of(node, (kernel.shape[0], kernel.shape[1]))

@@ -74,6 +74,8 @@ def while_loop(node: Node, *state: Value) -> list[Value]:
 def branch(node: Node, condition: Tensor, *inputs: Value) -> list[Value]:
     """The branch a constant condition names; else both, and SELECT, where neither has side effects."""
     known = tf.get_static_value(condition)
+    if known is None and _only_asserts(node.graph("else_branch")):
+        known = True  # assertions are left out, here as everywhere
     if known is not None:
         return node.run(node.graph("then_branch" if known else "else_branch"), inputs)
     if node.op.type == "If":
@@ -84,6 +86,11 @@ def branch(node: Node, condition: Tensor, *inputs: Value) -> list[Value]:
     return [tf.where(condition, one, two) for one, two in zip(chosen, other)]
 
 
+def _only_asserts(graph: Any) -> bool:
+    types = {op.type for op in graph.get_operations()}
+    return "Assert" in types and types <= {"Assert", "Const", "Identity", "NoOp", "Placeholder"}
+
+
 def _shape(node: Node, element_shape: Tensor) -> Optional[tuple[int, ...]]:
     sizes = static(element_shape)
     return None if any(size < 0 for size in sizes) else sizes
@@ -91,21 +98,25 @@ def _shape(node: Node, element_shape: Tensor) -> Optional[tuple[int, ...]]:
 
 @lowers("EmptyTensorList", table=LOOPS)
 def empty_list(node: Node, element_shape: Tensor, most_items: Tensor) -> TensorList:
+    """A Python list without items."""
     return TensorList((), node.attribute("element_dtype"), _shape(node, element_shape))
 
 
 @lowers("TensorListReserve", table=LOOPS)
 def reserved_list(node: Node, element_shape: Tensor, count: Tensor) -> TensorList:
+    """A Python list of `count` items that nobody has set."""
     return TensorList((None,) * static(count)[0], node.attribute("element_dtype"), _shape(node, element_shape))
 
 
 @lowers("TensorListFromTensor", table=LOOPS)
 def list_of_rows(node: Node, tensor: Tensor, element_shape: Tensor) -> TensorList:
+    """The slices of a tensor along its first axis."""
     return TensorList(tuple(tf.unstack(tensor)), tensor.dtype, tuple(tensor.shape[1:]))
 
 
 @lowers("TensorListStack", table=LOOPS)
 def stacked(node: Node, rows: TensorList, element_shape: Tensor) -> Tensor:
+    """The items as one tensor, along a new first axis."""
     return tf.stack(_shaped(node, rows, element_shape).all_items())
 
 
@@ -116,17 +127,20 @@ def _shaped(node: Node, rows: TensorList, element_shape: Tensor) -> TensorList:
 
 @lowers("TensorListConcatV2", table=LOOPS)
 def concatenated(node: Node, rows: TensorList, element_shape: Tensor, leading: Tensor) -> list[Tensor]:
+    """The items joined along their first axis, and how long each was."""
     items = rows.all_items()
     return [tf.concat(items, 0), tf.constant([int(item.shape[0]) for item in items], tf.int64)]
 
 
 @lowers("TensorListGetItem", table=LOOPS)
 def item(node: Node, rows: TensorList, index: Tensor, element_shape: Tensor) -> Value:
+    """Item `index`, a constant; zeros where nobody has set it."""
     return _shaped(node, rows, element_shape).item(_index(index))
 
 
 @lowers("TensorListSetItem", table=LOOPS)
 def with_item(node: Node, rows: TensorList, index: Tensor, value: Value) -> TensorList:
+    """The list with item `index`, a constant, replaced."""
     return rows.with_item(_index(index), value)
 
 
@@ -139,26 +153,31 @@ def _index(index: Tensor) -> int:
 
 @lowers("TensorListPushBack", table=LOOPS)
 def pushed(node: Node, rows: TensorList, value: Value) -> TensorList:
+    """The list with one more item at its end."""
     return TensorList((*rows.items, value), value.dtype, rows.shape)
 
 
 @lowers("TensorListPopBack", table=LOOPS)
 def popped(node: Node, rows: TensorList, element_shape: Tensor) -> list[Value]:
+    """The list without its last item, and that item."""
     return [TensorList(rows.items[:-1], rows.dtype, rows.shape), rows.item(len(rows.items) - 1)]
 
 
 @lowers("TensorListLength", table=LOOPS)
 def length(node: Node, rows: TensorList) -> Tensor:
+    """How many items the list holds."""
     return tf.constant(len(rows.items), tf.int32)
 
 
 @lowers("TensorListElementShape", table=LOOPS)
 def element_shape(node: Node, rows: TensorList) -> Tensor:
+    """The shape of one item."""
     return tf.constant(rows.item_shape(), node.attribute("shape_type"))
 
 
 @lowers("TensorListResize", table=LOOPS)
 def resized(node: Node, rows: TensorList, count: Tensor) -> TensorList:
+    """The list cut or filled up to `count` items."""
     size = static(count)[0]
     return TensorList((*rows.items, *(None,) * size)[:size], rows.dtype, rows.shape)
 
@@ -177,6 +196,7 @@ def total(node: Node, *values: Value) -> Value:
 
 @lowers("ZerosLike", table=LOOPS)
 def zeros_like(node: Node, value: Value) -> Value:
+    """Zeros of the same shape, or a list of items that nobody has set."""
     if isinstance(value, TensorList):
         return TensorList((None,) * len(value.items), value.dtype, value.item_shape() if value.items else value.shape)
     return tf.zeros(value.shape, value.dtype) if value.shape.is_fully_defined() else tf.zeros_like(value)

@@ -53,6 +53,10 @@ def _moved(
 def batch_norm_gradient(
     node: Node, dy: Tensor, x: Tensor, scale: Tensor, mean: Tensor, variance: Tensor, _unused: Tensor
 ) -> tuple[Tensor, ...]:
+    """dx = g r (dy - mean(dy) - n mean(dy n)), dg = sum(dy n), db = sum(dy); n = (x - m) r, r = 1 / sqrt(v + epsilon).
+
+    Not training: dx = g r dy, because m and v are constants then. All means and sums in two stages.
+    """
     if node.attribute("data_format") == "NCHW":
         dx, *rest = _batch_norm_gradient(node, _channels_last(dy), _channels_last(x), scale, mean, variance)
         return (_channels_first(dx), *rest)
@@ -83,6 +87,7 @@ def _channels_first(x: Tensor) -> Tensor:
 
 @lowers("Sum")
 def sum_(node: Node, x: Tensor, axes: Tensor) -> Tensor:
+    """y = sum of x over the axes; in two stages where leading axes of float numbers are summed."""
     keep = node.attribute("keep_dims")
     if not _sums_examples(x, axes):
         return tf.reduce_sum(x, static(axes), keepdims=keep)
@@ -93,6 +98,7 @@ def sum_(node: Node, x: Tensor, axes: Tensor) -> Tensor:
 
 @lowers("Mean")
 def mean_(node: Node, x: Tensor, axes: Tensor) -> Tensor:
+    """y = mean of x over the axes; in two stages where leading axes of float numbers are averaged."""
     if not _sums_examples(x, axes):
         return tf.reduce_mean(x, static(axes), keepdims=node.attribute("keep_dims"))
     return sum_(node, x, axes) * (1.0 / _rows(x, axes))

@@ -23,6 +23,7 @@ BELOW_ALL = -3e38  # padding that no pixel of a max pool window can lose against
 
 @lowers("MaxPoolGrad")
 def max_pool_gradient(node: Node, images: Tensor, pooled: Tensor, dy: Tensor) -> Tensor:
+    """dx = dy at the first pixel of the window (row by row) that equals the maximum, else 0."""
     _, rows, columns, _ = node.attribute("ksize")
     window = window_of(node, (rows, columns))
     if is_masked_where_pooled(node.op):
@@ -90,6 +91,7 @@ def _overlapping_max_pool_gradient(window: Window, images: Tensor, pooled: Tenso
 
 @lowers("AvgPoolGrad")
 def average_pool_gradient(node: Node, image_shape: Tensor, dy: Tensor) -> Tensor:
+    """dx = sum over the windows that hold a pixel of dy / (pixels of the image in that window)."""
     batch, height, width, channels = static(image_shape)
     _, rows, columns, _ = node.attribute("ksize")
     window = window_of(node, (rows, columns))

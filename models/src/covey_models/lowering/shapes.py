@@ -24,6 +24,18 @@ def unchecked(node: Node, x: Tensor) -> Tensor:
     return x
 
 
+@lowers("PrintV2", "Print")
+def unprinted(node: Node, *inputs: Tensor) -> list[Tensor]:
+    """Nothing is printed on a device; Print (of version 1) passes its first input on."""
+    return list(inputs[: len(node.op.outputs)])
+
+
+@lowers("StringFormat")
+def unformatted(node: Node, *inputs: Tensor) -> Tensor:
+    """An empty text: only tf.print reads it."""
+    return tf.constant("")
+
+
 @dataclass(frozen=True)
 class Taken:
     """What a slice takes along one axis: `count` positions from `start` in steps of `step`.
