@@ -31,6 +31,8 @@ class Mathematics(layers.Layer):  # type: ignore[misc,name-defined]
     def call(self, x: Any) -> Any:
         y = tf.sqrt(tf.abs(x) + 0.1) + tf.math.rsqrt(x * x + 1.0) + tf.pow(tf.abs(tf.tanh(x)) + 1.0, 1.5)
         y += tf.math.log1p(x * x) + tf.math.expm1(-x * x) + tf.math.divide_no_nan(x, tf.sign(tf.nn.relu(x)))
+        y += x / (1.0 + tf.reduce_sum(x * x, -1, keepdims=True)) + tf.math.squared_difference(x, 0.3) + tf.square(x)
+        y += x - tf.reduce_mean(x, [1, 2], keepdims=True) + tf.nn.leaky_relu(x, 0.3)
         y += tf.maximum(x, 0.2) + tf.clip_by_value(x, -0.5, 0.5) + tf.math.reciprocal(x * x + 1.0)
         return 0.1 * y  # outputs of size one, so that the steps converge and do not amplify rounding
 
@@ -47,6 +49,27 @@ class Decorated(layers.Layer):  # type: ignore[misc,name-defined]
 
     def call(self, x: Any) -> Any:
         return self.scaled(x)
+
+
+def pooled_and_summed(x: Any) -> Any:
+    """A ReLU that feeds a max pool and something else, so that the pool's gradient is not all it gets."""
+    x = layers.Conv2D(6, 3, activation="relu", padding="same")(x)
+    return layers.Concatenate()([layers.MaxPool2D(2)(x), layers.AveragePooling2D(2)(x)])
+
+
+class Pooled(layers.Layer):  # type: ignore[misc,name-defined]
+    """ReLU and max pool in a nested tf.function, and a gradient that leaves the function between the two."""
+
+    @tf.function  # type: ignore[untyped-decorator]
+    def positive(self, x: Any) -> Any:
+        return tf.nn.relu(x)
+
+    @tf.function  # type: ignore[untyped-decorator]
+    def pooled(self, x: Any) -> Any:
+        return tf.nn.max_pool2d(tf.nn.relu(x), 2, 2, "VALID") + tf.nn.max_pool2d(self.positive(x), 2, 2, "VALID")
+
+    def call(self, x: Any) -> Any:
+        return self.pooled(x)
 
 
 def squeeze_and_excite(x: Any) -> Any:
@@ -101,6 +124,17 @@ CASES: dict[str, Any] = {
         layers.MaxPool2D(2),
         layers.Conv2D(6, 3, padding="same"),
         layers.MaxPool2D(3, 2, "same"),
+    ],
+    "a ReLU before a max pool": lambda: [
+        layers.Conv2D(6, 3, activation="relu"),
+        layers.MaxPool2D(2),
+        pooled_and_summed,
+    ],
+    "a ReLU and a max pool in nested functions": lambda: [layers.Conv2D(6, 3), Pooled()],
+    "few channels, large strides, dilated": lambda: [
+        layers.Conv2D(2, 5, (2, 3), "same"),
+        layers.Conv2D(3, (3, 2), padding="same", dilation_rate=2),
+        layers.Conv2D(4, (2, 3), 2),
     ],
     "average pools": lambda: [layers.Conv2D(6, 3), layers.AveragePooling2D(2), layers.AveragePooling2D(3, 2, "same")],
     "global average": lambda: [layers.Conv2D(6, 3), layers.GlobalAveragePooling2D()],

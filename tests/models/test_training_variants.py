@@ -69,7 +69,6 @@ OWN: dict[str, Callable[[], Any]] = {
     "Adam with AMSGrad": lambda: optimizers.Adam(amsgrad=True, beta_1=0.8),
     "Adadelta": lambda: optimizers.Adadelta(rho=0.9),
     "Adamax": optimizers.Adamax,
-    "Nadam": optimizers.Nadam,
     "centred RMSprop with momentum": lambda: optimizers.RMSprop(momentum=0.5, centered=True),
     "legacy SGD with momentum": lambda: optimizers.legacy.SGD(momentum=0.9),
     "legacy Adam": optimizers.legacy.Adam,
@@ -189,8 +188,8 @@ def test_moving_statistics_travel_unless_they_are_to_stay() -> None:
     averaged, local = (bundle_of(with_batch_norm(), moving_statistics=wish) for wish in ("average", "local"))
     names = [spec.name for spec in averaged.manifest.parameters if not spec.trainable]
     assert names == ["norm/moving_mean", "norm/moving_variance"]
-    assert [spec.name for spec in averaged.manifest.parameters if spec.trainable] == [
-        spec.name for spec in local.manifest.parameters
+    assert [spec.shape for spec in averaged.manifest.parameters if spec.trainable] == [
+        spec.shape for spec in local.manifest.parameters
     ]
 
 
@@ -256,7 +255,7 @@ def test_losses_are_what_keras_computes(case: str) -> None:
 )
 def test_a_model_that_ends_in_probabilities_trains_as_its_logits_do(activation: str, outputs: int, loss: str) -> None:
     logits = small(outputs)
-    ended = tf.keras.Sequential([*logits.layers, layers.Activation(activation)])
+    ended = tf.keras.Sequential([layers.InputLayer((6, 6, 2)), *logits.layers, layers.Activation(activation)])
     results = []
     for model in (logits, ended):
         bundle = bundle_of(model, loss=loss)

@@ -6,14 +6,16 @@ temporary directory. Errors of the converter, which run over many screens, becom
 
 from __future__ import annotations
 
+import gc
 import re
 import tempfile
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from covey_models._tensorflow import flatbuffer_schema, import_tensorflow, quiet
+from covey_models.compact import compacted
 from covey_models.lowering import Lowered, describe
-from covey_models.overwriting import without_overwriting
 from covey_protocol.errors import BundleError
 
 tf = import_tensorflow()
@@ -27,12 +29,13 @@ def convert(functions: Mapping[str, Lowered], variables: list[Any], layers: Coll
     holder = tf.Module()
     holder.held = list(variables)
     try:
-        with tempfile.TemporaryDirectory() as folder, quiet():
+        with tempfile.TemporaryDirectory() as folder, quiet(), _no_garbage_collection():
             tf.saved_model.save(holder, folder, {name: lowered.function for name, lowered in functions.items()})
             converter = tf.lite.TFLiteConverter.from_saved_model(folder)
             converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS]
             converter.experimental_enable_resource_variables = True
-            model = without_overwriting(bytes(converter.convert()))
+            converter.exclude_conversion_metadata = True  # another round of unpacking and packing
+            model = compacted(bytes(converter.convert()))
     except (
         Exception
     ) as exc:  # the converter raises whatever its C++ half reports: ConverterError, ValueError, RuntimeError
@@ -50,12 +53,24 @@ def operators(model: bytes) -> list[str]:
     """The ops a TFLite model uses, by name and sorted: ADD, BATCH_MATMUL, ...; "custom NAME" for what is no builtin."""
     schema = flatbuffer_schema()
     names = {number: name for name, number in vars(schema.BuiltinOperator).items() if not name.startswith("_")}
-    parsed = schema.ModelT.InitFromObj(schema.Model.GetRootAs(model, 0))
+    root = schema.Model.GetRootAs(model, 0)
     found = set()
-    for code in parsed.operatorCodes:
-        custom = code.customCode.decode() if code.customCode else ""
-        found.add(f"custom {custom}" if custom else names[max(code.builtinCode, code.deprecatedBuiltinCode)])
+    for code in map(root.OperatorCodes, range(root.OperatorCodesLength())):
+        custom = code.CustomCode().decode() if code.CustomCode() else ""
+        found.add(f"custom {custom}" if custom else names[max(code.BuiltinCode(), code.DeprecatedBuiltinCode())])
     return sorted(found)
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """The collector would walk the converter's million small objects again and again: half of its Python time."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _explained(exc: Exception, functions: Mapping[str, Lowered], layers: Collection[str]) -> BundleError:

@@ -39,10 +39,12 @@ def is_masked_where_pooled(op: Any) -> bool:
     The pixel that gets a window's gradient holds the pooled value, so the mask of the pooled values, a quarter of the
     size for 2x2 windows, does the same before the gradient is spread. Both lowerings ask here.
     """
-    (gradient,) = op.outputs
-    used_by = gradient.consumers()
-    return op.inputs[0].op.type == "Relu" and all(
-        user.type == "ReluGrad" and user.inputs[1] is op.inputs[0] for user in used_by
+    (gradient,), images = op.outputs, op.inputs[0]
+    returned = any(output is gradient for output in op.graph.outputs)
+    return (
+        images.op.type == "Relu"
+        and not returned
+        and all(user.type == "ReluGrad" and user.inputs[1] is images for user in gradient.consumers())
     )
 
 
