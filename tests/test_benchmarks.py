@@ -23,3 +23,17 @@ def test_the_benchmark_of_the_training_step_compares_all_contestants() -> None:
         assert f"\n{contestant}  " in said
     assert "times faster than Flex" in said
     assert "MB resident" in said
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_deep_nets_are_no_further_from_float64_than_tensorflow_is() -> None:
+    command = [sys.executable, "benchmarks/parity.py", "mobilenet-v2", "mobilenet-v3-small", "ds-cnn"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1200)
+    assert done.returncode == 0, done.stderr
+    rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")][1:]
+    assert [row[0] for row in rows] == ["mobilenet-v2", "mobilenet-v3-small", "ds-cnn"]
+    for _, tflite, with_onednn, without_onednn, larger in rows:
+        medians = [float(cell.split(",")[0]) for cell in (tflite, with_onednn, without_onednn)]
+        assert medians[0] <= max(1e-5, 2.0 * max(medians[1:]))
+        assert float(larger) > 1e-4

@@ -13,7 +13,7 @@ import flatbuffers
 import numpy as np
 
 from covey_models._tensorflow import flatbuffer_schema
-from covey_models.inplace import guard_shared_inputs
+from covey_models.overwriting import copy_what_would_be_overwritten
 
 FILE_IDENTIFIER = b"TFL3"
 ALIGNMENT = 16  # of constants, in bytes: the schema's force_align, which its Python classes leave out
@@ -21,10 +21,10 @@ _NOTHING = SimpleNamespace()
 
 
 def compacted(model: bytes) -> bytes:
-    """The same model, smaller, and guarded (`covey_models.inplace`). Names of entry points, inputs and outputs stay."""
+    """The same model, smaller, with `covey_models.overwriting` prevented. Names of inputs and outputs stay."""
     schema = flatbuffer_schema()
     parsed = schema.ModelT.InitFromObj(schema.Model.GetRootAs(model, 0))
-    guard_shared_inputs(parsed)
+    copy_what_would_be_overwritten(parsed)
     _share_buffers(parsed)
     for graph in parsed.subgraphs:
         for tensor in graph.tensors:

@@ -31,10 +31,7 @@ def convert(functions: Mapping[str, Lowered], variables: list[Any], layers: Coll
     try:
         with tempfile.TemporaryDirectory() as folder, quiet(), _no_garbage_collection():
             tf.saved_model.save(holder, folder, {name: lowered.function for name, lowered in functions.items()})
-            converter = tf.lite.TFLiteConverter.from_saved_model(folder)
-            converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS]
-            converter.experimental_enable_resource_variables = True
-            converter.exclude_conversion_metadata = True  # another round of unpacking and packing
+            converter = _converter(folder)
             model = compacted(bytes(converter.convert()))
     except (
         Exception
@@ -59,6 +56,23 @@ def operators(model: bytes) -> list[str]:
         custom = code.CustomCode().decode() if code.CustomCode() else ""
         found.add(f"custom {custom}" if custom else names[max(code.BuiltinCode(), code.DeprecatedBuiltinCode())])
     return sorted(found)
+
+
+def _converter(folder: str) -> Any:
+    """TFLite's converter for builtin ops and variables.
+
+    Its metadata and its own sharing of constants each unpack and pack the whole file; `compacted` does that once.
+    """
+    converter = tf.lite.TFLiteConverter.from_saved_model(folder)
+    converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS]
+    converter.experimental_enable_resource_variables = True
+    converter.exclude_conversion_metadata = True
+    converter._optimize_tflite_model = _as_it_is
+    return converter
+
+
+def _as_it_is(model: bytes, *_options: Any, **_more: Any) -> bytes:
+    return model
 
 
 @contextmanager

@@ -71,10 +71,10 @@ def exported(model: Any, settings: Settings, key: Optional[SealingKey] = None) -
     )
     with quiet(), _unchanged(model):
         steps = _traced(model, recipe)
-        tflite = _converted(steps.functions, model, steps)
+        tflite = convert_functions(steps.functions, model, steps)
         _check_outputs(model, loss, settings)
         data = DataRange(_input_shape(model), model.inputs[0].dtype.name, settings.input_range, loss.labels)
-        proof = prove(tflite, steps, lambda functions: _converted(functions, model, steps), data, settings.seed)
+        proof = prove(tflite, steps, lambda functions: convert_functions(functions, model, steps), data, settings.seed)
     return write_bundle(_manifest(model, settings, steps, proof), tflite, key)
 
 
@@ -112,7 +112,7 @@ def _manifest(model: Any, settings: Settings, steps: Steps, proof: Proof) -> Man
     )
 
 
-def _converted(functions: Mapping[str, Any], model: Any, steps: Steps) -> bytes:
+def convert_functions(functions: Mapping[str, Any], model: Any, steps: Steps) -> bytes:
     """A TFLite model of some functions over the model's variables; frozen ones become constants."""
     layers = layer_names(model)
     lowered = {name: lower(function, layers, steps.constants) for name, function in functions.items()}

@@ -18,6 +18,8 @@ from covey_models.lowering.registry import Tensor
 
 tf = import_tensorflow()
 
+SHORT = 16  # terms of a sum that gains nothing from two stages
+
 
 def size(tensor: Tensor) -> int:
     return int(math.prod(tensor.shape))
@@ -65,11 +67,26 @@ def column_sum(matrix: Tensor) -> Tensor:
     and cost no measurable time.
     """
     rows, columns = matrix.shape
-    inner = _divisor_near_root(rows)
-    if rows < 16 or inner < 4:  # nothing to gain
+    if rows < SHORT:
         return tf.reduce_sum(matrix, 0)
-    partial = tf.reduce_sum(tf.reshape(matrix, [rows // inner, inner * columns]), 0)
+    inner = _divisor_near_root(rows)
+    if inner < 4:
+        inner = math.isqrt(rows)
+        matrix = tf.pad(matrix, [[0, -rows % inner], [0, 0]])  # a row more changes no sum
+    partial = tf.reduce_sum(tf.reshape(matrix, [-(-rows // inner), inner * columns]), 0)
     return tf.reduce_sum(tf.reshape(partial, [inner, columns]), 0)
+
+
+def middle_sum(block: Tensor) -> Tensor:
+    """(a, n, c) -> (a, c), in two stages as `column_sum` where n is long and has a middling divisor."""
+    outer, rows, columns = block.shape
+    if outer == 1:
+        return tf.reshape(column_sum(tf.reshape(block, [rows, columns])), [1, columns])
+    inner = _divisor_near_root(rows)
+    if rows < SHORT or inner < 4:
+        return tf.reduce_sum(block, 1)
+    partial = tf.reduce_sum(tf.reshape(block, [outer, rows // inner, inner * columns]), 1)
+    return tf.reduce_sum(tf.reshape(partial, [outer, inner, columns]), 1)
 
 
 def _divisor_near_root(number: int) -> int:

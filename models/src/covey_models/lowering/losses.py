@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from covey_models._tensorflow import import_tensorflow
+from covey_models.lowering.formulations import column_sum
 from covey_models.lowering.registry import Node, Tensor, lowers
 
 tf = import_tensorflow()
@@ -30,4 +31,4 @@ def cross_entropy(node: Node, logits: Tensor, labels: Tensor) -> tuple[Tensor, T
 @lowers("L2Loss")
 def half_squared_norm(node: Node, x: Tensor) -> Tensor:
     """y = (sum of x^2) / 2."""
-    return 0.5 * tf.reduce_sum(x * x)
+    return 0.5 * tf.reshape(column_sum(tf.reshape(x * x, [-1, 1])), [])

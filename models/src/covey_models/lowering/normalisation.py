@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from covey_models._tensorflow import import_tensorflow
-from covey_models.lowering.formulations import column_sum, minus, static
+from covey_models.lowering.formulations import SHORT, column_sum, middle_sum, minus, static
 from covey_models.lowering.registry import Node, Tensor, lowers
 
 tf = import_tensorflow()
@@ -87,32 +87,33 @@ def _channels_first(x: Tensor) -> Tensor:
 
 @lowers("Sum")
 def sum_(node: Node, x: Tensor, axes: Tensor) -> Tensor:
-    """y = sum of x over the axes; in two stages where leading axes of float numbers are summed."""
-    keep = node.attribute("keep_dims")
-    if not _sums_examples(x, axes):
-        return tf.reduce_sum(x, static(axes), keepdims=keep)
-    shape = [1 if axis in _positive(x, axes) else size for axis, size in enumerate(x.shape)]
-    total = column_sum(tf.reshape(x, [_rows(x, axes), -1]))
-    return tf.reshape(total, shape if keep else x.shape[len(_positive(x, axes)) :])
+    """y = sum of x over the axes; in two stages where adjoining axes of float numbers are summed."""
+    summed = _positive(x, axes)
+    if not _is_block(x, summed):
+        return tf.reduce_sum(x, static(axes), keepdims=node.attribute("keep_dims"))
+    before, after = x.shape[: summed[0]], x.shape[summed[-1] + 1 :]
+    total = middle_sum(tf.reshape(x, [math.prod(before), _terms(x, summed), math.prod(after)]))
+    ones = [1] * len(summed) if node.attribute("keep_dims") else []
+    return tf.reshape(total, [*before, *ones, *after])
 
 
 @lowers("Mean")
 def mean_(node: Node, x: Tensor, axes: Tensor) -> Tensor:
-    """y = mean of x over the axes; in two stages where leading axes of float numbers are averaged."""
-    if not _sums_examples(x, axes):
+    """y = mean of x over the axes; in two stages where adjoining axes of float numbers are averaged."""
+    if not _is_block(x, _positive(x, axes)):
         return tf.reduce_mean(x, static(axes), keepdims=node.attribute("keep_dims"))
-    return sum_(node, x, axes) * (1.0 / _rows(x, axes))
+    return sum_(node, x, axes) * (1.0 / _terms(x, _positive(x, axes)))
 
 
 def _positive(x: Tensor, axes: Tensor) -> list[int]:
     return sorted({axis % x.shape.rank for axis in static(axes)}) if x.shape.rank else []
 
 
-def _rows(x: Tensor, axes: Tensor) -> int:
-    return math.prod(int(x.shape[axis]) for axis in _positive(x, axes))
+def _terms(x: Tensor, axes: list[int]) -> int:
+    return math.prod(int(x.shape[axis]) for axis in axes)
 
 
-def _sums_examples(x: Tensor, axes: Tensor) -> bool:
-    """Whether leading axes of float numbers are summed, and others are left: then two stages are more precise."""
-    summed = _positive(x, axes)
-    return x.dtype == tf.float32 and summed == list(range(len(summed))) and 0 < len(summed) < x.shape.rank
+def _is_block(x: Tensor, axes: list[int]) -> bool:
+    """Whether adjoining axes of float numbers are summed, over many terms: then two stages are more precise."""
+    adjoining = bool(axes) and axes == list(range(axes[0], axes[-1] + 1))
+    return x.dtype == tf.float32 and adjoining and _terms(x, axes) >= SHORT
