@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from parity import UPDATES, Case, between, errors, indices, normal, of_layer, op_types, together, traced
+from parity import UPDATES, Case, between, errors, in_tflite, indices, normal, of_layer, op_types, together, traced
 
 from covey_models._tensorflow import import_tensorflow
 from covey_models.lowering import LOWERINGS, lower
@@ -708,6 +708,23 @@ def traced_case(name: str) -> Any:
 def test_forward_and_gradient_equal_tensorflow(case: str) -> None:
     worst = errors(CASES[case], traced_case(case))
     assert max(worst.values()) < CASES[case].tolerance, worst
+
+
+@pytest.mark.parametrize("kind", ["max", "avg"])
+def test_channels_first_pools_equal_numpy(kind: str) -> None:
+    """Not TensorFlow: oneDNN in 2.14 gives wrong pools beside transposes of the same shape."""
+    x = np.random.default_rng(0).standard_normal((2, 4, 8, 8)).astype(np.float32)
+    pool = getattr(tf.nn, f"{kind}_pool2d")
+    case = Case(lambda images: tf.square(pool(images, 2, 2, "VALID", data_format="NCHW")), lambda: [x])
+    computed = in_tflite(traced(case))(x0=x)
+    windows = x.reshape(2, 4, 4, 2, 4, 2).transpose(0, 1, 2, 4, 3, 5).reshape(2, 4, 4, 4, 4)
+    pooled = windows.max(-1) if kind == "max" else windows.mean(-1)
+    share = np.eye(4)[windows.argmax(-1)] if kind == "max" else np.full(windows.shape, 0.25)
+    weights = np.random.default_rng(100).uniform(0.5, 1.5, pooled.shape).astype(np.float32)
+    gradient = (2.0 * weights * pooled)[..., None] * share
+    gradient = gradient.reshape(2, 4, 4, 4, 2, 2).transpose(0, 1, 2, 4, 3, 5).reshape(x.shape)
+    np.testing.assert_allclose(computed["y0"], pooled**2, atol=1e-6)
+    np.testing.assert_allclose(computed["g0"], gradient, atol=2e-6)
 
 
 def test_every_lowering_has_a_case() -> None:

@@ -105,6 +105,7 @@ def _copying_code(schema: Any, parsed: Any, codes: list[str]) -> int:
 
 
 def _insert_copies(schema: Any, subgraph: Any, places: list[tuple[int, int]], copying: int) -> None:
+    readers = {number: subgraph.operators[number] for number, _ in places}
     for number, tensor in sorted(set(places), reverse=True):  # from the end, so that numbers stay true
         original = subgraph.tensors[tensor]
         copy = schema.TensorT()
@@ -119,6 +120,6 @@ def _insert_copies(schema: Any, subgraph: Any, places: list[tuple[int, int]], co
             schema.ConcatenationOptionsT(),
         )
         op.builtinOptions.axis = 0
-        reader = subgraph.operators[number]
+        reader = readers[number]
         reader.inputs = [op.outputs[0] if int(each) == tensor else int(each) for each in reader.inputs]
         subgraph.operators.insert(number, op)
