@@ -87,7 +87,12 @@ def test_every_setting_reaches_the_bundle(module: Path, tmp_path: Path) -> None:
 
 
 REFUSED: dict[str, tuple[str, list[str], type[CoveyError], str]] = {
-    "an op that cannot travel": ("{m}:as_text", [], BundleError, "op AsString of the layer 'text' is neither"),
+    "an op that cannot travel": (
+        "{m}:as_text",
+        [],
+        BundleError,
+        "the op AsString of the layer 'text'",
+    ),
     "a wrong number of classes": ("{m}:softmax", ["--classes", "7"], BundleError, "3 classes apart, not 7"),
     "no such function": ("{m}:other", [], ConfigError, "has no function 'other'"),
     "not a function": ("{m}:number", [], ConfigError, "has no function 'number'"),

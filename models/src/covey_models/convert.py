@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from covey_models._tensorflow import flatbuffer_schema, import_tensorflow, quiet
+from covey_models._tensorflow import flatbuffer_schema, import_tensorflow, leave_file_alone, quiet
 from covey_models.compact import compacted
 from covey_models.lowering import Lowered, describe
 from covey_protocol.errors import BundleError
@@ -59,20 +59,12 @@ def operators(model: bytes) -> list[str]:
 
 
 def _converter(folder: str) -> Any:
-    """TFLite's converter for builtin ops and variables.
-
-    Its metadata and its own sharing of constants each unpack and pack the whole file; `compacted` does that once.
-    """
+    """TFLite's converter for builtin ops and variables."""
     converter = tf.lite.TFLiteConverter.from_saved_model(folder)
     converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS]
     converter.experimental_enable_resource_variables = True
     converter.exclude_conversion_metadata = True
-    converter._optimize_tflite_model = _as_it_is
-    return converter
-
-
-def _as_it_is(model: bytes, *_options: Any, **_more: Any) -> bytes:
-    return model
+    return leave_file_alone(converter)
 
 
 @contextmanager

@@ -258,11 +258,19 @@ def prove(model: bytes, steps: Steps, convert: Convert, data: DataRange, seed: i
     measured = _against_float32(ours, theirs, trial)
     failed = [one for one in measured if not one.holds]
     if not failed:
+        if not _agree_at_louder(ours, theirs, trial):  # saturated ends amplify rounding too: float64 decides
+            _no_further_anywhere((ours, theirs, _double(theirs, steps)), trial, LOUDER, TWIN_FACTOR, {}, _tensors)
         worst = _worst(measured)
         return Proof(STEPS, worst.error, worst.tolerance, ours.runtime)
     _refuse_what_is_not_rounding(failed)
     worst = _against_float64(ours, theirs, trial, convert)
     return Proof(DOUBLE_STEPS, worst.error, worst.tolerance, ours.runtime, "float64")
+
+
+def _double(theirs: Side, steps: Steps) -> DoubleSide:
+    """The net in float64, from where TensorFlow's side started."""
+    theirs.reset()
+    return DoubleSide(steps.functions, steps)
 
 
 def _worst(measured: Sequence[Measured]) -> Measured:
@@ -317,15 +325,16 @@ def _against_float32(ours: Side, theirs: Side, trial: Trial) -> list[Measured]:
         if batch.is_empty:
             measured.append(_measure(_EMPTY, ours.parameters(), before))
     measured += _measure_all("infer", *(side.call["infer"](x=batches[0].x) for side in sides))
-    return measured + _measured_reset(sides, trial, batches[0]) + _measured_louder(sides, trial, batches[0])
+    return measured + _measured_reset(sides, trial, batches[0])
 
 
-def _measured_louder(sides: tuple[Side, Side], trial: Trial, batch: Batch) -> list[Measured]:
-    """The gradient at louder parameters, where TensorFlow itself still has one."""
-    for side in sides:
+def _agree_at_louder(ours: Side, theirs: Side, trial: Trial) -> bool:
+    """Whether the gradients at louder parameters agree; True where TensorFlow itself has none there."""
+    batch = trial.batches(0, 1)[0]
+    for side in (ours, theirs):
         trial.begin(side, LOUDER)
-    ours, theirs = (trial.gradient(side, batch)["gradient"] for side in sides)
-    return [_measure("gradient at louder parameters", ours, theirs)] if np.isfinite(theirs).all() else []
+    mine, own = (trial.gradient(side, batch)["gradient"] for side in (ours, theirs))
+    return not np.isfinite(own).all() or _measure("gradient", mine, own).holds
 
 
 def _measured_reset(sides: tuple[Side, Side], trial: Trial, batch: Batch) -> list[Measured]:
@@ -359,15 +368,13 @@ Sides = tuple[Side, Side, Side]  # ours, float32 TensorFlow, float64 TensorFlow
 def _against_float64(ours: TFLiteSide, theirs: TensorFlowSide, trial: Trial, convert: Convert) -> Measured:
     """The worst parameter of the net without kinks; raises where that, or the net itself, is refused."""
     steps = trial.steps
-    theirs.reset()  # the copies in float64 start from what the variables hold now
     if not has_kinks(steps.functions.values()):
-        return _without_kinks((ours, theirs, DoubleSide(steps.functions, steps)), trial)
+        return _without_kinks((ours, theirs, _double(theirs, steps)), trial)
     functions = {name: smooth_twin(steps.functions[name]) for name in steps.functions if name not in _IN_OTHERS}
-    twin = TFLiteSide(convert(functions), tuple(functions))
-    double = DoubleSide(functions, steps)
-    worst = _without_kinks((twin, TensorFlowSide(functions, steps.variables), double), trial)
     theirs.reset()
-    _with_kinks((ours, theirs, DoubleSide(steps.functions, steps)), trial)
+    twin = TFLiteSide(convert(functions), tuple(functions))
+    worst = _without_kinks((twin, TensorFlowSide(functions, steps.variables), DoubleSide(functions, steps)), trial)
+    _with_kinks((ours, theirs, _double(theirs, steps)), trial)
     return worst
 
 
