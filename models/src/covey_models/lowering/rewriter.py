@@ -157,14 +157,14 @@ class _Rewriter:
 
     def op(self, op: Any, inputs: list[Any], scope: str) -> list[Any]:
         name = f"{scope}{op.name}"
-        if op.type in self.refusals:
-            why, remedy = self.refusals[op.type]
-            raise BundleError(f"{describe(op.type, name, self.layers)} cannot run on a device: {why}", remedy)
         if op.type in CALLS:
             return self.graph(self.node(op, name).graph("f"), inputs, f"{name}/")
         folded = _folded(op, inputs)
         if folded is not None:
             return [tf.constant(value) for value in folded]
+        if op.type in self.refusals:
+            why, remedy = self.refusals[op.type]
+            raise BundleError(f"{describe(op.type, name, self.layers)} cannot run on a device: {why}", remedy)
         if inputs and isinstance(inputs[0], np.ndarray):
             return [self.frozen(op, inputs)]
         if op.type in self.table:
