@@ -238,10 +238,9 @@ def test_a_broker_that_stays_away_is_an_error_that_names_it(
     setup = Setup(tmp_path, digits_bundle, coordinator_key, broker.url, shards)
     try:
         setup.start(patience_s=2.0)
-        stopper = during(lambda: stop_broker(broker), lambda: bool(list((tmp_path / "b" / "state").glob("blobs/*"))))
+        stop_broker(broker)  # before any device can have trained
         with pytest.raises(TransportError, match=f"{broker.url} went away"):
             setup.run(LONG_PLAN)
-        stopper.join()
     finally:
         setup.close()
         stop_broker(broker)
