@@ -16,8 +16,8 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "mean": ("cap_ratio",),
     "median": (),
     "trimmed-mean": (),
-    "multi-krum": ("num_selected",),
-    "krum": (),
+    "multi-krum": ("num_selected", "neighbours"),
+    "krum": ("neighbours",),
 }
 RULE_NAMES = tuple(SETTINGS)
 
