@@ -12,7 +12,7 @@ from typing import Any
 from covey_coordinator.aggregation.distances import distances_between, nearest_sums, to_others
 from covey_coordinator.aggregation.kernels import Kernels, Updates
 from covey_coordinator.aggregation.kernels.mathematics import as_scores, mean_of_members
-from covey_coordinator.aggregation.rules import Batch, Judgement, Rule, require_devices, times_median
+from covey_coordinator.aggregation.rules import Batch, Facts, Judgement, Rule, require_devices, times_median
 from covey_coordinator.records import Array
 from covey_protocol.errors import ConfigError, RuleError
 
@@ -35,6 +35,14 @@ class MultiKrum(Rule):
     num_selected: int | None = None
     neighbours: str = "n-f-2"
     name = "multi-krum"
+    facts = Facts(
+        summary="mean of the updates with the most company",
+        needs="n > 2f + 2",
+        breakdown="1/2",
+        cost="n^2 d",
+        sums_only=False,
+        source="Blanchard et al. 2017 (arXiv:1703.02757), section 6",
+    )
 
     def __post_init__(self) -> None:
         if self.num_selected is not None and self.num_selected < 1:
@@ -75,3 +83,11 @@ class Krum(MultiKrum):
 
     num_selected: int | None = 1
     name = "krum"
+    facts = Facts(
+        summary="the one update with the most company",
+        needs="n > 2f + 2",
+        breakdown="1/2",
+        cost="n^2 d",
+        sums_only=False,
+        source="Blanchard et al. 2017 (arXiv:1703.02757), section 4",
+    )

@@ -8,7 +8,7 @@ from typing import Any
 
 from covey_coordinator.aggregation.kernels import Kernels, Updates
 from covey_coordinator.aggregation.kernels.mathematics import as_scores, median_of
-from covey_coordinator.aggregation.rules import Batch, Judgement, Rule, require_devices, times_median
+from covey_coordinator.aggregation.rules import Batch, Facts, Judgement, Rule, require_devices, times_median
 from covey_coordinator.records import Array
 from covey_protocol.errors import ConfigError, RuleError
 
@@ -26,6 +26,14 @@ class Mean(Rule):
     num_byzantine: int = 0
     cap_ratio: float = 10.0
     name = "mean"
+    facts = Facts(
+        summary="average, weighted by capped numbers of examples",
+        needs="f = 0",
+        breakdown="0",
+        cost="n d",
+        sums_only=True,
+        source="McMahan et al. 2017 (arXiv:1602.05629), Algorithm 1",
+    )
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.cap_ratio) and self.cap_ratio >= 1.0):

@@ -7,7 +7,7 @@ TensorFlow, live rounds in numpy and compiled loops, with the same bits. What a 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from covey_coordinator.aggregation.kernels import Kernels, Updates
 from covey_coordinator.records import Array
@@ -42,13 +42,31 @@ class Judgement(NamedTuple):
     measurements: dict[str, Any]
 
 
+class Facts(NamedTuple):
+    """What `covey rules` says of a rule.
+
+    summary: one line. needs: the precondition as the paper writes it. breakdown: the largest share of corrupted devices
+    it bears. cost: in n, d and f. sums_only: whether weighted sums of updates are all the server must see, so that it
+    works under secure aggregation. source: paper, equation.
+    """
+
+    summary: str
+    needs: str
+    breakdown: str
+    cost: str
+    sums_only: bool
+    source: str
+
+
 class Rule(ABC):
-    """One aggregation rule with its settings. Implementations are frozen dataclasses.
+    """One aggregation rule with its settings. Implementations are frozen dataclasses; their fields are the settings.
 
     A stateless rule gives `name`, `num_byzantine`, `check`, `step` and `explain`. A rule with memory (momentum)
     overrides `initial_state` and `advance` instead of `step` alone; engines and the TFF factory call only those two.
     The state is a nest of arrays whose shapes and dtypes do not change.
     """
+
+    facts: ClassVar[Facts]
 
     @property
     @abstractmethod

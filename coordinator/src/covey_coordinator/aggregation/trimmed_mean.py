@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from covey_coordinator.aggregation.kernels import Kernels, Updates
-from covey_coordinator.aggregation.rules import Batch, Judgement, Rule, require_devices
+from covey_coordinator.aggregation.rules import Batch, Facts, Judgement, Rule, require_devices
 from covey_coordinator.records import Array
 
 
@@ -30,6 +30,14 @@ class TrimmedMean(Rule):
 
     num_byzantine: int = 0
     name = "trimmed-mean"
+    facts = Facts(
+        summary="per coordinate the mean without the f largest and f smallest",
+        needs="n > 2f",
+        breakdown="1/2",
+        cost="n d log n",
+        sums_only=False,
+        source="Yin et al. 2018 (arXiv:1803.01498), Definition 2",
+    )
 
     def check(self, n: int) -> None:
         require_devices(self, n, least=2 * self.num_byzantine + 1, because="n > 2f")
@@ -54,6 +62,14 @@ class Median(Rule):
 
     num_byzantine: int = 0
     name = "median"
+    facts = Facts(
+        summary="per coordinate the median",
+        needs="n > 2f",
+        breakdown="1/2",
+        cost="n d log n",
+        sums_only=False,
+        source="Yin et al. 2018 (arXiv:1803.01498), Definition 1",
+    )
 
     def check(self, n: int) -> None:
         require_devices(self, n, least=2 * self.num_byzantine + 1, because="n > 2f")
