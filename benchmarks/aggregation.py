@@ -4,9 +4,9 @@
 
 All variants of one row run in one process, taking turns, so that a busy machine slows them alike; the table gives
 medians, and ratios to the bare kernel, which is the rule in the fast kernels on a matrix already in place. `live` is
-the end of a live round, whose updates were screened as they arrived: the rule, the sgd server step and verdicts. `direct`
-and `tff` also screen and sort updates that come all at once; `tff` crosses gRPC to a worker and back. Compare within a
-row, not between runs.
+the end of a live round, whose updates were screened as they arrived: the rule, the sgd server step and verdicts.
+`direct` and `tff` also screen and sort updates that come all at once; `tff` crosses gRPC to a worker and back. Compare
+within a row, not between runs.
 """
 
 from __future__ import annotations
