@@ -69,7 +69,7 @@ class Plan:
             table.append((*indices.shape, offset, int(equal)))
             offset += indices.size
         self.stages = constant(np.array(table, np.int64).reshape(-1, 4))
-        self.indices = joined([indices for indices, _ in updates.stages], np.int32)
+        self.places = joined([indices * np.int64(loops.WIDTH) for indices, _ in updates.stages], np.int64)
         self.weights = joined([weights for _, weights in updates.stages], np.float64)
         self.columns = min(max(BUFFER_VALUES // self.rows // TILE * TILE, TILE), 1024)
 
@@ -79,7 +79,7 @@ class Plan:
 
     @property
     def how(self) -> tuple[Any, ...]:
-        return self.stages, self.indices, self.weights, self.rows
+        return self.stages, self.places, self.weights, self.rows
 
     def over_columns(self, work: Callable[[int, int], None]) -> None:
         """work(start, stop) for ranges that cover all columns; each range is a whole number of blocks but the last."""

@@ -70,8 +70,19 @@ def operation(result: Any, emit: Callable[..., Any]) -> Any:
     return intrinsic(typed)
 
 
-lower = operation(None, lambda builder, x, y: builder.select(builder.fcmp_ordered("<", x, y), x, y))
-upper = operation(None, lambda builder, x, y: builder.select(builder.fcmp_ordered(">", x, y), x, y))
+def elementwise(builder: Any, name: str, arguments: Sequence[Any], **options: Any) -> Any:
+    """A call of LLVM's operation of that name on vectors of one type."""
+    vector = arguments[0].type
+    letters = "f32" if isinstance(vector.element, ir.FloatType) else "f64"
+    kind = ir.FunctionType(vector, [vector] * len(arguments))
+    function = cgutils.get_or_insert_function(builder.module, kind, f"{name}.v{vector.count}{letters}")
+    return builder.call(function, arguments, **options)
+
+
+# As a comparison and a choice, the compiler would make masked stores of these, which some processors do very slowly.
+FINITE = {"fastmath": ("nnan", "nsz")}
+lower = operation(None, lambda builder, x, y: elementwise(builder, "llvm.minnum", [x, y], **FINITE))
+upper = operation(None, lambda builder, x, y: elementwise(builder, "llvm.maxnum", [x, y], **FINITE))
 plus = operation(None, lambda builder, x, y: builder.fadd(x, y))
 minus = operation(None, lambda builder, x, y: builder.fsub(x, y))
 times = operation(None, lambda builder, x, y: builder.fmul(x, y))
@@ -97,6 +108,17 @@ def loader(vector: Vector) -> Any:
 load = loader(SINGLES)  # load(array, at): numbers at to at + WIDTH - 1 of a one-dimensional array
 load_doubles = loader(DOUBLES)
 load_packed = loader(PACKED)
+
+
+@intrinsic
+def item(typing: Any, array: Any, at: Any) -> Any:
+    """array[at] for an index that is not negative, about which numba need not ask."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
+        return builder.load(builder.gep(data, [arguments[1]]))
+
+    return array.dtype(array, types.intp), generate
 
 
 @intrinsic
@@ -147,19 +169,12 @@ def count_outside(typing: Any, values: Any, least: Any, most: Any) -> Any:
     return types.int64(values, least, most), generate
 
 
-def elementwise(builder: Any, name: str, vector: ir.VectorType, arguments: Sequence[Any]) -> Any:
-    """A call of LLVM's operation on float64 vectors."""
-    kind = ir.FunctionType(vector, [vector] * len(arguments))
-    function = cgutils.get_or_insert_function(builder.module, kind, f"{name}.v{vector.count}f64")
-    return builder.call(function, arguments)
-
-
 @intrinsic
 def plus_product(typing: Any, total: Any, x: Any, y: Any) -> Any:
     """total + x * y, for whole numbers small enough that no rounding happens, fused or not."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return elementwise(builder, "llvm.fmuladd", total.llvm, [arguments[1], arguments[2], arguments[0]])
+        return elementwise(builder, "llvm.fmuladd", [arguments[1], arguments[2], arguments[0]])
 
     return total(total, x, y), generate
 
@@ -167,7 +182,7 @@ def plus_product(typing: Any, total: Any, x: Any, y: Any) -> Any:
 @intrinsic
 def magnitude(typing: Any, vector: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return elementwise(builder, "llvm.fabs", vector.llvm, arguments)
+        return elementwise(builder, "llvm.fabs", arguments)
 
     return vector(vector), generate
 
@@ -261,13 +276,23 @@ def store4(tile, at, step, a, b, c, d):
 
 
 @njit
-def compare(tile, kind, i, j):
+def compare(tile, i, j):
     for at in range(0, TILE, WIDTH):
-        x, y = in_order(load(tile, i + at), load(tile, j + at))
-        if kind != networks.UPPER:
-            store(tile, i + at, x)
-        if kind != networks.LOWER:
-            store(tile, j + at, y)
+        x, y = load(tile, i + at), load(tile, j + at)
+        store(tile, i + at, lower(x, y))
+        store(tile, j + at, upper(x, y))
+
+
+@njit
+def keep_lower(tile, i, j):
+    for at in range(0, TILE, WIDTH):
+        store(tile, i + at, lower(load(tile, i + at), load(tile, j + at)))
+
+
+@njit
+def keep_upper(tile, i, j):
+    for at in range(0, TILE, WIDTH):
+        store(tile, j + at, upper(load(tile, i + at), load(tile, j + at)))
 
 
 @njit
@@ -360,8 +385,12 @@ def sort_tile(tile, steps):
             flip4(tile, first, step, mirrored)
         elif kind == networks.CLEAN4:
             clean4(tile, first, step)
+        elif kind == networks.BOTH:
+            compare(tile, first, step)
+        elif kind == networks.LOWER:
+            keep_lower(tile, first, step)
         else:
-            compare(tile, kind, first, step)
+            keep_upper(tile, first, step)
 
 
 # ---- sums in the halving order
@@ -376,40 +405,64 @@ def halving_sum(terms, k):
     while k > 1:
         half = (k + 1) // 2
         quarter = (half + 1) // 2
-        for j in range(quarter):
+        whole = max(k - half - quarter, 0)
+        for j in range(whole):
+            at = j * WIDTH
+            first = plus(load_doubles(terms, at), load_doubles(terms, at + half * WIDTH))
+            at += quarter * WIDTH
+            second = plus(load_doubles(terms, at), load_doubles(terms, at + half * WIDTH))
+            store(terms, j * WIDTH, plus(first, second))
+        for j in range(whole, quarter):
             total = load_doubles(terms, j * WIDTH)
             if j + half < k:
                 total = plus(total, load_doubles(terms, (j + half) * WIDTH))
             if j + quarter < half:
-                other = load_doubles(terms, (j + quarter) * WIDTH)
-                if j + quarter + half < k:
-                    other = plus(other, load_doubles(terms, (j + quarter + half) * WIDTH))
-                total = plus(total, other)
+                total = plus(total, load_doubles(terms, (j + quarter) * WIDTH))
             store(terms, j * WIDTH, total)
         k = quarter
     return load_doubles(terms, 0)
 
 
 @njit
-def halving_sum_of(terms, chosen, offset, k, sums):
-    """As halving_sum, of the vectors with the indices chosen[offset:offset + k]; leaves terms as they are."""
+def halving_sum_at(terms, places, first, k, sums):
+    """As halving_sum, of the vectors at terms[places[first]:], ..., places[first + k - 1]; leaves terms as they are."""
     half = (k + 1) // 2
     quarter = (half + 1) // 2
-    for j in range(quarter):
-        at = offset + j
-        total = load_doubles(terms, chosen[at] * WIDTH)
+    whole = max(k - half - quarter, 0)
+    for j in range(whole):
+        at = first + j
+        one = plus(load_doubles(terms, item(places, at)), load_doubles(terms, item(places, at + half)))
+        at += quarter
+        two = plus(load_doubles(terms, item(places, at)), load_doubles(terms, item(places, at + half)))
+        store(sums, j * WIDTH, plus(one, two))
+    for j in range(whole, quarter):
+        at = first + j
+        total = load_doubles(terms, item(places, at))
         if j + half < k:
-            total = plus(total, load_doubles(terms, chosen[at + half] * WIDTH))
+            total = plus(total, load_doubles(terms, item(places, at + half)))
         if j + quarter < half:
-            other = load_doubles(terms, chosen[at + quarter] * WIDTH)
-            if j + quarter + half < k:
-                other = plus(other, load_doubles(terms, chosen[at + quarter + half] * WIDTH))
-            total = plus(total, other)
+            total = plus(total, load_doubles(terms, item(places, at + quarter)))
         store(sums, j * WIDTH, total)
     return halving_sum(sums, quarter)
 
 
 # ---- blocks of columns, through the stages
+
+
+@njit
+def singles(count):
+    """Memory for float32 numbers, on a line of the cache: vectors that straddle lines take twice the time."""
+    memory = np.empty(count + 16, np.float32)
+    first = -memory.ctypes.data % 64 // 4
+    return memory[first : first + count]
+
+
+@njit
+def stack(count):
+    """Memory for `count` vectors of float64."""
+    memory = np.empty(count * WIDTH + 8, np.float64)
+    first = -memory.ctypes.data % 64 // 8
+    return memory[first : first + count * WIDTH]
 
 
 @njit
@@ -428,36 +481,48 @@ def copy_columns(x, n, d, column, count, target, stride):
 
 
 @njit
-def mix(source, n, target, stride, count, indices, weights, offset, m, k, equal, terms, sums):
+def mix(source, n, target, stride, count, places, weights, first, m, k, equal, terms, sums):
     """One stage on `count` columns: m rows, each a weighted sum of k of the n. equal: all m * k weights are one."""
     for at in range(0, count, WIDTH):
-        if equal:
-            weight = doubles(weights[offset])
-            for i in range(n):
-                store(terms, i * WIDTH, times(weight, widen(load(source, i * stride + at))))
+        for i in range(n):
+            value = widen(load(source, i * stride + at))
+            store(terms, i * WIDTH, times(doubles(weights[first]), value) if equal else value)
         for i in range(m):
-            here = offset + i * k
+            here = first + i * k
             if equal:
-                total = halving_sum_of(terms, indices, here, k, sums)
+                total = halving_sum_at(terms, places, here, k, sums)
             else:
-                for j in range(k):
-                    value = widen(load(source, indices[here + j] * stride + at))
-                    store(terms, j * WIDTH, times(doubles(weights[here + j]), value))
-                total = halving_sum(terms, k)
+                for j in range(here, here + k):
+                    store(
+                        sums, (j - here) * WIDTH, times(doubles(item(weights, j)), load_doubles(terms, item(places, j)))
+                    )
+                total = halving_sum(sums, k)
             store(target, i * stride + at, narrow(total))
 
 
 @njit
-def fill(x, n, d, column, count, stages, indices, weights, first, second, stride, terms, sums):
-    """Columns of the rows after all stages, in `first`. stages: (s, 4): m, k, offset in indices and weights, equal."""
+def resize(source, target, stride, count, places, weights, first, m):
+    """A stage with k = 1: each new row is one row times a number."""
+    for i in range(m):
+        weight, row = doubles(item(weights, first + i)), item(places, first + i) // WIDTH * stride
+        for at in range(0, count, WIDTH):
+            store(target, i * stride + at, narrow(times(weight, widen(load(source, row + at)))))
+
+
+@njit
+def fill(x, n, d, column, count, stages, places, weights, first, second, stride, terms, sums):
+    """Columns of the rows after all stages, in `first`. stages: (s, 4): m, k, first of places and weights, equal."""
     end = (count + TILE - 1) // TILE * TILE
     odd = stages.shape[0] % 2 == 1
     source, target = (second, first) if odd else (first, second)
     copy_columns(x, n, d, column, count, source, stride)
     rows = n
     for s in range(stages.shape[0]):
-        m, k, offset, equal = stages[s, 0], stages[s, 1], stages[s, 2], stages[s, 3]
-        mix(source, rows, target, stride, end, indices, weights, offset, m, k, equal == 1, terms, sums)
+        m, k, at, equal = stages[s, 0], stages[s, 1], stages[s, 2], stages[s, 3]
+        if k == 1:
+            resize(source, target, stride, end, places, weights, at, m)
+        else:
+            mix(source, rows, target, stride, end, places, weights, at, m, k, equal == 1, terms, sums)
         source, target = target, source
         rows = m
 
@@ -467,9 +532,8 @@ def scratch(rows, stages, columns):
     """Two blocks of columns and two stacks of vectors for `fill`. rows: the most before, between or after stages."""
     stride = columns + WIDTH
     blocks = 2 if stages.shape[0] else 1
-    first = np.empty(rows * stride, np.float32)
-    second = np.empty(rows * stride if blocks == 2 else 1, np.float32)
-    return first, second, stride, np.empty(rows * WIDTH, np.float64), np.empty(rows * WIDTH, np.float64)
+    first, second = singles(rows * stride), singles(rows * stride if blocks == 2 else 1)
+    return first, second, stride, stack(rows), stack(rows)
 
 
 # ---- kernels: one range of columns each
@@ -484,7 +548,7 @@ def load_tile(block, at, stride, m, tile, front):
 
 @njit
 def padded_tile(rows, front, m):
-    tile = np.empty(rows * TILE, np.float32)
+    tile = singles(rows * TILE)
     tile[: front * TILE] = -np.inf
     tile[(front + m) * TILE :] = np.inf
     return tile
@@ -510,16 +574,16 @@ def put(line, out, column, count):
 
 
 @njit(nogil=True, cache=True)
-def ranked_range(x, n, d, start, stop, stages, indices, weights, rows, m, columns, net, low, high, cut, out, outside):
+def ranked_range(x, n, d, start, stop, stages, places, weights, rows, m, columns, net, low, high, cut, out, outside):
     """ranked_means on columns start to stop - 1. net: steps, padded rows, front of the network."""
     old = flushing()
     steps, padded, front = net
     first, second, stride, terms, sums = scratch(rows, stages, columns)
-    tile, line = padded_tile(padded, front, m), np.empty(TILE, np.float32)
+    tile, line = padded_tile(padded, front, m), singles(TILE)
     reciprocal = doubles(1.0 / np.float64(high - low))
     for column in range(start, stop, columns):
         count = min(columns, stop - column)
-        fill(x, n, d, column, count, stages, indices, weights, first, second, stride, terms, sums)
+        fill(x, n, d, column, count, stages, places, weights, first, second, stride, terms, sums)
         for at in range(0, count, TILE):
             load_tile(first, at, stride, m, tile, front)
             sort_tile(tile, steps)
@@ -549,17 +613,17 @@ def nearest_starts(tile, front, m, keep, starts):
 
 
 @njit(nogil=True, cache=True)
-def nearest_range(x, n, d, start, stop, stages, indices, weights, rows, m, columns, net, keep, out, outside):
+def nearest_range(x, n, d, start, stop, stages, places, weights, rows, m, columns, net, keep, out, outside):
     """nearest_means on columns start to stop - 1. net: a network that sorts all ranks."""
     old = flushing()
     steps, padded, front = net
     first, second, stride, terms, sums = scratch(rows, stages, columns)
-    tile, line, starts = padded_tile(padded, front, m), np.empty(TILE, np.float32), np.empty(TILE, np.int64)
-    bounds = np.empty(2 * TILE, np.float32)
+    tile, line, starts = padded_tile(padded, front, m), singles(TILE), np.empty(TILE, np.int64)
+    bounds = singles(2 * TILE)
     reciprocal = doubles(1.0 / np.float64(keep))
     for column in range(start, stop, columns):
         count = min(columns, stop - column)
-        fill(x, n, d, column, count, stages, indices, weights, first, second, stride, terms, sums)
+        fill(x, n, d, column, count, stages, places, weights, first, second, stride, terms, sums)
         for at in range(0, count, TILE):
             load_tile(first, at, stride, m, tile, front)
             sort_tile(tile, steps)
@@ -586,17 +650,15 @@ def copy_centre(centre, column, count, shift):
 
 
 @njit(nogil=True, cache=True)
-def combination_range(
-    x, n, d, start, stop, stages, indices, weights, rows, columns, shares, chosen, scale, centre, out
-):
+def combination_range(x, n, d, start, stop, stages, places, weights, rows, columns, shares, chosen, scale, centre, out):
     """combination on columns start to stop - 1. shares, chosen: weight and index of each row that takes part."""
     old = flushing()
     first, second, stride, terms, sums = scratch(rows, stages, columns)
-    shift, line = np.empty((columns + TILE - 1) // TILE * TILE, np.float64), np.empty(WIDTH, np.float32)
+    shift, line = stack(columns // WIDTH + 1), singles(WIDTH)
     centred, k = centre.shape[0] > 0, shares.shape[0]
     for column in range(start, stop, columns):
         count = min(columns, stop - column)
-        fill(x, n, d, column, count, stages, indices, weights, first, second, stride, terms, sums)
+        fill(x, n, d, column, count, stages, places, weights, first, second, stride, terms, sums)
         copy_centre(centre, column, count, shift)
         for at in range(0, count, WIDTH):
             middle = load_doubles(shift, at)
@@ -627,7 +689,7 @@ def unit_of(peak):
 @njit
 def raise_peaks(block, stride, m, count, shift, offset, peaks):
     """peaks[i]: the largest |row i - shift| so far. count: a multiple of WIDTH."""
-    line = np.empty(WIDTH, np.float64)
+    line = stack(1)
     for i in range(m):
         largest = doubles(peaks[i])
         for at in range(0, count, WIDTH):
@@ -688,23 +750,24 @@ def add4(total, i, j, a, b, c, d):
 
 
 @njit(nogil=True, cache=True)
-def gram_block(x, n, d, column, count, stages, indices, weights, rows, m, centre):
+def gram_block(x, n, d, column, count, stages, places, weights, rows, m, centre):
     """The inner products of one block of at most GRAM_COLUMNS columns: (m + 4, m + 4), right where j <= i < m."""
     old = flushing()
     first, second, stride, terms, sums = scratch(rows, stages, PACKED_COLUMNS)
-    shift = np.empty(GRAM_COLUMNS + TILE, np.float64)
+    shift = stack(GRAM_COLUMNS // WIDTH + 1)
     copy_centre(centre, column, count, shift)
-    units, numbers = np.zeros(m), np.zeros((m + 4) * PACKED_STRIDE)
+    units, numbers = np.zeros(m), stack((m + 4) * PACKED_STRIDE // WIDTH + 1)
+    numbers[:] = 0.0
     total = np.zeros((m + 4, m + 4))
     for offset in range(0, count, PACKED_COLUMNS):
         size = min(PACKED_COLUMNS, count - offset)
-        fill(x, n, d, column + offset, size, stages, indices, weights, first, second, stride, terms, sums)
+        fill(x, n, d, column + offset, size, stages, places, weights, first, second, stride, terms, sums)
         raise_peaks(first, stride, m, (size + WIDTH - 1) // WIDTH * WIDTH, shift, offset, units)
     for i in range(m):
         units[i] = unit_of(units[i])
     for offset in range(0, count, PACKED_COLUMNS):
         size = min(PACKED_COLUMNS, count - offset)
-        fill(x, n, d, column + offset, size, stages, indices, weights, first, second, stride, terms, sums)
+        fill(x, n, d, column + offset, size, stages, places, weights, first, second, stride, terms, sums)
         pack(first, stride, m, (size + WIDTH - 1) // WIDTH * WIDTH, shift, offset, units, numbers)
         for i in range(0, m, 3):
             for j in range(0, i + 3, 4):
@@ -717,22 +780,22 @@ def gram_block(x, n, d, column, count, stages, indices, weights, rows, m, centre
 
 
 @njit(nogil=True, cache=True)
-def square_norms_block(x, n, d, column, count, stages, indices, weights, rows, m, centre):
+def square_norms_block(x, n, d, column, count, stages, places, weights, rows, m, centre):
     """The sums of squares of one block of at most GRAM_COLUMNS columns: (m,)."""
     old = flushing()
     first, second, stride, terms, sums = scratch(rows, stages, PACKED_COLUMNS)
-    shift = np.empty(GRAM_COLUMNS + TILE, np.float64)
+    shift = stack(GRAM_COLUMNS // WIDTH + 1)
     copy_centre(centre, column, count, shift)
     units, result = np.zeros(m), np.zeros(m)
     for offset in range(0, count, PACKED_COLUMNS):
         size = min(PACKED_COLUMNS, count - offset)
-        fill(x, n, d, column + offset, size, stages, indices, weights, first, second, stride, terms, sums)
+        fill(x, n, d, column + offset, size, stages, places, weights, first, second, stride, terms, sums)
         raise_peaks(first, stride, m, (size + WIDTH - 1) // WIDTH * WIDTH, shift, offset, units)
     for i in range(m):
         units[i] = unit_of(units[i])
     for offset in range(0, count, PACKED_COLUMNS):
         size = min(PACKED_COLUMNS, count - offset)
-        fill(x, n, d, column + offset, size, stages, indices, weights, first, second, stride, terms, sums)
+        fill(x, n, d, column + offset, size, stages, places, weights, first, second, stride, terms, sums)
         for i in range(m):
             inverse, total = doubles(1.0 / units[i]), doubles(0.0)
             for at in range(0, size, WIDTH):
