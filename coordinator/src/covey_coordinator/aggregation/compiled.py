@@ -1,4 +1,4 @@
-"""Kernels of the rules, compiled: the bits of `kernels.py`, many times as fast.
+"""Kernels of the rules, compiled: the bits of `kernels.reference`, many times as fast.
 
 What fixes the bits is the same as there: comparisons, element-wise float64 arithmetic, additions in the halving order
 of `sum_rows`, and sums of whole numbers that no order changes. Threads share the work by columns, and a column's result
@@ -14,14 +14,14 @@ All numbers must be finite; that is not checked here.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from covey_coordinator.aggregation import crew, loops, networks
+from covey_coordinator.aggregation.kernels import Updates
 from covey_coordinator.aggregation.loops import GRAM_COLUMNS, TILE
 from covey_protocol.errors import UsageError
 
@@ -29,25 +29,6 @@ Array = npt.NDArray[Any]
 
 BUFFER_VALUES = 48 << 10  # numbers in a block of columns: 192 KB, less than half of the second cache
 PART_VALUES = 1 << 18  # numbers below which a second thread costs more than it brings
-
-Stage = tuple[Array, Array]
-
-
-@dataclass(frozen=True)
-class Updates:
-    """Rows for the kernels: a matrix (n, d) float32, all finite, C-contiguous, and the stages it goes through.
-
-    A stage is (indices (m, k) int32, weights (m, k) float64): new row i is the sum over j, in the halving order, of
-    weights[i, j] times row indices[i, j], rounded to float32. A stage's rows are the next one's input.
-    """
-
-    matrix: Array
-    stages: Sequence[Stage] = ()
-
-    @property
-    def n(self) -> int:
-        """Rows after the stages."""
-        return len(self.stages[-1][0]) if self.stages else len(self.matrix)
 
 
 class Plan:
@@ -58,7 +39,7 @@ class Plan:
         if matrix.ndim != 2 or 0 in matrix.shape:
             raise UsageError(f"updates of shape {matrix.shape}", "pass a matrix with one row per device")
         self.n, self.d = matrix.shape
-        self.m = updates.n
+        self.m = len(updates.stages[-1].indices if updates.stages else matrix)
         self.flat = constant(matrix.reshape(-1))
         heights = [self.n, *(len(indices) for indices, _ in updates.stages)]
         self.rows = max(*heights, *(indices.shape[1] for indices, _ in updates.stages), 1)
@@ -198,7 +179,7 @@ def combination(
 
 
 def gram(updates: Updates, centre: Array | None = None) -> Array:
-    """(n, n) float64: inner products of the rows minus centre, (d,) float32 or None for zero. As kernels.gram."""
+    """(n, n) float64: inner products of the rows minus centre, (d,) float32 or None for zero. As `Kernels.gram`."""
     plan = Plan(updates)
     middle, total = as_centre(centre, plan.d), np.zeros((plan.m + 4, plan.m + 4))
     plan.add_blocks(total, lambda start, count: loops.gram_block(*plan.source, start, count, *plan.how, plan.m, middle))
@@ -207,7 +188,7 @@ def gram(updates: Updates, centre: Array | None = None) -> Array:
 
 
 def square_norms(updates: Updates, centre: Array | None = None) -> Array:
-    """(n,) float64: squared distance of each row from centre, (d,) float32 or None. As kernels.square_norms."""
+    """(n,) float64: squared distance of each row from centre, (d,) float32 or None. As `Kernels.square_norms`."""
     plan = Plan(updates)
     middle, total = as_centre(centre, plan.d), np.zeros(plan.m)
     plan.add_blocks(
@@ -231,7 +212,7 @@ def compiled_network(n: int, low: int, high: int, cut: int) -> tuple[Array, int,
 
 
 def sum_rows(rows: Array) -> Array:
-    """(n, b) float64 -> (b,): the sum over rows in the halving order of kernels.sum_rows. n >= 1."""
+    """(n, b) float64 -> (b,): the sum over rows in the halving order of `Kernels.sum_rows`. n >= 1."""
     while len(rows) > 1:
         n, half = len(rows), (len(rows) + 1) // 2
         rows = np.concatenate([rows[: n - half] + rows[half:], rows[n - half : half]])
