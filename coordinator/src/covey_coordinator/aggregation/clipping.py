@@ -62,7 +62,7 @@ class Clipping(PreStep):
     facts = Facts(
         summary="rows longer than clip_norm are shortened to it",
         needs="clip_norm > 0",
-        breakdown="that of the rule; a hostile row moves a mean by at most 2 clip_norm / n",
+        breakdown="that of the rule; a hostile row moves a plain mean by at most 2 clip_norm / n",
         cost="n d",
         sums_only=True,
         source="Sun et al. 2019 (arXiv:1911.07963), norm thresholding",
