@@ -31,7 +31,7 @@ def distances_between(k: Kernels, updates: Updates) -> Any:
         return passes + 1, next_pivot, most_central(k, distances), distances, precise
 
     def goes_on(passes: Any, pivot: Any, next_pivot: Any, distances: Any, precise: Any) -> Any:
-        return (passes < MAX_PASSES) & (pivot != next_pivot) & (not_(k, precise))
+        return (passes < MAX_PASSES) & not_(k, k.equal(pivot, next_pivot)) & not_(k, precise)
 
     distances, precise = around(column_mean(k, updates))
     first = most_central(k, distances)

@@ -179,6 +179,10 @@ class Kernels(ABC):
     def maximum(self, a: Any, b: Any) -> Any: ...
 
     @abstractmethod
+    def equal(self, a: Any, b: Any) -> Any:
+        """Element-wise a == b. Python's operator compares tensors by identity inside TFF."""
+
+    @abstractmethod
     def sqrt(self, values: Any) -> Any: ...
 
     @abstractmethod

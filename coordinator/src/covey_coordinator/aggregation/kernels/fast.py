@@ -105,6 +105,9 @@ class NumpyKernels(Kernels):
     def maximum(self, a: Any, b: Any) -> Any:
         return np.maximum(*_alike(a, b))
 
+    def equal(self, a: Any, b: Any) -> Any:
+        return np.equal(a, b)
+
     def sqrt(self, values: Any) -> Any:
         return np.sqrt(values)
 

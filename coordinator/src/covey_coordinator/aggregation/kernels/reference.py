@@ -164,6 +164,9 @@ class TensorFlowKernels(Kernels):
     def maximum(self, a: Any, b: Any) -> Any:
         return tf.maximum(*_alike(a, b))
 
+    def equal(self, a: Any, b: Any) -> Any:
+        return tf.equal(*_alike(a, b))
+
     def sqrt(self, values: Any) -> Any:
         return tf.sqrt(values)
 
