@@ -213,7 +213,7 @@ def test_importing_the_package_imports_no_tensorflow() -> None:
     code = (
         "import sys, covey_coordinator.aggregation as a;"
         "from covey_coordinator.aggregation import registry, rules, screening, worker;"
-        "assert len(a.RULE_NAMES) == 5;"
+        "assert len(a.RULE_NAMES) >= 5;"
         "assert not any(m in sys.modules for m in ('tensorflow', 'tensorflow_federated', 'grpc')), sorted(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

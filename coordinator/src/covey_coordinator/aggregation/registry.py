@@ -15,6 +15,8 @@ from typing import Any
 import msgspec
 
 from covey_coordinator.aggregation.clipping import AdaptiveRobustClipping, Clipping, NormClipping, Zeroing
+from covey_coordinator.aggregation.flame import Flame
+from covey_coordinator.aggregation.foolsgold import FoolsGold
 from covey_coordinator.aggregation.krum import Krum, MultiKrum
 from covey_coordinator.aggregation.mean import Mean
 from covey_coordinator.aggregation.presteps import Before, Bucketing, NearestNeighbourMixing, PreStep
@@ -28,6 +30,8 @@ RULES: dict[str, type[Rule]] = {
     "trimmed-mean": TrimmedMean,
     "multi-krum": MultiKrum,
     "krum": Krum,
+    "foolsgold": FoolsGold,
+    "flame": Flame,
 }
 RULE_NAMES = tuple(RULES)
 PRE_STEPS: dict[str, type[PreStep]] = {
