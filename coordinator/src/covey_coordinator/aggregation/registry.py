@@ -16,6 +16,8 @@ import msgspec
 
 from covey_coordinator.aggregation.bulyan import Bulyan, MeanAroundMedian
 from covey_coordinator.aggregation.clipping import AdaptiveRobustClipping, Clipping, NormClipping, Zeroing
+from covey_coordinator.aggregation.flame import Flame
+from covey_coordinator.aggregation.foolsgold import FoolsGold
 from covey_coordinator.aggregation.krum import Krum, MultiKrum
 from covey_coordinator.aggregation.mda import MinimumDiameter
 from covey_coordinator.aggregation.mean import Mean
@@ -36,6 +38,8 @@ RULES: dict[str, type[Rule]] = {
     "mda": MinimumDiameter,
     "dnc": DivideAndConquer,
     "caf": CovarianceFilter,
+    "foolsgold": FoolsGold,
+    "flame": Flame,
 }
 RULE_NAMES = tuple(RULES)
 PRE_STEPS: dict[str, type[PreStep]] = {

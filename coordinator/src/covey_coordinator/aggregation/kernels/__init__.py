@@ -271,5 +271,9 @@ class Kernels(ABC):
         """float64, positive and normal -> (mantissa in [1, 2) float64, exponent int64) with value = m * 2^e."""
 
     @abstractmethod
+    def required(self, values: Any, condition: Any, what: str, remedy: str) -> Any:
+        """The values if the scalar bool holds; else the round fails, in numpy with RuleError(what, remedy)."""
+
+    @abstractmethod
     def random_bits(self, seed: Any, n: Any) -> Any:
         """(n,) int64 of uniform bits, a function of the seed (int64 scalar) and the index: SplitMix64's mixer."""

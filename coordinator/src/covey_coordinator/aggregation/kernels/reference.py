@@ -242,6 +242,10 @@ class TensorFlowKernels(Kernels):
         mantissa = tf.bitwise.bitwise_or(tf.bitwise.bitwise_and(bits, tf.constant(MANTISSA_MASK, tf.int64)), of_one)
         return tf.bitcast(mantissa, tf.float64), exponent
 
+    def required(self, values: Any, condition: Any, what: str, remedy: str) -> Any:
+        with tf.control_dependencies([tf.debugging.Assert(condition, [f"{what}; {remedy}"])]):
+            return tf.identity(values)
+
     def random_bits(self, seed: Any, n: Any) -> Any:
         state = tf.cast(seed, tf.int64) + (self.arange(n) + 1) * SPLIT_MIX_STEP
         for shift, factor in SPLIT_MIX_ROUNDS:
