@@ -56,6 +56,10 @@ class Engine(Protocol):
     ) -> StepResult:
         """(d,), (n, d) or n vectors, n counts, n ids -> the result. Raises RuleError if the round is refused."""
 
+    @property
+    def rule_state(self) -> Any:
+        """What the rule remembers, as the door keeps it: for simulated attackers who know everything."""
+
     def close(self) -> None:
         """Free what the engine started. It cannot be used afterwards."""
 
@@ -155,6 +159,10 @@ class _RoundEngine:
             verdicts=_verdicts(self._rule, screened, judgement, device_ids, num_examples),
             measurements=_measurements(screened, judgement, new_parameters - parameters),
         )
+
+    @property
+    def rule_state(self) -> Any:
+        return self._rule_state
 
     def close(self) -> None:
         self._door.close()
