@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import msgspec
@@ -253,6 +254,11 @@ def _value(text: str) -> Any:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return text
+
+
+def written_names(path: Path) -> list[str]:
+    """The settings that a TOML file names, which may be the defaults too."""
+    return list(tomllib.loads(path.read_text()))
 
 
 def canonical(plan: Plan) -> dict[str, Any]:
