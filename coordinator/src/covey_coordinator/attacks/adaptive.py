@@ -29,8 +29,8 @@ class Adaptive(Attack):
     1/8, 1/4, ... (`doublings` of them), then `refinements` times a step up and a step down from the best, the step
     starting at half of it and halved each time. The distance need not be unimodal: this is not always the optimum.
     direction: of p, "mean" (-mu), "std", "unit", "sign", or "both" (mean and std, the better one).
-    Source: the line search on the rule itself, with the distance from the honest mean as its goal, is that of
-    El-Mhamdi, Guerraoui and Rouault 2021 and of the ByzFL library's "optimal" attacks; the schedule of factors is ours.
+    Source: maximising |mu - aggregate| on a known rule is the tailored attack of Shejwalkar and Houmansadr 2021 (NDSS);
+    a line search on the rule is what the "optimal" attacks of the ByzFL library do. The schedule of factors is ours.
     """
 
     direction: str = "both"
@@ -40,7 +40,7 @@ class Adaptive(Attack):
     facts = AttackFacts(
         "searches on the rule itself",
         "all honest updates, the rule, its settings and its state",
-        "El-Mhamdi et al. 2021 (ICLR), the line search of their experiments",
+        "Shejwalkar and Houmansadr 2021 (NDSS), the attack tailored to a known rule",
     )
 
     def __post_init__(self) -> None:

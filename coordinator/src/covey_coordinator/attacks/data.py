@@ -18,7 +18,7 @@ from covey_protocol.errors import ConfigError
 class LabelFlip(Attack):
     """Labels l -> C - 1 - l on the corrupted devices, which are honest otherwise; updates are sent as trained.
 
-    Source: Yin et al. 2018 (arXiv:1803.01498), section 7; Fang et al. 2020 (arXiv:1911.11815), section 5.1.
+    Source: Yin et al. 2018 (arXiv:1803.01498), section 7; Fang et al. 2020 (arXiv:1911.11815).
     """
 
     name = "label-flip"
@@ -41,7 +41,7 @@ class ScalingBackdoor(Attack):
     `target`. patch: the trigger, a square of so many pixels in the lower right corner at the largest value (images), or
     the last so many features (tables). Deviation: the paper's local training has a loss term that keeps the update
     inconspicuous; here it is plain training.
-    Source: Bagdasaryan et al. 2020 (arXiv:1807.00459), section IV, equation 3; pixel trigger of Gu et al. 2017
+    Source: Bagdasaryan et al. 2020 (arXiv:1807.00459), model replacement; pixel trigger of Gu et al. 2017
     (arXiv:1708.06733).
     """
 
@@ -54,7 +54,7 @@ class ScalingBackdoor(Attack):
     facts = AttackFacts(
         "a trigger trained in, then scaled up",
         "own data and n",
-        "Bagdasaryan et al. 2020 (arXiv:1807.00459), equation 3",
+        "Bagdasaryan et al. 2020 (arXiv:1807.00459), model replacement",
     )
 
     def __post_init__(self) -> None:

@@ -51,7 +51,7 @@ class MinMax(Attack):
     direction: of p, "unit", "std" (the paper's best), "sign", or "mean". Deviations: the paper finds gamma by a halving
     search until its step is below tau; each honest row gives a quadratic in gamma, so the limit of that search is
     solved for instead. gamma is then lowered by 2^-16 of itself, so that rounding cannot break the inequality.
-    Source: Shejwalkar and Houmansadr 2021 (NDSS), "Manipulating the Byzantine", section IV, equations 8 and 9.
+    Source: Shejwalkar and Houmansadr 2021 (NDSS), "Manipulating the Byzantine", the Min-Max attack.
     """
 
     direction: str = "std"
@@ -59,7 +59,7 @@ class MinMax(Attack):
     facts = AttackFacts(
         "no farther from anyone than the honest are",
         "all honest updates",
-        "Shejwalkar and Houmansadr 2021 (NDSS), equation 8",
+        "Shejwalkar and Houmansadr 2021 (NDSS), Min-Max",
     )
 
     def __post_init__(self) -> None:
@@ -79,14 +79,14 @@ class MinMax(Attack):
 class MinSum(MinMax):
     """mu + gamma p with the largest gamma such that sum_i |mu + gamma p - x_i|^2 <= max_i sum_j |x_i - x_j|^2.
 
-    Otherwise as Min-Max. Source: Shejwalkar and Houmansadr 2021 (NDSS), section IV, equation 9.
+    Otherwise as Min-Max. Source: Shejwalkar and Houmansadr 2021 (NDSS), the Min-Sum attack.
     """
 
     name = "min-sum"
     facts = AttackFacts(
         "in sum no farther away than the honest are",
         "all honest updates",
-        "Shejwalkar and Houmansadr 2021 (NDSS), equation 9",
+        "Shejwalkar and Houmansadr 2021 (NDSS), Min-Sum",
     )
 
     def gamma(self, k: Kernels, reach: Reach) -> Any:

@@ -28,7 +28,7 @@ class FangKrum(Attack):
     squared distances of honest row i to its n - m - 2 nearest honest others, and is halved until Krum with f = m would
     select an attacker or lam is below `threshold`. The global model is the zero of updates, so D(w_i, w_Re) = |x_i|.
     Deviations: all m attackers send the same (the paper lets the other m - 1 differ by a small epsilon); n - 2m - 1 and
-    n - m - 2 count as at least 1. Source: Fang et al. 2020 (arXiv:1911.11815), section 4.2, theorem 1.
+    n - m - 2 count as at least 1. Source: Fang et al. 2020 (arXiv:1911.11815), the attack on Krum and theorem 1.
     """
 
     threshold: float = 1e-5
@@ -36,7 +36,7 @@ class FangKrum(Attack):
     facts = AttackFacts(
         "the most directed deviation that Krum selects",
         "all honest updates; built against Krum",
-        "Fang et al. 2020 (arXiv:1911.11815), section 4.2",
+        "Fang et al. 2020 (arXiv:1911.11815), the attack on Krum",
     )
 
     def __post_init__(self) -> None:
@@ -98,7 +98,7 @@ class FangTrim(Attack):
     Falling column: uniform in [max, b max] if max > 0, else [max, max / b]; growing: [min / b, min] if min > 0, else
     [b min, min]. Deviation: the paper draws around the local models' values, we around the updates'; either lies
     beyond all honest ones, so trimming takes the same ones away.
-    Source: Fang et al. 2020 (arXiv:1911.11815), section 4.3, with b = 2.
+    Source: Fang et al. 2020 (arXiv:1911.11815), the attack on the trimmed mean, with b = 2.
     """
 
     b: float = 2.0
@@ -106,7 +106,7 @@ class FangTrim(Attack):
     facts = AttackFacts(
         "beyond every honest value, against the direction",
         "all honest updates; built against the trimmed mean and the median",
-        "Fang et al. 2020 (arXiv:1911.11815), section 4.3",
+        "Fang et al. 2020 (arXiv:1911.11815), the attack on the trimmed mean",
     )
 
     def __post_init__(self) -> None:

@@ -35,7 +35,7 @@ class NoAttack(Attack):
 class SignFlip(Attack):
     """-scale * mu, mu the mean of the honest updates; or, with of = "own", -scale times each device's own update.
 
-    Source: gradient ascent instead of descent, e.g. Li et al. 2019 (RSA, arXiv:1811.03761), section 4; with of = "own"
+    Source: gradient ascent instead of descent, e.g. Li et al. 2019 (RSA, arXiv:1811.03761); with of = "own"
     the attacker needs to know nothing. Blanchard et al. 2017 call the first kind, largely scaled, omniscient.
     """
 
@@ -45,7 +45,7 @@ class SignFlip(Attack):
     facts = AttackFacts(
         "the update backwards",
         'all honest updates (of = "mean") or nothing (of = "own")',
-        "Li et al. 2019 (arXiv:1811.03761), section 4",
+        "Li et al. 2019 (RSA, arXiv:1811.03761)",
     )
 
     def __post_init__(self) -> None:
@@ -80,11 +80,11 @@ class Gaussian(Attack):
 
 @dataclass(frozen=True)
 class Constant(Attack):
-    """The same number everywhere. Source: Chen et al. 2018 (DRACO, arXiv:1803.09877), section 5, with -100."""
+    """The same number everywhere. Source: Chen et al. 2018 (DRACO, arXiv:1803.09877), with -100."""
 
     value: float = -100.0
     name = "constant"
-    facts = AttackFacts("one number everywhere", "nothing", "Chen et al. 2018 (arXiv:1803.09877), section 5")
+    facts = AttackFacts("one number everywhere", "nothing", "Chen et al. 2018 (arXiv:1803.09877)")
 
     def __post_init__(self) -> None:
         require_finite(self.name, "value", self.value)

@@ -21,12 +21,12 @@ class InnerProductManipulation(Attack):
 
     epsilon below 1 hides near zero among small updates (0.1 against Krum and the median in the paper); a mean is turned
     round only from epsilon > h / m on, for h honest and m corrupted devices.
-    Source: Xie et al. 2019 (arXiv:1903.03936), section 4, "Fall of Empires".
+    Source: Xie et al. 2019 (arXiv:1903.03936), "Fall of Empires".
     """
 
     epsilon: float = 0.1
     name = "ipm"
-    facts = AttackFacts("a small step backwards", "all honest updates", "Xie et al. 2019 (arXiv:1903.03936), section 4")
+    facts = AttackFacts("a small step backwards", "all honest updates", "Xie et al. 2019 (arXiv:1903.03936)")
 
     def __post_init__(self) -> None:
         require_finite(self.name, "epsilon", self.epsilon)
@@ -43,14 +43,16 @@ class ALittleIsEnough(Attack):
     which m are corrupted: the s honest devices beyond z join the corrupted ones to a majority. Defined here, where the
     paper is silent: s < 1 (the corrupted have a majority) counts as 1, and a share below 1/2 gives z = 0 instead of a
     negative one, so that few attackers among many send the mean.
-    sigma divides by the number of honest devices. Source: Baruch et al. 2019 (arXiv:1902.06156), Algorithm 3; the
+    sigma divides by the number of honest devices. Source: Baruch et al. 2019 (arXiv:1902.06156), the attack that prevents convergence; the
     paper's experiments leave the sign open, we push down.
     """
 
     z: float | None = None
     name = "alie"
     facts = AttackFacts(
-        "just inside the honest spread", "all honest updates", "Baruch et al. 2019 (arXiv:1902.06156), Algorithm 3"
+        "just inside the honest spread",
+        "all honest updates",
+        "Baruch et al. 2019 (arXiv:1902.06156), the attack that prevents convergence",
     )
 
     def __post_init__(self) -> None:
@@ -78,14 +80,14 @@ class Mimic(Attack):
     The device is the one with the largest |<z, x_i - mu>|, z the direction of greatest variance of the honest updates.
     Deviation: the paper estimates z and mu over the first rounds and then keeps one device; here both are of the
     current round (power iteration on the Gram matrix of the centred updates, from the longest one).
-    Source: Karimireddy et al. 2022 (arXiv:2006.09365), section 4.2 and appendix.
+    Source: Karimireddy et al. 2022 (arXiv:2006.09365).
     """
 
     name = "mimic"
     facts = AttackFacts(
         "a copy of the most unusual honest device",
         "all honest updates",
-        "Karimireddy et al. 2022 (arXiv:2006.09365), section 4.2",
+        "Karimireddy et al. 2022 (arXiv:2006.09365)",
     )
 
     def craft(self, k: Kernels, honest: Updates, num_hostile: Any, knowledge: Knowledge) -> Any:
