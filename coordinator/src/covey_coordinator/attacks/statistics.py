@@ -43,8 +43,8 @@ class ALittleIsEnough(Attack):
     which m are corrupted: the s honest devices beyond z join the corrupted ones to a majority. Defined here, where the
     paper is silent: s < 1 (the corrupted have a majority) counts as 1, and a share below 1/2 gives z = 0 instead of a
     negative one, so that few attackers among many send the mean.
-    sigma divides by the number of honest devices. Source: Baruch et al. 2019 (arXiv:1902.06156), the attack that prevents convergence; the
-    paper's experiments leave the sign open, we push down.
+    sigma divides by the number of honest devices. Either sign serves; we push down.
+    Source: Baruch et al. 2019 (arXiv:1902.06156), the attack that prevents convergence.
     """
 
     z: float | None = None
