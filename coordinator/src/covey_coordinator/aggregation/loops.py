@@ -26,6 +26,7 @@ from covey_coordinator.aggregation import networks
 
 WIDTH = 16 if llvmlite.binding.get_host_cpu_features().get("avx512f") else 8  # float32 numbers in a register
 HALF = WIDTH // 2  # float64 numbers in a register
+FEW_ROWS = 16
 TILE = 32  # columns of a tile: 128 rows of it are 16 KB
 GRAM_COLUMNS = 4096  # as in kernels.py, where both are explained
 QUANTUM_BITS = 19
@@ -54,6 +55,7 @@ class VectorModel(models.PrimitiveModel):
 
 
 SINGLES = Vector(ir.FloatType(), WIDTH)
+TILE_ROW = Vector(ir.FloatType(), TILE)
 DOUBLES = Vector(ir.DoubleType(), WIDTH)
 PACKED = Vector(ir.DoubleType(), HALF)
 
@@ -106,6 +108,7 @@ def loader(vector: Vector) -> Any:
 
 
 load = loader(SINGLES)  # load(array, at): numbers at to at + WIDTH - 1 of a one-dimensional array
+load_row = loader(TILE_ROW)
 load_doubles = loader(DOUBLES)
 load_packed = loader(PACKED)
 
@@ -164,9 +167,19 @@ def count_outside(typing: Any, values: Any, least: Any, most: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         value, low, high = arguments
         outside = builder.or_(builder.fcmp_ordered("<", value, low), builder.fcmp_ordered(">", value, high))
-        return builder.zext(builder.ctpop(builder.bitcast(outside, ir.IntType(WIDTH))), ir.IntType(64))
+        return builder.zext(builder.ctpop(builder.bitcast(outside, ir.IntType(value.type.count))), ir.IntType(64))
 
     return types.int64(values, least, most), generate
+
+
+@intrinsic
+def choose(typing: Any, x: Any, y: Any, one: Any, other: Any) -> Any:
+    """`one` where x < y, else `other`."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.select(builder.fcmp_ordered("<", *arguments[:2]), *arguments[2:])
+
+    return one(x, y, one, other), generate
 
 
 @intrinsic
@@ -557,12 +570,9 @@ def padded_tile(rows, front, m):
 @njit
 def count_rows_outside(block, at, stride, m, bounds, low, high, outside):
     """Add to outside[i] how many numbers of row i are below bounds[low:] or above bounds[high:], lane by lane."""
+    least, most = load_row(bounds, low), load_row(bounds, high)
     for i in range(m):
-        count = 0
-        for lane in range(0, TILE, WIDTH):
-            values = load(block, at + i * stride + lane)
-            count += count_outside(values, load(bounds, low + lane), load(bounds, high + lane))
-        outside[i] += count
+        outside[i] += count_outside(load_row(block, at + i * stride), least, most)
 
 
 @njit
@@ -573,6 +583,20 @@ def put(line, out, column, count):
         out[column + lane] = np.float32(0) if value == 0 else value
 
 
+@njit
+def rank_tile(block, at, stride, m, tile, net, low, high, cut, terms, line, outside):
+    """ranked_means of one tile, to `line`. Row i of it is at block[at + i * stride:]; net: steps, front."""
+    steps, front = net
+    load_tile(block, at, stride, m, tile, front)
+    sort_tile(tile, steps)
+    reciprocal = doubles(1.0 / np.float64(high - low))
+    for lane in range(0, TILE, WIDTH):
+        for j in range(high - low):
+            store(terms, j * WIDTH, widen(load(tile, (front + low + j) * TILE + lane)))
+        store(line, lane, narrow(times(halving_sum(terms, high - low), reciprocal)))
+    count_rows_outside(block, at, stride, m, tile, (front + cut) * TILE, (front + m - 1 - cut) * TILE, outside)
+
+
 @njit(nogil=True, cache=True)
 def ranked_range(x, n, d, start, stop, stages, places, weights, rows, m, columns, net, low, high, cut, out, outside):
     """ranked_means on columns start to stop - 1. net: steps, padded rows, front of the network."""
@@ -580,36 +604,33 @@ def ranked_range(x, n, d, start, stop, stages, places, weights, rows, m, columns
     steps, padded, front = net
     first, second, stride, terms, sums = scratch(rows, stages, columns)
     tile, line = padded_tile(padded, front, m), singles(TILE)
-    reciprocal = doubles(1.0 / np.float64(high - low))
     for column in range(start, stop, columns):
         count = min(columns, stop - column)
-        fill(x, n, d, column, count, stages, places, weights, first, second, stride, terms, sums)
+        # Where the rows lie, a few are read faster; of many, each needs a longer piece to be read at full speed.
+        in_place = n <= FEW_ROWS and stages.shape[0] == 0 and count % TILE == 0
+        if not in_place:
+            fill(x, n, d, column, count, stages, places, weights, first, second, stride, terms, sums)
+        block, origin, step = (x, column, d) if in_place else (first, 0, stride)
         for at in range(0, count, TILE):
-            load_tile(first, at, stride, m, tile, front)
-            sort_tile(tile, steps)
-            for lane in range(0, TILE, WIDTH):
-                for j in range(high - low):
-                    store(terms, j * WIDTH, widen(load(tile, (front + low + j) * TILE + lane)))
-                store(line, lane, narrow(times(halving_sum(terms, high - low), reciprocal)))
+            rank_tile(block, origin + at, step, m, tile, (steps, front), low, high, cut, terms, line, outside)
             put(line, out, column + at, min(TILE, count - at))
-            least, most = (front + cut) * TILE, (front + m - 1 - cut) * TILE
-            count_rows_outside(first, at, stride, m, tile, least, most, outside)
     restore(old)
 
 
 @njit
 def nearest_starts(tile, front, m, keep, starts):
     """For each column of a tile sorted from row `front` the first row of the `keep` values nearest the median."""
-    for lane in range(TILE):
-        low, high = front + (m - 1) // 2, front + m // 2
-        middle = (np.float64(tile[low * TILE + lane]) + np.float64(tile[high * TILE + lane])) * 0.5
-        best, starts[lane] = np.float64(np.inf), front
+    low, high = (front + (m - 1) // 2) * TILE, (front + m // 2) * TILE
+    for lane in range(0, TILE, WIDTH):
+        middle = times(plus(widen(load(tile, low + lane)), widen(load(tile, high + lane))), doubles(0.5))
+        best, start = doubles(np.inf), doubles(0.0)
         for row in range(front, front + m - keep + 1):
-            below = middle - np.float64(tile[row * TILE + lane])
-            above = np.float64(tile[(row + keep - 1) * TILE + lane]) - middle
-            reach = max(below, above)
-            if reach < best:
-                best, starts[lane] = reach, row
+            below = minus(middle, widen(load(tile, row * TILE + lane)))
+            above = minus(widen(load(tile, (row + keep - 1) * TILE + lane)), middle)
+            reach = upper(below, above)
+            start = choose(reach, best, doubles(np.float64(row)), start)
+            best = lower(reach, best)
+        store(starts, lane, start)
 
 
 @njit(nogil=True, cache=True)
@@ -618,7 +639,7 @@ def nearest_range(x, n, d, start, stop, stages, places, weights, rows, m, column
     old = flushing()
     steps, padded, front = net
     first, second, stride, terms, sums = scratch(rows, stages, columns)
-    tile, line, starts = padded_tile(padded, front, m), singles(TILE), np.empty(TILE, np.int64)
+    tile, line, starts = padded_tile(padded, front, m), singles(TILE), stack(TILE // WIDTH)
     bounds = singles(2 * TILE)
     reciprocal = doubles(1.0 / np.float64(keep))
     for column in range(start, stop, columns):
@@ -629,13 +650,14 @@ def nearest_range(x, n, d, start, stop, stages, places, weights, rows, m, column
             sort_tile(tile, steps)
             nearest_starts(tile, front, m, keep, starts)
             for lane in range(TILE):
-                bounds[lane] = tile[starts[lane] * TILE + lane]
-                bounds[TILE + lane] = tile[(starts[lane] + keep - 1) * TILE + lane]
+                start = np.int64(starts[lane])
+                bounds[lane] = tile[start * TILE + lane]
+                bounds[TILE + lane] = tile[(start + keep - 1) * TILE + lane]
             for lane in range(0, TILE, WIDTH):
-                for j in range(keep):
-                    for i in range(WIDTH):
-                        row = starts[lane + i] + j
-                        terms[j * WIDTH + i] = np.float64(tile[row * TILE + lane + i])
+                for i in range(WIDTH):
+                    at_start = np.int64(starts[lane + i]) * TILE + lane + i
+                    for j in range(keep):
+                        terms[j * WIDTH + i] = np.float64(item(tile, at_start + j * TILE))
                 store(line, lane, narrow(times(halving_sum(terms, keep), reciprocal)))
             put(line, out, column + at, min(TILE, count - at))
             count_rows_outside(first, at, stride, m, bounds, 0, TILE, outside)
@@ -770,7 +792,7 @@ def gram_block(x, n, d, column, count, stages, places, weights, rows, m, centre)
         fill(x, n, d, column + offset, size, stages, places, weights, first, second, stride, terms, sums)
         pack(first, stride, m, (size + WIDTH - 1) // WIDTH * WIDTH, shift, offset, units, numbers)
         for i in range(0, m, 3):
-            for j in range(0, i + 3, 4):
+            for j in range(0, min(i + 3, m), 4):
                 products_3_by_4(numbers, i, j, total)
     for i in range(m):
         for j in range(i + 1):
