@@ -26,7 +26,7 @@ from covey_coordinator.aggregation import networks
 
 WIDTH = 16 if llvmlite.binding.get_host_cpu_features().get("avx512f") else 8  # float32 numbers in a register
 HALF = WIDTH // 2  # float64 numbers in a register
-FEW_ROWS = 16
+FEW_ROWS = 16  # so many are read a tile at a time where they lie; of more, longer pieces are copied, which is faster
 TILE = 32  # columns of a tile: 128 rows of it are 16 KB
 GRAM_COLUMNS = 4096  # as in kernels.py, where both are explained
 QUANTUM_BITS = 19
@@ -541,6 +541,15 @@ def fill(x, n, d, column, count, stages, places, weights, first, second, stride,
 
 
 @njit
+def gather(x, n, d, column, count, may_stay, stages, places, weights, first, second, stride, terms, sums):
+    """As `fill`, or the columns where they lie. Returns the memory, the place of row 0 and the distance of rows."""
+    if may_stay and stages.shape[0] == 0 and count % TILE == 0:
+        return x, column, d
+    fill(x, n, d, column, count, stages, places, weights, first, second, stride, terms, sums)
+    return first, 0, stride
+
+
+@njit
 def scratch(rows, stages, columns):
     """Two blocks of columns and two stacks of vectors for `fill`. rows: the most before, between or after stages."""
     stride = columns + WIDTH
@@ -562,8 +571,8 @@ def load_tile(block, at, stride, m, tile, front):
 @njit
 def padded_tile(rows, front, m):
     tile = singles(rows * TILE)
-    tile[: front * TILE] = -np.inf
-    tile[(front + m) * TILE :] = np.inf
+    for at in range(rows * TILE):
+        tile[at] = -np.inf if at < front * TILE else np.inf  # the rows between are overwritten
     return tile
 
 
@@ -606,11 +615,10 @@ def ranked_range(x, n, d, start, stop, stages, places, weights, rows, m, columns
     tile, line = padded_tile(padded, front, m), singles(TILE)
     for column in range(start, stop, columns):
         count = min(columns, stop - column)
-        # Where the rows lie, a few are read faster; of many, each needs a longer piece to be read at full speed.
-        in_place = n <= FEW_ROWS and stages.shape[0] == 0 and count % TILE == 0
-        if not in_place:
-            fill(x, n, d, column, count, stages, places, weights, first, second, stride, terms, sums)
-        block, origin, step = (x, column, d) if in_place else (first, 0, stride)
+        few = n <= FEW_ROWS
+        block, origin, step = gather(
+            x, n, d, column, count, few, stages, places, weights, first, second, stride, terms, sums
+        )
         for at in range(0, count, TILE):
             rank_tile(block, origin + at, step, m, tile, (steps, front), low, high, cut, terms, line, outside)
             put(line, out, column + at, min(TILE, count - at))
@@ -680,15 +688,18 @@ def combination_range(x, n, d, start, stop, stages, places, weights, rows, colum
     centred, k = centre.shape[0] > 0, shares.shape[0]
     for column in range(start, stop, columns):
         count = min(columns, stop - column)
-        fill(x, n, d, column, count, stages, places, weights, first, second, stride, terms, sums)
+        few = n <= FEW_ROWS
+        block, origin, step = gather(
+            x, n, d, column, count, few, stages, places, weights, first, second, stride, terms, sums
+        )
         copy_centre(centre, column, count, shift)
         for at in range(0, count, WIDTH):
             middle = load_doubles(shift, at)
             for j in range(k):
-                value = widen(load(first, chosen[j] * stride + at))
+                value = widen(load(block, origin + item(chosen, j) * step + at))
                 if centred:
                     value = minus(value, middle)
-                store(terms, j * WIDTH, times(doubles(shares[j]), value))
+                store(terms, j * WIDTH, times(doubles(item(shares, j)), value))
             total = times(halving_sum(terms, k), doubles(scale))
             if centred:
                 total = plus(middle, total)
@@ -709,16 +720,17 @@ def unit_of(peak):
 
 
 @njit
-def raise_peaks(block, stride, m, count, shift, offset, peaks):
+def raise_peaks(block, origin, step, m, count, shift, offset, peaks):
     """peaks[i]: the largest |row i - shift| so far. count: a multiple of WIDTH."""
     line = stack(1)
     for i in range(m):
         largest = doubles(peaks[i])
         for at in range(0, count, WIDTH):
-            value = minus(widen(load(block, i * stride + at)), load_doubles(shift, offset + at))
+            value = minus(widen(load(block, origin + i * step + at)), load_doubles(shift, offset + at))
             largest = upper(largest, magnitude(value))
         store(line, 0, largest)
-        peaks[i] = line.max()
+        for lane in range(WIDTH):
+            peaks[i] = max(peaks[i], line[lane])
 
 
 @njit
@@ -729,13 +741,15 @@ def whole_numbers(block, at, shift, offset, inverse):
 
 
 @njit
-def pack(block, stride, m, count, shift, offset, units, numbers):
+def pack(block, origin, step, m, count, shift, offset, units, numbers):
     """The whole numbers of `count` columns to rows of PACKED_STRIDE, zeros behind them."""
     for i in range(m):
         inverse = doubles(1.0 / units[i])
         for at in range(0, count, WIDTH):
-            store(numbers, i * PACKED_STRIDE + at, whole_numbers(block, i * stride + at, shift, offset + at, inverse))
-        numbers[i * PACKED_STRIDE + count : i * PACKED_STRIDE + PACKED_COLUMNS] = 0.0
+            whole = whole_numbers(block, origin + i * step + at, shift, offset + at, inverse)
+            store(numbers, i * PACKED_STRIDE + at, whole)
+        for at in range(count, PACKED_COLUMNS, WIDTH):
+            store(numbers, i * PACKED_STRIDE + at, doubles(0.0))
 
 
 @njit
@@ -779,18 +793,23 @@ def gram_block(x, n, d, column, count, stages, places, weights, rows, m, centre)
     shift = stack(GRAM_COLUMNS // WIDTH + 1)
     copy_centre(centre, column, count, shift)
     units, numbers = np.zeros(m), stack((m + 4) * PACKED_STRIDE // WIDTH + 1)
-    numbers[:] = 0.0
+    for at in range(m * PACKED_STRIDE, numbers.shape[0]):
+        numbers[at] = 0.0
     total = np.zeros((m + 4, m + 4))
     for offset in range(0, count, PACKED_COLUMNS):
         size = min(PACKED_COLUMNS, count - offset)
-        fill(x, n, d, column + offset, size, stages, places, weights, first, second, stride, terms, sums)
-        raise_peaks(first, stride, m, (size + WIDTH - 1) // WIDTH * WIDTH, shift, offset, units)
+        block, origin, step = gather(
+            x, n, d, column + offset, size, True, stages, places, weights, first, second, stride, terms, sums
+        )
+        raise_peaks(block, origin, step, m, (size + WIDTH - 1) // WIDTH * WIDTH, shift, offset, units)
     for i in range(m):
         units[i] = unit_of(units[i])
     for offset in range(0, count, PACKED_COLUMNS):
         size = min(PACKED_COLUMNS, count - offset)
-        fill(x, n, d, column + offset, size, stages, places, weights, first, second, stride, terms, sums)
-        pack(first, stride, m, (size + WIDTH - 1) // WIDTH * WIDTH, shift, offset, units, numbers)
+        block, origin, step = gather(
+            x, n, d, column + offset, size, True, stages, places, weights, first, second, stride, terms, sums
+        )
+        pack(block, origin, step, m, (size + WIDTH - 1) // WIDTH * WIDTH, shift, offset, units, numbers)
         for i in range(0, m, 3):
             for j in range(0, min(i + 3, m), 4):
                 products_3_by_4(numbers, i, j, total)
@@ -811,17 +830,21 @@ def square_norms_block(x, n, d, column, count, stages, places, weights, rows, m,
     units, result = np.zeros(m), np.zeros(m)
     for offset in range(0, count, PACKED_COLUMNS):
         size = min(PACKED_COLUMNS, count - offset)
-        fill(x, n, d, column + offset, size, stages, places, weights, first, second, stride, terms, sums)
-        raise_peaks(first, stride, m, (size + WIDTH - 1) // WIDTH * WIDTH, shift, offset, units)
+        block, origin, step = gather(
+            x, n, d, column + offset, size, True, stages, places, weights, first, second, stride, terms, sums
+        )
+        raise_peaks(block, origin, step, m, (size + WIDTH - 1) // WIDTH * WIDTH, shift, offset, units)
     for i in range(m):
         units[i] = unit_of(units[i])
     for offset in range(0, count, PACKED_COLUMNS):
         size = min(PACKED_COLUMNS, count - offset)
-        fill(x, n, d, column + offset, size, stages, places, weights, first, second, stride, terms, sums)
+        block, origin, step = gather(
+            x, n, d, column + offset, size, True, stages, places, weights, first, second, stride, terms, sums
+        )
         for i in range(m):
             inverse, total = doubles(1.0 / units[i]), doubles(0.0)
             for at in range(0, size, WIDTH):
-                value = whole_numbers(first, i * stride + at, shift, offset + at, inverse)
+                value = whole_numbers(block, origin + i * step + at, shift, offset + at, inverse)
                 total = plus_product(total, value, value)
             result[i] += total_of(total)
     for i in range(m):
