@@ -15,7 +15,17 @@ from covey_coordinator.aggregation.registry import make_rule
 from covey_coordinator.aggregation.rules import Batch, Judgement, Rule
 
 # Rules as the tables of the tests run them: name -> f such that n = 7 bears it.
-ALL_RULES = {"mean": 0, "median": 2, "trimmed-mean": 2, "multi-krum": 2, "krum": 2, "dnc": 2, "caf": 2}
+ALL_RULES = {
+    "mean": 0,
+    "median": 2,
+    "trimmed-mean": 2,
+    "multi-krum": 2,
+    "krum": 2,
+    "dnc": 2,
+    "caf": 2,
+    "geometric-median": 2,
+    "centred-clipping": 2,
+}
 
 
 def rules() -> dict[str, Rule]:

@@ -127,7 +127,8 @@ def _any_rows(empty: Any) -> Any:
 def _judge(rule: Rule, least: int, layout: _Layout, state: Any, updates: Any, num_examples: Any, places: Any) -> Any:
     """One round on the gathered rows: new state, structured aggregate, measurements."""
     places = tf.where(places == POSITION, tf.range(tf.size(places, tf.int64)), places)
-    state, judgement = _advance_usable(rule, least, state, updates, num_examples, places)
+    new_state, judgement = _advance_usable(rule, least, state, updates, num_examples, places)
+    state = tf.nest.map_structure(lambda new, old: tf.ensure_shape(new, old.shape), new_state, state)  # loops forget it
     own = {name: tf.cast(value, tf.float32) for name, value in sorted(judgement.measurements.items())}
     measurements = collections.OrderedDict(accepted=judgement.accepted, scores=judgement.scores, **own)
     return state, layout.unflat(judgement.aggregate), measurements

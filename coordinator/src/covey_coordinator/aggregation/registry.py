@@ -14,7 +14,9 @@ from typing import Any
 
 import msgspec
 
+from covey_coordinator.aggregation.centred_clipping import CentredClipping
 from covey_coordinator.aggregation.clipping import AdaptiveRobustClipping, Clipping, NormClipping, Zeroing
+from covey_coordinator.aggregation.geometric_median import GeometricMedian
 from covey_coordinator.aggregation.krum import Krum, MultiKrum
 from covey_coordinator.aggregation.mean import Mean
 from covey_coordinator.aggregation.presteps import Before, Bucketing, NearestNeighbourMixing, PreStep
@@ -27,6 +29,8 @@ RULES: dict[str, type[Rule]] = {
     "mean": Mean,
     "median": Median,
     "trimmed-mean": TrimmedMean,
+    "geometric-median": GeometricMedian,
+    "centred-clipping": CentredClipping,
     "multi-krum": MultiKrum,
     "krum": Krum,
     "dnc": DivideAndConquer,
