@@ -25,6 +25,9 @@ ALL_RULES = {
     "caf": 2,
     "geometric-median": 2,
     "centred-clipping": 2,
+    "meamed": 2,
+    "bulyan": 1,
+    "mda": 2,
 }
 
 

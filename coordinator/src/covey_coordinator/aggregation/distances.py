@@ -41,7 +41,7 @@ def centred_gram(k: Kernels, updates: Updates) -> tuple[Any, Any]:
         return passes + 1, next_pivot, pivot_after, centre, inner_products, precise
 
     def goes_on(passes: Any, pivot: Any, next_pivot: Any, centre: Any, inner_products: Any, precise: Any) -> Any:
-        return (passes < MAX_PASSES) & (pivot != next_pivot) & (not_(k, precise))
+        return (passes < MAX_PASSES) & not_(k, k.equal(pivot, next_pivot)) & not_(k, precise)
 
     mean = column_mean(k, updates)
     inner_products, first, precise = around(mean)

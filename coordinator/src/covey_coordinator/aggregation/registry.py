@@ -14,10 +14,14 @@ from typing import Any
 
 import msgspec
 
+from covey_coordinator.aggregation.bulyan import Bulyan, MeanAroundMedian
 from covey_coordinator.aggregation.centred_clipping import CentredClipping
 from covey_coordinator.aggregation.clipping import AdaptiveRobustClipping, Clipping, NormClipping, Zeroing
+from covey_coordinator.aggregation.flame import Flame
+from covey_coordinator.aggregation.foolsgold import FoolsGold
 from covey_coordinator.aggregation.geometric_median import GeometricMedian
 from covey_coordinator.aggregation.krum import Krum, MultiKrum
+from covey_coordinator.aggregation.mda import MinimumDiameter
 from covey_coordinator.aggregation.mean import Mean
 from covey_coordinator.aggregation.presteps import Before, Bucketing, NearestNeighbourMixing, PreStep
 from covey_coordinator.aggregation.rules import Rule
@@ -33,8 +37,13 @@ RULES: dict[str, type[Rule]] = {
     "centred-clipping": CentredClipping,
     "multi-krum": MultiKrum,
     "krum": Krum,
+    "meamed": MeanAroundMedian,
+    "bulyan": Bulyan,
+    "mda": MinimumDiameter,
     "dnc": DivideAndConquer,
     "caf": CovarianceFilter,
+    "foolsgold": FoolsGold,
+    "flame": Flame,
 }
 RULE_NAMES = tuple(RULES)
 PRE_STEPS: dict[str, type[PreStep]] = {

@@ -179,6 +179,10 @@ class Kernels(ABC):
     def maximum(self, a: Any, b: Any) -> Any: ...
 
     @abstractmethod
+    def equal(self, a: Any, b: Any) -> Any:
+        """Element-wise a == b. Python's operator compares tensors by identity inside TFF."""
+
+    @abstractmethod
     def sqrt(self, values: Any) -> Any: ...
 
     @abstractmethod
@@ -255,12 +259,20 @@ class Kernels(ABC):
         """int64: how many along the last axis are true."""
 
     @abstractmethod
+    def running_counts(self, values: Any) -> Any:
+        """(..., m) bool -> int64: how many are true up to and with each place along the last axis."""
+
+    @abstractmethod
     def while_loop(self, goes_on: Callable[..., Any], body: Callable[..., Any], state: tuple[Any, ...]) -> Any:
         """state = body(*state) while goes_on(*state). Shapes and dtypes in the state do not change."""
 
     @abstractmethod
     def exponent_parts(self, values: Any) -> tuple[Any, Any]:
         """float64, positive and normal -> (mantissa in [1, 2) float64, exponent int64) with value = m * 2^e."""
+
+    @abstractmethod
+    def required(self, values: Any, condition: Any, what: str, remedy: str) -> Any:
+        """The values if the scalar bool holds; else the round fails, in numpy with RuleError(what, remedy)."""
 
     @abstractmethod
     def random_bits(self, seed: Any, n: Any) -> Any:
