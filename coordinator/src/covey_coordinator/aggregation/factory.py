@@ -209,7 +209,8 @@ def _judge(
     """One round on the gathered rows: new state, structured aggregate (times usable rows for as_sum), measurements."""
     # tf.equal: in TFF's graphs `==` compares the tensor objects and is False
     places = tf.where(tf.equal(places, POSITION), tf.range(tf.size(places, tf.int64)), places)
-    usable, state, judgement = _advance_usable(rule, least, state, updates, num_examples, places)
+    usable, new_state, judgement = _advance_usable(rule, least, state, updates, num_examples, places)
+    state = tf.nest.map_structure(lambda new, old: tf.ensure_shape(new, old.shape), new_state, state)  # loops forget it
     aggregate = judgement.aggregate * tf.cast(usable, tf.float32) if as_sum else judgement.aggregate
     own = {name: tf.cast(value, tf.float32) for name, value in sorted(judgement.measurements.items())}
     measurements = collections.OrderedDict(accepted=judgement.accepted, scores=judgement.scores, **own)
