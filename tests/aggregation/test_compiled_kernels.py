@@ -15,10 +15,12 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from covey_coordinator.aggregation import compiled, crew, kernels
-from covey_coordinator.aggregation.compiled import Updates
+from covey_coordinator.aggregation import compiled, crew
+from covey_coordinator.aggregation.kernels import Updates
+from covey_coordinator.aggregation.kernels.reference import TensorFlowKernels
 from covey_protocol.errors import UsageError
 
+REFERENCE = TensorFlowKernels()
 SHAPES = [
     *[(1, 1), (1, 33), (2, 1), (2, 31), (3, 257), (4, 64), (5, 1001), (7, 9001), (8, 32), (9, 33), (10, 10_001)],
     *[(15, 77), (16, 512), (17, 4097), (31, 65), (33, 1023), (50, 8193), (64, 100), (65, 4096), (100, 5003)],
@@ -34,14 +36,19 @@ def mixed(matrix: np.ndarray, stages: Any) -> Any:
     for indices, weights in stages:
         chosen = tf.cast(tf.gather(rows, indices), tf.float64) * tf.constant(weights)[:, :, None]
         flat = tf.reshape(tf.transpose(chosen, [1, 0, 2]), [indices.shape[1], -1])
-        rows = tf.cast(tf.reshape(kernels.sum_rows(flat), [len(indices), -1]), tf.float32)
+        rows = tf.cast(tf.reshape(REFERENCE.sum_rows(flat), [len(indices), -1]), tf.float32)
     return rows
+
+
+def mean_of(rows: Any) -> Any:
+    mean = tf.cast(REFERENCE.sum_rows(tf.cast(rows, tf.float64)) * (1.0 / rows.shape[0]), tf.float32)
+    return tf.where(mean == 0.0, 0.0, mean)
 
 
 def ranked(rows: Any, low: int, high: int, cut: int) -> tuple[Any, Any]:
     ordered = tf.sort(rows, axis=0)
     outside = (rows < ordered[cut]) | (rows > ordered[rows.shape[0] - 1 - cut])
-    aggregate = kernels.without_negative_zero(kernels.mean_rows(ordered[low:high]))
+    aggregate = mean_of(ordered[low:high])
     return aggregate, tf.math.count_nonzero(outside, axis=1)
 
 
@@ -53,15 +60,15 @@ def nearest(rows: Any, keep: int) -> tuple[Any, Any]:
     starts = tf.argmin(reach, axis=0)[:, None] + tf.range(keep, dtype=tf.int64)
     window = tf.transpose(tf.gather(tf.transpose(ordered), starts, batch_dims=1))
     outside = (rows < window[0]) | (rows > window[-1])
-    return kernels.without_negative_zero(kernels.mean_rows(window)), tf.math.count_nonzero(outside, axis=1)
+    return mean_of(window), tf.math.count_nonzero(outside, axis=1)
 
 
 def combined(rows: Any, weights: np.ndarray, centre: np.ndarray | None, scale: float = 1.0) -> Any:
     wide, shares = tf.cast(rows, tf.float64), tf.constant(weights)[:, None]
     if centre is None:
-        return tf.cast(kernels.sum_rows(shares * wide) * scale, tf.float32)
+        return tf.cast(REFERENCE.sum_rows(shares * wide) * scale, tf.float32)
     middle = tf.cast(tf.constant(centre), tf.float64)
-    return tf.cast(middle + kernels.sum_rows(shares * (wide - middle)) * scale, tf.float32)
+    return tf.cast(middle + REFERENCE.sum_rows(shares * (wide - middle)) * scale, tf.float32)
 
 
 # ---- numbers
@@ -128,9 +135,9 @@ def compare_all(matrix: np.ndarray, stages: Any) -> None:
     same(compiled.combination(updates, weights), combined(rows, weights, None))
     same(compiled.combination(updates, weights, centre, scale=0.3), combined(rows, weights, centre, 0.3))
     for middle in (centre, np.zeros_like(centre)):
-        same(compiled.gram(updates, middle), kernels.gram(rows, tf.constant(middle)))
-        same(compiled.square_norms(updates, middle), kernels.square_norms(rows, tf.constant(middle)))
-    same(compiled.gram(updates), kernels.gram(rows, tf.zeros_like(centre)))
+        same(compiled.gram(updates, middle), REFERENCE.gram(Updates(rows), tf.constant(middle)))
+        same(compiled.square_norms(updates, middle), REFERENCE.square_norms(Updates(rows), tf.constant(middle)))
+    same(compiled.gram(updates), REFERENCE.gram(Updates(rows)))
 
 
 @pytest.mark.parametrize("numbers", [ordinary, ties, hostile])
@@ -150,13 +157,13 @@ def test_combination_of_chosen_rows_is_the_mean_of_these_rows() -> None:
     matrix = ordinary(20, 5000)
     rows = np.array([3, 4, 7, 11, 12, 19])
     found = compiled.combination(Updates(matrix), np.ones(6), rows=rows, scale=1.0 / 6)
-    same(found, kernels.column_mean(tf.constant(matrix), tf.constant(rows)))
+    same(found, mean_of(tf.constant(matrix[rows])))
 
 
 def test_sum_rows_adds_in_the_order_of_tensorflows() -> None:
     for n in (1, 2, 3, 7, 50, 101):
         rows = hostile(n, 37).astype(np.float64)
-        same(compiled.sum_rows(rows), kernels.sum_rows(tf.constant(rows)))
+        same(compiled.sum_rows(rows), REFERENCE.sum_rows(tf.constant(rows)))
 
 
 def test_an_update_matrix_that_cannot_be_written_or_lies_oddly_in_memory_is_read_too() -> None:
@@ -183,7 +190,7 @@ def crew_of(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
 
 
 def everything(updates: Updates) -> bytes:
-    n, centre = updates.n, np.ascontiguousarray(updates.matrix[1])
+    n, centre = compiled.Plan(updates).m, np.ascontiguousarray(updates.matrix[1])
     results = [
         *compiled.ranked_means(updates, n // 5, n - n // 5, n // 5),
         *compiled.nearest_means(updates, n - n // 5),

@@ -39,7 +39,7 @@ class Plan:
         if matrix.ndim != 2 or 0 in matrix.shape:
             raise UsageError(f"updates of shape {matrix.shape}", "pass a matrix with one row per device")
         self.n, self.d = matrix.shape
-        self.m = len(updates.stages[-1].indices if updates.stages else matrix)
+        self.m = len(updates.stages[-1][0] if updates.stages else matrix)
         self.flat = constant(matrix.reshape(-1))
         heights = [self.n, *(len(indices) for indices, _ in updates.stages)]
         self.rows = max(*heights, *(indices.shape[1] for indices, _ in updates.stages), 1)
