@@ -22,9 +22,8 @@ from covey_protocol.errors import UsageError
 
 REFERENCE = TensorFlowKernels()
 SHAPES = [
-    *[(1, 1), (1, 33), (2, 1), (2, 31), (3, 257), (4, 64), (5, 1001), (7, 9001), (8, 32), (9, 33), (10, 10_001)],
-    *[(15, 77), (16, 512), (17, 4097), (31, 65), (33, 1023), (50, 8193), (64, 100), (65, 4096), (100, 5003)],
-    *[(128, 63), (129, 129), (257, 1500)],
+    *[(1, 1), (2, 31), (3, 257), (4, 64), (5, 1001), (7, 9001), (8, 32), (10, 5003), (16, 512), (17, 4097)],
+    *[(33, 1023), (50, 4100), (64, 100), (65, 1), (100, 1003), (129, 129), (257, 400)],
 ]
 
 
@@ -148,7 +147,7 @@ def test_kernels_give_the_bits_of_tensorflow(n: int, d: int, numbers: Callable[[
 
 @pytest.mark.parametrize("numbers", [ordinary, ties, hostile])
 @pytest.mark.parametrize("stages", list(stages_for(1))[1:])
-@pytest.mark.parametrize(("n", "d"), [(1, 3), (2, 65), (5, 8193), (10, 300), (17, 1000), (50, 333), (101, 40)])
+@pytest.mark.parametrize(("n", "d"), [(1, 3), (5, 4200), (17, 1000), (50, 333)])
 def test_kernels_after_stages_give_the_bits_of_tensorflow(n: int, d: int, stages: str, numbers: Any) -> None:
     compare_all(numbers(n, d), stages_for(n)[stages])
 
