@@ -25,8 +25,11 @@ MOST_BYZANTINE = 12  # the branching looks at up to 2^f cases per question; at 1
 class MinimumDiameter(Rule):
     """MDA: plain mean of the n - f updates with the least greatest distance between two of them.
 
-    Where several subsets have the least diameter, the branching decides among them, and of more than n - f updates that
-    fit, those with the least sums of squared distances stay, ties to the smaller index. num_examples is not used.
+    Several subsets can have the least diameter, also without ties: if the two ends of one longest distance have no
+    other conflict, either can go. Among them the one with the least sum of squared distances is taken, so that the
+    order of devices does not matter (the papers do not say). Where distances are exactly equal, fewer than f may need
+    to go; then the branching decides among covers, and of more than n - f updates that fit, those with the least sums
+    of squared distances stay, ties to the smaller index. num_examples is not used.
     score: greatest distance to one of the kept, over their diameter; 0 if that is 0. Needs n > 2f and f <= 12.
     Source: Rousseeuw 1985 (minimum volume estimators); El Mhamdi et al. 2018 (arXiv:1802.07927), there "Brute".
     """
@@ -65,40 +68,48 @@ class MinimumDiameter(Rule):
         return Judgement(mean_of_members(k, batch.updates, accepted), accepted, scores, measured)
 
     def _least(self, k: Kernels, distances: Any) -> Any:
-        """(n,) bool: at most f updates without which the diameter is least."""
+        """(n,) bool: at most f updates without which the diameter is least, and then the sum of squared distances."""
         n = k.length(distances)
         candidates = k.sort(k.reshape(distances, (n * n,)))
 
-        def question(place: Any) -> tuple[Any, Any]:
-            return covered(k, distances > k.take(candidates, place), self.num_byzantine)
+        def conflicts(place: Any) -> Any:
+            return distances > k.take(candidates, place)
 
-        def halve(low: Any, high: Any, left_out: Any) -> Any:
+        def halve(low: Any, high: Any) -> Any:
             middle = (low + high) // 2
-            possible, found = question(middle)
-            low, high = k.where(possible, low, middle), k.where(possible, middle, high)
-            return low, high, k.where(possible, found, left_out)
+            possible, _ = covered(k, conflicts(middle), self.num_byzantine)
+            return k.where(possible, low, middle), k.where(possible, middle, high)
 
-        start = k.whole(-1), k.whole(n) * k.whole(n) - 1, k.full((n,), False)
-        return k.while_loop(lambda low, high, left_out: high - low > 1, halve, start)[2]
+        start = k.whole(-1), k.whole(n) * k.whole(n) - 1
+        _, place = k.while_loop(lambda low, high: high - low > 1, halve, start)
+        return covered(k, conflicts(place), self.num_byzantine, distances)[1]
 
     def explain(self, score: float, accepted_scores: Array, n: int) -> str:
         return f"not among the {len(accepted_scores)} of {n} closest together: {score:.3g} diameters from one of them"
 
 
-def covered(k: Kernels, conflicts: Any, most: int) -> tuple[Any, Any]:
+def covered(k: Kernels, conflicts: Any, most: int, distances: Any = None) -> tuple[Any, Any]:
     """Whether at most `most` vertices touch all edges, and such vertices: a scalar bool, (n,) bool.
 
     conflicts: (n, n) bool, symmetric, the graph's edges. Depth first, with the sets still to look at on a stack.
+    distances: with these, (n, n), all minimal covers are looked at for the least sum of distances between the rest;
+    without, the first one found is the answer.
     """
     n = k.length(conflicts)
     edges = k.where(conflicts, k.full((), 1.0), 0.0)
     height = most + 2  # each level leaves one set behind
 
-    def look(stack: Any, size: Any, found: Any, cover: Any) -> Any:
+    def cost(gone: Any) -> Any:
+        if distances is None:
+            return 0.0 * k.sum_rows(gone)
+        rest = 1.0 - gone
+        return k.sum_rows(k.sum_rows(distances * rest[:, None]) * rest)
+
+    def look(stack: Any, size: Any, found: Any, cover: Any, least: Any) -> Any:
         gone = k.take(stack, size - 1)
         remaining = edges * (1.0 - gone)[:, None] * (1.0 - gone)[None, :]
         degrees = k.sum_rows(remaining)
-        worst = k.argmin(0.0 - degrees)
+        worst = k.argmin(0.0 - (degrees * k.real(n) + k.real(k.arange(n))))  # of equals the last
         greatest = k.largest(degrees)
         budget = most - k.sum_rows(gone)
         hopeless = k.sum_rows(degrees) > 2.0 * budget * greatest
@@ -110,11 +121,14 @@ def covered(k: Kernels, conflicts: Any, most: int) -> tuple[Any, Any]:
         rows = k.reshape(k.concat([without_others, without_it]), (2, n))
         pushed = k.where(goes_on, k.replaced(stack, places, rows), stack)
         size = k.where(goes_on, size + 1, size - 1)
-        return pushed, size, found | solved, k.where(solved, gone > 0.0, cover)
+        price = cost(gone)
+        better = solved & (price < least)
+        cover, least = k.where(better, gone > 0.0, cover), k.where(better, price, least)
+        return pushed, size, found | solved, cover, least
 
-    def goes_on(stack: Any, size: Any, found: Any, cover: Any) -> Any:
-        return (size > 0) & not_(k, found)
+    def goes_on(stack: Any, size: Any, found: Any, cover: Any, least: Any) -> Any:
+        return (size > 0) if distances is not None else (size > 0) & not_(k, found)
 
-    start = k.full((height, n), 0.0), k.whole(1), k.full((), False), k.full((n,), False)
-    _, _, found, cover = k.while_loop(goes_on, look, start)
+    start = k.full((height, n), 0.0), k.whole(1), k.full((), False), k.full((n,), False), k.full((), float("inf"))
+    _, _, found, cover, _ = k.while_loop(goes_on, look, start)
     return found, cover
