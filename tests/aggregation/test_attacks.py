@@ -202,7 +202,7 @@ def test_adaptive_moves_the_aggregate_at_least_as_far_as_every_factor_it_tried(r
 
     found = moved(craft(make_attack("adaptive"), honest, 2, rule=(rule, f)))
     for direction in ("mean", "std"):
-        for factor in 0.125 * 2.0 ** np.arange(12):
+        for factor in 0.11 * 2.0 ** np.arange(12):
             row = (mu + factor * push(honest, direction)).astype(np.float32)
             assert moved(np.tile(row, (2, 1))) <= found * (1 + 1e-4)
     assert found > 1.2 * moved(craft(make_attack("none"), honest, 2, honest_rows(9, 11, 60)[9:]))
@@ -211,7 +211,14 @@ def test_adaptive_moves_the_aggregate_at_least_as_far_as_every_factor_it_tried(r
 def test_adaptive_drives_a_plain_mean_to_its_largest_factor() -> None:
     honest = honest_rows(9, 9, 60)
     rows = craft(make_attack("adaptive", direction="mean"), honest, 1, rule=("mean", 0))
-    np.testing.assert_allclose(rows[0], (1 - 0.125 * 2**11 * (1 + 0.5 + 0.25 + 0.125)) * honest.mean(0), rtol=1e-4)
+    np.testing.assert_allclose(rows[0], (1 - 0.11 * 2**11 * (1 + 0.5 + 0.25 + 0.125)) * honest.mean(0), rtol=1e-4)
+
+
+def test_adaptive_does_not_send_zeros_where_standing_still_is_the_worst() -> None:
+    """With a majority a median is the attacker's; the factor 1 along -mu, all zeros, would be screened out."""
+    honest = np.tile(honest_rows(1, 1, 30), (3, 1)) * np.array([[1], [1.001], [0.999]], np.float32)
+    rows = craft(make_attack("adaptive", direction="mean", doublings=4, refinements=0), honest, 4, rule=("median", 3))
+    assert np.abs(rows / honest.mean(0) - (1 - 0.88)).max() < 1e-3
 
 
 def test_label_flip_reverses_the_labels_and_nothing_else() -> None:

@@ -17,7 +17,7 @@ from covey_coordinator.attacks.mathematics import (
 )
 from covey_protocol.errors import ConfigError, UsageError
 
-FIRST_FACTOR = 0.125
+FIRST_FACTOR = 0.11  # no doubling of it is 1, at which mu - 1 mu would be all zeros and be screened out
 BOTH = ("mean", "std")
 
 
@@ -26,7 +26,7 @@ class Adaptive(Attack):
     """mu + factor * p with the factor, of those tried, at which the rule's aggregate is farthest from mu.
 
     The rule in use is run on the whole batch, from its current state, with the same kernels: first with doubled factors
-    1/8, 1/4, ... (`doublings` of them), then `refinements` times a step up and a step down from the best, the step
+    0.11, 0.22, ... (`doublings` of them), then `refinements` times a step up and a step down from the best, the step
     starting at half of it and halved each time. The distance need not be unimodal: this is not always the optimum.
     direction: of p, "mean" (-mu), "std", "unit", "sign", or "both" (mean and std, the better one).
     Source: maximising |mu - aggregate| on a known rule is the tailored attack of Shejwalkar and Houmansadr 2021 (NDSS);

@@ -19,7 +19,7 @@ CELL_INCHES = (0.46, 0.3)
 LABEL_INCHES, HEAD_INCHES, FOOT_INCHES, GAP_INCHES = 1.75, 1.3, 0.8, 0.35
 TITLE_INCHES = 0.75
 SIDE_GAP = 0.45  # of a cell, between the attacks and the columns of worst cases
-DOTS_INCHES = 5.2
+DOTS_INCHES = (5.2, 9.0)  # least and most
 DPI = 100
 DOT_STYLES = (
     ("#000000", "o"),
@@ -62,7 +62,9 @@ class _Layout:
         # the panel without corrupted devices and the summary share the first line; two wide panels each of the others
         lines = [[0], *_pairs(list(range(1, len(panels))))] if first_is_narrow else [[], *_pairs([*range(len(panels))])]
         widths = [sum(LABEL_INCHES + sizes[index] + GAP_INCHES for index in line) for line in lines]
-        widths[0] += LABEL_INCHES + DOTS_INCHES + GAP_INCHES
+        room = max(widths) - widths[0] - LABEL_INCHES - GAP_INCHES
+        dots_width = min(max(room, DOTS_INCHES[0]), DOTS_INCHES[1])
+        widths[0] += LABEL_INCHES + dots_width + GAP_INCHES
         self.width = max(*widths, 9.0) + 0.1
         self.height = TITLE_INCHES + len(lines) * (HEAD_INCHES + high) + FOOT_INCHES
         self.boxes: list[tuple[float, float, float, float]] = []
@@ -74,7 +76,7 @@ class _Layout:
                 self.boxes.append((left + LABEL_INCHES, bottom, sizes[index], high))
                 left += LABEL_INCHES + sizes[index] + GAP_INCHES
             if number == 0:
-                self.dots = (left + LABEL_INCHES, bottom, DOTS_INCHES, high)
+                self.dots = (left + LABEL_INCHES, bottom, dots_width, high)
 
     def fraction(self, box: tuple[float, float, float, float]) -> tuple[float, float, float, float]:
         return box[0] / self.width, box[1] / self.height, box[2] / self.width, box[3] / self.height
