@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from statistics import NormalDist
 from typing import Any
 
 import attack_references as reference
@@ -19,7 +18,7 @@ from covey_coordinator.aggregation.registry import make_rule, settings_of
 from covey_coordinator.aggregation.screening import screen_updates
 from covey_coordinator.attacks.attacked import Attacked
 from covey_coordinator.attacks.contract import DataSetting
-from covey_coordinator.attacks.mathematics import disguised, normal_quantile
+from covey_coordinator.attacks.mathematics import disguised
 from covey_coordinator.attacks.registry import ATTACKS, make_attack
 from covey_protocol.errors import ConfigError, RuleError
 
@@ -80,11 +79,6 @@ def test_unknown_attacks_and_settings_are_refused_with_the_nearest_name() -> Non
 def test_settings_that_cannot_be_are_refused(name: str, settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(settings))):
         make_attack(name, **settings)
-
-
-def test_normal_quantiles_are_right_to_the_last_digits() -> None:
-    p = np.concatenate([10.0 ** np.arange(-16, 0), np.linspace(0.01, 0.99, 99), 1 - 10.0 ** np.arange(-15.0, 0)])
-    np.testing.assert_allclose(normal_quantile(K, p), [NormalDist().inv_cdf(one) for one in p], rtol=4e-15, atol=1e-17)
 
 
 def test_gaussian_noise_has_its_standard_deviation_and_differs_by_device_and_round() -> None:

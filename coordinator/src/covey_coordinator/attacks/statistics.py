@@ -7,8 +7,9 @@ from typing import Any
 
 from covey_coordinator.aggregation.kernels import Kernels, Updates
 from covey_coordinator.aggregation.kernels.mathematics import column_mean
+from covey_coordinator.aggregation.kernels.normal import normal_quantile
 from covey_coordinator.attacks.contract import Attack, AttackFacts, Knowledge
-from covey_coordinator.attacks.mathematics import column_std, normal_quantile, repeated
+from covey_coordinator.attacks.mathematics import column_std, repeated
 from covey_coordinator.attacks.plain import require_finite
 
 POWER_STEPS = 64  # of the power iteration for mimic's direction
