@@ -1,6 +1,8 @@
-"""Independent references in plain numpy and float64: geometric median and centred clipping."""
+"""Independent references in plain numpy and float64: geometric median, centred clipping, MDA."""
 
 from __future__ import annotations
+
+import itertools
 
 import numpy as np
 
@@ -40,3 +42,15 @@ def centred_clipping(updates: np.ndarray, start: np.ndarray, radius: float, iter
         factors = [1.0 if length <= radius else radius / length for length in lengths]
         centre = centre + np.mean([factor * row for factor, row in zip(factors, differences)], axis=0)
     return centre
+
+
+def minimum_diameter_subset(updates: np.ndarray, f: int) -> list[int]:
+    """All subsets of n - f: least diameter, then least sum of squared distances."""
+    rows = updates.astype(np.float64)
+    squares = ((rows[:, None] - rows[None, :]) ** 2).sum(axis=2)
+
+    def key(subset: tuple[int, ...]) -> tuple[float, float]:
+        inner = squares[np.ix_(subset, subset)]
+        return float(inner.max()), float(inner.sum())
+
+    return list(min(itertools.combinations(range(len(rows)), len(rows) - f), key=key))

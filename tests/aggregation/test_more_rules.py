@@ -179,6 +179,17 @@ def test_only_devices_cut_far_more_than_the_others_are_called_left_out() -> None
     assert "distance from the last aggregate" in rule.explain(99.0, found.scores[2:], 10)
 
 
+# ---- MDA
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize(("n", "d", "f"), [(5, 3, 2), (9, 40, 3), (12, 5, 4), (11, 8, 5)])
+def test_mda_takes_the_tightest_of_the_subsets_of_least_diameter(n: int, d: int, f: int, seed: int) -> None:
+    updates = noisy(seed, n, d, hostile=f // 2, size=4.0)
+    found = judge(make_rule("mda", f), updates)
+    assert list(np.flatnonzero(found.accepted)) == more.minimum_diameter_subset(updates, f)
+
+
 # ---- what they bear
 
 PRECONDITIONS = {

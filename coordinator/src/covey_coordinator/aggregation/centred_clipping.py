@@ -28,7 +28,8 @@ class CentredClipping(Rule):
     not shift the first aggregates by as much.
     score: |u_i - v| over the median of these, v before the last iteration. Not accepted: cut, and a score above 10, so
     that it entered with less than a tenth of the factor of a cut device at the median distance. num_examples is not
-    used. Needs n > 2f; the paper's theorem holds for about f/n < 1/10 and assumes that devices send momenta.
+    used. Each device can clip by itself, knowing v, so that the server needs only sums. Needs n > 2f; the paper's
+    theorem holds for about f/n < 1/10 and assumes that devices send momenta.
     Source: Karimireddy, He, Jaggi 2021 (arXiv:2012.10333), Algorithm 2 and equation 8.
     """
 
