@@ -1,0 +1,150 @@
+"""Our rules beside Flower's and ByzFL's own on the same inputs.
+
+Every day against what tests/golden/peers/record.py recorded; the slow tests run the peers themselves, in the Python
+that COVEY_PEERS_PYTHON names (benchmarks/peers.py makes one). docs/rules-compared.md says where we differ and why.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Optional
+
+import numpy as np
+import pytest
+from aggregation_references import judge, noisy
+
+from covey_coordinator.aggregation.registry import make_rule
+
+ROOT = Path(__file__).resolve().parents[2]
+GOLDEN = ROOT / "tests" / "golden" / "peers"
+PYTHON = os.environ.get("COVEY_PEERS_PYTHON")
+TOLERANCE = 1e-6  # of the largest value of the vector
+
+needs_peers = pytest.mark.skipif(
+    PYTHON is None, reason="COVEY_PEERS_PYTHON names no Python with flwr and byzfl (benchmarks/peers.py --setup)"
+)
+
+# Where the peer is not right, so that agreement would be a fault. See docs/rules-compared.md.
+DIFFERENT = {
+    "byzfl geometric-median odd as it comes": "three steps from zero",
+    "byzfl-torch geometric-median odd as it comes": "three steps from zero",
+    "byzfl caf odd seed 1": "one power iteration from a random vector",
+    "byzfl caf odd seed 2": "one power iteration from a random vector",
+}
+# Rules and settings that covey does not have yet.
+MISSING = {
+    *("bulyan", "meamed", "mda", "monna", "caf", "geometric-median", "centred-clipping"),
+    *("nnm", "bucketing", "clipping", "arc"),
+}
+
+
+def golden() -> tuple[dict[str, Any], dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """versions and jobs, results by case, inputs by name."""
+    with np.load(GOLDEN / "results.npz") as stored:
+        results = {name: stored[name] for name in stored.files if name != "about"}
+        about = json.loads(str(stored["about"]))
+    with np.load(GOLDEN / "inputs.npz") as stored:
+        inputs = {name: stored[name] for name in stored.files}
+    return about, results, inputs
+
+
+ABOUT, RESULTS, INPUTS = golden()
+
+
+def ours(job: dict[str, Any], updates: np.ndarray) -> Optional[np.ndarray]:
+    """What our rule gives for a peer's job, or None where we have no such rule yet."""
+    rule, f, settings = job["rule"], job["f"], job.get("settings", {})
+    if rule in MISSING or job.get("pre"):
+        return None
+    if rule in ("krum", "multi-krum") and job["library"].startswith("byzfl"):
+        return None
+    return judge(make_rule(rule, f), updates, settings.get("num_examples")).aggregate
+
+
+def distance(found: np.ndarray, wanted: np.ndarray) -> float:
+    """Largest difference, in parts of the largest value."""
+    return float(np.abs(found.astype(np.float64) - wanted).max() / np.abs(wanted).max())
+
+
+@pytest.mark.parametrize("case", RESULTS)
+def test_our_rule_agrees_with_the_recorded_peer(case: str) -> None:
+    job = ABOUT["jobs"][case]
+    found = ours(job, INPUTS[job["input"]])
+    if found is None:
+        pytest.skip("no such rule yet")
+    if case in DIFFERENT:
+        assert distance(found, RESULTS[case]) > 1e-3
+    else:
+        assert distance(found, RESULTS[case]) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["odd", "even"])
+def test_the_recorded_inputs_tell_the_rules_apart(name: str) -> None:
+    of_rule = {
+        job["rule"]: RESULTS[case]
+        for case, job in ABOUT["jobs"].items()
+        if job["library"] == "byzfl" and job["input"] == name and RESULTS[case].ndim == 1 and "pre" not in job
+    }
+    assert len(of_rule) > 8
+    for one, other in itertools.combinations(of_rule, 2):
+        assert distance(of_rule[one], of_rule[other]) > 1e-3, (one, other)
+
+
+@pytest.mark.parametrize(("rule", "name"), [("multi-krum", "odd"), ("multi-krum", "even"), ("krum", "even")])
+def test_the_recorded_inputs_tell_the_two_countings_of_neighbours_apart(rule: str, name: str) -> None:
+    assert distance(RESULTS[f"flwr {rule} {name}"], RESULTS[f"byzfl {rule} {name}"]) > 1e-2
+
+
+@pytest.fixture(scope="module")
+def peers() -> Iterator[Any]:
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        from peers import Peers
+    finally:
+        sys.path.pop(0)
+    with Peers(Path(str(PYTHON))) as running:
+        yield running
+
+
+@needs_peers
+@pytest.mark.slow
+def test_the_installed_peers_still_give_what_was_recorded() -> None:
+    command = [str(PYTHON), str(GOLDEN / "record.py")]
+    ended = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert f"{len(RESULTS)} cases" in ended.stdout
+
+
+SIDE_BY_SIDE = [
+    ("flwr", "median", {}),
+    ("flwr", "trimmed-mean", {}),
+    ("flwr", "krum", {}),
+    ("flwr", "multi-krum", {}),
+    ("byzfl", "median", {}),
+    ("byzfl", "trimmed-mean", {}),
+    ("byzfl-torch", "median", {}),
+    ("byzfl-torch", "trimmed-mean", {}),
+]
+
+
+@needs_peers
+@pytest.mark.slow
+@pytest.mark.parametrize(("library", "rule", "settings"), SIDE_BY_SIDE)
+@pytest.mark.parametrize(("n", "d", "spread"), [(10, 5003, 1.0), (23, 20011, 1e-2), (60, 3001, 1.0)])
+def test_our_rule_agrees_with_the_running_peer(
+    library: str, rule: str, settings: dict[str, Any], n: int, d: int, spread: float, peers: Any, tmp_path: Path
+) -> None:
+    f = n // 5
+    updates = noisy(seed=n, n=n, d=d, spread=spread, hostile=f, size=2 * spread)
+    np.save(tmp_path / "updates.npy", updates)
+    peers.load(tmp_path / "updates.npy")
+    job = {"library": library, "rule": rule, "f": f, "settings": settings}
+    found = ours(job, updates)
+    assert found is not None
+    assert distance(found, peers.result(job)) <= TOLERANCE
