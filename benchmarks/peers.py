@@ -3,8 +3,8 @@
     python benchmarks/peers.py --setup [DIR]
 
 makes a virtual environment in DIR (.bench/peers if none is given) from benchmarks/peers.txt and peers-alone.txt, about
-1.5 GB. Nothing of it enters covey's own environment. `Peers` starts a process there and asks it to run
-their functions; benchmarks/rules.py times them so, and tests compare with them where COVEY_PEERS_PYTHON names that Python.
+1.5 GB. Nothing of it enters covey's own environment. `Peers` starts a process there and asks it to run their functions;
+benchmarks/rules.py times them so, and tests compare with them where COVEY_PEERS_PYTHON names that Python.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """Flower's and ByzFL's own aggregation functions, behind one way to call them. Runs in the peers' Python, not in ours.
 
 A *job* is a dict: `library` ("flwr", "flwr-messages", "byzfl" or "byzfl-torch"), `rule` (our name for it), `f`, and
-`settings` of the rule under the peer's own names; `pre` may list steps before it, each a dict with `rule`, `f` and
-`settings`; `dtype` is what the float32 vectors are turned into first; `seed` seeds the generator that the peer uses. "flwr" are the functions of `flwr.server.strategy.aggregate`, "flwr-messages" those of Flower's newer
-message API. `call_of(job)(vectors)` gives a function without arguments that runs the peer's code and nothing else.
+`settings` of the rule under the peer's own names. `pre` may list steps before it, each a dict with `rule`, `f` and
+`settings`; `dtype` is what the float32 vectors are turned into first; `seed` seeds the generator that the peer uses.
+"flwr" are the functions of `flwr.server.strategy.aggregate`, "flwr-messages" those of Flower's newer message API.
+`call_of(job)(vectors)` gives a function without arguments that runs the peer's code and nothing else.
 
 As a program it takes one JSON request per line and answers each with one line; `peers.Peers` is the other end.
 """
@@ -189,7 +190,7 @@ def result_of(job: Job, vectors: Any) -> Any:
 def seed_for(job: Job) -> None:
     """Set the generator that ByzFL draws from."""
     if "seed" in job:
-        np.random.seed(job["seed"])  # noqa: NPY002 (the generator that the peer uses)
+        np.random.seed(job["seed"])
         if job["library"] == "byzfl-torch":
             import torch
 
@@ -203,7 +204,6 @@ class Server:
         from threadpoolctl import ThreadpoolController
 
         import_byzfl()
-        import flwr.server.strategy.aggregate
         import torch
 
         self._torch, self._pools = torch, ThreadpoolController()

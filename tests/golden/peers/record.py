@@ -108,8 +108,8 @@ def cases() -> dict[str, tuple[str, Job]]:
 def permutation_of(job: Job, n: int) -> list[int]:
     """The order in which Bucketing takes the rows with this seed."""
     if job["library"] == "byzfl":
-        np.random.seed(job["seed"])  # noqa: NPY002 (the generator that the peer uses)
-        return [int(row) for row in np.random.permutation(np.arange(n))]  # noqa: NPY002
+        np.random.seed(job["seed"])
+        return [int(row) for row in np.random.permutation(np.arange(n))]
     import torch
 
     torch.manual_seed(job["seed"])
