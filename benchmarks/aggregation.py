@@ -3,7 +3,7 @@
     python benchmarks/aggregation.py [--quick]
 
 All variants of one row run in one process, taking turns, so that a busy machine slows them alike; the table gives
-medians, and ratios to the bare kernel, which is the rule as a tf.function on tensors already in place. `direct` and
+medians, and ratios to the bare kernel, which is the rule in the fast kernels on a matrix already in place. `direct` and
 `tff` are whole rounds: screening, sorting, the rule, the sgd server step and verdicts; `tff` also crosses gRPC to a
 worker and back. Compare within a row, not between runs.
 """
@@ -20,11 +20,13 @@ from covey_coordinator.libraries import prepare
 prepare()
 
 import numpy as np
-import tensorflow as tf
 from threadpoolctl import threadpool_limits
 
 from covey_coordinator.aggregation.engines import make_engine
+from covey_coordinator.aggregation.kernels import Updates
+from covey_coordinator.aggregation.kernels.fast import NumpyKernels
 from covey_coordinator.aggregation.registry import RULE_NAMES, make_rule
+from covey_coordinator.aggregation.rules import Batch
 from covey_coordinator.aggregation.worker import Worker
 from covey_protocol.parameters import ParameterSpec
 
@@ -60,11 +62,11 @@ def variants_of(name: str, n: int, d: int, worker: Worker) -> dict[str, Callable
     updates = generator.standard_normal((n, d)).astype(np.float32)
     num_examples = generator.integers(10, 100, n).astype(np.float32)
     parameters, ids = np.zeros(d, np.float32), [f"device-{i:03}" for i in range(n)]
-    kernel, placed, counts = tf.function(rule.step, autograph=False), tf.constant(updates), tf.constant(num_examples)
+    kernels, batch = NumpyKernels(), Batch(Updates(updates), num_examples, np.arange(n))
     direct = make_engine("direct", rule, specs)
     by_tff = make_engine("tff", rule, specs, worker=worker)
     return {
-        "kernel": lambda: kernel(placed, counts).aggregate.numpy(),
+        "kernel": lambda: rule.advance(kernels, rule.initial_state(d), batch),
         "direct": lambda: direct.step(parameters, updates, num_examples, ids),
         "tff": lambda: by_tff.step(parameters, updates, num_examples, ids),
         "numpy": lambda: numpy_rule(name, f, updates, num_examples),

@@ -8,8 +8,11 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from covey_coordinator.aggregation.factory import traced
+from covey_coordinator.aggregation.kernels import Updates
+from covey_coordinator.aggregation.kernels.fast import NumpyKernels
 from covey_coordinator.aggregation.registry import make_rule
-from covey_coordinator.aggregation.rules import Judgement, Rule
+from covey_coordinator.aggregation.rules import Batch, Judgement, Rule
 
 # Rules as the tables of the tests run them: name -> f such that n = 7 bears it.
 ALL_RULES = {"mean": 0, "median": 2, "trimmed-mean": 2, "multi-krum": 2, "krum": 2}
@@ -22,14 +25,27 @@ def rules() -> dict[str, Rule]:
 _traced: dict[Rule, Any] = {}
 
 
-def judge(rule: Rule, updates: Any, num_examples: Any = None) -> Judgement:
-    """The rule through the direct door, numpy in and out. Traced once per rule."""
-    updates = np.asarray(updates, np.float32)
+def batch_of(updates: Any, num_examples: Any = None) -> Batch:
+    updates = np.ascontiguousarray(updates, np.float32)
     counts = np.ones(len(updates), np.float32) if num_examples is None else np.asarray(num_examples, np.float32)
+    return Batch(Updates(updates), counts, np.arange(len(updates)))
+
+
+def judge(rule: Rule, updates: Any, num_examples: Any = None) -> Judgement:
+    """The rule in the fast kernels, as live rounds run it, from its initial state."""
+    batch = batch_of(updates, num_examples)
+    with np.errstate(all="ignore"):
+        return rule.advance(NumpyKernels(), rule.initial_state(batch.updates.matrix.shape[1]), batch)[1]
+
+
+def judge_in_tensorflow(rule: Rule, updates: Any, num_examples: Any = None) -> Judgement:
+    """The rule in the reference kernels in this process, numpy in and out. Traced once per rule."""
+    batch = batch_of(updates, num_examples)
     if rule not in _traced:
-        signature = (tf.TensorSpec([None, None], tf.float32), tf.TensorSpec([None], tf.float32))
-        _traced[rule] = tf.function(rule.step, input_signature=signature, autograph=False)
-    return Judgement(*(tensor.numpy() for tensor in _traced[rule](tf.constant(updates), tf.constant(counts))))
+        _traced[rule] = tf.function(traced(rule), reduce_retracing=True)
+    state = tf.nest.map_structure(tf.constant, rule.initial_state(batch.updates.matrix.shape[1]))
+    rows = (tf.constant(part) for part in (batch.updates.matrix, batch.num_examples, batch.places))
+    return tf.nest.map_structure(lambda tensor: tensor.numpy(), _traced[rule](state, *rows)[1])
 
 
 def mean(updates: np.ndarray, num_examples: np.ndarray, cap_ratio: float = 10.0) -> np.ndarray:
@@ -92,6 +108,6 @@ def digest_of_all_rules() -> str:
     digest = hashlib.sha256()
     for rule in rules().values():
         for seed, (n, d) in enumerate([(7, 20000), (31, 9001)]):
-            for part in judge(rule, *hostile_inputs(seed, n, d)):
+            for part in judge_in_tensorflow(rule, *hostile_inputs(seed, n, d))[:3]:
                 digest.update(bits(part))
     return digest.hexdigest()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Optional
 
 import numpy as np
 
@@ -24,13 +25,15 @@ class Case:
     """What to compute and on what.
 
     function: tensors -> a tensor or a nest of them. inputs: makes the arrays. differentiate: also compare the gradient
-    of a weighted sum of all outputs with respect to every float input and every variable.
+    of a weighted sum of all outputs with respect to every float input and every variable. in_tensorflow: the same
+    function in operations that TensorFlow has everywhere, where `function` is not.
     """
 
     function: Callable[..., Any]
     inputs: Inputs
     differentiate: bool = True
     tolerance: float = 2e-6  # of the larger of 1 and the largest number; float32 rounding of a few dozen terms
+    in_tensorflow: Optional[Callable[..., Any]] = None
 
 
 def normal(*shapes: tuple[int, ...]) -> Inputs:
@@ -55,9 +58,14 @@ def together(*parts: Inputs) -> Inputs:
 
 
 def of_layer(
-    build: Callable[[], Any], *shapes: tuple[int, ...], inputs: Any = None, tolerance: float = 2e-6, **arguments: Any
+    build: Callable[[], Any],
+    *shapes: tuple[int, ...],
+    inputs: Any = None,
+    tolerance: float = 2e-6,
+    by_shape: bool = False,
+    **arguments: Any,
 ) -> Case:
-    """A Keras layer called on normal numbers; it is built once, in eager mode."""
+    """A Keras layer called on normal numbers. It is built once, by an eager call or by the shape of its input."""
     made = inputs or normal(*shapes)
 
     @functools.lru_cache(maxsize=1)
@@ -66,7 +74,10 @@ def of_layer(
             tf.keras.utils.set_random_seed(1)
             built = build()
             examples = [tf.constant(array) for array in made()]
-            built(examples[0] if len(examples) == 1 else examples, **arguments)
+            if by_shape:
+                built.build(examples[0].shape)
+            else:
+                built(examples[0] if len(examples) == 1 else examples, **arguments)
             return built
 
     def call(*tensors: Any) -> Any:
@@ -129,7 +140,9 @@ def errors(case: Case, function: Any) -> dict[str, float]:
     """Per output and gradient: the largest difference from TensorFlow over the larger of 1 and the largest number."""
     inputs = {f"x{i}": array for i, array in enumerate(case.inputs())}
     before = [variable.numpy() for variable in function.variables]
-    expected = function(**{name: tf.constant(array) for name, array in inputs.items()})
+    twin = dataclasses.replace(case, function=case.in_tensorflow) if case.in_tensorflow else None
+    in_tensorflow = traced(twin) if twin else function
+    expected = in_tensorflow(**{name: tf.constant(array) for name, array in inputs.items()})
     for variable, value in zip(function.variables, before):
         variable.assign(value)
     computed = in_tflite(function, function.variables)(**inputs)

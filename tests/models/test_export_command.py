@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
+from covey_models import losses, names, optimizers
 from covey_models.cli import export_command
 from covey_protocol.bundle import read_bundle
 from covey_protocol.errors import BundleError, ConfigError, CoveyError, StorageError
@@ -84,6 +85,10 @@ def test_every_setting_reaches_the_bundle(module: Path, tmp_path: Path) -> None:
     assert manifest.train_inputs == ("clip_norm", "proximal", "correction")
     assert "reset_optimizer" in manifest.signatures
     assert all(spec.trainable for spec in manifest.parameters)
+
+
+def test_the_help_lists_the_losses_and_optimizers_there_are() -> None:
+    assert (tuple(losses.BUILT_IN), optimizers.NAMES) == (names.LOSSES, names.OPTIMIZERS)
 
 
 REFUSED: dict[str, tuple[str, list[str], type[CoveyError], str]] = {

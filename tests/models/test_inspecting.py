@@ -17,10 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from covey_models import export
+from covey_models._tensorflow import flatbuffer_schema
 from covey_models.cli import inspect_command
 from covey_models.inspecting import Inspection, inspect
 from covey_models.runtime_operators import HIGHEST_VERSION, LOWEST_VERSION
-from covey_models.tflite_file import _schema, read_tflite
+from covey_models.tflite_file import read_tflite
 from covey_protocol.bundle import Bundle, write_bundle
 from covey_protocol.errors import EXIT_BUNDLE, BundleError
 from covey_protocol.seals import SealingKey
@@ -145,7 +146,7 @@ def model_of(operator_codes: list[tuple[int, int, str]]) -> bytes:
     """A TFLite model that asks for these (number, version, custom name) and does nothing."""
     import flatbuffers
 
-    schema = _schema()
+    schema = flatbuffer_schema()
     model, graph = schema.ModelT(), schema.SubGraphT()
     model.version = 3
     graph.tensors, graph.inputs, graph.outputs, graph.operators = [], [], [], []
@@ -163,7 +164,7 @@ def model_of(operator_codes: list[tuple[int, int, str]]) -> bytes:
 def test_the_table_of_operators_is_what_the_runtime_takes() -> None:
     from tflite_runtime.interpreter import Interpreter
 
-    schema = _schema()
+    schema = flatbuffer_schema()
     numbers = {name: number for name, number in vars(schema.BuiltinOperator).items() if not name.startswith("_")}
 
     def taken(name: str, version: int) -> bool:
@@ -185,7 +186,7 @@ def with_operator_codes(bundle: Bundle, change: Any) -> bytes:
     """The bundle with its model's operator codes changed."""
     import flatbuffers
 
-    schema = _schema()
+    schema = flatbuffer_schema()
     model = schema.ModelT.InitFromObj(schema.Model.GetRootAs(bundle.model, 0))
     change(model.operatorCodes)
     builder = flatbuffers.Builder(0)
@@ -296,7 +297,7 @@ def test_a_model_whose_loop_calls_itself_is_counted_once(digits_bundle: Bundle) 
     """WHILE with its own subgraph as the body, twice: naive counting would never end."""
     import flatbuffers
 
-    schema = _schema()
+    schema = flatbuffer_schema()
     model = schema.ModelT.InitFromObj(schema.Model.GetRootAs(digits_bundle.model, 0))
     code = schema.OperatorCodeT()
     code.builtinCode = code.deprecatedBuiltinCode = schema.BuiltinOperator.WHILE

@@ -7,6 +7,7 @@ the others.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import sys
 from typing import Any
@@ -143,7 +144,19 @@ def bounds() -> list[Any]:
 
 
 def first_layout(name: str, shape: tuple[int, ...], *arguments: Any, **named: Any) -> Case:
-    return of_layer(lambda: getattr(layers, name)(*arguments, **named, data_format="channels_first"), shape)
+    """A layer with the channels first; TensorFlow computes it with the channels last.
+
+    Without oneDNN, as on processors without AVX-512, TensorFlow runs no convolutions with the channels first.
+    """
+    kind = getattr(layers, name)
+    first = of_layer(lambda: kind(*arguments, **named, data_format="channels_first"), shape, by_shape=True)
+    last = of_layer(lambda: kind(*arguments, **named), (shape[0], *shape[2:], shape[1]), by_shape=True)
+    rank = len(shape)
+
+    def in_last_layout(x: Any) -> Any:
+        return tf.transpose(last.function(tf.transpose(x, [0, *range(2, rank), 1])), [0, rank - 1, *range(1, rank - 1)])
+
+    return dataclasses.replace(first, in_tensorflow=in_last_layout)
 
 
 TRANSFORMS = np.array(

@@ -9,12 +9,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import importlib.util
 import logging
 import os
 import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from covey_protocol.errors import MachineError
@@ -74,9 +76,22 @@ def graph_of(op: Any, attribute: str) -> Any:
     return getattr(op.graph._get_function(op.get_attr(attribute).name), "graph", None)
 
 
+@functools.cache
 def flatbuffer_schema() -> Any:
-    """TFLite's flatbuffer schema as Python classes."""
-    return importlib.import_module("tensorflow.lite.python.schema_py_generated")
+    """TFLite's flatbuffer schema as Python classes, without the seconds that importing TensorFlow takes."""
+    name = "tensorflow.lite.python.schema_py_generated"
+    if name in sys.modules:
+        return sys.modules[name]
+    found = importlib.util.find_spec("tensorflow")
+    if found is None or not found.submodule_search_locations:
+        raise MachineError("TensorFlow is not installed", "install covey-models on a desktop (x86-64 or arm64)")
+    path = Path(found.submodule_search_locations[0]) / "lite" / "python" / "schema_py_generated.py"
+    spec = importlib.util.spec_from_file_location("covey_models._tflite_schema", path)
+    if spec is None or spec.loader is None:
+        raise MachineError(f"{path} cannot be read", "install TensorFlow 2.14")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def variable_shape(handle: Any) -> tuple[int, ...]:

@@ -10,15 +10,11 @@ from typing import TYPE_CHECKING, Any, Optional
 
 import click
 
+from covey_models.names import LOSSES, OPTIMIZERS
 from covey_protocol.errors import ConfigError, StorageError
 
 if TYPE_CHECKING:
     from covey_protocol.seals import SealingKey
-
-
-LOSSES = ("sparse_categorical_crossentropy", "categorical_crossentropy", "binary_crossentropy", "mean_squared_error",
-          "mean_absolute_error", "huber")  # fmt: skip
-OPTIMIZERS = ("sgd", "momentum", "nesterov", "adam", "adamw", "rmsprop", "adagrad")
 
 
 @click.command("export")

@@ -13,9 +13,10 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from covey_models._tensorflow import flatbuffer_schema, import_tensorflow, leave_file_alone, quiet
+from covey_models._tensorflow import import_tensorflow, leave_file_alone, quiet
 from covey_models.compact import compacted
 from covey_models.lowering import Lowered, describe
+from covey_models.tflite_file import operators
 from covey_protocol.errors import BundleError
 
 tf = import_tensorflow()
@@ -44,18 +45,6 @@ def convert(functions: Mapping[str, Lowered], variables: list[Any], layers: Coll
 
 
 _REMEDY = "replace the layer, or add a lowering for the op (docs: how to add a lowering)"
-
-
-def operators(model: bytes) -> list[str]:
-    """The ops a TFLite model uses, by name and sorted: ADD, BATCH_MATMUL, ...; "custom NAME" for what is no builtin."""
-    schema = flatbuffer_schema()
-    names = {number: name for name, number in vars(schema.BuiltinOperator).items() if not name.startswith("_")}
-    root = schema.Model.GetRootAs(model, 0)
-    found = set()
-    for code in map(root.OperatorCodes, range(root.OperatorCodesLength())):
-        custom = code.CustomCode().decode() if code.CustomCode() else ""
-        found.add(f"custom {custom}" if custom else names[max(code.BuiltinCode(), code.DeprecatedBuiltinCode())])
-    return sorted(found)
 
 
 def _converter(folder: str) -> Any:

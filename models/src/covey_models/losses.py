@@ -8,12 +8,12 @@ with less rounding.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Optional, Union
 
 from covey_models._tensorflow import import_tensorflow
+from covey_models.names import no_such
 from covey_protocol.errors import BundleError, ConfigError
 
 tf = import_tensorflow()
@@ -228,10 +228,7 @@ def loss_for(
         raise ConfigError(f"labels cannot be {label_dtype}", "choose int32 or float32")
     if isinstance(loss, str):
         if loss not in BUILT_IN:
-            close = difflib.get_close_matches(loss, BUILT_IN, n=1, cutoff=0.0)[0]
-            raise ConfigError(
-                f"there is no loss {loss!r}", f"did you mean {close!r}? choose one of {', '.join(BUILT_IN)}"
-            )
+            raise no_such("loss", loss, BUILT_IN)
         found = BUILT_IN[loss](output_shape)
         if label_dtype not in (None, found.labels.dtype) or label_shape not in (None, found.labels.shape):
             what = f"{loss} takes {found.labels.dtype} labels of shape {found.labels.shape}"

@@ -5,7 +5,6 @@ Keras' update code is traced like the rest of the step and rewritten with it; th
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Union
@@ -13,6 +12,7 @@ from typing import Any, Union
 import numpy as np
 
 from covey_models._tensorflow import import_tensorflow
+from covey_models.names import no_such
 from covey_protocol.errors import BundleError, ConfigError
 
 tf = import_tensorflow()
@@ -88,10 +88,7 @@ def optimizer_for(optimizer: Any, variables: list[Any]) -> Optimizer:
 def _keras_optimizer(optimizer: Any) -> Any:
     if isinstance(optimizer, str):
         if optimizer not in BUILT_IN:
-            close = difflib.get_close_matches(optimizer, NAMES, n=1, cutoff=0.0)[0]
-            raise ConfigError(
-                f"there is no optimizer {optimizer!r}", f"did you mean {close!r}? choose one of {', '.join(NAMES)}"
-            )
+            raise no_such("optimizer", optimizer, NAMES)
         return BUILT_IN[optimizer]()
     if not isinstance(optimizer, (tf.keras.optimizers.Optimizer, tf.keras.optimizers.legacy.Optimizer)):
         raise ConfigError(f"{optimizer!r} is no optimizer", f"give a Keras optimizer or one of {', '.join(NAMES)}")

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from covey_models._tensorflow import flatbuffer_schema
+from covey_models.tflite_file import names_of
 
 OVERWRITING = {"ADD": 2, "SUB": 2, "MUL": 2, "DIV": 2, "SOFTMAX": 1}  # how many inputs may be overwritten
 GIVING_ON = ("RESHAPE", "EXPAND_DIMS", "SQUEEZE", "BITCAST")
@@ -30,7 +31,7 @@ def copy_what_would_be_overwritten(parsed: Any) -> int:
     Returns how many: mostly none.
     """
     schema = flatbuffer_schema()
-    names = {number: name for name, number in vars(schema.BuiltinOperator).items() if not name.startswith("_")}
+    names = names_of(schema.BuiltinOperator)
     codes = [names[max(code.builtinCode, code.deprecatedBuiltinCode)] for code in parsed.operatorCodes]
     found = [(subgraph, _overwritten(subgraph, codes)) for subgraph in parsed.subgraphs]
     count = sum(len(places) for _, places in found)
@@ -110,7 +111,6 @@ def _insert_copies(schema: Any, subgraph: Any, places: list[tuple[int, int]], co
         original = subgraph.tensors[tensor]
         copy = schema.TensorT()
         copy.shape, copy.type, copy.buffer = original.shape, original.type, 0
-        copy.name = (original.name or b"") + b"/copy"
         copy.shapeSignature, copy.hasRank = original.shapeSignature, original.hasRank
         subgraph.tensors.append(copy)
         op = schema.OperatorT()

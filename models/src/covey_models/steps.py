@@ -18,7 +18,7 @@ from covey_models.losses import Loss
 from covey_models.lowering import all_ops, is_random, seeded
 from covey_models.optimizers import Optimizer, optimizer_for
 from covey_protocol.errors import BundleError
-from covey_protocol.parameters import ParameterSpec
+from covey_protocol.parameters import ParameterSpec, total_size
 
 tf = import_tensorflow()
 Tensor = Any
@@ -67,10 +67,6 @@ class Steps:
     def batch_size(self) -> int:
         return self.recipe.batch_size
 
-    @property
-    def dimension(self) -> int:
-        return sum(spec.size for spec in self.specs)
-
 
 def parameter_specs(parameters: Sequence[Any], trainable: Collection[int]) -> tuple[ParameterSpec, ...]:
     """Keras' paths without ":0", numbered where two variables share one. trainable: ids of the trained variables."""
@@ -101,7 +97,7 @@ def training_steps(model: Any, recipe: Recipe) -> Steps:
     specs = parameter_specs(travels, {id(variable) for variable in model.trainable_variables})
     train_inputs = _train_inputs(recipe, is_random(forward))
     step = _Step(model, recipe, optimizer, travels, state)
-    signatures = _signatures(step, x, sum(spec.size for spec in specs), train_inputs)
+    signatures = _signatures(step, x, total_size(specs), train_inputs)
     layers = layer_names(model)
     functions = {name: _seeded(_traced(*signature), layers) for name, signature in signatures.items()}
     changing = [*_distinct([*model.trainable_variables, *state]), *_optimizer_variables(optimizer)]

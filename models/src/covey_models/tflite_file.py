@@ -6,15 +6,13 @@ Only the generated schema of the installed TensorFlow is used, not TensorFlow it
 
 from __future__ import annotations
 
-import importlib.util
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
-from pathlib import Path
 from typing import Any, Optional, Union
 
-from covey_protocol.errors import BundleError, MachineError
+from covey_models._tensorflow import flatbuffer_schema
+from covey_protocol.errors import BundleError
 
 MAX_RANK = 16  # TFLite's kernels take 8 at most
 # bytes of one number; a type that is not here (string, resource, variant) holds no numbers
@@ -93,7 +91,7 @@ class TfliteModel:
 
 def read_tflite(data: bytes) -> TfliteModel:
     """The model in these bytes; BundleError where they are none."""
-    schema = _schema()
+    schema = flatbuffer_schema()
     try:
         if not schema.Model.ModelBufferHasIdentifier(data, 0):
             raise BundleError("the model in the bundle is not a TFLite file", "export the bundle again")
@@ -102,19 +100,9 @@ def read_tflite(data: bytes) -> TfliteModel:
         raise BundleError(f"the model in the bundle is damaged ({exc})", "export the bundle again") from exc
 
 
-@lru_cache
-def _schema() -> Any:
-    """TensorFlow's generated reader of TFLite files, without the seconds that importing TensorFlow takes."""
-    found = importlib.util.find_spec("tensorflow")
-    if found is None or not found.submodule_search_locations:
-        raise MachineError("TensorFlow is not installed", "install covey-models on a desktop (x86-64 or arm64)")
-    path = Path(found.submodule_search_locations[0]) / "lite" / "python" / "schema_py_generated.py"
-    spec = importlib.util.spec_from_file_location("covey_models._tflite_schema", path)
-    if spec is None or spec.loader is None:
-        raise MachineError(f"{path} cannot be read", "install TensorFlow 2.14")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def operators(data: bytes) -> list[str]:
+    """The ops a TFLite model uses, by name and sorted: ADD, BATCH_MATMUL, ...; "custom NAME" for what is no builtin."""
+    return sorted({name for name, _ in _Reader(flatbuffer_schema(), data).codes()})
 
 
 class _Reader:
@@ -124,11 +112,11 @@ class _Reader:
         self._schema = schema
         self._limit = len(data)  # no list in a file has more entries than the file has bytes
         self._model = schema.Model.GetRootAs(data, 0)
-        self._types = _names(schema.TensorType)
-        self._operator_names = _names(schema.BuiltinOperator)
+        self._types = names_of(schema.TensorType)
+        self._operator_names = names_of(schema.BuiltinOperator)
 
     def model(self) -> TfliteModel:
-        codes = [self._code(self._model.OperatorCodes(i)) for i in self._upto(self._model.OperatorCodesLength())]
+        codes = self.codes()
         graphs = tuple(
             self._subgraph(self._model.Subgraphs(i), codes) for i in self._upto(self._model.SubgraphsLength())
         )
@@ -140,6 +128,10 @@ class _Reader:
         for name, version in codes:
             versions[name] = max(version, versions.get(name, 0))
         return TfliteModel(graphs, entry_points, versions)
+
+    def codes(self) -> list[tuple[str, int]]:
+        """(name, version) of every operator code, used or not."""
+        return [self._code(self._model.OperatorCodes(i)) for i in self._upto(self._model.OperatorCodesLength())]
 
     def _upto(self, count: int) -> range:
         if not 0 <= count <= self._limit:
@@ -243,7 +235,8 @@ def called_subgraphs(model: TfliteModel, graph: Subgraph) -> Iterator[tuple[str,
                 yield operator.name, model.subgraphs[int(number)]
 
 
-def _names(enumeration: Any) -> dict[int, str]:
+def names_of(enumeration: Any) -> dict[int, str]:
+    """Number -> name of an enumeration of the schema."""
     return {number: name for name, number in vars(enumeration).items() if not name.startswith("_")}
 
 

@@ -17,14 +17,18 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
+from covey_coordinator.aggregation.kernels import Updates
 from covey_coordinator.aggregation.registry import suggest
-from covey_coordinator.aggregation.rules import Judgement, Rule
+from covey_coordinator.aggregation.rules import Batch, Judgement, Rule
 from covey_coordinator.aggregation.screening import Screened, screen_updates
 from covey_coordinator.aggregation.worker import Worker
 from covey_coordinator.records import ACCEPTED, REJECTED, Array, DeviceVerdict
 from covey_protocol.errors import ConfigError, RuleError, UsageError
 from covey_protocol.parameters import ParameterSpec, offsets, total_size
+
+Places = npt.NDArray[np.int64]
 
 ENGINE_NAMES = ("direct", "tff")
 SERVER_OPTIMIZERS = ("sgd", "sgdm", "adam", "yogi")
@@ -62,7 +66,7 @@ class Door(Protocol):
     def initial_states(self) -> tuple[Any, Any]:
         """State of the rule and state of the server optimizer before the first round."""
 
-    def judge(self, state: Any, updates: Array, num_examples: Array) -> tuple[Any, Judgement]:
+    def judge(self, state: Any, updates: Array, num_examples: Array, places: Places) -> tuple[Any, Judgement]:
         """The rule on screened rows; numpy arrays in the judgement."""
 
     def apply(self, state: Any, weights: list[Array], gradients: list[Array]) -> tuple[Any, list[Array]]:
@@ -124,6 +128,7 @@ class _RoundEngine:
         self._rule, self._door, self._refuse_copies = rule, door, refuse_copies
         self._layout = _Layout(specs)
         self._rule_state, self._optimizer_state = door.initial_states()
+        self._places: dict[str, int] = {}  # numbers of devices, in the order in which they were first seen
 
     def step(
         self,
@@ -136,7 +141,8 @@ class _RoundEngine:
             raise UsageError(f"parameters {parameters.dtype}{parameters.shape} instead of float32 ({self._layout.d},)")
         screened = screen_updates(updates, num_examples, device_ids, self._layout.d, refuse_copies=self._refuse_copies)
         self._check(screened)
-        rule_state, judgement = self._door.judge(self._rule_state, screened.updates, screened.num_examples)
+        places = np.array([self._places.setdefault(one, len(self._places)) for one in screened.device_ids], np.int64)
+        rule_state, judgement = self._door.judge(self._rule_state, screened.updates, screened.num_examples, places)
         optimizer_state, new_parameters = self._apply(parameters, judgement.aggregate)
         if not np.isfinite(new_parameters).all():
             raise RuleError(
@@ -221,30 +227,29 @@ def _measurements(screened: Screened, judgement: Judgement, change: Array) -> di
         "parameter_change_norm": float(np.linalg.norm(change)),
         "max_score": float(np.max(judgement.scores)),
         "median_score": float(np.median(judgement.scores)),
+        **{name: float(value) for name, value in judgement.measurements.items()},
     }
 
 
 class DirectDoor:
-    """The rule and TFF's optimizer object as tf.functions in this process: no worker, no transport, no gathering."""
+    """The rule in numpy and compiled loops, and TFF's optimizer object as a tf.function, in this process."""
 
     def __init__(self, rule: Rule, specs: Sequence[ParameterSpec], optimizer: Any) -> None:
         import tensorflow as tf
 
-        self._rule, self._d = rule, total_size(specs)
+        from covey_coordinator.aggregation.kernels.fast import NumpyKernels
+
+        self._rule, self._d, self._kernels = rule, total_size(specs), NumpyKernels()
         self._optimizer = optimizer
         self._tensor_specs = [tf.TensorSpec(spec.shape, tf.float32) for spec in specs if spec.trainable]
-        self._advance = tf.function(rule.advance, autograph=False, reduce_retracing=True)
         self._next = tf.function(optimizer.next, autograph=False)
 
     def initial_states(self) -> tuple[Any, Any]:
-        optimizer_state = self._optimizer.initialize(self._tensor_specs)
-        return _as_tensors(self._rule.initial_state(self._d)), _as_tensors(optimizer_state)
+        return self._rule.initial_state(self._d), _as_tensors(self._optimizer.initialize(self._tensor_specs))
 
-    def judge(self, state: Any, updates: Array, num_examples: Array) -> tuple[Any, Judgement]:
-        import tensorflow as tf
-
-        state, judgement = self._advance(state, tf.convert_to_tensor(updates), tf.convert_to_tensor(num_examples))
-        return state, Judgement(*(tensor.numpy() for tensor in judgement))
+    def judge(self, state: Any, updates: Array, num_examples: Array, places: Places) -> tuple[Any, Judgement]:
+        with np.errstate(all="ignore"):  # as in TensorFlow: rules deal with what is not finite themselves
+            return self._rule.advance(self._kernels, state, Batch(Updates(updates), num_examples, places))
 
     def apply(self, state: Any, weights: list[Array], gradients: list[Array]) -> tuple[Any, list[Array]]:
         state, new_weights = self._next(state, _as_tensors(weights), _as_tensors(gradients))
@@ -279,12 +284,14 @@ class TffDoor:
     def initial_states(self) -> tuple[Any, Any]:
         return self._worker.call(lambda: (self._aggregation.initialize(), self._finalizer.initialize()))
 
-    def judge(self, state: Any, updates: Array, num_examples: Array) -> tuple[Any, Judgement]:
+    def judge(self, state: Any, updates: Array, num_examples: Array, places: Places) -> tuple[Any, Judgement]:
         values = [[row[place].reshape(shape) for place, shape in self._shapes] for row in updates]
-        output = self._worker.call(self._aggregation.next, state, values, list(num_examples))
+        output = self._worker.call(self._aggregation.next, state, values, list(zip(num_examples, places)))
         aggregate = np.concatenate([np.ravel(tensor) for tensor in output.result])
-        measurements = output.measurements
-        return output.state, Judgement(aggregate, measurements["accepted"], measurements["scores"])
+        measurements = dict(output.measurements)
+        return output.state, Judgement(
+            aggregate, measurements.pop("accepted"), measurements.pop("scores"), measurements
+        )
 
     def apply(self, state: Any, weights: list[Array], gradients: list[Array]) -> tuple[Any, list[Array]]:
         import tensorflow_federated as tff
@@ -308,7 +315,8 @@ def _build_processes(rule: Rule, specs: Sequence[ParameterSpec], optimizer: Any)
         types = [(None, tff.TensorType(np.float32, spec.shape)) for spec in chosen]
         return tff.types.StructWithPythonType(types, list)
 
-    aggregation = RuleFactory(rule).create(tensors(list(specs)), tff.TensorType(np.float32))
+    counted = tff.types.to_type((np.float32, np.int64))
+    aggregation = RuleFactory(rule).create(tensors(list(specs)), counted)
     model_type = tff.types.StructWithPythonType(
         [("trainable", tensors([spec for spec in specs if spec.trainable])), ("non_trainable", tensors([]))],
         tff.learning.models.ModelWeights,

@@ -6,10 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import tensorflow as tf
-
-from covey_coordinator.aggregation import kernels
-from covey_coordinator.aggregation.rules import Judgement, Rule, require_devices, times_median
+from covey_coordinator.aggregation.kernels import Kernels, Updates
+from covey_coordinator.aggregation.kernels.mathematics import as_scores, median_of
+from covey_coordinator.aggregation.rules import Batch, Facts, Judgement, Rule, require_devices, times_median
 from covey_coordinator.records import Array
 from covey_protocol.errors import ConfigError, RuleError
 
@@ -27,6 +26,14 @@ class Mean(Rule):
     num_byzantine: int = 0
     cap_ratio: float = 10.0
     name = "mean"
+    facts = Facts(
+        summary="average, weighted by capped numbers of examples",
+        needs="f = 0",
+        breakdown="0",
+        cost="n d",
+        sums_only=True,
+        source="McMahan et al. 2017 (arXiv:1602.05629), Algorithm 1",
+    )
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.cap_ratio) and self.cap_ratio >= 1.0):
@@ -40,25 +47,25 @@ class Mean(Rule):
                 "set num_byzantine to 0, or choose median, trimmed-mean, krum or multi-krum",
             )
 
-    def step(self, updates: Any, num_examples: Any) -> Judgement:
-        examples = tf.cast(num_examples, tf.float64)
-        weights = tf.minimum(examples, kernels.median_of(examples) * self.cap_ratio)
-        share = (1.0 / kernels.sum_rows(weights[:, None]))[0]
-
-        def mean_of(block: Any, carry: Any) -> tuple[Any, Any]:
-            total = kernels.sum_rows(tf.cast(block, tf.float64) * weights[:, None])
-            return tf.cast(total * share, tf.float32), carry
-
-        aggregate, _ = kernels.over_columns(updates, kernels.block_columns(updates), mean_of, ())
-        accepted = tf.ones_like(num_examples, tf.bool)
-        return Judgement(aggregate, accepted, relative_distances(updates, aggregate))
+    def step(self, k: Kernels, batch: Batch) -> Judgement:
+        shares = capped_shares(k, batch.num_examples, self.cap_ratio)
+        aggregate = k.combination(batch.updates, shares)
+        accepted = k.full((k.count(batch.updates),), True)
+        scores = relative_distances(k, batch.updates, aggregate)
+        return Judgement(aggregate, accepted, scores, {"largest_share": k.single(k.largest(shares))})
 
     def explain(self, score: float, accepted_scores: Array, n: int) -> str:
         return f"distance from the mean is {times_median(score, accepted_scores)}"
 
 
-def relative_distances(updates: Any, aggregate: Any) -> Any:
+def capped_shares(k: Kernels, num_examples: Any, cap_ratio: float) -> Any:
+    """(n,) float32 -> (n,) float64 with sum 1: proportional to min(num_examples, cap_ratio * their median)."""
+    examples = k.real(num_examples)
+    weights = k.minimum(examples, median_of(k, examples) * cap_ratio)
+    return k.divide(weights, k.sum_rows(weights))
+
+
+def relative_distances(k: Kernels, updates: Updates, aggregate: Any) -> Any:
     """(n,) float32: distance of each row from the aggregate over the median of these distances; 0 if that is 0."""
-    distances = tf.sqrt(kernels.square_norms(updates, aggregate))
-    median = kernels.median_of(distances)
-    return kernels.as_scores(tf.math.divide_no_nan(distances, median))
+    distances = k.sqrt(k.square_norms(updates, aggregate))
+    return as_scores(k, k.divide(distances, median_of(k, distances)))

@@ -1,42 +1,72 @@
 """The contract of an aggregation rule. No TensorFlow is imported here.
 
-A rule is a frozen value. Its mathematics is `step`, one traceable TensorFlow function of an (n, d) matrix; that one
-definition is what the TFF aggregator wraps and what the direct engine calls. Because both doors must give the same
-bits on different TensorFlow runtimes, a rule may use only operations whose result depends neither on the number of
-threads nor on the instruction set: `kernels` holds the ones that rules need (sums in a fixed order, exact Gram
-matrices), and its docstring says what to avoid.
+A rule is a frozen value. Its mathematics is written once, against the operations of `kernels`: TFF runs it in traced
+TensorFlow, live rounds in numpy and compiled loops, with the same bits. What a rule may use, and why, is said there.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
+from covey_coordinator.aggregation.kernels import Kernels, Updates
 from covey_coordinator.records import Array
 from covey_protocol.errors import RuleError, UsageError
 
 MAX_DEVICES = 1 << 16  # far above any cohort; bounds the search in `least_devices`
 
 
+class Batch(NamedTuple):
+    """What one round gives to a rule, after screening.
+
+    updates: n rows of d. num_examples: (n,) float32, positive, as the devices claim. places: (n,) int64, a number per
+    device that is the same in every round, for rules that remember devices.
+    """
+
+    updates: Updates
+    num_examples: Any
+    places: Any
+
+
 class Judgement(NamedTuple):
     """What a rule says about one round.
 
     aggregate: (d,) float32. accepted: (n,) bool, False where the device's update did not enter the aggregate (or, for
-    coordinate-wise rules, hardly did). scores: (n,) float32, finite, larger is more suspicious; each rule says what.
+    rules that weigh or work by coordinate, hardly did). scores: (n,) float32, finite, larger is more suspicious; each
+    rule says what. measurements: named float32 scalars to log, the same names every round.
     """
 
     aggregate: Any
     accepted: Any
     scores: Any
+    measurements: dict[str, Any]
+
+
+class Facts(NamedTuple):
+    """What `covey rules` says of a rule.
+
+    summary: one line. needs: the precondition as the paper writes it. breakdown: the largest share of corrupted devices
+    it bears. cost: in n, d and f. sums_only: whether weighted sums of updates are all the server must see, so that it
+    works under secure aggregation. source: paper, equation.
+    """
+
+    summary: str
+    needs: str
+    breakdown: str
+    cost: str
+    sums_only: bool
+    source: str
 
 
 class Rule(ABC):
-    """One aggregation rule with its settings. Implementations are frozen dataclasses.
+    """One aggregation rule with its settings. Implementations are frozen dataclasses; their fields are the settings.
 
     A stateless rule gives `name`, `num_byzantine`, `check`, `step` and `explain`. A rule with memory (momentum)
     overrides `initial_state` and `advance` instead of `step` alone; engines and the TFF factory call only those two.
-    The state is a nest of tensors whose shapes and dtypes do not change.
+    The state is a nest of arrays whose shapes and dtypes do not change.
     """
+
+    facts: ClassVar[Facts]
 
     @property
     @abstractmethod
@@ -53,24 +83,21 @@ class Rule(ABC):
         """Raise RuleError unless the rule's guarantee holds for n updates. Must stay true when n grows."""
 
     @abstractmethod
-    def step(self, updates: Any, num_examples: Any) -> Judgement:
-        """One round without memory, as one function that TensorFlow can trace without AutoGraph. No side effects.
-
-        updates: (n, d) float32, all finite. num_examples: (n,) float32, positive. n has passed `check`.
-        """
+    def step(self, k: Kernels, batch: Batch) -> Judgement:
+        """One round without memory. No side effects; n has passed `check`."""
 
     @abstractmethod
     def explain(self, score: float, accepted_scores: Array, n: int) -> str:
         """One sentence why a device with this score was not accepted among n devices."""
 
     def initial_state(self, d: int) -> Any:
-        """State before the first round, for updates of d numbers. Empty for stateless rules."""
+        """State before the first round, for updates of d numbers: a nest of numpy arrays. Empty for stateless rules."""
         del d
         return ()
 
-    def advance(self, state: Any, updates: Any, num_examples: Any) -> tuple[Any, Judgement]:
+    def advance(self, k: Kernels, state: Any, batch: Batch) -> tuple[Any, Judgement]:
         """One round: the state it leaves and the judgement."""
-        return state, self.step(updates, num_examples)
+        return state, self.step(k, batch)
 
 
 def require_devices(rule: Rule, n: int, least: int, because: str) -> None:

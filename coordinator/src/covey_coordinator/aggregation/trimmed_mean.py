@@ -15,10 +15,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import tensorflow as tf
-
-from covey_coordinator.aggregation import kernels
-from covey_coordinator.aggregation.rules import Judgement, Rule, require_devices
+from covey_coordinator.aggregation.kernels import Kernels, Updates
+from covey_coordinator.aggregation.rules import Batch, Facts, Judgement, Rule, require_devices
 from covey_coordinator.records import Array
 
 
@@ -32,18 +30,22 @@ class TrimmedMean(Rule):
 
     num_byzantine: int = 0
     name = "trimmed-mean"
+    facts = Facts(
+        summary="per coordinate the mean without the f largest and f smallest",
+        needs="n > 2f",
+        breakdown="1/2",
+        cost="n d log n",
+        sums_only=False,
+        source="Yin et al. 2018 (arXiv:1803.01498), Definition 2",
+    )
 
     def check(self, n: int) -> None:
         require_devices(self, n, least=2 * self.num_byzantine + 1, because="n > 2f")
 
-    def step(self, updates: Any, num_examples: Any) -> Judgement:
-        f = tf.constant(self.num_byzantine)
-
-        def mean_of_kept(ordered: Any) -> Any:
-            return kernels.mean_rows(ordered[f : tf.shape(ordered)[0] - f])
-
-        aggregate, outside = column_by_column(updates, mean_of_kept, cut=f)
-        return Judgement(aggregate, *outvoted(updates, outside, cut=f))
+    def step(self, k: Kernels, batch: Batch) -> Judgement:
+        f = self.num_byzantine
+        aggregate, outside = k.ranked_means(batch.updates, f, k.count(batch.updates) - f, cut=f)
+        return Judgement(aggregate, *outvoted(k, batch.updates, outside, chance=2 * f), {})
 
     def explain(self, score: float, accepted_scores: Array, n: int) -> str:
         return explain_outvoted(score, self.num_byzantine, n)
@@ -60,50 +62,38 @@ class Median(Rule):
 
     num_byzantine: int = 0
     name = "median"
+    facts = Facts(
+        summary="per coordinate the median",
+        needs="n > 2f",
+        breakdown="1/2",
+        cost="n d log n",
+        sums_only=False,
+        source="Yin et al. 2018 (arXiv:1803.01498), Definition 1",
+    )
 
     def check(self, n: int) -> None:
         require_devices(self, n, least=2 * self.num_byzantine + 1, because="n > 2f")
 
-    def step(self, updates: Any, num_examples: Any) -> Judgement:
-        n = tf.shape(updates)[0]
-        cut = tf.constant(self.num_byzantine) if self.num_byzantine else n // 4
-
-        def middle(ordered: Any) -> Any:
-            return kernels.mean_rows(ordered[(n - 1) // 2 : n // 2 + 1])
-
-        aggregate, outside = column_by_column(updates, middle, cut)
-        accepted, scores = outvoted(updates, outside, cut)
-        return Judgement(aggregate, accepted if self.num_byzantine else tf.ones_like(accepted), scores)
+    def step(self, k: Kernels, batch: Batch) -> Judgement:
+        n = k.count(batch.updates)
+        cut = self.num_byzantine if self.num_byzantine else n // 4
+        aggregate, outside = k.ranked_means(batch.updates, (n - 1) // 2, n // 2 + 1, cut)
+        accepted, scores = outvoted(k, batch.updates, outside, chance=2 * cut)
+        return Judgement(aggregate, accepted if self.num_byzantine else k.full((n,), True), scores, {})
 
     def explain(self, score: float, accepted_scores: Array, n: int) -> str:
         return explain_outvoted(score, self.num_byzantine, n)
 
 
-def column_by_column(updates: Any, combine: Any, cut: Any) -> tuple[Any, Any]:
-    """Sort each column, give the ordered block (n, b) to combine, and count what lies outside.
-
-    Returns combine's values (d,) and for each row how many of its coordinates lie strictly outside the values of rank
-    cut to n - 1 - cut in their columns, (n,) int64.
-    """
-    n = tf.shape(updates)[0]
-
-    def per_block(block: Any, outside: Any) -> tuple[Any, Any]:
-        ordered = tf.sort(block, axis=0)
-        beyond = tf.logical_or(block < ordered[cut], block > ordered[n - 1 - cut])
-        value = kernels.without_negative_zero(combine(ordered))
-        return value, outside + tf.math.count_nonzero(beyond, axis=1, dtype=tf.int64)
-
-    return kernels.over_columns(updates, kernels.block_columns(updates), per_block, tf.zeros([n], tf.int64))
-
-
-def outvoted(updates: Any, outside: Any, cut: Any) -> tuple[Any, Any]:
+def outvoted(k: Kernels, updates: Updates, outside: Any, chance: Any) -> tuple[Any, Any]:
     """Counts of outside coordinates -> accepted (n,) bool and scores (n,) float32, the shares.
 
-    The bar share <= chance + 3/4 (1 - chance) with chance = 2 cut / n, in whole numbers.
+    chance: how many of the n values of a column are outside. The bar is share <= c + 3/4 (1 - c) with c = chance / n,
+    in whole numbers.
     """
-    n, d = tf.cast(tf.shape(updates)[0], tf.int64), tf.cast(tf.shape(updates)[1], tf.int64)
-    accepted = 4 * n * outside <= d * (3 * n + 2 * tf.cast(cut, tf.int64))
-    return accepted, tf.cast(tf.cast(outside, tf.float64) * (1.0 / tf.cast(d, tf.float64)), tf.float32)
+    n, d = k.whole(k.count(updates)), k.whole(k.dimension(updates))
+    accepted = 4 * n * outside <= d * (3 * n + k.whole(chance))
+    return accepted, k.single(k.divide(outside, d))
 
 
 def explain_outvoted(score: float, cut: int, n: int) -> str:

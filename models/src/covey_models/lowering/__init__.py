@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from covey_models.lowering import (
+from covey_models.lowering import (  # noqa: F401  # importing registers
     activations,
     augmentation,
     convolution,
@@ -28,31 +28,6 @@ from covey_models.lowering import (
 )
 from covey_models.lowering.registry import LOOPS, LOWERINGS, RANDOM, REFUSALS, Node, lowers, refuse
 from covey_models.lowering.rewriter import Lowered, all_ops, describe, is_random, layer_of, lower, rewrite, seeded
-
-THEMES = (  # importing registers
-    activations,
-    augmentation,
-    convolution,
-    gathers,
-    layouts,
-    local_response,
-    loops,
-    losses,
-    mathematics,
-    matmul,
-    normalisation,
-    optimizers,
-    pooling,
-    products,
-    quantization,
-    random,
-    reductions,
-    refusals,
-    resize,
-    shapes,
-    variables,
-    volumes,
-)
 
 __all__ = [
     "LOOPS",

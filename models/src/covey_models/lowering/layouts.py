@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from covey_models._tensorflow import import_tensorflow
-from covey_models.lowering import convolution, pooling, volumes
+from covey_models.lowering import convolution, normalisation, pooling, volumes
 from covey_models.lowering.formulations import static
 from covey_models.lowering.registry import LOWERINGS, Lowering, Node, Tensor, lowers
 
@@ -73,7 +73,7 @@ def _channels_first(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Roles:
-    """Which inputs of an op are images and which are shapes of images, and whether its output is an image."""
+    """Which inputs of an op are images and which are shapes of images, and whether its (first) output is an image."""
 
     images: tuple[int, ...] = ()
     shapes: tuple[int, ...] = ()
@@ -101,6 +101,8 @@ ROLES = {
     "MaxPool3DGrad": Roles(images=(0, 1, 2)),
     "AvgPool3D": FORWARD,
     "AvgPool3DGrad": Roles(images=(1,), shapes=(0,)),
+    "FusedBatchNormV3": FORWARD,
+    "FusedBatchNormGradV3": Roles(images=(0, 1)),
 }
 
 
@@ -116,11 +118,13 @@ def _in_either_layout(lowering: Lowering, roles: Roles) -> Lowering:
             batch, channels, *size = static(inputs[index])
             turned[index] = tf.constant([batch, *size, channels])
         output = lowering(_ChannelsLast(**vars(node)), *turned)
+        if isinstance(output, tuple):
+            return (_channels_first(output[0]), *output[1:])
         return _channels_first(output) if roles.gives_image else output
 
     return lowered
 
 
-THEMES = (convolution, pooling, volumes)  # importing registers what is wrapped here
+THEMES = (convolution, normalisation, pooling, volumes)  # importing registers what is wrapped here
 for _op_type, _roles in ROLES.items():
     LOWERINGS[_op_type] = _in_either_layout(LOWERINGS[_op_type], _roles)

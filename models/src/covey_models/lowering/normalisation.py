@@ -16,15 +16,6 @@ def batch_norm(
     node: Node, x: Tensor, scale: Tensor, offset: Tensor, mean: Tensor, variance: Tensor
 ) -> tuple[Tensor, ...]:
     """Outputs: y, new moving mean, new moving variance, batch mean, batch variance, and one nobody reads."""
-    if node.attribute("data_format") == "NCHW":
-        y, *rest = _batch_norm(node, _channels_last(x), scale, offset, mean, variance)
-        return (_channels_first(y), *rest)
-    return _batch_norm(node, x, scale, offset, mean, variance)
-
-
-def _batch_norm(
-    node: Node, x: Tensor, scale: Tensor, offset: Tensor, mean: Tensor, variance: Tensor
-) -> tuple[Tensor, ...]:
     epsilon = node.attribute("epsilon")
     if not node.attribute("is_training"):
         factor = scale * tf.math.rsqrt(variance + epsilon)
@@ -57,15 +48,6 @@ def batch_norm_gradient(
 
     Not training: dx = g r dy, because m and v are constants then. All means and sums in two stages.
     """
-    if node.attribute("data_format") == "NCHW":
-        dx, *rest = _batch_norm_gradient(node, _channels_last(dy), _channels_last(x), scale, mean, variance)
-        return (_channels_first(dx), *rest)
-    return _batch_norm_gradient(node, dy, x, scale, mean, variance)
-
-
-def _batch_norm_gradient(
-    node: Node, dy: Tensor, x: Tensor, scale: Tensor, mean: Tensor, variance: Tensor
-) -> tuple[Tensor, ...]:
     rows, slopes = (tf.reshape(tensor, [-1, x.shape[-1]]) for tensor in (x, dy))
     count = rows.shape[0]
     inverse = tf.math.rsqrt(variance + node.attribute("epsilon"))
@@ -75,14 +57,6 @@ def _batch_norm_gradient(
     if node.attribute("is_training"):
         slopes = slopes + d_offset * (-1.0 / count) + normalised * (d_scale * (-1.0 / count))
     return tf.reshape(slopes * (scale * inverse), x.shape), d_scale, d_offset, mean, mean
-
-
-def _channels_last(x: Tensor) -> Tensor:
-    return tf.transpose(x, [0, 2, 3, 1])
-
-
-def _channels_first(x: Tensor) -> Tensor:
-    return tf.transpose(x, [0, 3, 1, 2])
 
 
 @lowers("Sum")
