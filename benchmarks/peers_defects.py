@@ -37,7 +37,7 @@ class Shown:
 
 @dataclass(frozen=True)
 class Case:
-    """kind: a defect, a convention (documented, or a matter of choice), or a default that does not do what one expects."""
+    """kind: a defect, a convention (documented, or a choice), or a default that does not do what one expects."""
 
     key: str
     kind: str
@@ -464,6 +464,10 @@ def alie_tau() -> Shown:
     )
 
 
+def described(one: Case) -> dict[str, str]:
+    return {"key": one.key, "kind": one.kind, "where": one.where, "what": one.what}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true")
@@ -472,9 +476,7 @@ def main() -> None:
     logging.disable()
     shown = [(one, one.run()) for one in CASES]
     if as_json:
-        rows = [
-            dict(key=one.key, kind=one.kind, where=one.where, what=one.what, **asdict(found)) for one, found in shown
-        ]
+        rows = [{**described(one), **asdict(found)} for one, found in shown]
         print(json.dumps({"versions": versions(), "cases": rows}, indent=1))
     else:
         print(", ".join(f"{name} {number}" for name, number in versions().items()) + "\n")

@@ -62,9 +62,8 @@ def ours(job: dict[str, Any], updates: np.ndarray) -> Optional[np.ndarray]:
     rule, f, settings = job["rule"], job["f"], job.get("settings", {})
     if rule in MISSING or job.get("pre"):
         return None
-    if rule in ("krum", "multi-krum") and job["library"].startswith("byzfl"):
-        return None
-    return judge(make_rule(rule, f), updates, settings.get("num_examples")).aggregate
+    own = {"neighbours": "n-f-1"} if rule in ("krum", "multi-krum") and job["library"].startswith("byzfl") else {}
+    return judge(make_rule(rule, f, **own), updates, settings.get("num_examples")).aggregate
 
 
 def distance(found: np.ndarray, wanted: np.ndarray) -> float:
@@ -129,6 +128,8 @@ SIDE_BY_SIDE = [
     ("flwr", "multi-krum", {}),
     ("byzfl", "median", {}),
     ("byzfl", "trimmed-mean", {}),
+    ("byzfl", "krum", {}),
+    ("byzfl", "multi-krum", {}),
     ("byzfl-torch", "median", {}),
     ("byzfl-torch", "trimmed-mean", {}),
 ]
