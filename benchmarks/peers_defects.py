@@ -396,7 +396,7 @@ def geometric_median_nu() -> Shown:
     equal = np.allclose(found, vectors.mean(axis=0), rtol=1e-6)
     return Shown(
         bool(equal and np.linalg.norm(scaled) < 0.2 * np.linalg.norm(found)),
-        f"9 vectors of size 0.001, one hostile of 0.04 per coordinate: the plain mean, norm {np.linalg.norm(found):.1e}",
+        f"9 vectors of size 0.001, one of 0.04 per coordinate: the plain mean, norm {np.linalg.norm(found):.1e}",
         f"norm {np.linalg.norm(scaled):.1e}, a thousandth of what it gives for the same vectors times 1000",
     )
 
