@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from covey_coordinator.aggregation.screening import MAX_NUM_EXAMPLES, screen_updates
-from covey_protocol.errors import UsageError
+from covey_coordinator.aggregation.screening import MAX_NUM_EXAMPLES, Arrivals, require_memory, screen_updates
+from covey_protocol.errors import RuleError, UsageError
 
 GOOD = np.array([1.0, 2.0, 3.0], np.float32)
 OTHER = np.array([1.0, 2.0, 4.0], np.float32)
@@ -111,3 +111,61 @@ def test_a_round_that_contradicts_itself_is_our_bug() -> None:
         screen_updates([GOOD, OTHER], [1], ["a", "b"], d=3)
     with pytest.raises(UsageError, match="twice"):
         screen_updates([GOOD, OTHER], [1, 1], ["a", "a"], d=3)
+
+
+# ---- one by one
+
+
+def arrivals_of(sent: dict[str, tuple[Any, Any]], invited: str = "abcdef", d: int = 3) -> Arrivals:
+    arrivals = Arrivals(invited, d)
+    for device_id, (update, num_examples) in sent.items():
+        arrivals.add(device_id, update, num_examples)
+    return arrivals
+
+
+def test_updates_that_arrive_in_any_order_are_screened_as_all_together() -> None:
+    sent = {
+        "e": (GOOD, 3),
+        "b": (np.array([1, np.nan, 3], np.float32), 5),
+        "a": (OTHER, 1e12),
+        "f": (OTHER.copy(), 2),
+        "c": (np.ones(2, np.float32), 1),
+        "d": (GOOD * 2, float("nan")),
+    }
+    one_by_one = arrivals_of(sent).screened(sent)
+    updates, counts = zip(*sent.values())
+    together = screen_updates(updates, counts, list(sent), d=3)
+    np.testing.assert_array_equal(one_by_one.updates, together.updates)
+    np.testing.assert_array_equal(one_by_one.num_examples, together.num_examples)
+    assert one_by_one.device_ids == together.device_ids == ("a", "e")
+    assert one_by_one.reasons == together.reasons
+    np.testing.assert_equal(one_by_one.norms, together.norms)
+
+
+def test_a_device_that_was_not_asked_about_leaves_no_trace() -> None:
+    screened = arrivals_of({"a": (GOOD, 1), "c": (OTHER, 1), "b": (None, 1)}).screened(["c"])
+    assert (screened.device_ids, screened.reasons, list(screened.norms)) == (("c",), {}, ["c"])
+    np.testing.assert_array_equal(screened.updates, [OTHER])
+
+
+def test_a_later_update_replaces_an_earlier_one() -> None:
+    arrivals = arrivals_of({"a": (None, 1), "b": (GOOD, 1)})
+    arrivals.add("a", OTHER, 4)
+    arrivals.add("b", None, 1)
+    screened = arrivals.screened("ab")
+    assert screened.device_ids == ("a",)
+    assert "b" in screened.reasons
+
+
+def test_the_matrix_is_not_copied_when_all_arrive() -> None:
+    arrivals = arrivals_of({"b": (GOOD, 1), "a": (OTHER, 1)}, invited="ab")
+    assert arrivals.screened("ab").updates.base is arrivals.screened("ab").updates.base is not None
+
+
+def test_more_than_the_rules_or_the_machine_bear_is_refused_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RuleError, match=r"2000 updates of 10000000 numbers are 74.5 GiB.*fewer devices"):
+        Arrivals([str(number) for number in range(2000)], 10_000_000)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": 1 << 30})())
+    with pytest.raises(RuleError, match=r"need 1.4 GiB, but 1.0 GiB are free.*more memory"):
+        require_memory(1000, 260_000)
+    require_memory(10, 1_000_000)

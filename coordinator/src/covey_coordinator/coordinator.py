@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from covey_coordinator import records
+from covey_coordinator.aggregation.screening import Arrivals, Screened
 from covey_coordinator.fleet import POLL_S, Fleet, FromFleet
 from covey_coordinator.store import RunStore
 from covey_protocol import round as rounds
@@ -51,9 +52,7 @@ class StepOutcome(Protocol):
 class Engine(Protocol):
     """See aggregation.engines."""
 
-    def step(
-        self, parameters: Floats, updates: Floats, num_examples: Floats, device_ids: Sequence[str]
-    ) -> StepOutcome: ...
+    def aggregate(self, parameters: Floats, screened: Screened) -> StepOutcome: ...
 
 
 @dataclass(frozen=True)
@@ -85,6 +84,7 @@ class _Round:
     parameters: Floats
     result: Floats
     engine: Engine | None
+    arrivals: Arrivals
     verdicts: list[records.DeviceVerdict] = field(default_factory=list)
     offers: dict[str, Offer] = field(default_factory=dict)
     finished: rounds.Finished | None = None
@@ -140,19 +140,22 @@ class Coordinator:
     ) -> RoundResult:
         """One round with these devices. engine None collects the updates and leaves the model as it is (for audits).
 
-        Raises TrainingError for a plan that the bundle cannot follow, before anything is published.
+        Raises, before anything is published, TrainingError for a plan that the bundle cannot follow and RuleError where
+        the updates of so many devices would not fit.
         Returns the new parameters, or the old ones with outcome "abandoned". The updates lie in the store before their
         devices are told so; rows reach the engine sorted by device id, so the order of arrival changes no bit.
         """
         started = time.monotonic()
         manifest = read_bundle(bundle).manifest
         check_plan(manifest, plan)
+        arrivals = Arrivals(device_ids, len(parameters))
         bundle_ref = self.fleet.publish_blob(bundle)
         parameters_ref = self.fleet.publish_blob(parameters.astype("<f4").tobytes())
         requires = needed_capabilities(manifest, plan)
         invitation = _invitation(run_id, number, bundle_ref, parameters_ref, plan, device_ids, requires, timing)
         settings = RoundSettings(quorum, timing.answer_s, timing.grace_s, parameters_ref.size)
-        state = _Round(RoundMachine(invitation, device_ids, settings), parameters, parameters, engine)
+        machine = RoundMachine(invitation, device_ids, settings)
+        state = _Round(machine, parameters, parameters, engine, arrivals)
         try:
             self._handle(state, rounds.Opened())
             while state.finished is None:
@@ -187,6 +190,8 @@ class Coordinator:
             elif isinstance(effect, rounds.Store):
                 self.store.store_update(effect.offer.round_id, effect.device_id, effect.data)
                 state.offers[effect.device_id] = effect.offer
+                update = np.frombuffer(effect.data, "<f4")
+                state.arrivals.add(effect.device_id, update, effect.offer.num_examples)
                 self._handle(state, rounds.Stored(effect.device_id))
             elif isinstance(effect, rounds.Aggregate):
                 self._handle(state, self._aggregate(state, effect.device_ids))
@@ -197,11 +202,8 @@ class Coordinator:
         if state.engine is None:
             state.verdicts = [records.DeviceVerdict(device_id, records.ACCEPTED) for device_id in device_ids]
             return rounds.Aggregated({})
-        round_id = state.machine.invitation.round_id
-        updates = np.stack([self.store.read_update(round_id, device_id) for device_id in device_ids])
-        num_examples = np.array([state.offers[device_id].num_examples for device_id in device_ids], np.float32)
         try:
-            outcome = state.engine.step(state.parameters, updates, num_examples, device_ids)
+            outcome = state.engine.aggregate(state.parameters, state.arrivals.screened(device_ids))
         except RuleError as exc:
             return rounds.AggregationRefused(str(exc))
         state.result = outcome.parameters

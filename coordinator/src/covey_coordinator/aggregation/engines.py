@@ -12,6 +12,7 @@ A round that fails, whatever the reason, leaves the engine as it was.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -55,6 +56,9 @@ class Engine(Protocol):
         device_ids: Sequence[str],
     ) -> StepResult:
         """(d,), (n, d) or n vectors, n counts, n ids -> the result. Raises RuleError if the round is refused."""
+
+    def aggregate(self, parameters: Array, screened: Screened) -> StepResult:
+        """The same for updates that have been screened already; verdicts in the order of the device ids."""
 
     def close(self) -> None:
         """Free what the engine started. It cannot be used afterwards."""
@@ -137,9 +141,14 @@ class _RoundEngine:
         num_examples: Array | Sequence[float],
         device_ids: Sequence[str],
     ) -> StepResult:
+        screened = screen_updates(updates, num_examples, device_ids, self._layout.d, refuse_copies=self._refuse_copies)
+        result = self.aggregate(parameters, screened)
+        verdicts = {verdict.device_id: verdict for verdict in result.verdicts}
+        return dataclasses.replace(result, verdicts=[verdicts[device_id] for device_id in device_ids])
+
+    def aggregate(self, parameters: Array, screened: Screened) -> StepResult:
         if parameters.shape != (self._layout.d,) or parameters.dtype != np.float32:
             raise UsageError(f"parameters {parameters.dtype}{parameters.shape} instead of float32 ({self._layout.d},)")
-        screened = screen_updates(updates, num_examples, device_ids, self._layout.d, refuse_copies=self._refuse_copies)
         self._check(screened)
         places = np.array([self._places.setdefault(one, len(self._places)) for one in screened.device_ids], np.int64)
         rule_state, judgement = self._door.judge(self._rule_state, screened.updates, screened.num_examples, places)
@@ -152,7 +161,7 @@ class _RoundEngine:
         self._rule_state, self._optimizer_state = rule_state, optimizer_state
         return StepResult(
             parameters=new_parameters,
-            verdicts=_verdicts(self._rule, screened, judgement, device_ids, num_examples),
+            verdicts=_verdicts(self._rule, screened, judgement),
             measurements=_measurements(screened, judgement, new_parameters - parameters),
         )
 
@@ -195,27 +204,22 @@ class _Layout:
         return result
 
 
-def _verdicts(
-    rule: Rule, screened: Screened, judgement: Judgement, device_ids: Sequence[str], num_examples: Any
-) -> list[DeviceVerdict]:
-    """One verdict per device, in the order given."""
-    row_of = {device_id: row for row, device_id in enumerate(screened.device_ids)}
+def _verdicts(rule: Rule, screened: Screened, judgement: Judgement) -> list[DeviceVerdict]:
+    """One verdict per device that sent something, in the order of the ids."""
     accepted_scores = judgement.scores[judgement.accepted]
+    n = len(screened.device_ids)
     verdicts = []
-    for device_id, count in zip(device_ids, num_examples):
-        row = row_of.get(device_id)
-        if row is None:
-            status, reason, score = REJECTED, screened.reasons[device_id], None
-        elif judgement.accepted[row]:
-            status, reason, score = ACCEPTED, "", float(judgement.scores[row])
-        else:
-            status, score = REJECTED, float(judgement.scores[row])
-            reason = rule.explain(score, accepted_scores, len(row_of))
-        norm = screened.norms.get(device_id)
-        finite_norm = norm if norm is not None and np.isfinite(norm) else None
-        shown_count = int(count) if row is not None else 0
-        verdicts.append(DeviceVerdict(device_id, status, reason, score, shown_count, finite_norm))
-    return verdicts
+    for row, device_id in enumerate(screened.device_ids):
+        score, accepted = float(judgement.scores[row]), bool(judgement.accepted[row])
+        status = ACCEPTED if accepted else REJECTED
+        reason = "" if accepted else rule.explain(score, accepted_scores, n)
+        count, norm = int(screened.num_examples[row]), screened.norms[device_id]
+        verdicts.append(DeviceVerdict(device_id, status, reason, score, count, norm))
+    for device_id, reason in screened.reasons.items():
+        known = screened.norms.get(device_id)
+        finite = known if known is not None and np.isfinite(known) else None
+        verdicts.append(DeviceVerdict(device_id, REJECTED, reason, None, 0, finite))
+    return sorted(verdicts, key=lambda verdict: verdict.device_id)
 
 
 def _measurements(screened: Screened, judgement: Judgement, change: Array) -> dict[str, float]:

@@ -1,5 +1,8 @@
 """What an update must pass before any rule sees it. Pure numpy; nothing here raises because of what a device sent.
 
+Live rounds screen each update when it arrives, into the matrix that the rule will read (`Arrivals`), so that a round's
+end has little left to do; `screen_updates` does the same to updates that are all there.
+
 Refused, with a reason per device: wrong shape or dtype, values that are not finite or too large to square in float32,
 an update of zeros only, a copy of another device's update, and a num_examples that is not a positive finite number.
 What this does not do: judge whether values are plausible. That is the rules' work.
@@ -8,17 +11,21 @@ What this does not do: judge whether values are plausible. That is the rules' wo
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import psutil
 
 from covey_coordinator.records import Array
-from covey_protocol.errors import UsageError
+from covey_protocol.errors import RuleError, UsageError
 
 MAX_NUM_EXAMPLES = float(1 << 24)  # float32 counts exactly up to here; rules with weights cap far lower by the median
 MAX_NORM = 1e18  # squares must stay finite in float32 (below 1.8e19): adaptive optimizers keep them for ever
+GIB = 1 << 30
+MAX_MATRIX_BYTES = 4 * GIB  # of all updates of a round; what the rules are tested to
+MEMORY_RATIO = 1.3  # what a rule needs at most, as a multiple of the matrix of updates
 FINGERPRINT_VALUES = 64  # sampled numbers of an update; only updates equal in these are hashed in full
 
 
@@ -76,6 +83,73 @@ def screen_updates(
         reasons=reasons,
         norms=norms,
     )
+
+
+class Arrivals:
+    """The updates of one round: each is screened when it arrives and written into its row of one matrix.
+
+    Rows lie in the order of the device ids. Raises RuleError where the matrix would be too large for the rules or this
+    machine (`require_memory`).
+    """
+
+    def __init__(self, device_ids: Iterable[str], d: int) -> None:
+        self._rows = {device_id: row for row, device_id in enumerate(sorted(device_ids))}
+        require_memory(len(self._rows), d)
+        self._matrix = np.empty((len(self._rows), d), np.float32)
+        self._counts: dict[str, float] = {}
+        self._reasons: dict[str, str] = {}
+        self._norms: dict[str, float] = {}
+
+    def add(self, device_id: str, update: Any, num_examples: Any) -> None:
+        """Screen one device's update, a (d,) float32 array if it is any good. A later one replaces an earlier one."""
+        for notes in (self._counts, self._reasons, self._norms):
+            notes.pop(device_id, None)
+        reason = _shape_fault(update, self._matrix.shape[1])
+        if not reason:
+            row = self._matrix[self._rows[device_id]]
+            row[:] = update
+            self._norms[device_id] = _norm(row)
+            reason = _value_fault(row, self._norms[device_id]) or _count_fault(num_examples)
+        if reason:
+            self._reasons[device_id] = reason
+        else:
+            self._counts[device_id] = float(num_examples)
+
+    def screened(self, device_ids: Iterable[str], *, refuse_copies: bool = True) -> Screened:
+        """What may enter a rule of these devices' updates. To be called once: rows move up to close gaps."""
+        asked = set(device_ids)
+        usable = [row for device_id, row in self._rows.items() if device_id in asked and device_id in self._counts]
+        ids = list(self._rows)
+        reasons = {device_id: reason for device_id, reason in self._reasons.items() if device_id in asked}
+        if refuse_copies:
+            usable = _first_of_copies(self._matrix, ids, usable, reasons)
+        for place, row in enumerate(usable):
+            if place != row:
+                self._matrix[place] = self._matrix[row]
+        kept = tuple(ids[row] for row in usable)
+        counts = np.minimum(np.array([self._counts[device_id] for device_id in kept], np.float64), MAX_NUM_EXAMPLES)
+        norms = {device_id: norm for device_id, norm in self._norms.items() if device_id in asked}
+        return Screened(self._matrix[: len(kept)], counts.astype(np.float32), kept, reasons, norms)
+
+
+def require_memory(n: int, d: int) -> None:
+    """Raise RuleError unless n updates of d numbers fit the rules' limit and the free memory of this machine.
+
+    Rules need up to 1.3 times the matrix; beside it, (n, n) matrices and blocks of columns.
+    """
+    size = n * d * 4
+    fewer = "invite fewer devices to a round, or train a smaller model"
+    if size > MAX_MATRIX_BYTES:
+        raise RuleError(
+            f"{n} updates of {d} numbers are {size / GIB:.1f} GiB, more than {MAX_MATRIX_BYTES / GIB:g}", fewer
+        )
+    needed = int(size * MEMORY_RATIO) + 16 * n * n * 8
+    available = psutil.virtual_memory().available
+    if needed > available:
+        raise RuleError(
+            f"{n} updates of {d} numbers need {needed / GIB:.1f} GiB, but {available / GIB:.1f} GiB are free",
+            f"{fewer}, or use a machine with more memory",
+        )
 
 
 def _require_consistent(updates: Any, num_examples: Any, device_ids: Sequence[str]) -> None:
@@ -149,6 +223,7 @@ def _rows(updates: Any, rows: list[int], d: int) -> Array:
     """The chosen rows as one matrix; without a copy where that is all of a matrix in order."""
     if isinstance(updates, np.ndarray) and rows == list(range(len(updates))):
         return updates
+    require_memory(len(rows), d)
     matrix = np.empty((len(rows), d), np.float32)
     for place, row in enumerate(rows):
         matrix[place] = updates[row]
