@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ import pytest
 from aggregation_references import judge, noisy
 
 from covey_coordinator.aggregation.registry import make_rule
+from covey_protocol.errors import RuleError
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = ROOT / "tests" / "golden" / "peers"
@@ -150,3 +152,63 @@ def test_our_rule_agrees_with_the_running_peer(
     found = ours(job, updates)
     assert found is not None
     assert distance(found, peers.result(job)) <= TOLERANCE
+
+
+# ---- where we differ: docs/rules-compared.md
+
+
+def documented_cases() -> set[str]:
+    page = (ROOT / "docs" / "rules-compared.md").read_text().partition("## Where we do not")[2]
+    return set(re.findall(r"^\| `([a-z-]+)` \|", page, re.MULTILINE))
+
+
+def test_every_case_of_the_script_is_documented_and_no_other() -> None:
+    script = (ROOT / "benchmarks" / "peers_defects.py").read_text()
+    cases = set(re.findall(r'@case\(\s*"([a-z-]+)"', script))
+    assert len(cases) > 20
+    assert documented_cases() == cases
+
+
+@needs_peers
+@pytest.mark.slow
+def test_the_installed_peers_still_show_every_documented_case() -> None:
+    command = [str(PYTHON), str(ROOT / "benchmarks" / "peers_defects.py"), "--json"]
+    ended = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    shown = json.loads(ended.stdout)
+    assert {case["key"] for case in shown["cases"]} == documented_cases()
+    page = (ROOT / "docs" / "rules-compared.md").read_text()
+    for library in ("flwr", "byzfl"):
+        assert f"`{library}` {shown['versions'][library]}" in page
+
+
+def test_one_of_forty_nine_is_cut_where_a_share_of_one_forty_ninth_cuts_none() -> None:
+    updates = np.zeros((49, 1), np.float32)
+    updates[0] = 1e6
+    assert judge(make_rule("trimmed-mean", 1), updates).aggregate == 0.0
+
+
+def test_two_colluding_devices_of_five_are_a_refusal_and_not_a_win() -> None:
+    for rule in ("krum", "multi-krum"):
+        with pytest.raises(RuleError, match=r"n > 2f \+ 2"):
+            make_rule(rule, 2).check(5)
+
+
+def test_a_selected_device_cannot_claim_the_aggregate() -> None:
+    updates = np.arange(7, dtype=np.float32)[:, None] / 10
+    claims = [10, 10, 10, 10, 10, 1e9, 10]
+    assert judge(make_rule("multi-krum", 1), updates, claims).aggregate == pytest.approx(0.25)
+
+
+def test_krum_never_takes_a_hostile_model_for_rounding() -> None:
+    for seed in range(100):
+        generator = np.random.default_rng(seed)
+        models = 3 * generator.standard_normal(1000) + 1e-4 * generator.standard_normal((26, 1000))
+        models[0] += 3e-4
+        assert not judge(make_rule("krum", 5), models).accepted[0]
+
+
+def test_krum_counts_neighbours_as_the_paper_or_as_byzfl() -> None:
+    updates = np.array([[0], [0], [1], [9], [11], [11]], np.float32)
+    assert judge(make_rule("krum", 1), updates).aggregate == 1
+    assert judge(make_rule("krum", 1, neighbours="n-f-1"), updates).aggregate == 9
