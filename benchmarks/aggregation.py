@@ -3,9 +3,10 @@
     python benchmarks/aggregation.py [--quick]
 
 All variants of one row run in one process, taking turns, so that a busy machine slows them alike; the table gives
-medians, and ratios to the bare kernel, which is the rule in the fast kernels on a matrix already in place. `direct` and
-`tff` are whole rounds: screening, sorting, the rule, the sgd server step and verdicts; `tff` also crosses gRPC to a
-worker and back. Compare within a row, not between runs.
+medians, and ratios to the bare kernel, which is the rule in the fast kernels on a matrix already in place. `live` is
+the end of a live round, whose updates were screened as they arrived: the rule, the sgd server step and verdicts.
+`direct` and `tff` also screen and sort updates that come all at once; `tff` crosses gRPC to a worker and back. Compare
+within a row, not between runs.
 """
 
 from __future__ import annotations
@@ -27,11 +28,12 @@ from covey_coordinator.aggregation.kernels import Updates
 from covey_coordinator.aggregation.kernels.fast import NumpyKernels
 from covey_coordinator.aggregation.registry import RULE_NAMES, make_rule
 from covey_coordinator.aggregation.rules import Batch
+from covey_coordinator.aggregation.screening import screen_updates
 from covey_coordinator.aggregation.worker import Worker
 from covey_protocol.parameters import ParameterSpec
 
 SHAPES = ((10, 20_000), (50, 100_000))
-VARIANTS = ("kernel", "direct", "tff", "numpy")
+VARIANTS = ("kernel", "live", "direct", "tff", "numpy")
 
 
 def numpy_rule(name: str, f: int, updates: np.ndarray, num_examples: np.ndarray) -> np.ndarray:
@@ -64,9 +66,11 @@ def variants_of(name: str, n: int, d: int, worker: Worker) -> dict[str, Callable
     parameters, ids = np.zeros(d, np.float32), [f"device-{i:03}" for i in range(n)]
     kernels, batch = NumpyKernels(), Batch(Updates(updates), num_examples, np.arange(n))
     direct = make_engine("direct", rule, specs)
+    screened = screen_updates(updates, num_examples, ids, d)
     by_tff = make_engine("tff", rule, specs, worker=worker)
     return {
         "kernel": lambda: rule.advance(kernels, rule.initial_state(d), batch),
+        "live": lambda: direct.aggregate(parameters, screened),
         "direct": lambda: direct.step(parameters, updates, num_examples, ids),
         "tff": lambda: by_tff.step(parameters, updates, num_examples, ids),
         "numpy": lambda: numpy_rule(name, f, updates, num_examples),

@@ -33,9 +33,10 @@ url = "{url}"
 [round]
 devices = 3
 quorum = 3
-[rule]
-name = "trimmed-mean"
+[aggregation]
+rule = "trimmed-mean"
 num_byzantine = 1
+before = ["norm-clipping", { step = "bucketing", size = 1 }]
 [server]
 optimizer = "adam"
 learning_rate = 0.01
@@ -121,6 +122,18 @@ def test_a_stop_by_the_service_manager_is_orderly(clinic: Path) -> None:
 BAD = {
     "a mistyped key": ("devices = 3", "device = 3", errors.EXIT_CONFIG, "did you mean `devices`"),
     "a quorum above the devices": ("quorum = 3", "quorum = 4", errors.EXIT_CONFIG, "quorum"),
+    "a misspelt rule": ('"trimmed-mean"', '"trimed-mean"', errors.EXIT_CONFIG, "did you mean 'trimmed-mean'"),
+    "a misspelt pre-step": ('"norm-clipping"', '"normclipping"', errors.EXIT_CONFIG, "did you mean 'norm-clipping'"),
+    "a misspelt key of the aggregation": ("before =", "befor =", errors.EXIT_CONFIG, "did you mean 'before'"),
+    "a string for a number": ("size = 1", 'size = "1"', errors.EXIT_CONFIG, "size = '1', expected `int`"),
+    "a truth value for a number": (
+        "num_byzantine = 1",
+        "num_byzantine = true",
+        errors.EXIT_CONFIG,
+        "[aggregation]: num_byzantine = True",
+    ),
+    "an aggregation without a rule": ('rule = "trimmed-mean"\n', "", errors.EXIT_CONFIG, "no key 'rule'"),
+    "the table of before": ("[aggregation]", "[rule]", errors.EXIT_CONFIG, "write [aggregation] with rule ="),
     "a rule that the quorum cannot bear": ("num_byzantine = 1", "num_byzantine = 2", errors.EXIT_RULE, "trimmed-mean"),
     "fewer keys than devices": ("devices = 3", "devices = 4", errors.EXIT_CONFIG, "but [devices] holds"),
     "a missing bundle": ("digits.covey", "other.covey", errors.EXIT_CONFIG, "other.covey cannot be read"),

@@ -14,10 +14,11 @@ from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
-from msgspec import Meta, Struct
+from msgspec import Meta, Struct, field
 
 from covey_coordinator.aggregation.engines import make_engine
-from covey_coordinator.aggregation.registry import make_rule
+from covey_coordinator.aggregation.registry import rule_from_table
+from covey_coordinator.aggregation.rules import Rule
 from covey_coordinator.coordinator import Coordinator, RoundResult, Timing, shuffle_seed
 from covey_coordinator.fleet import Fleet, roster_from
 from covey_coordinator.records import ACCEPTED
@@ -41,14 +42,6 @@ from covey_protocol.topics import check_name
 
 AtLeastOne = Annotated[int, Meta(ge=1)]
 MOST_ABANDONED = 10  # rounds in a row; then an operator has to look
-
-
-class RuleSettings(Struct, frozen=True, forbid_unknown_fields=True):
-    """name: of the rule (docs/rules.md). num_byzantine: the papers' f. settings: what that rule takes beside it."""
-
-    name: str = "multi-krum"
-    num_byzantine: Annotated[int, Meta(ge=0)] = 0
-    settings: dict[str, Any] = {}
 
 
 class ServerSettings(Struct, frozen=True, forbid_unknown_fields=True):
@@ -86,11 +79,12 @@ class CoordinatorConfig(Struct, frozen=True, forbid_unknown_fields=True):
     broker: BrokerSettings
     devices: dict[str, str]
     round: RoundSettings
-    rule: RuleSettings = RuleSettings()
+    aggregation: dict[str, Any] = field(default_factory=lambda: {"rule": "multi-krum"})
     server: ServerSettings = ServerSettings()
     training: TrainingSettings = TrainingSettings()
     runs_dir: str = "runs"
     chunk_bytes: Annotated[int, Meta(ge=1024, le=MAX_CHUNK_BYTES)] = DEFAULT_CHUNK_BYTES
+    rule: Any = None  # what [aggregation] was called; kept to refuse it in words
 
 
 def serve(path: Path, say: Callable[[str], None], check: Callable[[], None] = lambda: None) -> None:
@@ -114,7 +108,7 @@ def serve(path: Path, say: Callable[[str], None], check: Callable[[], None] = la
     data = read_file(folder / config.bundle)
     bundle = read_bundle(data, key.public)
     _check_training(path, config.training, bundle.manifest)
-    rule = make_rule(config.rule.name, config.rule.num_byzantine, **config.rule.settings)
+    rule = _rule(path, config)
     rule.check(config.round.quorum)
     store = RunStore(folder / config.runs_dir / config.run)
     parameters, done = _resume(store, config.run, Model(bundle).parameters(), say)
@@ -159,6 +153,18 @@ def serve(path: Path, say: Callable[[str], None], check: Callable[[], None] = la
                 _give_up_if_hopeless(abandoned, result.reason)
             time.sleep(config.round.pause_s if done < config.rounds else 0)
     say(f"checkpoints: {store.checkpoints(config.run)}")
+
+
+def _rule(path: Path, config: CoordinatorConfig) -> Rule:
+    if config.rule is not None:
+        raise ConfigError(
+            f"{path}: there is no table [rule]",
+            'write [aggregation] with rule = "...", num_byzantine, before and the rule\'s settings as its keys',
+        )
+    try:
+        return rule_from_table(config.aggregation)
+    except ConfigError as exc:
+        raise ConfigError(f"{path}: [aggregation]: {exc.what}", exc.remedy) from exc
 
 
 def _check_training(path: Path, training: TrainingSettings, manifest: Manifest) -> None:

@@ -63,10 +63,12 @@ class Rule(ABC):
 
     A stateless rule gives `name`, `num_byzantine`, `check`, `step` and `explain`. A rule with memory (momentum)
     overrides `initial_state` and `advance` instead of `step` alone; engines and the TFF factory call only those two.
-    The state is a nest of arrays whose shapes and dtypes do not change.
+    The state is a nest of arrays whose shapes and dtypes do not change. remembers_devices: the rule reads
+    `Batch.places`, so its rows must be single devices.
     """
 
     facts: ClassVar[Facts]
+    remembers_devices: ClassVar[bool] = False
 
     @property
     @abstractmethod

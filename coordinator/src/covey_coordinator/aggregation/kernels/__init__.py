@@ -46,7 +46,7 @@ SPLIT_MIX_LAST = 31
 class Stage(NamedTuple):
     """New rows made of old ones: row i = sum over j of weights[i, j] * row indices[i, j].
 
-    indices: (m, k) int32. weights: (m, k) float64. Summed in float64 by halving over j, rounded to float32.
+    indices: (m, k) int32 or int64. weights: (m, k) float64. Summed in float64 by halving over j, rounded to float32.
     """
 
     indices: Any

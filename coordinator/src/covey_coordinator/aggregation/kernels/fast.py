@@ -1,4 +1,7 @@
-"""The kernels in numpy: what live rounds run. Same bits as the reference."""
+"""The kernels in numpy and compiled loops: what live rounds run. Same bits as the reference.
+
+The loops compile when first used and are kept on disk beside the package, or in the user's cache folder.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +11,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from covey_coordinator.aggregation import compiled
 from covey_coordinator.aggregation.kernels import (
     BLOCK_VALUES,
     EXPONENT_BIAS,
-    EXPONENT_MASK,
-    GRAM_COLUMNS,
     LEAST_BLOCK_COLUMNS,
     MANTISSA_BITS,
     MANTISSA_MASK,
-    QUANTUM_BITS,
     SPLIT_MIX_LAST,
     SPLIT_MIX_ROUNDS,
     SPLIT_MIX_STEP,
@@ -50,51 +51,19 @@ class NumpyKernels(Kernels):
         return _staged(updates.matrix[:, indices], updates.stages)
 
     def ranked_means(self, updates: Updates, low: int, high: int, cut: int) -> tuple[AnyArray, AnyArray]:
-        n = self.count(updates)
-
-        def per_block(block: AnyArray, outside: AnyArray) -> tuple[AnyArray, AnyArray]:
-            ordered = np.sort(block, axis=0)
-            beyond = (block < ordered[cut]) | (block > ordered[n - 1 - cut])
-            return _mean_rows(ordered[low:high]) + np.float32(0), outside + np.count_nonzero(beyond, axis=1)
-
-        return self.over_columns(updates, per_block, np.zeros(n, np.int64))
+        return compiled.ranked_means(updates, low, high, cut)
 
     def nearest_means(self, updates: Updates, keep: int) -> tuple[AnyArray, AnyArray]:
-        n = self.count(updates)
-
-        def per_block(block: AnyArray, left_out: AnyArray) -> tuple[AnyArray, AnyArray]:
-            ordered = np.sort(block, axis=0)
-            exact = ordered.astype(np.float64)
-            middle = (exact[(n - 1) // 2] + exact[n // 2]) * 0.5
-            start = np.argmin(np.maximum(middle - exact[: n - keep + 1], exact[keep - 1 :] - middle), axis=0)
-            kept = np.take_along_axis(ordered, start[None, :] + np.arange(keep)[:, None], axis=0)
-            beyond = (block < kept[0]) | (block > kept[-1])
-            return _mean_rows(kept) + np.float32(0), left_out + np.count_nonzero(beyond, axis=1)
-
-        return self.over_columns(updates, per_block, np.zeros(n, np.int64))
+        return compiled.nearest_means(updates, keep)
 
     def combination(self, updates: Updates, weights: Any, centre: Any = None) -> AnyArray:
-        result = np.empty(updates.matrix.shape[1], np.float32)
-        for start, stop in _blocks(updates, _block_columns(updates)):
-            rows = _block(updates, start, stop).astype(np.float64)
-            if centre is None:
-                result[start:stop] = _sum_rows(rows * weights[:, None])
-            else:
-                middle = centre[start:stop].astype(np.float64)
-                result[start:stop] = middle + _sum_rows((rows - middle) * weights[:, None])
-        return result
+        return compiled.combination(updates, weights, centre)
 
     def gram(self, updates: Updates, centre: Any = None) -> AnyArray:
-        total = np.zeros((self.count(updates),) * 2)
-        for numbers, unit in _quantised_blocks(updates, centre):
-            total += (numbers @ numbers.T) * (unit * unit.T)
-        return total
+        return compiled.gram(updates, centre)
 
     def square_norms(self, updates: Updates, centre: Any = None) -> AnyArray:
-        total = np.zeros(self.count(updates))
-        for numbers, unit in _quantised_blocks(updates, centre):
-            total += np.sum(numbers * numbers, axis=1) * (unit * unit)[:, 0]
-        return total
+        return compiled.square_norms(updates, centre)
 
     def over_columns(
         self, updates: Updates, per_block: Callable[[Any, Any], tuple[Any, Any]], carry: Any = ()
@@ -247,10 +216,6 @@ def _sum_rows(rows: AnyArray) -> AnyArray:
     return total
 
 
-def _mean_rows(rows: AnyArray) -> AnyArray:
-    return (_sum_rows(rows.astype(np.float64)) * (1.0 / len(rows))).astype(np.float32)
-
-
 def _block_columns(updates: Updates) -> int:
     return max(BLOCK_VALUES // max(len(updates.matrix), 1), LEAST_BLOCK_COLUMNS)
 
@@ -271,15 +236,3 @@ def _staged(block: AnyArray, stages: tuple[Stage, ...]) -> AnyArray:
             np.float32
         )
     return block
-
-
-def _quantised_blocks(updates: Updates, centre: AnyArray | None) -> Any:
-    """(whole numbers (n, b), unit (n, 1)) of the centred rows, block by block; see `reference`."""
-    for start, stop in _blocks(updates, GRAM_COLUMNS):
-        rows = _block(updates, start, stop).astype(np.float64)
-        if centre is not None:
-            rows -= centre[start:stop]
-        peak = np.max(np.abs(rows), axis=1, keepdims=True)
-        power = (peak.view(np.int64) & EXPONENT_MASK).view(np.float64)
-        unit = np.where(power > 0.0, power, 1.0) * 2.0**-QUANTUM_BITS
-        yield np.round(rows / unit), unit

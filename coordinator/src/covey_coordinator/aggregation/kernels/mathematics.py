@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from covey_coordinator.aggregation.kernels import FLOAT32_MAX, Kernels, Updates
@@ -9,6 +10,10 @@ from covey_coordinator.aggregation.kernels import FLOAT32_MAX, Kernels, Updates
 LOG_TERMS = 14  # of the series of atanh: the next term is below 1e-17 for |s| <= 0.1716
 LN2 = 0.6931471805599453
 SQRT2 = 1.4142135623730951
+LN2_HIGH = 0.6931471803691238  # 33 bits: times an exponent it is exact
+LN2_LOW = 1.9082149292705877e-10
+EXP_TERMS = 14  # of the series at |r| <= ln 2 / 2: the next term is below 3e-19
+EXPONENT_PLACES = 10  # binary digits of the exponents of float64
 UNIFORM_BITS = 52  # one less than float64 holds, so that half a step can be added
 
 
@@ -54,6 +59,28 @@ def log(k: Kernels, values: Any) -> Any:
     for term in range(LOG_TERMS - 1, -1, -1):
         series = series * square + 1.0 / (2 * term + 1)
     return exponent * LN2 + 2.0 * s * series
+
+
+def exp(k: Kernels, values: Any) -> Any:
+    """e to the power of float64 numbers within +-700, within 2 units in the last place."""
+    exponent = k.floor(values * (1.0 / LN2) + 0.5)
+    rest = (values - exponent * LN2_HIGH) - exponent * LN2_LOW
+    series = rest * 0.0 + 1.0 / math.factorial(EXP_TERMS)
+    for term in range(EXP_TERMS - 1, -1, -1):
+        series = series * rest + 1.0 / math.factorial(term)
+    return series * power_of_two(k, k.whole(exponent))
+
+
+def power_of_two(k: Kernels, exponent: Any) -> Any:
+    """2 to the power of int64 numbers within +-1022, exactly."""
+    negative = exponent < 0
+    digits = k.where(negative, -exponent, exponent)
+    power = k.real(exponent) * 0.0 + 1.0
+    for place in range(EXPONENT_PLACES):
+        size = 2.0 ** (1 << place)
+        factor = k.where(negative, k.full((), 1.0 / size), k.full((), size))
+        power = power * k.where((digits // (1 << place)) % 2 > 0, factor, k.full((), 1.0))
+    return power
 
 
 def uniforms(k: Kernels, seed: Any, n: Any) -> Any:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from covey_coordinator.aggregation.kernels import (
@@ -136,10 +137,10 @@ class TensorFlowKernels(Kernels):
         return _sum_rows(rows)
 
     def real(self, values: Any) -> Any:
-        return tf.cast(values, tf.float64)
+        return _of_type(values, tf.float64)
 
     def single(self, values: Any) -> Any:
-        return tf.cast(values, tf.float32)
+        return _of_type(values, tf.float32)
 
     def whole(self, values: Any) -> Any:
         return tf.cast(values, tf.int64)
@@ -152,7 +153,7 @@ class TensorFlowKernels(Kernels):
 
     def full(self, shape: tuple[Any, ...], value: Any) -> Any:
         dtype = tf.bool if isinstance(value, bool) else tf.float64
-        return tf.fill(_shape(shape), tf.cast(value, dtype))
+        return tf.fill(_shape(shape), _of_type(value, dtype))
 
     def where(self, condition: Any, yes: Any, no: Any) -> Any:
         return tf.where(condition, *_alike(yes, no))
@@ -170,7 +171,7 @@ class TensorFlowKernels(Kernels):
         return tf.floor(values)
 
     def divide(self, a: Any, b: Any) -> Any:
-        return tf.math.divide_no_nan(*(tf.cast(value, tf.float64) for value in (a, b)))
+        return tf.math.divide_no_nan(*(_of_type(value, tf.float64) for value in (a, b)))
 
     def sort(self, values: Any) -> Any:
         return tf.sort(values)
@@ -256,10 +257,15 @@ def _shape(shape: tuple[Any, ...]) -> Any:
 def _alike(a: Any, b: Any) -> tuple[Any, Any]:
     """Both as tensors of the dtype of whichever is a tensor already; two Python numbers as float64."""
     if tf.is_tensor(a):
-        return a, tf.cast(b, a.dtype)
+        return a, _of_type(b, a.dtype)
     if tf.is_tensor(b):
-        return tf.cast(a, b.dtype), b
-    return tf.cast(a, tf.float64), tf.cast(b, tf.float64)
+        return _of_type(a, b.dtype), b
+    return _of_type(a, tf.float64), _of_type(b, tf.float64)
+
+
+def _of_type(value: Any, dtype: Any) -> Any:
+    """A tensor of this dtype. tf.cast alone would take a Python number through float32 and lose half its digits."""
+    return tf.cast(value if tf.is_tensor(value) else np.asarray(value), dtype)
 
 
 def _sum_rows(rows: Any) -> Any:
