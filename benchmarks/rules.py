@@ -11,7 +11,8 @@ by itself and with one, and the better counts, as does the better of Flower's tw
 thread.
 
 direct     the rule in the kernels that live rounds use
-round      a whole live round: screening, the rule, the sgd server step, verdicts
+live       the end of a live round, whose updates were screened as they came: the rule, the sgd server step, verdicts
+round      a whole round on updates that come all at once: screening and that
 reference  the rule in traced TensorFlow, which TFF's worker runs
 numpy      what one would write in numpy without further thought
 read       reading the matrix once with all cores: no rule can be faster
@@ -50,13 +51,13 @@ from threadpoolctl import threadpool_limits
 
 from covey_coordinator.aggregation.kernels import Updates
 from covey_coordinator.aggregation.kernels.fast import NumpyKernels
-from covey_coordinator.aggregation.registry import RULES, make_rule, settings_of
+from covey_coordinator.aggregation.registry import RULES, make_rule
 from covey_coordinator.aggregation.rules import Batch, Rule
 
 ALL_N, ALL_D = (10, 20, 50, 100, 500), (10_000, 100_000, 1_000_000)
 QUICK = ((10, 10_000), (50, 10_000))
 DIFFERENT = 1e-5  # results further apart than this, in parts of the largest value, are reported
-COLUMNS = ("direct", "round", "reference", "flwr", "byzfl", "torch", "numpy", "read")
+COLUMNS = ("direct", "live", "round", "reference", "flwr", "byzfl", "torch", "numpy", "read")
 
 
 # What is compared.
@@ -137,12 +138,9 @@ ROWS: dict[str, Row] = {
 
 def our_rule(row: Row, f: int, **convention: Any) -> Optional[Rule]:
     """Our rule of this row, or None if there is none."""
-    if row.rule not in RULES or row.pre:
+    if row.rule not in RULES:
         return None
-    known = settings_of(RULES[row.rule])
-    if not set(row.settings) <= set(known):
-        return None
-    return make_rule(row.rule, f, **row.settings, **convention)
+    return make_rule(row.rule, f, before=row.pre, **row.settings, **convention)
 
 
 def direct(rule: Rule, updates: Any) -> Callable[[], Any]:
@@ -158,8 +156,21 @@ def direct(rule: Rule, updates: Any) -> Callable[[], Any]:
     return run
 
 
-def live_round(rule: Rule, updates: Any) -> Callable[[], Any]:
-    """`engine.step` of a fresh direct engine. The result is the change of the parameters."""
+def live_end(rule: Rule, updates: Any) -> Callable[[], Any]:
+    """`engine.aggregate` of a fresh direct engine on updates that have passed screening."""
+    from covey_coordinator.aggregation.engines import make_engine
+    from covey_coordinator.aggregation.screening import screen_updates
+    from covey_protocol.parameters import ParameterSpec
+
+    n, d = updates.shape
+    engine = make_engine("direct", rule, [ParameterSpec("model", (d,))])
+    screened = screen_updates(updates, np.full(n, 10.0, np.float32), [f"d{i:04}" for i in range(n)], d)
+    parameters = np.zeros(d, np.float32)
+    return lambda: engine.aggregate(parameters, screened).parameters
+
+
+def whole_round(rule: Rule, updates: Any) -> Callable[[], Any]:
+    """`engine.step` of a fresh direct engine; the parameters start at zero, so they end as the aggregate."""
     from covey_coordinator.aggregation.engines import make_engine
     from covey_protocol.parameters import ParameterSpec
 
@@ -179,6 +190,9 @@ def reference(rule: Rule, updates: Any) -> Callable[[], Any]:
     run, state = traced(rule), tf.nest.map_structure(tf.constant, rule.initial_state(d))
     placed, counts, places = tf.constant(updates), tf.ones([n]), tf.range(tf.constant(n, tf.int64))
     return lambda: run(state, placed, counts, places)[1].aggregate.numpy()
+
+
+OURS = (("direct", direct), ("live", live_end), ("round", whole_round), ("reference", reference))
 
 
 # The contestants.
@@ -253,7 +267,7 @@ def contestants(row: Row, rule: Optional[Rule], updates: Any, f: int, peers: Opt
     """All that can compute this row, ours first."""
     found = []
     if rule is not None:
-        for column, make in (("direct", direct), ("round", live_round), ("reference", reference)):
+        for column, make in OURS:
             found.append(in_process(column, make(rule, updates)))
     for column, job in row.jobs if peers else ():
         full = {**job, "f": f, "pre": [{**step, "f": f} for step in job.get("pre", ())]}
@@ -397,7 +411,7 @@ def memory_child(name: str, n: int, d: int) -> dict[str, float]:
         generator.standard_normal(out=vector, dtype=np.float32)
     found = {}
     with threadpool_limits(1):
-        for column, make in (("direct", direct), ("round", live_round)):
+        for column, make in (("direct", direct), ("round", whole_round)):
             make(rule, updates[:, : min(d, 2000)].copy())()
             run = make(rule, updates)
             Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew

@@ -18,9 +18,10 @@ from typing import Any, Optional
 
 import numpy as np
 import pytest
-from aggregation_references import judge, noisy
+from aggregation_references import batch_of, judge, noisy
 
-from covey_coordinator.aggregation.registry import make_rule
+from covey_coordinator.aggregation.kernels.fast import NumpyKernels
+from covey_coordinator.aggregation.registry import PRE_STEPS, make_pre_step, make_rule
 from covey_protocol.errors import RuleError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,10 +41,7 @@ DIFFERENT = {
     "byzfl caf odd seed 2": "one power iteration from a random vector",
 }
 # Rules and settings that covey does not have yet.
-MISSING = {
-    *("bulyan", "meamed", "mda", "monna", "caf", "geometric-median", "centred-clipping"),
-    *("nnm", "bucketing", "clipping", "arc"),
-}
+MISSING = ("bulyan", "meamed", "mda", "monna", "caf", "geometric-median", "centred-clipping")
 
 
 def golden() -> tuple[dict[str, Any], dict[str, np.ndarray], dict[str, np.ndarray]]:
@@ -62,10 +60,35 @@ ABOUT, RESULTS, INPUTS = golden()
 def ours(job: dict[str, Any], updates: np.ndarray) -> Optional[np.ndarray]:
     """What our rule gives for a peer's job, or None where we have no such rule yet."""
     rule, f, settings = job["rule"], job["f"], job.get("settings", {})
-    if rule in MISSING or job.get("pre"):
+    if rule in MISSING:
         return None
+    if rule in PRE_STEPS:
+        return ours_before(job, updates)
     own = {"neighbours": "n-f-1"} if rule in ("krum", "multi-krum") and job["library"].startswith("byzfl") else {}
-    return judge(make_rule(rule, f, **own), updates, settings.get("num_examples")).aggregate
+    before = [step["rule"] for step in job.get("pre", ())]
+    return judge(make_rule(rule, f, before, **own), updates, settings.get("num_examples")).aggregate
+
+
+def ours_before(job: dict[str, Any], updates: np.ndarray) -> np.ndarray:
+    """The rows that our pre-step makes."""
+    if job["rule"] == "clipping":
+        return rows_after({"step": "clipping", "clip_norm": job["settings"]["c"]}, updates)
+    if job["rule"] != "bucketing":
+        return rows_after({"step": job["rule"]}, updates, job["f"])
+    step = {"step": "bucketing", "size": job["settings"]["s"]}
+    groups = rows_after(step, np.eye(len(updates), dtype=np.float32))
+    ours_in_order = [device for group in groups for device in np.flatnonzero(group)]
+    arranged = np.empty_like(updates)  # so that our groups hold what the peer's permutation put into its
+    arranged[ours_in_order] = updates[job["permutation"]]
+    return rows_after(step, arranged)
+
+
+def rows_after(step: dict[str, Any], updates: np.ndarray, f: int = 0) -> np.ndarray:
+    made, kernels = make_pre_step(step), NumpyKernels()
+    with np.errstate(all="ignore"):
+        _, prepared = made.prepare(kernels, made.initial_state(updates.shape[1]), batch_of(updates), f)
+        rows = prepared.batch.updates
+        return np.stack([kernels.row(rows, index) for index in range(kernels.count(rows))])
 
 
 def distance(found: np.ndarray, wanted: np.ndarray) -> float:
@@ -131,6 +154,9 @@ SIDE_BY_SIDE = [
     ("byzfl", "median", {}),
     ("byzfl", "trimmed-mean", {}),
     ("byzfl", "krum", {}),
+    ("byzfl", "nnm", {}),
+    ("byzfl", "arc", {}),
+    ("byzfl-torch", "arc", {}),
     ("byzfl", "multi-krum", {}),
     ("byzfl-torch", "median", {}),
     ("byzfl-torch", "trimmed-mean", {}),
