@@ -15,7 +15,18 @@ from covey_coordinator.aggregation.registry import make_rule
 from covey_coordinator.aggregation.rules import Batch, Judgement, Rule
 
 # Rules as the tables of the tests run them: name -> f such that n = 7 bears it.
-ALL_RULES = {"mean": 0, "median": 2, "trimmed-mean": 2, "multi-krum": 2, "krum": 2}
+ALL_RULES = {
+    "mean": 0,
+    "median": 2,
+    "trimmed-mean": 2,
+    "multi-krum": 2,
+    "krum": 2,
+    "dnc": 2,
+    "caf": 2,
+    "meamed": 2,
+    "bulyan": 1,
+    "mda": 2,
+}
 
 
 def rules() -> dict[str, Rule]:

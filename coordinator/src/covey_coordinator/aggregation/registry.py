@@ -14,11 +14,14 @@ from typing import Any
 
 import msgspec
 
+from covey_coordinator.aggregation.bulyan import Bulyan, MeanAroundMedian
 from covey_coordinator.aggregation.clipping import AdaptiveRobustClipping, Clipping, NormClipping, Zeroing
 from covey_coordinator.aggregation.krum import Krum, MultiKrum
+from covey_coordinator.aggregation.mda import MinimumDiameter
 from covey_coordinator.aggregation.mean import Mean
 from covey_coordinator.aggregation.presteps import Before, Bucketing, NearestNeighbourMixing, PreStep
 from covey_coordinator.aggregation.rules import Rule
+from covey_coordinator.aggregation.spectral import CovarianceFilter, DivideAndConquer
 from covey_coordinator.aggregation.trimmed_mean import Median, TrimmedMean
 from covey_protocol.errors import ConfigError, RuleError
 
@@ -28,6 +31,11 @@ RULES: dict[str, type[Rule]] = {
     "trimmed-mean": TrimmedMean,
     "multi-krum": MultiKrum,
     "krum": Krum,
+    "meamed": MeanAroundMedian,
+    "bulyan": Bulyan,
+    "mda": MinimumDiameter,
+    "dnc": DivideAndConquer,
+    "caf": CovarianceFilter,
 }
 RULE_NAMES = tuple(RULES)
 PRE_STEPS: dict[str, type[PreStep]] = {

@@ -255,6 +255,10 @@ class Kernels(ABC):
         """int64: how many along the last axis are true."""
 
     @abstractmethod
+    def running_counts(self, values: Any) -> Any:
+        """(..., m) bool -> int64: how many are true up to and with each place along the last axis."""
+
+    @abstractmethod
     def while_loop(self, goes_on: Callable[..., Any], body: Callable[..., Any], state: tuple[Any, ...]) -> Any:
         """state = body(*state) while goes_on(*state). Shapes and dtypes in the state do not change."""
 

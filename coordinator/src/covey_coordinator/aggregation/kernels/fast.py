@@ -173,6 +173,9 @@ class NumpyKernels(Kernels):
     def number_true(self, values: Any) -> Any:
         return np.count_nonzero(values, axis=-1)
 
+    def running_counts(self, values: Any) -> Any:
+        return np.cumsum(values, axis=-1, dtype=np.int64)
+
     def while_loop(self, goes_on: Callable[..., Any], body: Callable[..., Any], state: tuple[Any, ...]) -> Any:
         while goes_on(*state):
             state = tuple(body(*state))

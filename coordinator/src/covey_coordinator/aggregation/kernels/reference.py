@@ -224,6 +224,9 @@ class TensorFlowKernels(Kernels):
     def number_true(self, values: Any) -> Any:
         return tf.math.count_nonzero(values, axis=-1, dtype=tf.int64)
 
+    def running_counts(self, values: Any) -> Any:
+        return tf.cumsum(tf.cast(values, tf.int64), axis=-1)
+
     def while_loop(self, goes_on: Callable[..., Any], body: Callable[..., Any], state: tuple[Any, ...]) -> Any:
         state = tf.nest.map_structure(tf.convert_to_tensor, state)
         invariants = tf.nest.map_structure(lambda tensor: tf.TensorShape([None] * tensor.shape.rank), state)
