@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import signal
 import sys
 import warnings
 from collections.abc import Callable
@@ -343,8 +344,36 @@ def caf_identical() -> Shown:
     return Shown(caf == "None" and "IndexError" in smea, f"four vectors of ones: CAF {caf}; SMEA {smea}", "1 1")
 
 
+@case("caf-endless", "defect", "byzfl CAF", "a vector whose weight is 0 still sets max tau: no weight falls any more")
+def caf_endless() -> Shown:
+    vectors = column(0, 1, 2, 3, 1e6)
+    ended = finishes_within(5.0, call_of(job("byzfl", "caf", 1))(vectors))
+    return Shown(
+        not ended, f"0, 1, 2, 3, 1e6 with f = 1: still running after 5 s{' (ended)' * ended}", "between 0 and 3"
+    )
+
+
+def finishes_within(seconds: float, run: Callable[[], Any]) -> bool:
+    def stop(*_: Any) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        run()
+    except TimeoutError:
+        return False
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, before)
+    return True
+
+
 @case(
-    "caf-random", "defect", "byzfl CAF, SMEA", "one power iteration from a random vector stands for the top eigenvector"
+    "caf-random",
+    "defect",
+    "byzfl CAF, SMEA",
+    "one power iteration from a random vector stands for the top eigenvector and eigenvalue",
 )
 def caf_random() -> Shown:
     vectors = np.random.default_rng(0).standard_normal((10, 20))

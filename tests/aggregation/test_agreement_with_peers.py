@@ -37,11 +37,12 @@ needs_peers = pytest.mark.skipif(
 DIFFERENT = {
     "byzfl geometric-median odd as it comes": "three steps from zero",
     "byzfl-torch geometric-median odd as it comes": "three steps from zero",
+    "byzfl caf numbers": "a vector that is gone still sets the scale for the others",
     "byzfl caf odd seed 1": "one power iteration from a random vector",
     "byzfl caf odd seed 2": "one power iteration from a random vector",
 }
-# Rules and settings that covey does not have yet.
-MISSING = ("bulyan", "meamed", "mda", "monna", "caf", "geometric-median", "centred-clipping")
+# Rules that covey does not have yet.
+MISSING = ("geometric-median", "centred-clipping")
 
 
 def golden() -> tuple[dict[str, Any], dict[str, np.ndarray], dict[str, np.ndarray]]:
@@ -121,7 +122,7 @@ def test_the_recorded_inputs_tell_the_rules_apart(name: str) -> None:
         assert distance(of_rule[one], of_rule[other]) > 1e-3, (one, other)
 
 
-@pytest.mark.parametrize(("rule", "name"), [("multi-krum", "odd"), ("multi-krum", "even"), ("krum", "even")])
+@pytest.mark.parametrize(("rule", "name"), [("multi-krum", "odd"), ("multi-krum", "even"), ("krum", "odd")])
 def test_the_recorded_inputs_tell_the_two_countings_of_neighbours_apart(rule: str, name: str) -> None:
     assert distance(RESULTS[f"flwr {rule} {name}"], RESULTS[f"byzfl {rule} {name}"]) > 1e-2
 
@@ -147,6 +148,9 @@ def test_the_installed_peers_still_give_what_was_recorded() -> None:
 
 
 SIDE_BY_SIDE = [
+    ("flwr", "bulyan", {}),
+    ("byzfl", "meamed", {}),
+    ("byzfl-torch", "meamed", {}),
     ("flwr", "median", {}),
     ("flwr", "trimmed-mean", {}),
     ("flwr", "krum", {}),
@@ -170,14 +174,26 @@ SIDE_BY_SIDE = [
 def test_our_rule_agrees_with_the_running_peer(
     library: str, rule: str, settings: dict[str, Any], n: int, d: int, spread: float, peers: Any, tmp_path: Path
 ) -> None:
-    f = n // 5
+    f = (n - 3) // 4 if rule == "bulyan" else n // 5
     updates = noisy(seed=n, n=n, d=d, spread=spread, hostile=f, size=2 * spread)
     np.save(tmp_path / "updates.npy", updates)
     peers.load(tmp_path / "updates.npy")
     job = {"library": library, "rule": rule, "f": f, "settings": settings}
     found = ours(job, updates)
     assert found is not None
-    assert distance(found, peers.result(job)) <= TOLERANCE
+    wanted = peers.result(job)
+    if rule == "meamed":  # of two values equally far from the median either may be kept
+        tied = meamed_ties(updates, f)
+        assert tied.sum() < 10
+        found, wanted = found[~tied], wanted[~tied]
+    assert distance(found, wanted) <= TOLERANCE
+
+
+def meamed_ties(updates: np.ndarray, f: int) -> np.ndarray:
+    """(d,) bool: columns in which the last value kept is as far from the median as the first one left out."""
+    away = np.sort(np.abs(updates - np.median(updates.astype(np.float64), axis=0)), axis=0)
+    tied: np.ndarray = away[len(updates) - f - 1] == away[len(updates) - f]
+    return tied
 
 
 # ---- where we differ: docs/rules-compared.md
@@ -232,6 +248,13 @@ def test_krum_never_takes_a_hostile_model_for_rounding() -> None:
         models = 3 * generator.standard_normal(1000) + 1e-4 * generator.standard_normal((26, 1000))
         models[0] += 3e-4
         assert not judge(make_rule("krum", 5), models).accepted[0]
+
+
+def test_one_far_device_does_not_keep_the_covariance_filter_busy() -> None:
+    updates = np.array([[0], [1], [2], [3], [1e6]], np.float32)
+    found = judge(make_rule("caf", 1), updates)
+    assert found.measurements["steps"] <= 5
+    assert 0 <= found.aggregate <= 3
 
 
 def test_krum_counts_neighbours_as_the_paper_or_as_byzfl() -> None:

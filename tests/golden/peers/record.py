@@ -25,7 +25,7 @@ sys.path.insert(0, str(HERE.parents[2] / "benchmarks"))
 from peers_worker import Job, result_of, versions  # noqa: E402 (found through the line above)
 
 INPUTS, RESULTS = HERE / "inputs.npz", HERE / "results.npz"
-SEED = 487  # of inputs on which the two countings of Krum's neighbours select differently
+SEED = 1199  # the two countings of neighbours select differently, and the subset of least diameter is unique
 TOLERANCE = 1e-6  # of the largest value; the same code on another processor sums in another order
 
 
@@ -39,19 +39,18 @@ def make_inputs() -> dict[str, Any]:
         rows[:hostile] += spread * generator.uniform(-0.5, 2.0, (hostile, d))
         return rows.astype(np.float32)
 
-    line = generator.standard_normal(17) + np.outer(generator.standard_normal(9) ** 3, generator.standard_normal(17))
     return {
         "odd": crowd(11, 48, hostile=2),
         "even": crowd(10, 33, hostile=3),
         "many": crowd(31, 60, hostile=7),
         "close": crowd(12, 40, hostile=2, spread=1e-3),
         "small": crowd(7, 20, hostile=2),
-        "line": line.astype(np.float32),  # all rows on one line, up to rounding
+        "numbers": crowd(9, 1, hostile=2),
     }
 
 
 # How many hostile rows the rules are told of, per input.
-TOLD = {"odd": 2, "even": 3, "many": 7, "close": 2, "small": 2, "line": 2}
+TOLD = {"odd": 2, "even": 3, "many": 7, "close": 2, "small": 2, "numbers": 2}
 
 
 def cases() -> dict[str, tuple[str, Job]]:
@@ -79,7 +78,7 @@ def cases() -> dict[str, tuple[str, Job]]:
     add(byzfl, "mean", crowds, f=0)
     for rule in ("median", "trimmed-mean", "meamed"):
         add(byzfl, rule, crowds)
-    for rule in ("krum", "multi-krum", "mda", "monna"):
+    for rule in ("krum", "multi-krum", "mda"):
         inputs = "odd even small" if rule == "mda" else crowds
         add("byzfl", rule, inputs)
         add("byzfl-torch", rule, inputs.replace("many", "").replace("close", ""))
@@ -89,7 +88,8 @@ def cases() -> dict[str, tuple[str, Job]]:
     for passes in (1, 3):
         add(byzfl, "centred-clipping", crowds, f"{passes} passes", settings={"L": passes, "tau": 4.0})
     add(byzfl, "centred-clipping", "odd", "two rounds", settings={"L": 1, "tau": 4.0}, calls=2)
-    add("byzfl", "caf", "line", seed=1)
+    # one power iteration is enough for the top eigenvector and eigenvalue of numbers
+    add("byzfl", "caf", "numbers", seed=1)
     add("byzfl", "caf", "odd", "seed 1", seed=1)
     add("byzfl", "caf", "odd", "seed 2", seed=2)
     add(byzfl, "nnm", crowds.replace("many", "").replace("close", ""))
