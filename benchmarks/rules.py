@@ -131,7 +131,11 @@ ROWS: dict[str, Row] = {
     "meamed": Row("meamed", jobs=byzfl("meamed"), numpy=numpy_meamed),
     "bulyan": Row("bulyan", jobs=flwr("bulyan"), num_byzantine=lambda n: min(n // 5, (n - 3) // 4)),
     "geometric-median": Row("geometric-median", jobs=byzfl("geometric-median")),
-    "centred-clipping": Row("centred-clipping", jobs=byzfl("centred-clipping", settings={"L": 3, "tau": 100.0})),
+    "centred-clipping": Row(
+        "centred-clipping",
+        settings={"iterations": 3, "clip_radius": 100.0},
+        jobs=byzfl("centred-clipping", settings={"L": 3, "tau": 100.0}),
+    ),
     "nnm+median": Row("median", pre=("nnm",), jobs=byzfl("median", pre=[{"rule": "nnm"}])),
 }
 

@@ -23,6 +23,8 @@ ALL_RULES = {
     "krum": 2,
     "dnc": 2,
     "caf": 2,
+    "geometric-median": 2,
+    "centred-clipping": 2,
     "meamed": 2,
     "bulyan": 1,
     "mda": 2,

@@ -1,7 +1,7 @@
 """Robust aggregation: rules, the two doors to them, screening and server optimizers.
 
 A *rule* turns the updates of one round into one aggregate, with a verdict and a score per device. Its definition is
-one traceable TensorFlow function, and there are two doors to it: a TFF aggregator (simulation, and pipelines with
+written once, and there are two doors to it: a TFF aggregator (simulation, and pipelines with
 TFF's clipping or differential privacy) and a direct call on a matrix (live rounds). Same updates, same bits.
 
 Importing this package is cheap: neither TensorFlow nor TFF is imported until something that needs them is used.

@@ -85,8 +85,8 @@ class Bulyan(Rule):
             return k.where(left, sums, float("inf"))
 
         def choose(chosen: Any, number: Any) -> Any:
-            best = k.argmin(scores_among(chosen == 0.0))
-            return k.where(k.arange(n) == best, 1.0 + chosen, chosen), number + 1
+            best = k.argmin(scores_among(chosen <= 0.0))
+            return k.where(k.equal(k.arange(n), best), 1.0 + chosen, chosen), number + 1
 
         start = k.full((n,), 0.0), k.whole(0)
         chosen, _ = k.while_loop(lambda chosen, number: number < k.whole(n - 2 * f), choose, start)

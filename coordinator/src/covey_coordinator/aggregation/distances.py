@@ -20,22 +20,34 @@ PRECISE_SHARE = 2.0**-7  # a squared distance above this share of the squared no
 
 def distances_between(k: Kernels, updates: Updates) -> Any:
     """(n, n) float64: squared Euclidean distances between the rows, 0 on the diagonal."""
+    return square_distances(k, centred_gram(k, updates)[1])
 
-    def around(centre: Any) -> tuple[Any, Any]:
+
+def centred_gram(k: Kernels, updates: Updates) -> tuple[Any, Any]:
+    """A centre (d,) float32 near which most rows lie, and the Gram matrix (n, n) float64 of the rows around it.
+
+    The matrix is that of rows rounded to 2^-21 of their largest number in a block of columns, and of nothing else: it
+    is consistent in all digits of float64, so that distances of weighted means from rows can be had from it.
+    """
+
+    def around(centre: Any) -> tuple[Any, Any, Any]:
         inner_products = k.gram(updates, centre)
         distances = square_distances(k, inner_products)
-        return distances, is_precise(k, inner_products, distances)
+        return inner_products, most_central(k, distances), is_precise(k, inner_products, distances)
 
-    def again(passes: Any, pivot: Any, next_pivot: Any, distances: Any, precise: Any) -> Any:
-        distances, precise = around(k.row(updates, next_pivot))
-        return passes + 1, next_pivot, most_central(k, distances), distances, precise
+    def again(passes: Any, pivot: Any, next_pivot: Any, centre: Any, inner_products: Any, precise: Any) -> Any:
+        centre = k.row(updates, next_pivot)
+        inner_products, pivot_after, precise = around(centre)
+        return passes + 1, next_pivot, pivot_after, centre, inner_products, precise
 
-    def goes_on(passes: Any, pivot: Any, next_pivot: Any, distances: Any, precise: Any) -> Any:
-        return (passes < MAX_PASSES) & (pivot != next_pivot) & (not_(k, precise))
+    def goes_on(passes: Any, pivot: Any, next_pivot: Any, centre: Any, inner_products: Any, precise: Any) -> Any:
+        return (passes < MAX_PASSES) & not_(k, k.equal(pivot, next_pivot)) & not_(k, precise)
 
-    distances, precise = around(column_mean(k, updates))
-    first = most_central(k, distances)
-    return k.while_loop(goes_on, again, (1, k.whole(-1), first, distances, precise))[3]
+    mean = column_mean(k, updates)
+    inner_products, first, precise = around(mean)
+    state = (1, k.whole(-1), first, mean, inner_products, precise)
+    _, _, _, centre, inner_products, _ = k.while_loop(goes_on, again, state)
+    return centre, inner_products
 
 
 def not_(k: Kernels, condition: Any) -> Any:

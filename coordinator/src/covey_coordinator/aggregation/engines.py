@@ -60,6 +60,10 @@ class Engine(Protocol):
     def aggregate(self, parameters: Array, screened: Screened) -> StepResult:
         """The same for updates that have been screened already; verdicts in the order of the device ids."""
 
+    @property
+    def rule_state(self) -> Any:
+        """What the rule remembers, as the door keeps it: for simulated attackers who know everything."""
+
     def close(self) -> None:
         """Free what the engine started. It cannot be used afterwards."""
 
@@ -164,6 +168,10 @@ class _RoundEngine:
             verdicts=_verdicts(self._rule, screened, judgement),
             measurements=_measurements(screened, judgement, new_parameters - parameters),
         )
+
+    @property
+    def rule_state(self) -> Any:
+        return self._rule_state
 
     def close(self) -> None:
         self._door.close()

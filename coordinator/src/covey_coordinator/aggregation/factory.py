@@ -1,6 +1,8 @@
 """The door to a rule from TFF: an aggregator for `tff.learning` processes and for real updates on a TFF worker.
 
-It composes with TFF's own aggregators (clipping, zeroing, compression) as the innermost part. Gathering costs O(n^2)
+It composes with TFF's own aggregators as the innermost part: clipping, zeroing, rotations, differential privacy
+(`privacy`). TFF's `EncodedSumFactory` has no inner part and its other compressions hand on whole numbers to be summed,
+so compression is a setting here (`encoder_fn`), with the same encoders. Gathering costs O(n^2)
 bytes of copies in the worker and the transport several times the rule itself; live rounds of a bare rule use the
 direct engine. What this does not do: look for copies among the updates (screening does, before any door).
 """
@@ -9,6 +11,7 @@ from __future__ import annotations
 
 import collections
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -20,6 +23,7 @@ from covey_coordinator.aggregation.kernels.reference import TensorFlowKernels
 from covey_coordinator.aggregation.rules import Batch, Judgement, Rule, least_devices
 from covey_protocol.errors import UsageError
 
+EncoderMaker = Callable[[tf.TensorSpec], Any]  # to a SimpleEncoder of the tensor_encoding that TFF uses
 POSITION = -1  # the place of a client whose weight does not name one
 
 
@@ -34,42 +38,117 @@ class RuleFactory(tff.aggregators.WeightedAggregationFactory):  # type: ignore[m
     the rule. With fewer clients left than the rule can bear, the computation fails and names the rule.
     Measurements: `accepted` (n,) bool and `scores` (n,) float32 in client order; a client left out has accepted False
     and the largest float32 as its score. The rule's own measurements stand beside them.
+    encoder_fn: how each tensor travels from the clients (`quantize_above_threshold`); None sends it as it is.
     """
 
-    def __init__(self, rule: Rule) -> None:
+    def __init__(self, rule: Rule, encoder_fn: EncoderMaker | None = None) -> None:
         self.rule = rule
+        self.encoder_fn = encoder_fn
 
     def create(self, value_type: Any, weight_type: Any) -> Any:
         """The aggregation process for this type of value. Raises RuleError if the rule bears no number of clients."""
-        least = least_devices(self.rule)
-        layout = _Layout(value_type)
-        initial_state = tff.tensorflow.computation(
-            lambda: tf.nest.map_structure(tf.constant, self.rule.initial_state(layout.d))
+        parts = _Parts(self.rule, value_type, weight_type, self.encoder_fn)
+        next_round = tff.federated_computation(
+            parts.next_round,
+            tff.FederatedType(parts.state_type, tff.SERVER),
+            tff.FederatedType(value_type, tff.CLIENTS),
+            tff.FederatedType(weight_type, tff.CLIENTS),
         )
-        state_type = initial_state.type_signature.result
-        judge = tff.tensorflow.computation(
-            lambda state, rows: _judge(self.rule, least, layout, state, *rows), state_type, layout.rows_type
-        )
-        gather = _gathering(layout, value_type, weight_type)
+        return tff.templates.AggregationProcess(parts.initialize, next_round)
 
-        def next_round(state: Any, value: Any, weight: Any) -> Any:
-            return tff.templates.MeasuredProcessOutput(*tff.federated_map(judge, (state, gather(value, weight))))
+
+class UnweightedRuleFactory(tff.aggregators.UnweightedAggregationFactory):  # type: ignore[misc]
+    """The same without weights: every client counts with one example, its place is its position.
+
+    as_sum: give the aggregate times the number of clients the rule saw, for TFF's aggregators that want a sum and
+    divide it themselves (`tff.aggregators.DifferentiallyPrivateFactory`, `UnweightedMeanFactory`).
+    """
+
+    def __init__(self, rule: Rule, *, as_sum: bool = False, encoder_fn: EncoderMaker | None = None) -> None:
+        self.rule = rule
+        self.as_sum = as_sum
+        self.encoder_fn = encoder_fn
+
+    def create(self, value_type: Any) -> Any:
+        """As `RuleFactory.create`."""
+        parts = _Parts(self.rule, value_type, tff.TensorType(np.float32), self.encoder_fn, self.as_sum)
+
+        def next_round(state: Any, value: Any) -> Any:
+            return parts.next_round(state, value, tff.federated_value(np.float32(1.0), tff.CLIENTS))
 
         return tff.templates.AggregationProcess(
-            tff.federated_computation(lambda: tff.federated_eval(initial_state, tff.SERVER)),
+            parts.initialize,
             tff.federated_computation(
-                next_round,
-                tff.FederatedType(state_type, tff.SERVER),
-                tff.FederatedType(value_type, tff.CLIENTS),
-                tff.FederatedType(weight_type, tff.CLIENTS),
+                next_round, tff.FederatedType(parts.state_type, tff.SERVER), tff.FederatedType(value_type, tff.CLIENTS)
             ),
         )
 
 
-def _gathering(layout: _Layout, value_type: Any, weight_type: Any) -> Any:
-    """(values at clients, weights at clients) -> (matrix (n, d), weights (n,)) at the server, in client order."""
+def quantize_above_threshold(bits: int = 8, threshold: int = 20000) -> EncoderMaker:
+    """For `encoder_fn`: tensors of more than threshold numbers travel as `bits` bits per number, others as they are.
+
+    TFF's own encoder of `EncodedSumFactory.quantize_above_threshold`, rounding to the nearest of 2^bits values between
+    the tensor's least and largest.
+    """
+    from tensorflow_model_optimization.python.core.internal import tensor_encoding as te
+
+    def encoder_of(spec: tf.TensorSpec) -> Any:
+        large = spec.shape.num_elements() > threshold
+        encoder = te.encoders.uniform_quantization(bits, stochastic=False) if large else te.encoders.identity()
+        return te.encoders.as_simple_encoder(encoder, spec)
+
+    return encoder_of
+
+
+class _Parts:
+    """The computations of one aggregation process."""
+
+    def __init__(
+        self, rule: Rule, value_type: Any, weight_type: Any, encoder_fn: EncoderMaker | None, as_sum: bool = False
+    ) -> None:
+        least = least_devices(rule)
+        layout = _Layout(value_type)
+        initial_state = tff.tensorflow.computation(
+            lambda: tf.nest.map_structure(tf.constant, rule.initial_state(layout.d))
+        )
+        self.initialize = tff.federated_computation(lambda: tff.federated_eval(initial_state, tff.SERVER))
+        self.state_type = initial_state.type_signature.result
+        self._judge = tff.tensorflow.computation(
+            lambda state, rows: _judge(rule, least, layout, as_sum, state, *rows), self.state_type, layout.rows_type
+        )
+        self._code = _Code(layout, value_type, encoder_fn)
+        self._gather = _gathering(layout, self._code, weight_type)
+
+    def next_round(self, state: Any, value: Any, weight: Any) -> Any:
+        rows = self._gather(tff.federated_map(self._code.encode, value), weight)
+        return tff.templates.MeasuredProcessOutput(*tff.federated_map(self._judge, (state, rows)))
+
+
+class _Code:
+    """How a value travels: `encode` is a computation for clients, `decode` plain TensorFlow for the server."""
+
+    def __init__(self, layout: _Layout, value_type: Any, encoder_fn: EncoderMaker | None) -> None:
+        self._layout = layout
+        specs = [tf.TensorSpec(shape, tf.float32) for shape in layout.shapes]
+        self._encoders = [encoder_fn(spec) for spec in specs] if encoder_fn else None
+        self.encode = tff.tensorflow.computation(self._encoded, value_type)
+
+    def _encoded(self, value: Any) -> Any:
+        if self._encoders is None:
+            return value
+        return tuple(encoder.encode(leaf)[0] for encoder, leaf in zip(self._encoders, tf.nest.flatten(value)))
+
+    def flat(self, encoded: Any) -> Any:
+        """One vector (d,) of what arrived."""
+        if self._encoders is not None:
+            encoded = [encoder.decode(part) for encoder, part in zip(self._encoders, encoded)]
+        return self._layout.flat(encoded)
+
+
+def _gathering(layout: _Layout, code: _Code, weight_type: Any) -> Any:
+    """(encoded values, weights) at clients -> (matrix (n, d), counts, places) at the server, in client order."""
     rows_type = layout.rows_type
-    pair_type = tff.types.to_type((value_type, weight_type))
+    pair_type = tff.types.to_type((code.encode.type_signature.result, weight_type))
     has_places = isinstance(weight_type, tff.StructType)
 
     def joined(upper: Any, lower: Any) -> Any:
@@ -77,7 +156,7 @@ def _gathering(layout: _Layout, value_type: Any, weight_type: Any) -> Any:
 
     def appended(rows: Any, pair: Any) -> Any:
         count, place = pair[1] if has_places else (pair[1], tf.constant(POSITION, tf.int64))
-        return joined(rows, (layout.flat(pair[0])[None], tf.cast(count, tf.float32)[None], place[None]))
+        return joined(rows, (code.flat(pair[0])[None], tf.cast(count, tf.float32)[None], place[None]))
 
     def empty() -> Any:
         return tuple(_any_rows(tf.zeros(shape, dtype)) for shape, dtype in layout.empty_rows)
@@ -124,19 +203,27 @@ def _any_rows(empty: Any) -> Any:
     return tf.compat.v1.placeholder_with_default(empty, [None, *empty.shape[1:]])
 
 
-def _judge(rule: Rule, least: int, layout: _Layout, state: Any, updates: Any, num_examples: Any, places: Any) -> Any:
-    """One round on the gathered rows: new state, structured aggregate, measurements."""
-    places = tf.where(places == POSITION, tf.range(tf.size(places, tf.int64)), places)
-    state, judgement = _advance_usable(rule, least, state, updates, num_examples, places)
+def _judge(
+    rule: Rule, least: int, layout: _Layout, as_sum: bool, state: Any, updates: Any, num_examples: Any, places: Any
+) -> Any:
+    """One round on the gathered rows: new state, structured aggregate (times usable rows for as_sum), measurements."""
+    # tf.equal: in TFF's graphs `==` compares the tensor objects and is False
+    places = tf.where(tf.equal(places, POSITION), tf.range(tf.size(places, tf.int64)), places)
+    usable, new_state, judgement = _advance_usable(rule, least, state, updates, num_examples, places)
+    state = tf.nest.map_structure(lambda new, old: tf.ensure_shape(new, old.shape), new_state, state)  # loops forget it
+    aggregate = judgement.aggregate * tf.cast(usable, tf.float32) if as_sum else judgement.aggregate
     own = {name: tf.cast(value, tf.float32) for name, value in sorted(judgement.measurements.items())}
     measurements = collections.OrderedDict(accepted=judgement.accepted, scores=judgement.scores, **own)
-    return state, layout.unflat(judgement.aggregate), measurements
+    return state, layout.unflat(aggregate), measurements
 
 
 def _advance_usable(
     rule: Rule, least: int, state: Any, updates: Any, num_examples: Any, places: Any
-) -> tuple[Any, Judgement]:
-    """rule.advance on the rows that are finite and have examples; the judgement speaks of all rows."""
+) -> tuple[Any, Any, Judgement]:
+    """rule.advance on the rows that are finite and have examples; the judgement speaks of all rows.
+
+    Returns how many rows there were, the new state and the judgement.
+    """
     finite = tf.reduce_all(tf.math.is_finite(updates), axis=1)
     usable = tf.logical_and(finite, tf.logical_and(tf.math.is_finite(num_examples), num_examples > 0))
     chosen = tf.where(usable)
@@ -148,7 +235,7 @@ def _advance_usable(
     accepted = tf.scatter_nd(chosen, tf.cast(judgement.accepted, tf.int32), [tf.shape(updates)[0]]) > 0
     left_out = tf.fill(tf.shape(num_examples), tf.constant(FLOAT32_MAX))
     scores = tf.tensor_scatter_nd_update(left_out, chosen, judgement.scores)
-    return state, judgement._replace(accepted=accepted, scores=scores)
+    return n, state, judgement._replace(accepted=accepted, scores=scores)
 
 
 def traced(rule: Rule) -> Any:

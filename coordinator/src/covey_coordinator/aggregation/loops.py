@@ -26,6 +26,7 @@ from covey_coordinator.aggregation import networks
 
 WIDTH = 16 if llvmlite.binding.get_host_cpu_features().get("avx512f") else 8  # float32 numbers in a register
 HALF = WIDTH // 2  # float64 numbers in a register
+FEW_ROWS = 16  # so many are read a tile at a time where they lie; of more, longer pieces are copied, which is faster
 TILE = 32  # columns of a tile: 128 rows of it are 16 KB
 GRAM_COLUMNS = 4096  # as in kernels.py, where both are explained
 QUANTUM_BITS = 19
@@ -54,6 +55,7 @@ class VectorModel(models.PrimitiveModel):
 
 
 SINGLES = Vector(ir.FloatType(), WIDTH)
+TILE_ROW = Vector(ir.FloatType(), TILE)
 DOUBLES = Vector(ir.DoubleType(), WIDTH)
 PACKED = Vector(ir.DoubleType(), HALF)
 
@@ -106,6 +108,7 @@ def loader(vector: Vector) -> Any:
 
 
 load = loader(SINGLES)  # load(array, at): numbers at to at + WIDTH - 1 of a one-dimensional array
+load_row = loader(TILE_ROW)
 load_doubles = loader(DOUBLES)
 load_packed = loader(PACKED)
 
@@ -164,9 +167,19 @@ def count_outside(typing: Any, values: Any, least: Any, most: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         value, low, high = arguments
         outside = builder.or_(builder.fcmp_ordered("<", value, low), builder.fcmp_ordered(">", value, high))
-        return builder.zext(builder.ctpop(builder.bitcast(outside, ir.IntType(WIDTH))), ir.IntType(64))
+        return builder.zext(builder.ctpop(builder.bitcast(outside, ir.IntType(value.type.count))), ir.IntType(64))
 
     return types.int64(values, least, most), generate
+
+
+@intrinsic
+def choose(typing: Any, x: Any, y: Any, one: Any, other: Any) -> Any:
+    """`one` where x < y, else `other`."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.select(builder.fcmp_ordered("<", *arguments[:2]), *arguments[2:])
+
+    return one(x, y, one, other), generate
 
 
 @intrinsic
@@ -528,6 +541,15 @@ def fill(x, n, d, column, count, stages, places, weights, first, second, stride,
 
 
 @njit
+def gather(x, n, d, column, count, may_stay, stages, places, weights, first, second, stride, terms, sums):
+    """As `fill`, or the columns where they lie. Returns the memory, the place of row 0 and the distance of rows."""
+    if may_stay and stages.shape[0] == 0 and count % TILE == 0:
+        return x, column, d
+    fill(x, n, d, column, count, stages, places, weights, first, second, stride, terms, sums)
+    return first, 0, stride
+
+
+@njit
 def scratch(rows, stages, columns):
     """Two blocks of columns and two stacks of vectors for `fill`. rows: the most before, between or after stages."""
     stride = columns + WIDTH
@@ -549,20 +571,17 @@ def load_tile(block, at, stride, m, tile, front):
 @njit
 def padded_tile(rows, front, m):
     tile = singles(rows * TILE)
-    tile[: front * TILE] = -np.inf
-    tile[(front + m) * TILE :] = np.inf
+    for at in range(rows * TILE):
+        tile[at] = -np.inf if at < front * TILE else np.inf  # the rows between are overwritten
     return tile
 
 
 @njit
 def count_rows_outside(block, at, stride, m, bounds, low, high, outside):
     """Add to outside[i] how many numbers of row i are below bounds[low:] or above bounds[high:], lane by lane."""
+    least, most = load_row(bounds, low), load_row(bounds, high)
     for i in range(m):
-        count = 0
-        for lane in range(0, TILE, WIDTH):
-            values = load(block, at + i * stride + lane)
-            count += count_outside(values, load(bounds, low + lane), load(bounds, high + lane))
-        outside[i] += count
+        outside[i] += count_outside(load_row(block, at + i * stride), least, most)
 
 
 @njit
@@ -573,6 +592,20 @@ def put(line, out, column, count):
         out[column + lane] = np.float32(0) if value == 0 else value
 
 
+@njit
+def rank_tile(block, at, stride, m, tile, net, low, high, cut, terms, line, outside):
+    """ranked_means of one tile, to `line`. Row i of it is at block[at + i * stride:]; net: steps, front."""
+    steps, front = net
+    load_tile(block, at, stride, m, tile, front)
+    sort_tile(tile, steps)
+    reciprocal = doubles(1.0 / np.float64(high - low))
+    for lane in range(0, TILE, WIDTH):
+        for j in range(high - low):
+            store(terms, j * WIDTH, widen(load(tile, (front + low + j) * TILE + lane)))
+        store(line, lane, narrow(times(halving_sum(terms, high - low), reciprocal)))
+    count_rows_outside(block, at, stride, m, tile, (front + cut) * TILE, (front + m - 1 - cut) * TILE, outside)
+
+
 @njit(nogil=True, cache=True)
 def ranked_range(x, n, d, start, stop, stages, places, weights, rows, m, columns, net, low, high, cut, out, outside):
     """ranked_means on columns start to stop - 1. net: steps, padded rows, front of the network."""
@@ -580,36 +613,32 @@ def ranked_range(x, n, d, start, stop, stages, places, weights, rows, m, columns
     steps, padded, front = net
     first, second, stride, terms, sums = scratch(rows, stages, columns)
     tile, line = padded_tile(padded, front, m), singles(TILE)
-    reciprocal = doubles(1.0 / np.float64(high - low))
     for column in range(start, stop, columns):
         count = min(columns, stop - column)
-        fill(x, n, d, column, count, stages, places, weights, first, second, stride, terms, sums)
+        few = n <= FEW_ROWS
+        block, origin, step = gather(
+            x, n, d, column, count, few, stages, places, weights, first, second, stride, terms, sums
+        )
         for at in range(0, count, TILE):
-            load_tile(first, at, stride, m, tile, front)
-            sort_tile(tile, steps)
-            for lane in range(0, TILE, WIDTH):
-                for j in range(high - low):
-                    store(terms, j * WIDTH, widen(load(tile, (front + low + j) * TILE + lane)))
-                store(line, lane, narrow(times(halving_sum(terms, high - low), reciprocal)))
+            rank_tile(block, origin + at, step, m, tile, (steps, front), low, high, cut, terms, line, outside)
             put(line, out, column + at, min(TILE, count - at))
-            least, most = (front + cut) * TILE, (front + m - 1 - cut) * TILE
-            count_rows_outside(first, at, stride, m, tile, least, most, outside)
     restore(old)
 
 
 @njit
 def nearest_starts(tile, front, m, keep, starts):
     """For each column of a tile sorted from row `front` the first row of the `keep` values nearest the median."""
-    for lane in range(TILE):
-        low, high = front + (m - 1) // 2, front + m // 2
-        middle = (np.float64(tile[low * TILE + lane]) + np.float64(tile[high * TILE + lane])) * 0.5
-        best, starts[lane] = np.float64(np.inf), front
+    low, high = (front + (m - 1) // 2) * TILE, (front + m // 2) * TILE
+    for lane in range(0, TILE, WIDTH):
+        middle = times(plus(widen(load(tile, low + lane)), widen(load(tile, high + lane))), doubles(0.5))
+        best, start = doubles(np.inf), doubles(0.0)
         for row in range(front, front + m - keep + 1):
-            below = middle - np.float64(tile[row * TILE + lane])
-            above = np.float64(tile[(row + keep - 1) * TILE + lane]) - middle
-            reach = max(below, above)
-            if reach < best:
-                best, starts[lane] = reach, row
+            below = minus(middle, widen(load(tile, row * TILE + lane)))
+            above = minus(widen(load(tile, (row + keep - 1) * TILE + lane)), middle)
+            reach = upper(below, above)
+            start = choose(reach, best, doubles(np.float64(row)), start)
+            best = lower(reach, best)
+        store(starts, lane, start)
 
 
 @njit(nogil=True, cache=True)
@@ -618,7 +647,7 @@ def nearest_range(x, n, d, start, stop, stages, places, weights, rows, m, column
     old = flushing()
     steps, padded, front = net
     first, second, stride, terms, sums = scratch(rows, stages, columns)
-    tile, line, starts = padded_tile(padded, front, m), singles(TILE), np.empty(TILE, np.int64)
+    tile, line, starts = padded_tile(padded, front, m), singles(TILE), stack(TILE // WIDTH)
     bounds = singles(2 * TILE)
     reciprocal = doubles(1.0 / np.float64(keep))
     for column in range(start, stop, columns):
@@ -629,13 +658,14 @@ def nearest_range(x, n, d, start, stop, stages, places, weights, rows, m, column
             sort_tile(tile, steps)
             nearest_starts(tile, front, m, keep, starts)
             for lane in range(TILE):
-                bounds[lane] = tile[starts[lane] * TILE + lane]
-                bounds[TILE + lane] = tile[(starts[lane] + keep - 1) * TILE + lane]
+                start = np.int64(starts[lane])
+                bounds[lane] = tile[start * TILE + lane]
+                bounds[TILE + lane] = tile[(start + keep - 1) * TILE + lane]
             for lane in range(0, TILE, WIDTH):
-                for j in range(keep):
-                    for i in range(WIDTH):
-                        row = starts[lane + i] + j
-                        terms[j * WIDTH + i] = np.float64(tile[row * TILE + lane + i])
+                for i in range(WIDTH):
+                    at_start = np.int64(starts[lane + i]) * TILE + lane + i
+                    for j in range(keep):
+                        terms[j * WIDTH + i] = np.float64(item(tile, at_start + j * TILE))
                 store(line, lane, narrow(times(halving_sum(terms, keep), reciprocal)))
             put(line, out, column + at, min(TILE, count - at))
             count_rows_outside(first, at, stride, m, bounds, 0, TILE, outside)
@@ -658,15 +688,18 @@ def combination_range(x, n, d, start, stop, stages, places, weights, rows, colum
     centred, k = centre.shape[0] > 0, shares.shape[0]
     for column in range(start, stop, columns):
         count = min(columns, stop - column)
-        fill(x, n, d, column, count, stages, places, weights, first, second, stride, terms, sums)
+        few = n <= FEW_ROWS
+        block, origin, step = gather(
+            x, n, d, column, count, few, stages, places, weights, first, second, stride, terms, sums
+        )
         copy_centre(centre, column, count, shift)
         for at in range(0, count, WIDTH):
             middle = load_doubles(shift, at)
             for j in range(k):
-                value = widen(load(first, chosen[j] * stride + at))
+                value = widen(load(block, origin + item(chosen, j) * step + at))
                 if centred:
                     value = minus(value, middle)
-                store(terms, j * WIDTH, times(doubles(shares[j]), value))
+                store(terms, j * WIDTH, times(doubles(item(shares, j)), value))
             total = times(halving_sum(terms, k), doubles(scale))
             if centred:
                 total = plus(middle, total)
@@ -687,16 +720,17 @@ def unit_of(peak):
 
 
 @njit
-def raise_peaks(block, stride, m, count, shift, offset, peaks):
+def raise_peaks(block, origin, step, m, count, shift, offset, peaks):
     """peaks[i]: the largest |row i - shift| so far. count: a multiple of WIDTH."""
     line = stack(1)
     for i in range(m):
         largest = doubles(peaks[i])
         for at in range(0, count, WIDTH):
-            value = minus(widen(load(block, i * stride + at)), load_doubles(shift, offset + at))
+            value = minus(widen(load(block, origin + i * step + at)), load_doubles(shift, offset + at))
             largest = upper(largest, magnitude(value))
         store(line, 0, largest)
-        peaks[i] = line.max()
+        for lane in range(WIDTH):
+            peaks[i] = max(peaks[i], line[lane])
 
 
 @njit
@@ -707,13 +741,15 @@ def whole_numbers(block, at, shift, offset, inverse):
 
 
 @njit
-def pack(block, stride, m, count, shift, offset, units, numbers):
+def pack(block, origin, step, m, count, shift, offset, units, numbers):
     """The whole numbers of `count` columns to rows of PACKED_STRIDE, zeros behind them."""
     for i in range(m):
         inverse = doubles(1.0 / units[i])
         for at in range(0, count, WIDTH):
-            store(numbers, i * PACKED_STRIDE + at, whole_numbers(block, i * stride + at, shift, offset + at, inverse))
-        numbers[i * PACKED_STRIDE + count : i * PACKED_STRIDE + PACKED_COLUMNS] = 0.0
+            whole = whole_numbers(block, origin + i * step + at, shift, offset + at, inverse)
+            store(numbers, i * PACKED_STRIDE + at, whole)
+        for at in range(count, PACKED_COLUMNS, WIDTH):
+            store(numbers, i * PACKED_STRIDE + at, doubles(0.0))
 
 
 @njit
@@ -757,20 +793,25 @@ def gram_block(x, n, d, column, count, stages, places, weights, rows, m, centre)
     shift = stack(GRAM_COLUMNS // WIDTH + 1)
     copy_centre(centre, column, count, shift)
     units, numbers = np.zeros(m), stack((m + 4) * PACKED_STRIDE // WIDTH + 1)
-    numbers[:] = 0.0
+    for at in range(m * PACKED_STRIDE, numbers.shape[0]):
+        numbers[at] = 0.0
     total = np.zeros((m + 4, m + 4))
     for offset in range(0, count, PACKED_COLUMNS):
         size = min(PACKED_COLUMNS, count - offset)
-        fill(x, n, d, column + offset, size, stages, places, weights, first, second, stride, terms, sums)
-        raise_peaks(first, stride, m, (size + WIDTH - 1) // WIDTH * WIDTH, shift, offset, units)
+        block, origin, step = gather(
+            x, n, d, column + offset, size, True, stages, places, weights, first, second, stride, terms, sums
+        )
+        raise_peaks(block, origin, step, m, (size + WIDTH - 1) // WIDTH * WIDTH, shift, offset, units)
     for i in range(m):
         units[i] = unit_of(units[i])
     for offset in range(0, count, PACKED_COLUMNS):
         size = min(PACKED_COLUMNS, count - offset)
-        fill(x, n, d, column + offset, size, stages, places, weights, first, second, stride, terms, sums)
-        pack(first, stride, m, (size + WIDTH - 1) // WIDTH * WIDTH, shift, offset, units, numbers)
+        block, origin, step = gather(
+            x, n, d, column + offset, size, True, stages, places, weights, first, second, stride, terms, sums
+        )
+        pack(block, origin, step, m, (size + WIDTH - 1) // WIDTH * WIDTH, shift, offset, units, numbers)
         for i in range(0, m, 3):
-            for j in range(0, i + 3, 4):
+            for j in range(0, min(i + 3, m), 4):
                 products_3_by_4(numbers, i, j, total)
     for i in range(m):
         for j in range(i + 1):
@@ -789,17 +830,21 @@ def square_norms_block(x, n, d, column, count, stages, places, weights, rows, m,
     units, result = np.zeros(m), np.zeros(m)
     for offset in range(0, count, PACKED_COLUMNS):
         size = min(PACKED_COLUMNS, count - offset)
-        fill(x, n, d, column + offset, size, stages, places, weights, first, second, stride, terms, sums)
-        raise_peaks(first, stride, m, (size + WIDTH - 1) // WIDTH * WIDTH, shift, offset, units)
+        block, origin, step = gather(
+            x, n, d, column + offset, size, True, stages, places, weights, first, second, stride, terms, sums
+        )
+        raise_peaks(block, origin, step, m, (size + WIDTH - 1) // WIDTH * WIDTH, shift, offset, units)
     for i in range(m):
         units[i] = unit_of(units[i])
     for offset in range(0, count, PACKED_COLUMNS):
         size = min(PACKED_COLUMNS, count - offset)
-        fill(x, n, d, column + offset, size, stages, places, weights, first, second, stride, terms, sums)
+        block, origin, step = gather(
+            x, n, d, column + offset, size, True, stages, places, weights, first, second, stride, terms, sums
+        )
         for i in range(m):
             inverse, total = doubles(1.0 / units[i]), doubles(0.0)
             for at in range(0, size, WIDTH):
-                value = whole_numbers(first, i * stride + at, shift, offset + at, inverse)
+                value = whole_numbers(block, origin + i * step + at, shift, offset + at, inverse)
                 total = plus_product(total, value, value)
             result[i] += total_of(total)
     for i in range(m):

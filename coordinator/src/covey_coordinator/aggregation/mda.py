@@ -104,7 +104,7 @@ def covered(k: Kernels, conflicts: Any, most: int) -> tuple[Any, Any]:
         hopeless = k.sum_rows(degrees) > 2.0 * budget * greatest
         solved = (budget >= 0.0) & (greatest <= 0.0)
         goes_on = (budget > 0.0) & not_(k, hopeless) & (greatest > 0.0)
-        without_it = k.maximum(gone, k.where(k.arange(n) == worst, k.full((), 1.0), 0.0))
+        without_it = k.maximum(gone, k.where(k.equal(k.arange(n), worst), k.full((), 1.0), 0.0))
         without_others = k.maximum(gone, k.take(remaining, worst))
         places = k.concat([k.reshape(size - 1, (1,)), k.reshape(k.minimum(size, height - 1), (1,))])
         rows = k.reshape(k.concat([without_others, without_it]), (2, n))

@@ -15,7 +15,11 @@ from typing import Any
 import msgspec
 
 from covey_coordinator.aggregation.bulyan import Bulyan, MeanAroundMedian
+from covey_coordinator.aggregation.centred_clipping import CentredClipping
 from covey_coordinator.aggregation.clipping import AdaptiveRobustClipping, Clipping, NormClipping, Zeroing
+from covey_coordinator.aggregation.flame import Flame
+from covey_coordinator.aggregation.foolsgold import FoolsGold
+from covey_coordinator.aggregation.geometric_median import GeometricMedian
 from covey_coordinator.aggregation.krum import Krum, MultiKrum
 from covey_coordinator.aggregation.mda import MinimumDiameter
 from covey_coordinator.aggregation.mean import Mean
@@ -29,6 +33,8 @@ RULES: dict[str, type[Rule]] = {
     "mean": Mean,
     "median": Median,
     "trimmed-mean": TrimmedMean,
+    "geometric-median": GeometricMedian,
+    "centred-clipping": CentredClipping,
     "multi-krum": MultiKrum,
     "krum": Krum,
     "meamed": MeanAroundMedian,
@@ -36,6 +42,8 @@ RULES: dict[str, type[Rule]] = {
     "mda": MinimumDiameter,
     "dnc": DivideAndConquer,
     "caf": CovarianceFilter,
+    "foolsgold": FoolsGold,
+    "flame": Flame,
 }
 RULE_NAMES = tuple(RULES)
 PRE_STEPS: dict[str, type[PreStep]] = {

@@ -179,6 +179,10 @@ class Kernels(ABC):
     def maximum(self, a: Any, b: Any) -> Any: ...
 
     @abstractmethod
+    def equal(self, a: Any, b: Any) -> Any:
+        """Element-wise a == b. Python's operator compares tensors by identity inside TFF."""
+
+    @abstractmethod
     def sqrt(self, values: Any) -> Any: ...
 
     @abstractmethod
@@ -265,6 +269,10 @@ class Kernels(ABC):
     @abstractmethod
     def exponent_parts(self, values: Any) -> tuple[Any, Any]:
         """float64, positive and normal -> (mantissa in [1, 2) float64, exponent int64) with value = m * 2^e."""
+
+    @abstractmethod
+    def required(self, values: Any, condition: Any, what: str, remedy: str) -> Any:
+        """The values if the scalar bool holds; else the round fails, in numpy with RuleError(what, remedy)."""
 
     @abstractmethod
     def random_bits(self, seed: Any, n: Any) -> Any:

@@ -25,6 +25,7 @@ from covey_coordinator.aggregation.kernels import (
     Stage,
     Updates,
 )
+from covey_protocol.errors import RuleError
 
 AnyArray = npt.NDArray[Any]
 
@@ -104,6 +105,9 @@ class NumpyKernels(Kernels):
 
     def maximum(self, a: Any, b: Any) -> Any:
         return np.maximum(*_alike(a, b))
+
+    def equal(self, a: Any, b: Any) -> Any:
+        return np.equal(a, b)
 
     def sqrt(self, values: Any) -> Any:
         return np.sqrt(values)
@@ -185,6 +189,11 @@ class NumpyKernels(Kernels):
         bits = np.asarray(values, np.float64).view(np.int64)
         exponent = (bits >> MANTISSA_BITS) - EXPONENT_BIAS
         return ((bits & MANTISSA_MASK) | (EXPONENT_BIAS << MANTISSA_BITS)).view(np.float64), exponent
+
+    def required(self, values: Any, condition: Any, what: str, remedy: str) -> Any:
+        if not condition:
+            raise RuleError(what, remedy)
+        return values
 
     def random_bits(self, seed: Any, n: int) -> AnyArray:
         state = np.asarray(seed, np.int64) + (self.arange(n) + 1) * np.int64(SPLIT_MIX_STEP)

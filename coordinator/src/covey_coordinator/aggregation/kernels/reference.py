@@ -164,6 +164,9 @@ class TensorFlowKernels(Kernels):
     def maximum(self, a: Any, b: Any) -> Any:
         return tf.maximum(*_alike(a, b))
 
+    def equal(self, a: Any, b: Any) -> Any:
+        return tf.equal(*_alike(a, b))
+
     def sqrt(self, values: Any) -> Any:
         return tf.sqrt(values)
 
@@ -238,6 +241,10 @@ class TensorFlowKernels(Kernels):
         of_one = tf.constant(EXPONENT_BIAS << MANTISSA_BITS, tf.int64)
         mantissa = tf.bitwise.bitwise_or(tf.bitwise.bitwise_and(bits, tf.constant(MANTISSA_MASK, tf.int64)), of_one)
         return tf.bitcast(mantissa, tf.float64), exponent
+
+    def required(self, values: Any, condition: Any, what: str, remedy: str) -> Any:
+        with tf.control_dependencies([tf.debugging.Assert(condition, [f"{what}; {remedy}"])]):
+            return tf.identity(values)
 
     def random_bits(self, seed: Any, n: Any) -> Any:
         state = tf.cast(seed, tf.int64) + (self.arange(n) + 1) * SPLIT_MIX_STEP
