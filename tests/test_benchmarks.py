@@ -1,7 +1,9 @@
-"""The benchmark of the training step runs and says what it measured. Slow, and needs a package index once."""
+"""The benchmarks run and say what they measured. Slow; that of the training step needs a package index once."""
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -37,3 +39,40 @@ def test_deep_nets_are_no_further_from_float64_than_tensorflow_is() -> None:
         medians = [float(cell.split(",")[0]) for cell in (tflite, with_onednn, without_onednn)]
         assert medians[0] <= max(1e-5, 2.0 * max(medians[1:]))
         assert float(larger) > 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_the_benchmark_of_the_rules_measures_ours_without_the_peers(tmp_path: Path) -> None:
+    written = tmp_path / "rules.json"
+    command = [sys.executable, "benchmarks/rules.py", "--quick", "--shapes", "10x3000"]
+    command += ["--rules", "median,multi-krum", "--memory", "--json", str(written)]
+    ended = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    rows = json.loads(written.read_text())["rows"]
+    assert [(row["rule"], row["n"], row["d"]) for row in rows] == [("median", 10, 3000), ("multi-krum", 10, 3000)]
+    for row in rows:
+        assert set(row["milliseconds"]) == {"direct", "live", "round", "reference", "numpy", "read"}
+        assert row["milliseconds"]["round"] > 0.0
+        assert row["notes"] == []  # all give the same aggregate
+        assert set(row["memory"]) == {"direct", "round"}
+        assert f"\n{row['rule']:<17}{row['n']:>4}" in ended.stdout
+
+
+@pytest.mark.skipif(
+    os.environ.get("COVEY_PEERS_PYTHON") is None, reason="COVEY_PEERS_PYTHON names no Python with the peers"
+)
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_benchmark_of_the_rules_leaves_out_what_takes_a_peer_too_long(tmp_path: Path) -> None:
+    written = tmp_path / "rules.json"
+    folder = Path(os.environ["COVEY_PEERS_PYTHON"]).parent.parent
+    command = [sys.executable, "benchmarks/rules.py", "--quick", "--peers", str(folder), "--budget", "0.5"]
+    command += ["--rules", "krum", "--shapes", "10x3000,100x100000", "--json", str(written)]
+    ended = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    small, large = json.loads(written.read_text())["rows"]
+    ours = {"direct", "live", "round", "reference"}
+    assert set(small["milliseconds"]) == {*ours, "flwr", "byzfl", "torch", "numpy", "read"}
+    assert small["notes"] == []
+    assert large["not measured"]["byzfl"] == "> 0.5 s"
