@@ -136,7 +136,7 @@ class TensorFlowKernels(Kernels):
         return _sum_rows(rows)
 
     def real(self, values: Any) -> Any:
-        return tf.cast(values, tf.float64)
+        return _cast(values, tf.float64)
 
     def single(self, values: Any) -> Any:
         return tf.cast(values, tf.float32)
@@ -152,7 +152,7 @@ class TensorFlowKernels(Kernels):
 
     def full(self, shape: tuple[Any, ...], value: Any) -> Any:
         dtype = tf.bool if isinstance(value, bool) else tf.float64
-        return tf.fill(_shape(shape), tf.cast(value, dtype))
+        return tf.fill(_shape(shape), _cast(value, dtype))
 
     def where(self, condition: Any, yes: Any, no: Any) -> Any:
         return tf.where(condition, *_alike(yes, no))
@@ -170,7 +170,7 @@ class TensorFlowKernels(Kernels):
         return tf.floor(values)
 
     def divide(self, a: Any, b: Any) -> Any:
-        return tf.math.divide_no_nan(*(tf.cast(value, tf.float64) for value in (a, b)))
+        return tf.math.divide_no_nan(*(_cast(value, tf.float64) for value in (a, b)))
 
     def sort(self, values: Any) -> Any:
         return tf.sort(values)
@@ -256,10 +256,15 @@ def _shape(shape: tuple[Any, ...]) -> Any:
 def _alike(a: Any, b: Any) -> tuple[Any, Any]:
     """Both as tensors of the dtype of whichever is a tensor already; two Python numbers as float64."""
     if tf.is_tensor(a):
-        return a, tf.cast(b, a.dtype)
+        return a, _cast(b, a.dtype)
     if tf.is_tensor(b):
-        return tf.cast(a, b.dtype), b
-    return tf.cast(a, tf.float64), tf.cast(b, tf.float64)
+        return _cast(a, b.dtype), b
+    return _cast(a, tf.float64), _cast(b, tf.float64)
+
+
+def _cast(value: Any, dtype: Any) -> Any:
+    """tf.cast, but Python's floats keep their 53 bits: tf.cast makes float32 of them first."""
+    return tf.constant(value, dtype) if isinstance(value, float) else tf.cast(value, dtype)
 
 
 def _sum_rows(rows: Any) -> Any:
