@@ -14,6 +14,7 @@ from attack_references import craft, honest_rows, push
 
 from covey_coordinator.aggregation.factory import RuleFactory
 from covey_coordinator.aggregation.kernels.fast import NumpyKernels
+from covey_coordinator.aggregation.kernels.reference import TensorFlowKernels
 from covey_coordinator.aggregation.registry import make_rule, settings_of
 from covey_coordinator.aggregation.screening import screen_updates
 from covey_coordinator.attacks.attacked import Attacked
@@ -311,3 +312,14 @@ def test_every_setting_of_every_attack_has_a_default() -> None:
     for name, kind in ATTACKS.items():
         assert set(settings_of(kind)) == {field.name for field in dataclasses.fields(kind)}
         make_attack(name)
+
+
+def test_numbers_of_python_keep_all_their_bits_in_the_reference_kernels() -> None:
+    k = TensorFlowKernels()
+    exact = K.divide(0.1, 1.0)
+    assert exact == 0.1
+    assert k.full((), 0.1).numpy() == exact
+    assert k.divide(0.1, 1.0).numpy() == exact
+    assert k.real(0.1).numpy() == exact
+    assert k.minimum(k.full((), 1.0), 0.1).numpy() == exact
+    assert k.where(k.full((), True), 0.1, k.full((), 1.0)).numpy() == exact
