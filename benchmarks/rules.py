@@ -15,7 +15,7 @@ live       the end of a live round, whose updates were screened as they came: th
 round      a whole round on updates that come all at once: screening and that
 reference  the rule in traced TensorFlow, which TFF's worker runs
 numpy      what one would write in numpy without further thought
-read       reading the matrix once with all cores: no rule can be faster
+read       reading the matrix once with all cores, the best of the turns: no rule can be faster
 memory     with --memory: the most memory beyond the updates that direct / round take, in parts of the updates
 
 A cell whose calls would take longer than --budget (60 s) is left out ("> 60 s"), one that needs more than half of the
@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import statistics
 import subprocess
@@ -235,7 +236,8 @@ class Contestant:
     def seconds(self) -> Optional[float]:
         if self.why:
             return None
-        return statistics.median(self.times or [self._first])
+        times = self.times or [self._first]
+        return min(times) if self.column == "read" else statistics.median(times)
 
 
 def in_process(column: str, prepared: Callable[[], Any]) -> Contestant:
@@ -572,6 +574,7 @@ def results(options: argparse.Namespace, peers: Optional[Peers]) -> Iterator[dic
 
 
 def main() -> None:
+    logging.getLogger("tensorflow").setLevel(logging.ERROR)  # every row has engines of its own and so traces anew
     options = arguments()
     if options.memory_child:
         name, n, d = options.memory_child.split()
