@@ -87,7 +87,12 @@ class Plan:
                     np.add(total, waiting.pop(done), out=total)
                     done += 1
 
-        crew.spread(-(-self.d // GRAM_COLUMNS), work)
+        blocks = -(-self.d // GRAM_COLUMNS)
+        if self.n * self.d < PART_VALUES // 2:
+            for part in range(blocks):
+                work(part)
+        else:
+            crew.spread(blocks, work)
 
 
 def constant(array: Array) -> Array:
@@ -98,7 +103,8 @@ def constant(array: Array) -> Array:
 
 
 def joined(parts: list[Array], dtype: Any) -> Array:
-    return constant(np.concatenate([np.zeros(0, dtype), *(np.asarray(part, dtype).reshape(-1) for part in parts)]))
+    flat = [np.asarray(part, dtype).reshape(-1) for part in parts]
+    return constant(np.concatenate(flat) if flat else np.zeros(0, dtype))
 
 
 def check_stage(indices: Array, weights: Array, rows: int) -> None:

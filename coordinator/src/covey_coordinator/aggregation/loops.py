@@ -33,6 +33,7 @@ QUANTUM_BITS = 19
 EXPONENT_MASK = 0x7FF0000000000000
 PACKED_COLUMNS = 256  # columns of whole numbers multiplied at once; 100 rows of them are 200 KB
 PACKED_STRIDE = PACKED_COLUMNS + 8  # not a power of two: rows would fall on the same lines of the cache
+GROUP = 12  # rows, 24 KB of whole numbers
 ROUNDER = 1.5 * 2.0**52  # adding and subtracting it rounds to whole numbers, half to even
 X86 = platform.machine() in ("x86_64", "AMD64")
 FLUSH_BITS = 0x8040  # of the control register: results and inputs below the normal range are zero
@@ -810,9 +811,10 @@ def gram_block(x, n, d, column, count, stages, places, weights, rows, m, centre)
             x, n, d, column + offset, size, True, stages, places, weights, first, second, stride, terms, sums
         )
         pack(block, origin, step, m, (size + WIDTH - 1) // WIDTH * WIDTH, shift, offset, units, numbers)
-        for i in range(0, m, 3):
-            for j in range(0, min(i + 3, m), 4):
-                products_3_by_4(numbers, i, j, total)
+        for group in range(0, m, GROUP):  # these rows stay in the first cache while the others pass
+            for i in range(group // 3 * 3, m, 3):
+                for j in range(group, min(group + GROUP, i + 3, m), 4):
+                    products_3_by_4(numbers, i, j, total)
     for i in range(m):
         for j in range(i + 1):
             total[i, j] *= units[i] * units[j]
