@@ -74,7 +74,7 @@ def install_with_uv(uv: str) -> None:
             "install it (Debian: apt install python3.11 python3.11-venv) and run make again",
         )
     environment = {**os.environ, "VIRTUAL_ENV": str(VENV)}
-    say("installing from locks/dev.txt with uv (about 2.5 GB on disk)")
+    say("installing from locks/dev.txt with uv (about 2.7 GB on disk)")
     steps = (
         ["--require-hashes", "-r", str(LOCK)],
         ["--no-build-isolation", *editable()],
@@ -86,7 +86,7 @@ def install_with_uv(uv: str) -> None:
 
 def install_with_pip() -> None:
     python = find_python()
-    say("installing from locks/dev.txt with pip (about 2.5 GB on disk)")
+    say("installing from locks/dev.txt with pip (about 2.7 GB on disk)")
     if not run([python, "-m", "venv", str(VENV)]):
         fail(
             "Python's venv module does not work here",
