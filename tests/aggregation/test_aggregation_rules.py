@@ -66,9 +66,9 @@ def test_a_device_that_claims_a_billion_examples_counts_ten_times_the_median() -
     assert found.aggregate == pytest.approx([14.0 / 5])
 
 
-def test_equal_updates_give_exactly_that_update_under_every_rule() -> None:
+def test_equal_updates_give_exactly_that_update_under_rules_that_average() -> None:
     row = np.random.default_rng(3).standard_normal(1001).astype(np.float32)
-    for rule in reference.rules().values():
+    for rule in (reference.rules()[name] for name in FIRST_RULES):
         for n in (7, 10, 49):
             found = judge(rule, np.tile(row, (n, 1)), np.arange(1, n + 1))
             np.testing.assert_array_equal(found.aggregate, row)
