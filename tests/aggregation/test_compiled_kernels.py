@@ -16,7 +16,9 @@ import pytest
 import tensorflow as tf
 
 from covey_coordinator.aggregation import compiled, crew
-from covey_coordinator.aggregation.kernels import Updates
+from covey_coordinator.aggregation.distances import rounded_distances
+from covey_coordinator.aggregation.kernels import Mixture, Updates
+from covey_coordinator.aggregation.kernels.fast import NumpyKernels
 from covey_coordinator.aggregation.kernels.reference import TensorFlowKernels
 from covey_protocol.errors import UsageError
 
@@ -32,11 +34,25 @@ SHAPES = [
 
 def mixed(matrix: np.ndarray, stages: Any) -> Any:
     rows = tf.constant(matrix)
-    for indices, weights in stages:
+    for stage in stages:
+        if isinstance(stage, Mixture):
+            rows = means_of_members(rows, *stage)
+            continue
+        indices, weights = stage
         chosen = tf.cast(tf.gather(rows, indices), tf.float64) * tf.constant(weights)[:, :, None]
         flat = tf.reshape(tf.transpose(chosen, [1, 0, 2]), [indices.shape[1], -1])
         rows = tf.cast(tf.reshape(REFERENCE.sum_rows(flat), [len(indices), -1]), tf.float32)
     return rows
+
+
+def means_of_members(rows: Any, members: np.ndarray, share: float) -> Any:
+    means = []
+    for row in members:
+        there = tf.where(row[:, None], tf.cast(rows, tf.float64) * share, tf.constant(0.0, tf.float64))
+        nothing = tf.zeros_like(there[0])
+        fours = [[there[j] if j < len(row) else nothing for j in range(i, i + 4)] for i in range(0, len(row), 4)]
+        means.append(REFERENCE.sum_rows(tf.stack([(a + b) + (c + d) for a, b, c, d in fours])))
+    return tf.cast(tf.stack(means), tf.float32)
 
 
 def mean_of(rows: Any) -> Any:
@@ -105,12 +121,15 @@ def stages_for(n: int) -> dict[str, Any]:
     )
     neighbours = (random.integers(0, n, (n, k)).astype(np.int32), np.full((n, k), 1.0 / k))
     uneven = (random.integers(0, n, (n + 2, k)).astype(np.int32), random.standard_normal((n + 2, k)))
+    mixture = Mixture(random.random((n + 1, n)) < 0.8, np.float64(1.0 / k))
     return {
         "no stages": (),
         "clipping": (clipping,),
         "clipping, then neighbours": (clipping, neighbours),
         "uneven weights, then buckets": (uneven, buckets),
         "neighbours": (neighbours,),
+        "a mixture": (mixture,),
+        "a mixture, then buckets": (mixture, buckets),
     }
 
 
@@ -136,6 +155,10 @@ def compare_all(matrix: np.ndarray, stages: Any) -> None:
     for middle in (centre, np.zeros_like(centre)):
         same(compiled.gram(updates, middle), REFERENCE.gram(Updates(rows), tf.constant(middle)))
         same(compiled.square_norms(updates, middle), REFERENCE.square_norms(Updates(rows), tf.constant(middle)))
+        for found, expected in zip(
+            compiled.rough_gram(updates, middle), REFERENCE.rough_gram(Updates(rows), tf.constant(middle))
+        ):
+            same(found, expected)
     same(compiled.gram(updates), REFERENCE.gram(Updates(rows)))
 
 
@@ -152,6 +175,45 @@ def test_kernels_after_stages_give_the_bits_of_tensorflow(n: int, d: int, stages
     compare_all(numbers(n, d), stages_for(n)[stages])
 
 
+def test_a_mixture_is_applied_to_every_row_in_both_kernels() -> None:
+    for n in (1, 3, 4, 10, 21):
+        updates = Updates(ties(n, 300), stages_for(n)["a mixture"])
+        staged = updates._replace(matrix=tf.constant(updates.matrix))
+        weights, places = np.linspace(-1.0, 1.0, n + 1), np.arange(300)
+        same(NumpyKernels().combination(updates, weights), REFERENCE.combination(staged, tf.constant(weights)))
+        same(NumpyKernels().columns(updates, places), REFERENCE.columns(staged, tf.constant(places)))
+        assert NumpyKernels().count(updates) == n + 1
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_sums_of_the_largest_whole_numbers_do_not_overflow(sign: float) -> None:
+    """All numbers just below the next power of two: upper parts of 2^12 everywhere."""
+    rows = np.full((6, 3000), np.nextafter(np.float32(2.0), np.float32(0.0)))
+    rows[3:] *= sign
+    exact = rows.astype(np.float64) @ rows.astype(np.float64).T
+    np.testing.assert_allclose(compiled.gram(Updates(rows)), exact, rtol=2.0**-22)
+    np.testing.assert_allclose(compiled.square_norms(Updates(rows)), np.diag(exact), rtol=2.0**-22)
+    far = np.array([3.4e38, -3.4e38, 1.0, 0.0], np.float32)[:, None] * np.ones((1, 1500), np.float32)
+    around = compiled.gram(Updates(far), far[0].copy())  # differences that are infinite in float32
+    assert np.isfinite(around).all()
+    assert around[1, 1] > 1500 * (3.4e38) ** 2
+
+
+@pytest.mark.parametrize("numbers", [ordinary, ties, hostile])
+def test_rounded_distances_lie_between_their_bounds(numbers: Callable[[int, int], np.ndarray]) -> None:
+    for n, d in ((7, 300), (20, 3001), (50, 10_000)):
+        rows = numbers(n, d)
+        k, updates = NumpyKernels(), Updates(rows)
+        least, most = rounded_distances(k, updates, n // 2)
+        centred = rows.astype(np.float64) - rows[n // 2]
+        exact = np.stack([((centred - row) ** 2).sum(axis=1) for row in centred])
+        assert (least <= exact * (1 + 1e-12)).all()
+        assert (exact <= most * (1 + 1e-12)).all()
+        if numbers is ordinary:
+            apart = ~np.eye(n, dtype=bool)
+            assert (most[apart] / least[apart]).max() < 1.01
+
+
 def test_combination_of_chosen_rows_is_the_mean_of_these_rows() -> None:
     matrix = ordinary(20, 5000)
     rows = np.array([3, 4, 7, 11, 12, 19])
@@ -162,7 +224,7 @@ def test_combination_of_chosen_rows_is_the_mean_of_these_rows() -> None:
 def test_sum_rows_adds_in_the_order_of_tensorflows() -> None:
     for n in (1, 2, 3, 7, 50, 101):
         rows = hostile(n, 37).astype(np.float64)
-        same(compiled.sum_rows(rows), REFERENCE.sum_rows(tf.constant(rows)))
+        same(NumpyKernels().sum_rows(rows), REFERENCE.sum_rows(tf.constant(rows)))
 
 
 def test_an_update_matrix_that_cannot_be_written_or_lies_oddly_in_memory_is_read_too() -> None:
@@ -195,13 +257,17 @@ def everything(updates: Updates) -> bytes:
         *compiled.nearest_means(updates, n - n // 5),
         compiled.combination(updates, np.linspace(-1.0, 1.0, n), centre),
         compiled.gram(updates, centre),
+        *compiled.rough_gram(updates, centre),
         compiled.square_norms(updates, centre),
     ]
     return b"".join(result.tobytes() for result in results)
 
 
+MIXED = Updates(ordinary(20, 30_011), stages_for(20)["a mixture"])
+
+
 def test_results_do_not_depend_on_the_number_of_threads(crew_of: Callable[[int], None]) -> None:
-    for updates in (Updates(hostile(50, 30_011)), Updates(ordinary(20, 30_011), stages_for(20)["neighbours"])):
+    for updates in (Updates(hostile(50, 30_011)), Updates(ordinary(20, 30_011), stages_for(20)["neighbours"]), MIXED):
         found = set()
         for size in (1, 2, 3, 5):
             crew_of(size)
@@ -243,7 +309,7 @@ def memory(name: str) -> int:
     return int(found[1]) * 1024
 
 
-@pytest.mark.parametrize("stages", ["no stages", "neighbours"])
+@pytest.mark.parametrize("stages", ["no stages", "neighbours", "a mixture"])
 def test_memory_beyond_the_updates_is_less_than_three_tenths_of_them(stages: str) -> None:
     everything(Updates(ordinary(4, 100), stages_for(4)[stages]))  # compile, load libraries
     updates = Updates(ordinary(60, 300_000), stages_for(60)[stages])
@@ -268,6 +334,7 @@ def test_memory_beyond_the_updates_is_less_than_three_tenths_of_them(stages: str
         "a weight too few": lambda: compiled.combination(Updates(ordinary(3, 4)), np.ones(2)),
         "a row that does not exist": lambda: compiled.combination(Updates(ordinary(3, 4)), np.ones(1), rows=[3]),
         "a short centre": lambda: compiled.gram(Updates(ordinary(3, 4)), np.zeros(3, np.float32)),
+        "members of other rows": lambda: compiled.gram(Updates(ordinary(3, 4), (Mixture(np.ones((2, 4), bool), 0.5),))),
         "a stage of other rows": lambda: compiled.gram(Updates(ordinary(3, 4), [(np.array([[3]]), np.array([[1.0]]))])),
     }.values(),
 )

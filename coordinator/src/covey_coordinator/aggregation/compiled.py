@@ -1,12 +1,12 @@
 """Kernels of the rules, compiled: the bits of `kernels.reference`, many times as fast.
 
 What fixes the bits is the same as there: comparisons, element-wise float64 arithmetic, additions in the halving order
-of `sum_rows`, and sums of whole numbers that no order changes. Threads share the work by columns, and a column's result
-does not depend on its neighbours.
+of `Kernels.sum_rows`, and sums of whole numbers that no order changes. Threads share the work by columns, and a
+column's result does not depend on its neighbours.
 
 An `Updates` may have *stages*: new rows that are weighted sums of rows, made for a few columns at a time, so that the
-mixed matrix never exists as a whole. Memory beyond the updates: under 1 MB per thread, and per thread an (n, n) matrix
-in `gram`.
+mixed matrix never exists as a whole. Memory beyond the updates: under 1 MB per thread; for inner products and norms
+of updates with stages two blocks of GRAM_COLUMNS columns per thread, and in `gram` a few (n, n) matrices.
 
 All numbers must be finite; that is not checked here.
 """
@@ -21,13 +21,14 @@ import numpy as np
 import numpy.typing as npt
 
 from covey_coordinator.aggregation import crew, loops, networks
-from covey_coordinator.aggregation.kernels import Updates
+from covey_coordinator.aggregation.kernels import Mixture, Stage, Updates
 from covey_coordinator.aggregation.loops import GRAM_COLUMNS, TILE
 from covey_protocol.errors import UsageError
 
 Array = npt.NDArray[Any]
 
 BUFFER_VALUES = 48 << 10  # numbers in a block of columns: 192 KB, less than half of the second cache
+BLOCK_RESULTS = 1 << 16  # numbers that blocks of inner products computed together may have: 512 KB
 PART_VALUES = 1 << 18  # numbers below which a second thread costs more than it brings
 
 
@@ -41,17 +42,16 @@ class Plan:
         self.n, self.d = matrix.shape
         self.m = len(updates.stages[-1][0] if updates.stages else matrix)
         self.flat = constant(matrix.reshape(-1))
-        heights = [self.n, *(len(indices) for indices, _ in updates.stages)]
-        self.rows = max(*heights, *(indices.shape[1] for indices, _ in updates.stages), 1)
+        heights = [self.n, *(len(stage[0]) for stage in updates.stages)]
+        parts = [as_stage(stage, height) for stage, height in zip(updates.stages, heights)]
+        self.rows = max(*heights, *(places.shape[1] for _, places, _ in parts), 1)
         table, offset = [], 0
-        for (indices, weights), height in zip(updates.stages, heights):
-            check_stage(indices, weights, height)
-            equal = bool((weights == weights[0, 0]).all())
-            table.append((*indices.shape, offset, int(equal)))
-            offset += indices.size
+        for kind, places, _ in parts:
+            table.append((*places.shape, offset, kind))
+            offset += places.size
         self.stages = constant(np.array(table, np.int64).reshape(-1, 4))
-        self.places = joined([indices * np.int64(loops.WIDTH) for indices, _ in updates.stages], np.int64)
-        self.weights = joined([weights for _, weights in updates.stages], np.float64)
+        self.places = joined([places * np.int64(loops.WIDTH) for _, places, _ in parts], np.int64)
+        self.weights = joined([weights for _, _, weights in parts], np.float64)
         self.columns = min(max(BUFFER_VALUES // self.rows // TILE * TILE, TILE), 1024)
 
     @property
@@ -71,28 +71,27 @@ class Plan:
         edges = [blocks * part // parts * self.columns for part in range(parts)] + [self.d]
         crew.spread(parts, lambda part: work(edges[part], edges[part + 1]))
 
-    def add_blocks(self, total: Array, block: Callable[[int, int], Array]) -> None:
-        """Add block(start, count) of each GRAM_COLUMNS columns to total, from left to right."""
+    def add_blocks(self, total: Array, blocks: Callable[[int, int], Array]) -> None:
+        """Add all that blocks(start, stop) gives, one array per GRAM_COLUMNS columns, to total, from left to right."""
         waiting: dict[int, Array] = {}
         lock = threading.Lock()
         done = 0
+        many = -(-self.d // GRAM_COLUMNS)
+        few = self.n * self.d < PART_VALUES // 2
+        together = many if few else max(1, min(many // (4 * crew.SIZE), BLOCK_RESULTS // total.size))
+        columns = together * GRAM_COLUMNS
 
         def work(part: int) -> None:
             nonlocal done
-            start = part * GRAM_COLUMNS
-            result = block(start, min(GRAM_COLUMNS, self.d - start))
+            results = blocks(part * columns, min((part + 1) * columns, self.d))
             with lock:
-                waiting[part] = result
+                waiting[part] = results
                 while done in waiting:
-                    np.add(total, waiting.pop(done), out=total)
+                    for result in waiting.pop(done):
+                        np.add(total, result, out=total)
                     done += 1
 
-        blocks = -(-self.d // GRAM_COLUMNS)
-        if self.n * self.d < PART_VALUES // 2:
-            for part in range(blocks):
-                work(part)
-        else:
-            crew.spread(blocks, work)
+        crew.spread(-(-many // together), work)
 
 
 def constant(array: Array) -> Array:
@@ -105,6 +104,21 @@ def constant(array: Array) -> Array:
 def joined(parts: list[Array], dtype: Any) -> Array:
     flat = [np.asarray(part, dtype).reshape(-1) for part in parts]
     return constant(np.concatenate(flat) if flat else np.zeros(0, dtype))
+
+
+def as_stage(stage: Stage | Mixture, rows: int) -> tuple[int, Array, Array]:
+    """Kind of stage, places (m, k) of what is added up for each new row, and weights in the same shape."""
+    if isinstance(stage, Mixture):
+        groups = -(-rows // 4)
+        if stage.members.ndim != 2 or stage.members.shape[1] != rows or 0 in stage.members.shape:
+            raise UsageError(f"members of shape {stage.members.shape} for {rows} rows", "pass one bool per pair")
+        bits = np.zeros((len(stage.members), 4 * groups), np.int64)
+        bits[:, :rows] = stage.members
+        codes = bits.reshape(-1, groups, 4) @ (1 << np.arange(4))
+        return loops.MIXTURE, codes + 16 * np.arange(groups), np.full(codes.shape, stage.share, np.float64)
+    indices, weights = stage
+    check_stage(indices, weights, rows)
+    return loops.EQUAL if (weights == weights[0, 0]).all() else loops.WEIGHTED, indices, weights
 
 
 def check_stage(indices: Array, weights: Array, rows: int) -> None:
@@ -186,11 +200,23 @@ def combination(
 
 def gram(updates: Updates, centre: Array | None = None) -> Array:
     """(n, n) float64: inner products of the rows minus centre, (d,) float32 or None for zero. As `Kernels.gram`."""
+    return inner_products(updates, centre, rough=False)[0]
+
+
+def rough_gram(updates: Updates, centre: Array | None = None) -> tuple[Array, Array]:
+    """(n, n) float64 and (n,) float64: the same of rounded rows, and how far they are from these. See `Kernels`."""
+    products, squares = inner_products(updates, centre, rough=True)
+    return products, np.sqrt(squares)
+
+
+def inner_products(updates: Updates, centre: Array | None, rough: bool) -> tuple[Array, Array]:
     plan = Plan(updates)
-    middle, total = as_centre(centre, plan.d), np.zeros((plan.m + 4, plan.m + 4))
-    plan.add_blocks(total, lambda start, count: loops.gram_block(*plan.source, start, count, *plan.how, plan.m, middle))
-    total = np.tril(total[: plan.m, : plan.m])
-    return np.asarray(total + np.tril(total, -1).T)
+    middle, total = as_centre(centre, plan.d), np.zeros((plan.m + 1, plan.m))
+    plan.add_blocks(
+        total, lambda start, stop: loops.gram_blocks(*plan.source, start, stop, *plan.how, plan.m, middle, rough)
+    )
+    lower = np.tril(total[:-1])
+    return lower + np.tril(lower, -1).T, total[-1]
 
 
 def square_norms(updates: Updates, centre: Array | None = None) -> Array:
@@ -198,7 +224,7 @@ def square_norms(updates: Updates, centre: Array | None = None) -> Array:
     plan = Plan(updates)
     middle, total = as_centre(centre, plan.d), np.zeros(plan.m)
     plan.add_blocks(
-        total, lambda start, count: loops.square_norms_block(*plan.source, start, count, *plan.how, plan.m, middle)
+        total, lambda start, stop: loops.square_norms_blocks(*plan.source, start, stop, *plan.how, plan.m, middle)
     )
     return total
 
@@ -215,11 +241,3 @@ def as_centre(centre: Array | None, d: int) -> Array:
 def compiled_network(n: int, low: int, high: int, cut: int) -> tuple[Array, int, int]:
     found = networks.network(n, low, high, cut)
     return constant(found.steps), found.rows, found.front
-
-
-def sum_rows(rows: Array) -> Array:
-    """(n, b) float64 -> (b,): the sum over rows in the halving order of `Kernels.sum_rows`. n >= 1."""
-    while len(rows) > 1:
-        n, half = len(rows), (len(rows) + 1) // 2
-        rows = np.concatenate([rows[: n - half] + rows[half:], rows[n - half : half]])
-    return np.array(rows[0])

@@ -252,12 +252,15 @@ class DirectDoor:
         from covey_coordinator.aggregation.kernels.fast import NumpyKernels
 
         self._rule, self._d, self._kernels = rule, total_size(specs), NumpyKernels()
-        self._optimizer = optimizer
-        self._tensor_specs = [tf.TensorSpec(spec.shape, tf.float32) for spec in specs if spec.trainable]
-        self._next = tf.function(optimizer.next, autograph=False)
+        tensor_specs = [tf.TensorSpec(spec.shape, tf.float32) for spec in specs if spec.trainable]
+        self._optimizer_state = _as_tensors(optimizer.initialize(tensor_specs))
+        state_specs = tf.nest.map_structure(tf.TensorSpec.from_tensor, self._optimizer_state)
+        # traced for these shapes once: a tf.function that looks at its arguments in every call takes twice the time
+        step = tf.function(optimizer.next, autograph=False)
+        self._next = step.get_concrete_function(state_specs, tensor_specs, tensor_specs)
 
     def initial_states(self) -> tuple[Any, Any]:
-        return self._rule.initial_state(self._d), _as_tensors(self._optimizer.initialize(self._tensor_specs))
+        return self._rule.initial_state(self._d), self._optimizer_state
 
     def judge(self, state: Any, updates: Array, num_examples: Array, places: Places) -> tuple[Any, Judgement]:
         with np.errstate(all="ignore"):  # as in TensorFlow: rules deal with what is not finite themselves

@@ -9,13 +9,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from covey_coordinator.aggregation.distances import distances_between, nearest_sums, to_others
-from covey_coordinator.aggregation.kernels import Kernels, Updates
+from covey_coordinator.aggregation.distances import (
+    distances_between,
+    first_look,
+    nearest_sums,
+    not_,
+    once,
+    rounded_distances,
+    to_others,
+)
+from covey_coordinator.aggregation.kernels import Kernels
 from covey_coordinator.aggregation.kernels.mathematics import as_scores, mean_of_members
 from covey_coordinator.aggregation.rules import Batch, Facts, Judgement, Rule, require_devices, times_median
 from covey_coordinator.records import Array
 from covey_protocol.errors import ConfigError, RuleError
 
+CLEAR_GAP = 0.02  # between the scores of kept and not kept, as a share: ten times what rounding usually blurs
 NEIGHBOURS = {"n-f-2": 2, "n-f-1": 1}
 
 
@@ -61,16 +70,39 @@ class MultiKrum(Rule):
             )
 
     def step(self, k: Kernels, batch: Batch) -> Judgement:
-        n = k.count(batch.updates)
+        """Rounded distances first, where a look at some columns finds that they may do; in full where they do not."""
+        updates, n = batch.updates, k.count(batch.updates)
         selected = n - self.num_byzantine if self.num_selected is None else self.num_selected
-        scores = self.scores(k, batch.updates)
-        accepted = k.members(k.argsort(scores)[:selected], n)
-        return Judgement(mean_of_members(k, batch.updates, accepted), accepted, scores, {})
 
-    def scores(self, k: Kernels, updates: Updates) -> Any:
-        """(n,) float32: sum of squared distances to the nearest others."""
-        neighbours = k.count(updates) - self.num_byzantine - NEIGHBOURS[self.neighbours]
-        return as_scores(k, nearest_sums(k, to_others(k, distances_between(k, updates)), neighbours))
+        def least_of(scores: Any) -> Any:
+            return k.members(k.argsort(scores)[:selected], n)
+
+        def apart(scores: Any, least: Any, most: Any) -> Any:
+            """Whether those with the least scores are so whatever the scores are between least and most."""
+            chosen = least_of(scores)
+            return k.largest(k.where(chosen, most, -1.0)) < k.smallest(k.where(chosen, float("inf"), least))
+
+        def rounded(decided: Any, scores: Any) -> tuple[Any, Any]:
+            least, most = (self.sums(k, distances) for distances in rounded_distances(k, updates, pivot))
+            middle = 0.5 * (least + most)
+            return apart(middle, least, most), middle
+
+        def in_full(decided: Any, scores: Any) -> tuple[Any, Any]:
+            return decided, self.sums(k, distances_between(k, updates, pivot))
+
+        distances, pivot = first_look(k, updates)
+        guess = self.sums(k, distances)
+        promising = apart(guess, guess, guess * (1.0 + CLEAR_GAP))
+        decided, scores = once(k, promising, rounded, (k.full((), False), guess))
+        decided, scores = once(k, not_(k, decided), in_full, (decided, scores))
+        accepted = least_of(scores)
+        measured = {"rounded_distances": k.single(decided)}
+        return Judgement(mean_of_members(k, updates, accepted), accepted, as_scores(k, scores), measured)
+
+    def sums(self, k: Kernels, distances: Any) -> Any:
+        """(n, n) squared distances -> (n,) float64: the sums of those to the nearest others."""
+        neighbours = k.length(distances) - self.num_byzantine - NEIGHBOURS[self.neighbours]
+        return nearest_sums(k, to_others(k, distances), neighbours)
 
     def explain(self, score: float, accepted_scores: Array, n: int) -> str:
         company = times_median(score, accepted_scores)

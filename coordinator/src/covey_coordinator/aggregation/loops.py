@@ -25,16 +25,20 @@ from numba.extending import intrinsic, models, register_model
 from covey_coordinator.aggregation import networks
 
 WIDTH = 16 if llvmlite.binding.get_host_cpu_features().get("avx512f") else 8  # float32 numbers in a register
-HALF = WIDTH // 2  # float64 numbers in a register
 FEW_ROWS = 16  # so many are read a tile at a time where they lie; of more, longer pieces are copied, which is faster
 TILE = 32  # columns of a tile: 128 rows of it are 16 KB
-GRAM_COLUMNS = 4096  # as in kernels.py, where both are explained
-QUANTUM_BITS = 19
-EXPONENT_MASK = 0x7FF0000000000000
-PACKED_COLUMNS = 256  # columns of whole numbers multiplied at once; 100 rows of them are 200 KB
-PACKED_STRIDE = PACKED_COLUMNS + 8  # not a power of two: rows would fall on the same lines of the cache
-GROUP = 12  # rows, 24 KB of whole numbers
-ROUNDER = 1.5 * 2.0**52  # adding and subtracting it rounds to whole numbers, half to even
+GRAM_COLUMNS = 1024  # this and the next six as in kernels/__init__.py, where they are explained
+QUANTUM_BITS = 22
+LOW_BITS = 11
+LEAST_PEAK = 2.0**-103
+GREATEST_EXPONENT = 127
+EXPONENT_MASK = 0x7F800000
+UPPER_ERROR = 1026.0
+PACKED_COLUMNS = 512  # columns of whole numbers multiplied at once: sums of so many products stay below 2^31
+PACKED_STRIDE = PACKED_COLUMNS + 16  # not a power of two: rows would fall on the same lines of the cache
+STEP = 2 * WIDTH  # whole numbers of 16 bits in a register
+WEIGHTED, EQUAL, MIXTURE = range(3)  # kinds of stages: any weights, all weights one, a kernels.Mixture
+GROUP = 12  # rows, 12 KB of whole numbers: they stay in the first cache while the others pass
 X86 = platform.machine() in ("x86_64", "AMD64")
 FLUSH_BITS = 0x8040  # of the control register: results and inputs below the normal range are zero
 
@@ -56,9 +60,12 @@ class VectorModel(models.PrimitiveModel):
 
 
 SINGLES = Vector(ir.FloatType(), WIDTH)
+WORDS = Vector(ir.IntType(32), WIDTH)
+SUMS = Vector(ir.IntType(64), WIDTH)
+SHORTS = Vector(ir.IntType(16), STEP)
+HALF_SHORTS = Vector(ir.IntType(16), WIDTH)
 TILE_ROW = Vector(ir.FloatType(), TILE)
 DOUBLES = Vector(ir.DoubleType(), WIDTH)
-PACKED = Vector(ir.DoubleType(), HALF)
 
 
 def operation(result: Any, emit: Callable[..., Any]) -> Any:
@@ -111,7 +118,7 @@ def loader(vector: Vector) -> Any:
 load = loader(SINGLES)  # load(array, at): numbers at to at + WIDTH - 1 of a one-dimensional array
 load_row = loader(TILE_ROW)
 load_doubles = loader(DOUBLES)
-load_packed = loader(PACKED)
+load_shorts = loader(SHORTS)
 
 
 @intrinsic
@@ -158,7 +165,7 @@ def filler(vector: Vector, number: Any) -> Any:
 
 
 doubles = filler(DOUBLES, types.float64)  # the same number in every place
-packed = filler(PACKED, types.float64)
+filled = filler(SINGLES, types.float32)
 
 
 @intrinsic
@@ -184,13 +191,93 @@ def choose(typing: Any, x: Any, y: Any, one: Any, other: Any) -> Any:
 
 
 @intrinsic
-def plus_product(typing: Any, total: Any, x: Any, y: Any) -> Any:
-    """total + x * y, for whole numbers small enough that no rounding happens, fused or not."""
+def plus_products(typing: Any, total: Any, x: Any, y: Any) -> Any:
+    """total[i] + x[2 i] * y[2 i] + x[2 i + 1] * y[2 i + 1], whole numbers of 16 bits: two operations on x86."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return elementwise(builder, "llvm.fmuladd", [arguments[1], arguments[2], arguments[0]])
+        wide = ir.VectorType(ir.IntType(32), STEP)
+        both = [builder.sext(argument, wide) for argument in arguments[1:]]
+        product = builder.mul(*both, flags=("nsw",))
+        even, odd = (selected(builder, product, range(first, STEP, 2)) for first in (0, 1))
+        return builder.add(arguments[0], builder.add(even, odd))
 
     return total(total, x, y), generate
+
+
+def selected(builder: Any, vector: Any, places: Sequence[int]) -> Any:
+    mask = ir.Constant(ir.VectorType(ir.IntType(32), len(places)), [ir.IntType(32)(place) for place in places])
+    return builder.shuffle_vector(vector, ir.Constant(vector.type, ir.Undefined), mask)
+
+
+@intrinsic
+def no_words(typing: Any) -> Any:
+    return WORDS(), lambda context, builder, signature, arguments: ir.Constant(WORDS.llvm, None)
+
+
+@intrinsic
+def whole(typing: Any, singles: Any) -> Any:
+    """float32 numbers below 2^31 to whole numbers, half to even."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.fptosi(elementwise(builder, "llvm.rint", arguments), WORDS.llvm)
+
+    return WORDS(singles), generate
+
+
+def word_operation(emit: Callable[..., Any]) -> Any:
+    """A function of a vector of whole numbers of 32 bits."""
+
+    def typed(typing: Any, words: Any) -> Any:
+        return words(words), lambda context, builder, signature, arguments: emit(builder, arguments[0])
+
+    return intrinsic(typed)
+
+
+def word(number: int) -> Any:
+    return ir.Constant(WORDS.llvm, [ir.IntType(32)(number)] * WIDTH)
+
+
+# v = upper_part(v) * 2^LOW_BITS + lower_part(v), the lower part from -2^(LOW_BITS - 1) to 2^(LOW_BITS - 1) - 1.
+upper_part = word_operation(lambda b, v: b.ashr(b.add(v, word(1 << (LOW_BITS - 1))), word(LOW_BITS)))
+times_radix = word_operation(lambda b, v: b.shl(v, word(LOW_BITS)))
+difference = operation(None, lambda builder, x, y: builder.sub(x, y))
+addition = operation(None, lambda builder, x, y: builder.add(x, y))
+
+
+@intrinsic
+def short(typing: Any, words: Any) -> Any:
+    return HALF_SHORTS(words), lambda context, builder, signature, x: builder.trunc(x[0], HALF_SHORTS.llvm)
+
+
+@intrinsic
+def no_sums(typing: Any) -> Any:
+    return SUMS(), lambda context, builder, signature, arguments: ir.Constant(SUMS.llvm, None)
+
+
+@intrinsic
+def plus_squares(typing: Any, total: Any, words: Any) -> Any:
+    """total, int64, plus the squares of whole numbers of 32 bits."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        wide = builder.sext(arguments[1], SUMS.llvm)
+        return builder.add(arguments[0], builder.mul(wide, wide, flags=("nsw",)))
+
+    return total(total, words), generate
+
+
+@intrinsic
+def total_of_sums(typing: Any, sums: Any) -> Any:
+    return types.int64(sums), lambda context, builder, signature, arguments: added_up(builder, arguments[0])
+
+
+def added_up(builder: Any, vector: Any) -> Any:
+    """The sum of a vector of whole numbers, in any order."""
+    count = vector.type.count
+    while count > 1:
+        count //= 2
+        halves = [selected(builder, vector, range(first, first + count)) for first in (0, count)]
+        vector = builder.add(*halves)
+    return builder.extract_element(vector, ir.IntType(32)(0))
 
 
 @intrinsic
@@ -202,27 +289,24 @@ def magnitude(typing: Any, vector: Any) -> Any:
 
 
 @intrinsic
-def total_of(typing: Any, vector: Any) -> Any:
-    """The sum of a vector of whole numbers, in any order."""
+def total_of(typing: Any, words: Any) -> Any:
+    """The sum of whole numbers of 32 bits, as int64."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        parts = [builder.extract_element(arguments[0], ir.IntType(32)(i)) for i in range(vector.llvm.count)]
-        while len(parts) > 1:
-            half = len(parts) // 2
-            parts = [builder.fadd(x, y) for x, y in zip(parts[:half], parts[half:])]
-        return parts[0]
+        return added_up(builder, builder.sext(arguments[0], ir.VectorType(ir.IntType(64), WIDTH)))
 
-    return types.float64(vector), generate
+    return types.int64(words), generate
 
 
 @intrinsic
-def as_bits(typing: Any, value: Any) -> Any:
-    return types.int64(types.float64), lambda _, builder, signature, x: builder.bitcast(x[0], ir.IntType(64))
+def power_below(typing: Any, value: Any) -> Any:
+    """The largest power of two that is not above a positive normal float32; of infinity infinity."""
 
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        bits = builder.and_(builder.bitcast(arguments[0], ir.IntType(32)), ir.IntType(32)(EXPONENT_MASK))
+        return builder.bitcast(bits, ir.FloatType())
 
-@intrinsic
-def from_bits(typing: Any, bits: Any) -> Any:
-    return types.float64(types.int64), lambda _, builder, signature, x: builder.bitcast(x[0], ir.DoubleType())
+    return types.float32(types.float32), generate
 
 
 def control(builder: Any, name: str, slot: Any) -> None:
@@ -495,15 +579,18 @@ def copy_columns(x, n, d, column, count, target, stride):
 
 
 @njit
-def mix(source, n, target, stride, count, places, weights, first, m, k, equal, terms, sums):
-    """One stage on `count` columns: m rows, each a weighted sum of k of the n. equal: all m * k weights are one."""
+def mix(source, n, target, stride, count, places, weights, first, m, k, kind, terms, sums):
+    """One stage on `count` columns: m rows, each a weighted sum of k of the n, or in a mixture of k sums of groups."""
     for at in range(0, count, WIDTH):
-        for i in range(n):
-            value = widen(load(source, i * stride + at))
-            store(terms, i * WIDTH, times(doubles(weights[first]), value) if equal else value)
+        if kind == MIXTURE:
+            add_up_groups(source, n, stride, at, weights[first], terms)
+        else:
+            for i in range(n):
+                value = widen(load(source, i * stride + at))
+                store(terms, i * WIDTH, times(doubles(weights[first]), value) if kind == EQUAL else value)
         for i in range(m):
             here = first + i * k
-            if equal:
+            if kind != WEIGHTED:
                 total = halving_sum_at(terms, places, here, k, sums)
             else:
                 for j in range(here, here + k):
@@ -512,6 +599,36 @@ def mix(source, n, target, stride, count, places, weights, first, m, k, equal, t
                     )
                 total = halving_sum(sums, k)
             store(target, i * stride + at, narrow(total))
+
+
+@njit
+def add_up_groups(source, n, stride, at, share, terms):
+    """For each four rows times share their sixteen partial sums: group g, members c at terms[(16 g + c) * WIDTH]."""
+    weight, nothing = doubles(share), doubles(0.0)
+    for group in range((n + 3) // 4):
+        a = b = c = d = nothing
+        row = 4 * group
+        a = times(weight, widen(load(source, row * stride + at)))
+        if row + 1 < n:
+            b = times(weight, widen(load(source, (row + 1) * stride + at)))
+        if row + 2 < n:
+            c = times(weight, widen(load(source, (row + 2) * stride + at)))
+        if row + 3 < n:
+            d = times(weight, widen(load(source, (row + 3) * stride + at)))
+        # adding nothing is not idle: it turns -0.0 into 0.0, as in the other kernels
+        x, y, z = plus(a, nothing), plus(nothing, b), plus(a, b)
+        put_sums(terms, (4 * row) * WIDTH, x, y, z, nothing)
+        put_sums(terms, (4 * row + 4) * WIDTH, x, y, z, plus(c, nothing))
+        put_sums(terms, (4 * row + 8) * WIDTH, x, y, z, plus(nothing, d))
+        put_sums(terms, (4 * row + 12) * WIDTH, x, y, z, plus(c, d))
+
+
+@njit
+def put_sums(terms, at, x, y, z, other):
+    store(terms, at, plus(doubles(0.0), other))
+    store(terms, at + WIDTH, plus(x, other))
+    store(terms, at + 2 * WIDTH, plus(y, other))
+    store(terms, at + 3 * WIDTH, plus(z, other))
 
 
 @njit
@@ -525,18 +642,18 @@ def resize(source, target, stride, count, places, weights, first, m):
 
 @njit
 def fill(x, n, d, column, count, stages, places, weights, first, second, stride, terms, sums):
-    """Columns of the rows after all stages, in `first`. stages: (s, 4): m, k, first of places and weights, equal."""
+    """Columns of the rows after all stages, in `first`. stages: (s, 4): m, k, first of places and weights, kind."""
     end = (count + TILE - 1) // TILE * TILE
     odd = stages.shape[0] % 2 == 1
     source, target = (second, first) if odd else (first, second)
     copy_columns(x, n, d, column, count, source, stride)
     rows = n
     for s in range(stages.shape[0]):
-        m, k, at, equal = stages[s, 0], stages[s, 1], stages[s, 2], stages[s, 3]
-        if k == 1:
+        m, k, at, kind = stages[s, 0], stages[s, 1], stages[s, 2], stages[s, 3]
+        if k == 1 and kind != MIXTURE:
             resize(source, target, stride, end, places, weights, at, m)
         else:
-            mix(source, rows, target, stride, end, places, weights, at, m, k, equal == 1, terms, sums)
+            mix(source, rows, target, stride, end, places, weights, at, m, k, kind, terms, sums)
         source, target = target, source
         rows = m
 
@@ -555,8 +672,12 @@ def scratch(rows, stages, columns):
     """Two blocks of columns and two stacks of vectors for `fill`. rows: the most before, between or after stages."""
     stride = columns + WIDTH
     blocks = 2 if stages.shape[0] else 1
+    terms = rows
+    for s in range(stages.shape[0]):
+        if stages[s, 3] == MIXTURE:
+            terms = max(terms, 16 * stages[s, 1])
     first, second = singles(rows * stride), singles(rows * stride if blocks == 2 else 1)
-    return first, second, stride, stack(rows), stack(rows)
+    return first, second, stride, stack(terms), stack(rows)
 
 
 # ---- kernels: one range of columns each
@@ -675,9 +796,9 @@ def nearest_range(x, n, d, start, stop, stages, places, weights, rows, m, column
 
 @njit
 def copy_centre(centre, column, count, shift):
-    """Part of the centre as float64, zeros behind it. An empty centre is zero."""
+    """Part of the centre, zeros behind it. An empty centre is zero."""
     for at in range(shift.shape[0]):
-        shift[at] = np.float64(centre[column + at]) if at < count and centre.shape[0] > 0 else 0.0
+        shift[at] = centre[column + at] if at < count and centre.shape[0] > 0 else np.float32(0)
 
 
 @njit(nogil=True, cache=True)
@@ -715,141 +836,161 @@ def combination_range(x, n, d, start, stop, stages, places, weights, rows, colum
 
 @njit
 def unit_of(peak):
-    """The unit of whole numbers for a row whose largest number is `peak`: a power of two, 2^-19 of peak's."""
-    power = from_bits(as_bits(peak) & EXPONENT_MASK)
-    return (power if power > 0.0 else 1.0) * 2.0**-QUANTUM_BITS
+    """The unit of whole numbers for a row whose largest number is `peak`: a power of two, 2^-22 of peak's."""
+    power = min(power_below(max(peak, np.float32(LEAST_PEAK))), np.float32(2.0**GREATEST_EXPONENT))
+    return np.float64(power) * 2.0**-QUANTUM_BITS
 
 
 @njit
-def raise_peaks(block, origin, step, m, count, shift, offset, peaks):
-    """peaks[i]: the largest |row i - shift| so far. count: a multiple of WIDTH."""
-    line = stack(1)
+def units_of(block, origin, step, m, count, shift, units):
+    """For each row the unit of its `count` numbers minus shift."""
+    line = singles(WIDTH)
+    end = (count + WIDTH - 1) // WIDTH * WIDTH
     for i in range(m):
-        largest = doubles(peaks[i])
-        for at in range(0, count, WIDTH):
-            value = minus(widen(load(block, origin + i * step + at)), load_doubles(shift, offset + at))
-            largest = upper(largest, magnitude(value))
+        largest = filled(np.float32(0))
+        for at in range(0, end, WIDTH):
+            largest = upper(largest, magnitude(minus(load(block, origin + i * step + at), load(shift, at))))
         store(line, 0, largest)
+        peak = np.float32(0)
         for lane in range(WIDTH):
-            peaks[i] = max(peaks[i], line[lane])
+            peak = max(peak, line[lane])
+        units[i] = unit_of(peak)
 
 
 @njit
 def whole_numbers(block, at, shift, offset, inverse):
-    value = minus(widen(load(block, at)), load_doubles(shift, offset))
-    rounder = doubles(ROUNDER)
-    return minus(plus(times(value, inverse), rounder), rounder)
+    """WIDTH numbers minus shift in their row's unit, below 2^23 also where the difference is infinite."""
+    bound = np.float32(2.0 ** (QUANTUM_BITS + 1))
+    value = times(minus(load(block, at), load(shift, offset)), inverse)
+    return whole(upper(lower(value, filled(bound)), filled(-bound)))
 
 
 @njit
-def pack(block, origin, step, m, count, shift, offset, units, numbers):
-    """The whole numbers of `count` columns to rows of PACKED_STRIDE, zeros behind them."""
+def shorts(count):
+    """Memory for whole numbers of 16 bits, all zero."""
+    memory = np.zeros(count + 32, np.int16)
+    first = -memory.ctypes.data % 64 // 2
+    return memory[first : first + count]
+
+
+@njit
+def pack(block, origin, step, m, count, shift, offset, units, plane, numbers):
+    """The whole numbers of `count` columns, zeros behind them: upper parts, at `plane` lower parts, then their sums."""
+    end = (count + STEP - 1) // STEP * STEP
     for i in range(m):
-        inverse = doubles(1.0 / units[i])
-        for at in range(0, count, WIDTH):
-            whole = whole_numbers(block, origin + i * step + at, shift, offset + at, inverse)
-            store(numbers, i * PACKED_STRIDE + at, whole)
-        for at in range(count, PACKED_COLUMNS, WIDTH):
-            store(numbers, i * PACKED_STRIDE + at, doubles(0.0))
+        inverse = filled(np.float32(1.0 / units[i]))
+        for at in range(0, end, WIDTH):
+            to = i * PACKED_STRIDE + at
+            number = no_words()
+            if at < count:
+                number = whole_numbers(block, origin + i * step + offset + at, shift, offset + at, inverse)
+            above = upper_part(number)
+            below = difference(number, times_radix(above))
+            store(numbers, to, short(above))
+            store(numbers, plane + to, short(below))
+            store(numbers, 2 * plane + to, short(addition(above, below)))
 
 
 @njit
-def products_3_by_4(numbers, i, j, total):
-    """Add the inner products of rows i to i + 2 with rows j to j + 3 to total."""
-    zero = packed(0.0)
-    a0, a1, a2, a3 = zero, zero, zero, zero
-    b0, b1, b2, b3 = zero, zero, zero, zero
-    c0, c1, c2, c3 = zero, zero, zero, zero
-    left, right = i * PACKED_STRIDE, j * PACKED_STRIDE
-    for at in range(0, PACKED_COLUMNS, HALF):
-        x = load_packed(numbers, left + at)
-        y = load_packed(numbers, left + PACKED_STRIDE + at)
-        z = load_packed(numbers, left + 2 * PACKED_STRIDE + at)
-        u = load_packed(numbers, right + at)
-        a0, b0, c0 = plus_product(a0, x, u), plus_product(b0, y, u), plus_product(c0, z, u)
-        u = load_packed(numbers, right + PACKED_STRIDE + at)
-        a1, b1, c1 = plus_product(a1, x, u), plus_product(b1, y, u), plus_product(c1, z, u)
-        u = load_packed(numbers, right + 2 * PACKED_STRIDE + at)
-        a2, b2, c2 = plus_product(a2, x, u), plus_product(b2, y, u), plus_product(c2, z, u)
-        u = load_packed(numbers, right + 3 * PACKED_STRIDE + at)
-        a3, b3, c3 = plus_product(a3, x, u), plus_product(b3, y, u), plus_product(c3, z, u)
-    add4(total, i, j, a0, a1, a2, a3)
-    add4(total, i + 1, j, b0, b1, b2, b3)
-    add4(total, i + 2, j, c0, c1, c2, c3)
+def products_2_by_4(numbers, left, right, end, factor, i, j, total):
+    """Add factor times the inner products of rows i, i + 1 (at `left`) with j to j + 3 (at `right`) to total."""
+    a0, a1, a2, a3 = no_words(), no_words(), no_words(), no_words()
+    b0, b1, b2, b3 = no_words(), no_words(), no_words(), no_words()
+    for at in range(0, end, STEP):
+        x, y = load_shorts(numbers, left + at), load_shorts(numbers, left + PACKED_STRIDE + at)
+        u = load_shorts(numbers, right + at)
+        a0, b0 = plus_products(a0, x, u), plus_products(b0, y, u)
+        u = load_shorts(numbers, right + PACKED_STRIDE + at)
+        a1, b1 = plus_products(a1, x, u), plus_products(b1, y, u)
+        u = load_shorts(numbers, right + 2 * PACKED_STRIDE + at)
+        a2, b2 = plus_products(a2, x, u), plus_products(b2, y, u)
+        u = load_shorts(numbers, right + 3 * PACKED_STRIDE + at)
+        a3, b3 = plus_products(a3, x, u), plus_products(b3, y, u)
+    add4(total, i, j, factor, a0, a1, a2, a3)
+    add4(total, i + 1, j, factor, b0, b1, b2, b3)
 
 
 @njit
-def add4(total, i, j, a, b, c, d):
-    total[i, j] += total_of(a)
-    total[i, j + 1] += total_of(b)
-    total[i, j + 2] += total_of(c)
-    total[i, j + 3] += total_of(d)
+def add4(total, i, j, factor, a, b, c, d):
+    total[i, j] += factor * total_of(a)
+    total[i, j + 1] += factor * total_of(b)
+    total[i, j + 2] += factor * total_of(c)
+    total[i, j + 3] += factor * total_of(d)
+
+
+@njit
+def add_products(numbers, plane, m, count, factor, total):
+    """Add factor times the inner products of all rows at `plane` to total, right where j <= i < m."""
+    end = (count + STEP - 1) // STEP * STEP
+    for group in range(0, m, GROUP):
+        for i in range(group, m, 2):
+            left = plane + i * PACKED_STRIDE
+            for j in range(group, min(group + GROUP, i + 2, m), 4):
+                products_2_by_4(numbers, left, plane + j * PACKED_STRIDE, end, factor, i, j, total)
 
 
 @njit(nogil=True, cache=True)
-def gram_block(x, n, d, column, count, stages, places, weights, rows, m, centre):
-    """The inner products of one block of at most GRAM_COLUMNS columns: (m + 4, m + 4), right where j <= i < m."""
-    old = flushing()
-    first, second, stride, terms, sums = scratch(rows, stages, PACKED_COLUMNS)
-    shift = stack(GRAM_COLUMNS // WIDTH + 1)
-    copy_centre(centre, column, count, shift)
-    units, numbers = np.zeros(m), stack((m + 4) * PACKED_STRIDE // WIDTH + 1)
-    for at in range(m * PACKED_STRIDE, numbers.shape[0]):
-        numbers[at] = 0.0
-    total = np.zeros((m + 4, m + 4))
-    for offset in range(0, count, PACKED_COLUMNS):
-        size = min(PACKED_COLUMNS, count - offset)
-        block, origin, step = gather(
-            x, n, d, column + offset, size, True, stages, places, weights, first, second, stride, terms, sums
-        )
-        raise_peaks(block, origin, step, m, (size + WIDTH - 1) // WIDTH * WIDTH, shift, offset, units)
-    for i in range(m):
-        units[i] = unit_of(units[i])
-    for offset in range(0, count, PACKED_COLUMNS):
-        size = min(PACKED_COLUMNS, count - offset)
-        block, origin, step = gather(
-            x, n, d, column + offset, size, True, stages, places, weights, first, second, stride, terms, sums
-        )
-        pack(block, origin, step, m, (size + WIDTH - 1) // WIDTH * WIDTH, shift, offset, units, numbers)
-        for group in range(0, m, GROUP):  # these rows stay in the first cache while the others pass
-            for i in range(group // 3 * 3, m, 3):
-                for j in range(group, min(group + GROUP, i + 3, m), 4):
-                    products_3_by_4(numbers, i, j, total)
-    for i in range(m):
-        for j in range(i + 1):
-            total[i, j] *= units[i] * units[j]
-    restore(old)
-    return total
+def gram_blocks(x, n, d, start, stop, stages, places, weights, rows, m, centre, rough):
+    """The inner products in each block of GRAM_COLUMNS columns from start to stop - 1: (blocks, m + 1, m), j <= i.
 
-
-@njit(nogil=True, cache=True)
-def square_norms_block(x, n, d, column, count, stages, places, weights, rows, m, centre):
-    """The sums of squares of one block of at most GRAM_COLUMNS columns: (m,)."""
+    rough: of the upper parts alone. In row m the squares of how far a row is from its upper parts at most.
+    """
     old = flushing()
-    first, second, stride, terms, sums = scratch(rows, stages, PACKED_COLUMNS)
-    shift = stack(GRAM_COLUMNS // WIDTH + 1)
-    copy_centre(centre, column, count, shift)
-    units, result = np.zeros(m), np.zeros(m)
-    for offset in range(0, count, PACKED_COLUMNS):
-        size = min(PACKED_COLUMNS, count - offset)
+    first, second, stride, terms, sums = scratch(rows, stages, GRAM_COLUMNS)
+    shift, units = singles(GRAM_COLUMNS + WIDTH), np.empty(m)
+    plane = (m + 6) * PACKED_STRIDE
+    numbers, total = shorts(3 * plane), np.empty((m + 6, m + 6), np.int64)
+    result = np.zeros(((stop - start + GRAM_COLUMNS - 1) // GRAM_COLUMNS, m + 1, m))
+    for part in range(len(result)):
+        column = start + part * GRAM_COLUMNS
+        count = min(GRAM_COLUMNS, stop - column)
+        copy_centre(centre, column, count, shift)
         block, origin, step = gather(
-            x, n, d, column + offset, size, True, stages, places, weights, first, second, stride, terms, sums
+            x, n, d, column, count, True, stages, places, weights, first, second, stride, terms, sums
         )
-        raise_peaks(block, origin, step, m, (size + WIDTH - 1) // WIDTH * WIDTH, shift, offset, units)
-    for i in range(m):
-        units[i] = unit_of(units[i])
-    for offset in range(0, count, PACKED_COLUMNS):
-        size = min(PACKED_COLUMNS, count - offset)
-        block, origin, step = gather(
-            x, n, d, column + offset, size, True, stages, places, weights, first, second, stride, terms, sums
-        )
+        units_of(block, origin, step, m, count, shift, units)
+        total[:] = 0
+        for offset in range(0, count, PACKED_COLUMNS):
+            size = min(PACKED_COLUMNS, count - offset)
+            pack(block, origin, step, m, size, shift, offset, units, plane, numbers)
+            add_whole_products(numbers, plane, m, size, rough, total)
         for i in range(m):
-            inverse, total = doubles(1.0 / units[i]), doubles(0.0)
-            for at in range(0, size, WIDTH):
-                value = whole_numbers(block, origin + i * step + at, shift, offset + at, inverse)
-                total = plus_product(total, value, value)
-            result[i] += total_of(total)
-    for i in range(m):
-        result[i] *= units[i] * units[i]
+            for j in range(i + 1):
+                result[part, i, j] = np.float64(total[i, j]) * (units[i] * units[j])
+            result[part, m, i] = np.float64(count) * ((UPPER_ERROR * units[i]) * (UPPER_ERROR * units[i]))
+    restore(old)
+    return result
+
+
+@njit
+def add_whole_products(numbers, plane, m, count, rough, total):
+    """(r h + l) (r h' + l') = (r^2 - r) h h' + r (h + l) (h' + l') + (1 - r) l l' with r = 2^11; rough: r^2 h h'."""
+    radix = np.int64(1 << LOW_BITS)
+    add_products(numbers, 0, m, count, radix * radix - (0 if rough else radix), total)
+    if not rough:
+        add_products(numbers, plane, m, count, 1 - radix, total)
+        add_products(numbers, 2 * plane, m, count, radix, total)
+
+
+@njit(nogil=True, cache=True)
+def square_norms_blocks(x, n, d, start, stop, stages, places, weights, rows, m, centre):
+    """The sums of squares in each block of GRAM_COLUMNS columns from start to stop - 1: (blocks, m)."""
+    old = flushing()
+    first, second, stride, terms, sums = scratch(rows, stages, GRAM_COLUMNS)
+    shift, units = singles(GRAM_COLUMNS + WIDTH), np.empty(m)
+    result = np.empty(((stop - start + GRAM_COLUMNS - 1) // GRAM_COLUMNS, m))
+    for part in range(len(result)):
+        column = start + part * GRAM_COLUMNS
+        count = min(GRAM_COLUMNS, stop - column)
+        copy_centre(centre, column, count, shift)
+        block, origin, step = gather(
+            x, n, d, column, count, True, stages, places, weights, first, second, stride, terms, sums
+        )
+        units_of(block, origin, step, m, count, shift, units)
+        for i in range(m):
+            inverse, total = filled(np.float32(1.0 / units[i])), no_sums()
+            for at in range(0, count, WIDTH):
+                total = plus_squares(total, whole_numbers(block, origin + i * step + at, shift, at, inverse))
+            result[part, i] = np.float64(total_of_sums(total)) * (units[i] * units[i])
     restore(old)
     return result

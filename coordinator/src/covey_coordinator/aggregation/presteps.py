@@ -184,10 +184,11 @@ class NearestNeighbourMixing(PreStep):
         n = k.count(batch.updates)
         kept = n - num_byzantine
         distances = k.with_diagonal(distances_between(k, batch.updates), -1.0)  # itself first, also among equals
-        nearest = k.argsort(distances)[:, :kept]
+        nearest = k.argsort(distances)
+        members = k.argsort(nearest) < k.whole(kept)  # the place of each row among the nearest
         share = k.divide(1.0, k.real(kept))
-        examples = k.sum_rows(k.transpose(k.take(k.real(batch.num_examples), nearest))) * share
-        mixed = batch.updates.through(nearest, k.full((n, kept), 1.0) * share)
+        examples = k.sum_rows(k.transpose(k.take(k.real(batch.num_examples), nearest[:, :kept]))) * share
+        mixed = batch.updates.mixed(members, share)
         return state, one_to_one(k, Batch(mixed, k.single(examples), batch.places))
 
 

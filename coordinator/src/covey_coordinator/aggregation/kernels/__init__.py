@@ -22,9 +22,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-GRAM_COLUMNS = 4096  # 2^12 products of 2^40 at most: partial sums stay within float64's 2^53 whole numbers
-QUANTUM_BITS = 19  # values become whole numbers up to 2^20, a relative rounding of 2^-21 of the row's largest
-EXPONENT_MASK = 0x7FF0000000000000  # the exponent bits of a float64: what remains is the power of two below
+# Inner products. A row's numbers in a block of columns become whole numbers v of at most 2^23, in a unit of 2^-22 of
+# the power of two below the largest, and v = h 2^11 + l with |h| <= 2^12 and |l| <= 2^10. Sums of 512 products of parts
+# fit 32 bits, sums of 1024 products of v 64 bits: exact in any order.
+GRAM_COLUMNS = 1024
+QUANTUM_BITS = 22
+LOW_BITS = 11
+LEAST_PEAK = 2.0**-103  # below it the unit shrinks no further, since its reciprocal would leave float32's range
+GREATEST_EXPONENT = 127  # for differences that are infinite in float32
+EXPONENT_MASK = 0x7F800000  # the exponent bits of a float32: what remains is the power of two below
+UPPER_ERROR = 1026.0  # units: how far x - centre is from h 2^11 at most; l and two roundings
 BLOCK_VALUES = 1 << 18  # numbers in one block of columns: 1 MB, stays in the cache
 LEAST_BLOCK_COLUMNS = 1024
 FLOAT32_MAX = 3.4028234e38
@@ -53,6 +60,18 @@ class Stage(NamedTuple):
     weights: Any
 
 
+class Mixture(NamedTuple):
+    """New rows that are means of many old ones: row i = share * the sum of the rows j with members[i, j].
+
+    members: (m, n) bool. share: scalar float64; rows are multiplied by it before they are added. Summed in float64 over
+    groups of four rows by number, (a + b) + (c + d) with 0.0 for those that are no members, then by halving over the
+    groups, and rounded to float32. Many rows can so share the sums of groups: at n = 100 a third of the additions.
+    """
+
+    members: Any
+    share: Any
+
+
 class Updates(NamedTuple):
     """One round's updates: the rows of matrix, (n, d) float32, all finite, after the stages, applied in order.
 
@@ -61,11 +80,15 @@ class Updates(NamedTuple):
     """
 
     matrix: Any
-    stages: tuple[Stage, ...] = ()
+    stages: tuple[Stage | Mixture, ...] = ()
 
     def through(self, indices: Any, weights: Any) -> Updates:
         """These updates with one more stage."""
         return Updates(self.matrix, (*self.stages, Stage(indices, weights)))
+
+    def mixed(self, members: Any, share: Any) -> Updates:
+        """These updates with a Mixture as one more stage."""
+        return Updates(self.matrix, (*self.stages, Mixture(members, share)))
 
 
 class Kernels(ABC):
@@ -117,8 +140,14 @@ class Kernels(ABC):
     def gram(self, updates: Updates, centre: Any = None) -> Any:
         """(n, n) float64: inner products of the rows after subtracting centre, (d,) float32 or None for zero.
 
-        Each value is rounded to 2^-21 of the largest in its row and block of GRAM_COLUMNS columns; nothing else rounds
-        within a block, and the blocks are added from left to right.
+        The difference is rounded to float32, then to 2^-23 of the largest in its row and block of GRAM_COLUMNS columns;
+        nothing else rounds but a block's sum, to float64, and the blocks are added from left to right.
+        """
+
+    @abstractmethod
+    def rough_gram(self, updates: Updates, centre: Any = None) -> tuple[Any, Any]:
+        """(n, n) float64: `gram` of rows rounded to 2^-12 of their largest, in a third of the time; (n,) float64: how
+        far a row minus centre is at most from what it was rounded to.
         """
 
     @abstractmethod

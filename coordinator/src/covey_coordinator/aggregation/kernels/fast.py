@@ -22,6 +22,7 @@ from covey_coordinator.aggregation.kernels import (
     SPLIT_MIX_ROUNDS,
     SPLIT_MIX_STEP,
     Kernels,
+    Mixture,
     Stage,
     Updates,
 )
@@ -36,7 +37,7 @@ class NumpyKernels(Kernels):
     # ---- on the updates
 
     def count(self, updates: Updates) -> int:
-        return len(updates.stages[-1].indices if updates.stages else updates.matrix)
+        return len(updates.stages[-1][0] if updates.stages else updates.matrix)
 
     def dimension(self, updates: Updates) -> int:
         return int(updates.matrix.shape[1])
@@ -62,6 +63,9 @@ class NumpyKernels(Kernels):
 
     def gram(self, updates: Updates, centre: Any = None) -> AnyArray:
         return compiled.gram(updates, centre)
+
+    def rough_gram(self, updates: Updates, centre: Any = None) -> tuple[AnyArray, AnyArray]:
+        return compiled.rough_gram(updates, centre)
 
     def square_norms(self, updates: Updates, centre: Any = None) -> AnyArray:
         return compiled.square_norms(updates, centre)
@@ -117,6 +121,8 @@ class NumpyKernels(Kernels):
 
     def divide(self, a: Any, b: Any) -> Any:
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        if b.all():
+            return np.divide(a, b)
         quotient = np.divide(a, np.where(b == 0, 1.0, b))
         return np.where(b == 0, 0.0, quotient)
 
@@ -220,11 +226,13 @@ def _alike(a: Any, b: Any) -> tuple[Any, Any]:
 
 def _sum_rows(rows: AnyArray) -> AnyArray:
     """(n, ...) -> (...) by halving; see `Kernels.sum_rows`."""
-    while len(rows) > 1:
-        n = len(rows)
+    sums: AnyArray = np.array(rows)
+    n = len(sums)
+    while n > 1:
         half = (n + 1) // 2
-        rows = np.concatenate([rows[: n - half] + rows[half:], rows[n - half : half]])
-    total: AnyArray = rows[0]
+        sums[: n - half] += sums[half:n]
+        n = half
+    total: AnyArray = sums[0]
     return total
 
 
@@ -241,10 +249,23 @@ def _block(updates: Updates, start: int, stop: int) -> AnyArray:
     return _staged(updates.matrix[:, start:stop], updates.stages)
 
 
-def _staged(block: AnyArray, stages: tuple[Stage, ...]) -> AnyArray:
-    for indices, weights in stages:
+def _staged(block: AnyArray, stages: tuple[Stage | Mixture, ...]) -> AnyArray:
+    for stage in stages:
         rows = block.astype(np.float64)
+        if isinstance(stage, Mixture):
+            block = np.stack([_mean_of(rows * stage.share, row) for row in stage.members]).astype(np.float32)
+            continue
+        indices, weights = stage
         block = np.stack([_sum_rows(rows[row] * weight[:, None]) for row, weight in zip(indices, weights)]).astype(
             np.float32
         )
     return block
+
+
+def _mean_of(rows: AnyArray, members: AnyArray) -> AnyArray:
+    """(n, b) rows times the share, (n,) bool -> (b,): the sum of the members in the order of `Mixture`."""
+    padded = np.zeros((-(-len(rows) // 4) * 4, rows.shape[1]))
+    padded[: len(rows)] = np.where(members[:, None], rows, 0.0)
+    fours = padded.reshape(-1, 4, rows.shape[1])
+    total: AnyArray = _sum_rows((fours[:, 0] + fours[:, 1]) + (fours[:, 2] + fours[:, 3]))
+    return total

@@ -19,17 +19,27 @@ from covey_coordinator.aggregation.kernels import (
     EXPONENT_BIAS,
     EXPONENT_MASK,
     GRAM_COLUMNS,
+    GREATEST_EXPONENT,
     LEAST_BLOCK_COLUMNS,
+    LEAST_PEAK,
+    LOW_BITS,
     MANTISSA_BITS,
     MANTISSA_MASK,
     QUANTUM_BITS,
     SPLIT_MIX_LAST,
     SPLIT_MIX_ROUNDS,
     SPLIT_MIX_STEP,
+    UPPER_ERROR,
     Kernels,
+    Mixture,
     Stage,
     Updates,
 )
+
+RADIX = 2.0**LOW_BITS
+RADIX_SQUARED = RADIX * RADIX
+EXPONENT_OF_ONE = 127 << 23  # the bits of float32 1.0
+EXPONENT_OF_GREATEST = EXPONENT_OF_ONE + (GREATEST_EXPONENT << 23)
 
 
 class TensorFlowKernels(Kernels):
@@ -38,7 +48,7 @@ class TensorFlowKernels(Kernels):
     # ---- on the updates
 
     def count(self, updates: Updates) -> Any:
-        return tf.shape(updates.stages[-1].indices if updates.stages else updates.matrix)[0]
+        return tf.shape(updates.stages[-1][0] if updates.stages else updates.matrix)[0]
 
     def dimension(self, updates: Updates) -> Any:
         return tf.shape(updates.matrix)[1]
@@ -104,14 +114,28 @@ class TensorFlowKernels(Kernels):
     def gram(self, updates: Updates, centre: Any = None) -> Any:
         n = self.count(updates)
 
-        def product(numbers: Any, unit: Any) -> Any:
-            return tf.matmul(numbers, numbers, transpose_b=True) * (unit * tf.transpose(unit))
+        def products(upper: Any, lower: Any, unit: Any, _: Any) -> Any:
+            across = tf.matmul(upper, lower, transpose_b=True)
+            whole = _joined(_products(upper), across + tf.transpose(across), _products(lower))
+            return whole * (unit * tf.transpose(unit))
 
-        return _over_quantised(updates, centre, product, tf.zeros([n, n], tf.float64))
+        return _over_quantised(updates, centre, products, tf.zeros([n, n], tf.float64))
+
+    def rough_gram(self, updates: Updates, centre: Any = None) -> tuple[Any, Any]:
+        n = self.count(updates)
+
+        def products(upper: Any, lower: Any, unit: Any, columns: Any) -> Any:
+            error = (UPPER_ERROR * unit) * (UPPER_ERROR * unit)
+            rough = (_products(upper) * RADIX_SQUARED) * (unit * tf.transpose(unit))
+            return tf.concat([rough, tf.transpose(columns * error)], axis=0)
+
+        total = _over_quantised(updates, centre, products, tf.zeros([n + 1, n], tf.float64))
+        return total[:-1], tf.sqrt(total[-1])
 
     def square_norms(self, updates: Updates, centre: Any = None) -> Any:
-        def squares(numbers: Any, unit: Any) -> Any:
-            return tf.reduce_sum(numbers * numbers, axis=1) * (unit * unit)[:, 0]
+        def squares(upper: Any, lower: Any, unit: Any, _: Any) -> Any:
+            parts = ((upper, upper), (2.0 * upper, lower), (lower, lower))
+            return _joined(*(tf.reduce_sum(x * y, axis=1) for x, y in parts)) * (unit * unit)[:, 0]
 
         return _over_quantised(updates, centre, squares, tf.zeros([self.count(updates)], tf.float64))
 
@@ -315,16 +339,18 @@ def _block(updates: Updates, start: Any, stop: Any) -> Any:
     return _staged(updates.matrix[:, start:stop], updates.stages)
 
 
-def _staged(block: Any, stages: tuple[Stage, ...]) -> Any:
+def _staged(block: Any, stages: tuple[Stage | Mixture, ...]) -> Any:
     """(n, b) float32 -> (m, b) float32: the block after all stages."""
     for stage in stages:
         block = _mixed(block, stage)
     return block
 
 
-def _mixed(block: Any, stage: Stage) -> Any:
+def _mixed(block: Any, stage: Stage | Mixture) -> Any:
     """One row of the stage at a time: all at once would be (m, k, b)."""
     rows = tf.cast(block, tf.float64)
+    if isinstance(stage, Mixture):
+        return _means(rows * stage.share, stage.members)
 
     def one(row: tuple[Any, Any]) -> Any:
         indices, weights = row
@@ -335,24 +361,58 @@ def _mixed(block: Any, stage: Stage) -> Any:
     return tf.map_fn(one, (stage.indices, stage.weights), fn_output_signature=tf.float32)
 
 
-def _over_quantised(updates: Updates, centre: Any, product: Callable[[Any, Any], Any], zero: Any) -> Any:
-    """Sum of product(numbers, unit) over blocks of GRAM_COLUMNS columns of the centred, quantised rows."""
+def _products(rows: Any) -> Any:
+    return tf.matmul(rows, rows, transpose_b=True)
+
+
+def _joined(above: Any, across: Any, below: Any) -> Any:
+    """Sums of products of whole numbers from those of their parts; rounds once."""
+    return above * RADIX_SQUARED + (across * RADIX + below)
+
+
+def _means(rows: Any, members: Any) -> Any:
+    """(n, b) rows times the share, (m, n) bool -> (m, b) float32: the sums of the members in the order of `Mixture`."""
+    n = tf.shape(rows)[0]
+    missing = -n % 4
+    fours = tf.reshape(tf.pad(rows, [[0, missing], [0, 0]]), [-1, 4, tf.shape(rows)[1]])
+    there = tf.reshape(tf.pad(members, [[0, 0], [0, missing]]), [tf.shape(members)[0], -1, 4, 1])
+
+    def one(row: Any) -> Any:
+        kept = tf.where(row, fours, tf.zeros_like(fours))
+        return tf.cast(_sum_rows((kept[:, 0] + kept[:, 1]) + (kept[:, 2] + kept[:, 3])), tf.float32)
+
+    return tf.map_fn(one, there, fn_output_signature=tf.float32)
+
+
+def _over_quantised(updates: Updates, centre: Any, product: Callable[..., Any], zero: Any) -> Any:
+    """Sum of product(upper, lower, unit, columns) over blocks of GRAM_COLUMNS columns of the centred, quantised rows.
+
+    columns: how many the block has, a float64 scalar; the others as from `_quantised`.
+    """
     d = tf.shape(updates.matrix)[1]
 
     def body(start: Any, total: Any) -> tuple[Any, Any]:
         stop = tf.minimum(start + GRAM_COLUMNS, d)
-        rows = tf.cast(_block(updates, start, stop), tf.float64)
+        rows = _block(updates, start, stop)
         if centre is not None:
-            rows -= tf.cast(centre[start:stop], tf.float64)
-        return stop, total + product(*_quantised(rows))
+            rows -= centre[start:stop]
+        return stop, total + product(*_quantised(rows), tf.cast(stop - start, tf.float64))
 
     return tf.while_loop(lambda start, _: start < d, body, (0, zero))[1]
 
 
-def _quantised(rows: Any) -> tuple[Any, Any]:
-    """(n, b) float64 -> whole numbers (n, b) of at most 2^20 and the unit (n, 1) of each row, a power of two."""
-    peak = tf.reduce_max(tf.abs(rows), axis=1, keepdims=True)
-    bits = tf.bitwise.bitwise_and(tf.bitcast(peak, tf.int64), tf.constant(EXPONENT_MASK, tf.int64))
-    power = tf.bitcast(bits, tf.float64)
-    unit = tf.where(power > 0.0, power, tf.ones_like(power)) * (2.0**-QUANTUM_BITS)
-    return tf.round(rows / unit), unit
+def _quantised(rows: Any) -> tuple[Any, Any, Any]:
+    """(n, b) float32 -> whole numbers in two parts, (n, b) float64 each, and the unit (n, 1) of each row.
+
+    A number is (upper * RADIX + lower) * unit.
+    """
+    peak = tf.maximum(tf.reduce_max(tf.abs(rows), axis=1, keepdims=True), LEAST_PEAK)
+    bits = tf.bitwise.bitwise_and(tf.bitcast(peak, tf.int32), EXPONENT_MASK)
+    bits = tf.minimum(bits, EXPONENT_OF_GREATEST)
+    unit = tf.cast(tf.bitcast(bits, tf.float32), tf.float64) * 2.0**-QUANTUM_BITS
+    # not 1.0 / unit: in a graph TensorFlow takes a reciprocal that is not right in the last bit
+    inverse = tf.bitcast(EXPONENT_OF_ONE * 2 + (QUANTUM_BITS << 23) - bits, tf.float32)
+    bound = 2.0 ** (QUANTUM_BITS + 1)  # also where the difference is infinite
+    whole = tf.cast(tf.round(tf.clip_by_value(rows * inverse, -bound, bound)), tf.float64)
+    upper = tf.floor((whole + RADIX / 2) * (1.0 / RADIX))
+    return upper, whole - upper * RADIX, unit
