@@ -16,6 +16,8 @@ round      a whole round on updates that come all at once: screening and that
 reference  the rule in traced TensorFlow, which TFF's worker runs
 numpy      what one would write in numpy without further thought
 read       reading the matrix once with all cores, the best of the turns: no rule can be faster
+least      under Krum's rules: two readings and half of the time that numpy's BLAS takes for all inner products in
+           float32 on one core, divided by the cores. What computes these products can hardly take less
 memory     with --memory: the most memory beyond the updates that direct / round take, in parts of the updates
 
 A cell whose calls would take longer than --budget (60 s) is left out ("> 60 s"), one that needs more than half of the
@@ -58,6 +60,8 @@ from covey_coordinator.aggregation.rules import Batch, Rule
 ALL_N, ALL_D = (10, 20, 50, 100, 500), (10_000, 100_000, 1_000_000)
 QUICK = ((10, 10_000), (50, 10_000))
 DIFFERENT = 1e-5  # results further apart than this, in parts of the largest value, are reported
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+LIMITS = ("read", "product")  # not contestants
 COLUMNS = ("direct", "live", "round", "reference", "flwr", "byzfl", "torch", "numpy", "read")
 
 
@@ -78,6 +82,8 @@ class Row:
     numpy: Optional[Callable[[Any, int], Any]] = None
     conventions: dict[str, dict[str, Any]] = field(default_factory=dict)
     num_byzantine: Callable[[int], int] = lambda n: n // 5
+    shift: float = 2.0  # of the hostile rows' numbers, in standard deviations of the honest ones'
+    by_products: bool = False
 
 
 def numpy_multi_krum(updates: Any, f: int, selected: Optional[int] = None) -> Any:
@@ -122,12 +128,22 @@ ROWS: dict[str, Row] = {
         jobs=(*flwr("multi-krum", "flwr", "flwr-messages"), *byzfl("multi-krum")),
         numpy=numpy_multi_krum,
         conventions=BYZFL_KRUM,
+        by_products=True,
+    ),
+    "multi-krum-alike": Row(  # nobody is hostile: whom to keep is a close call, and rounded distances do not decide it
+        "multi-krum",
+        jobs=(*flwr("multi-krum", "flwr", "flwr-messages"), *byzfl("multi-krum")),
+        numpy=numpy_multi_krum,
+        conventions=BYZFL_KRUM,
+        shift=0.0,
+        by_products=True,
     ),
     "krum": Row(
         "krum",
         jobs=(*flwr("krum", "flwr", "flwr-messages"), *byzfl("krum")),
         numpy=lambda u, f: numpy_multi_krum(u, f, 1),
         conventions=BYZFL_KRUM,
+        by_products=True,
     ),
     "meamed": Row("meamed", jobs=byzfl("meamed"), numpy=numpy_meamed),
     "bulyan": Row("bulyan", jobs=flwr("bulyan"), num_byzantine=lambda n: min(n // 5, (n - 3) // 4)),
@@ -237,7 +253,7 @@ class Contestant:
         if self.why:
             return None
         times = self.times or [self._first]
-        return min(times) if self.column == "read" else statistics.median(times)
+        return min(times) if self.column in LIMITS else statistics.median(times)
 
 
 def in_process(column: str, prepared: Callable[[], Any]) -> Contestant:
@@ -262,10 +278,14 @@ def of_peer(column: str, peers: Peers, job: dict[str, Any], threads: Optional[in
     return Contestant(column, run, lambda: np.load(path))
 
 
+def product(updates: Any) -> Contestant:
+    """All inner products in float32 on one core; symmetry would halve them."""
+    return in_process("product", lambda: updates @ updates.T)
+
+
 def reading(updates: Any) -> Contestant:
     """All cores read the matrix once; the sum of squares of one BLAS thread each is the fastest reading there is."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    parts, pool = np.array_split(updates.reshape(-1), cores), ThreadPoolExecutor(cores)
+    parts, pool = np.array_split(updates.reshape(-1), CORES), ThreadPoolExecutor(CORES)
     return in_process("read", lambda: list(pool.map(lambda part: float(part.dot(part)), parts)) and None)
 
 
@@ -282,7 +302,7 @@ def contestants(row: Row, rule: Optional[Rule], updates: Any, f: int, peers: Opt
     if row.numpy is not None:
         one_liner = row.numpy
         found.append(in_process("numpy", lambda: one_liner(updates, f)))
-    return [*found, reading(updates)]
+    return [*found, *([product(updates)] if row.by_products else []), reading(updates)]
 
 
 def measured(entrants: Sequence[Contestant], repeats: int, budget_s: float) -> None:
@@ -303,13 +323,13 @@ def best(entrants: Sequence[Contestant], column: str) -> tuple[Optional[float], 
 # The updates.
 
 
-def write_updates(path: Path, n: int, d: int, f: int) -> Any:
-    """(n, d) float32 in a file, mapped: a common vector, noise of the same size, and f rows shifted by twice that."""
+def write_updates(path: Path, n: int, d: int, f: int, shift: float) -> Any:
+    """(n, d) float32 in a file, mapped: a common vector, noise of the same size, and f rows shifted."""
     generator = np.random.default_rng(n * d)
     updates = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=(n, d))
     common = generator.standard_normal(d, np.float32)
     for row in range(n):
-        updates[row] = common + generator.standard_normal(d, np.float32) + (2.0 if row < f else 0.0)
+        updates[row] = common + generator.standard_normal(d, np.float32) + (shift if row < f else 0.0)
     updates.flush()
     del updates
     return np.asarray(np.load(path, mmap_mode="c"))
@@ -392,7 +412,7 @@ def at_our_accuracy(
 
 
 def distances_said(exact: Weiszfeld, entrants: Sequence[Contestant]) -> str:
-    present = [entrant for entrant in entrants if entrant.seconds() is not None and entrant.column != "read"]
+    present = [entrant for entrant in entrants if entrant.seconds() is not None and entrant.column not in LIMITS]
     distances = {entrant.column: exact.distance(entrant.result()) for entrant in present}
     return "distance to the exact point: " + ", ".join(f"{column} {by:.1e}" for column, by in distances.items())
 
@@ -467,7 +487,7 @@ def measure(name: str, n: int, d: int, peers: Optional[Peers], known: Known, opt
     with tempfile.TemporaryDirectory(dir=scratch()) as scratch_folder:
         folder = Path(scratch_folder)
         (folder / "exact").mkdir()
-        updates = write_updates(folder / "updates.npy", n, d, f)
+        updates = write_updates(folder / "updates.npy", n, d, f, row.shift)
         if peers:
             peers.load(folder / "updates.npy")
         entrants = contestants(row, our_rule(row, f), updates, f, peers, folder)
@@ -488,6 +508,9 @@ def measure(name: str, n: int, d: int, peers: Optional[Peers], known: Known, opt
         else:
             found["milliseconds"][column] = 1e3 * seconds
     found["notes"] = notes
+    limits = [found["milliseconds"].get(column) for column in LIMITS]
+    if row.by_products and None not in limits:
+        found["least"] = 2 * limits[0] + limits[1] / 2 / CORES
     if options.memory and our_rule(row, f) is not None:
         found["memory"] = memory_of(name, n, d)
     return found
@@ -495,7 +518,7 @@ def measure(name: str, n: int, d: int, peers: Optional[Peers], known: Known, opt
 
 def disagreements(entrants: Sequence[Contestant], name: str, f: int, updates: Any) -> list[str]:
     """Contestants whose result is not ours (or, where we have no such rule, that of the first)."""
-    present = [entrant for entrant in entrants if entrant.seconds() is not None and entrant.column != "read"]
+    present = [entrant for entrant in entrants if entrant.seconds() is not None and entrant.column not in LIMITS]
     said = []
     for entrant in present[1:]:
         wanted = by_convention(ROWS[name], entrant.column, f, updates)
@@ -525,8 +548,10 @@ def print_row(found: dict[str, Any]) -> None:
     ratios = [ratio(times, column, "direct") for column in ("flwr", "byzfl", "torch", "numpy")]
     print(f"{found['rule']:<17}{found['n']:>4}{found['d']:>9}{cells}{''.join(ratios)}{ratio(times, 'direct', 'read')}")
     for column, took in times.items():
-        if column not in COLUMNS:
+        if column not in COLUMNS and column not in LIMITS:
             print(f"{'':<17}{column}: {took:.2f}{ratio(times, column, 'direct')} times direct")
+    if "least" in found:
+        print(f"{'':<17}least: {found['least']:.2f}")
     for note in found["notes"]:
         print(f"{'':<17}{note}")
     if "memory" in found:

@@ -1,6 +1,6 @@
 """Pre-steps that bound what one update can weigh: they look at norms only and multiply rows.
 
-Norms are Euclidean, over all numbers of an update, from `Kernels.square_norms`: right to about 2^-20. TFF's own
+Norms are Euclidean, over all numbers of an update, from `Kernels.square_norms`: right to about 2^-23. TFF's own
 `clipping_factory` and `zeroing_factory` do the same on each client; the steps here run in both doors and name devices.
 """
 

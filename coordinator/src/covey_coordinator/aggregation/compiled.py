@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -42,17 +43,23 @@ class Plan:
         self.n, self.d = matrix.shape
         self.m = len(updates.stages[-1][0] if updates.stages else matrix)
         self.flat = constant(matrix.reshape(-1))
-        heights = [self.n, *(len(stage[0]) for stage in updates.stages)]
-        parts = [as_stage(stage, height) for stage, height in zip(updates.stages, heights)]
-        self.rows = max(*heights, *(places.shape[1] for _, places, _ in parts), 1)
+        if updates.stages:
+            self._take(updates.stages)
+        else:  # most calls, and of few numbers: nothing to look up or to copy
+            self.rows, self.stages, self.places, self.weights = self.n, NO_STAGES, NO_PLACES, NO_WEIGHTS
+        self.columns = min(max(BUFFER_VALUES // self.rows // TILE * TILE, TILE), 1024)
+
+    def _take(self, stages: tuple[Stage | Mixture, ...]) -> None:
+        heights = [self.n, *(len(stage[0]) for stage in stages)]
+        parts = [as_stage(stage, height) for stage, height in zip(stages, heights)]
+        self.rows = max(*heights, *(places.shape[1] for _, places, _ in parts))
         table, offset = [], 0
         for kind, places, _ in parts:
             table.append((*places.shape, offset, kind))
             offset += places.size
-        self.stages = constant(np.array(table, np.int64).reshape(-1, 4))
+        self.stages = constant(np.array(table, np.int64))
         self.places = joined([places * np.int64(loops.WIDTH) for _, places, _ in parts], np.int64)
         self.weights = joined([weights for _, _, weights in parts], np.float64)
-        self.columns = min(max(BUFFER_VALUES // self.rows // TILE * TILE, TILE), 1024)
 
     @property
     def source(self) -> tuple[Any, ...]:
@@ -67,7 +74,8 @@ class Plan:
         blocks = -(-self.d // self.columns)
         parts = max(1, min(blocks, 4 * crew.SIZE, self.n * self.d // (PART_VALUES // 2)))
         if crew.SIZE == 1 or self.n * self.d < PART_VALUES:
-            parts = 1
+            work(0, self.d)
+            return
         edges = [blocks * part // parts * self.columns for part in range(parts)] + [self.d]
         crew.spread(parts, lambda part: work(edges[part], edges[part + 1]))
 
@@ -102,8 +110,16 @@ def constant(array: Array) -> Array:
 
 
 def joined(parts: list[Array], dtype: Any) -> Array:
-    flat = [np.asarray(part, dtype).reshape(-1) for part in parts]
-    return constant(np.concatenate(flat) if flat else np.zeros(0, dtype))
+    return constant(np.concatenate([np.asarray(part, dtype).reshape(-1) for part in parts]))
+
+
+NO_STAGES, NO_PLACES, NO_WEIGHTS = (constant(np.zeros(*what)) for what in (((0, 4), int), (0, int), (0, float)))
+NO_CENTRE = constant(np.zeros(0, np.float32))
+
+
+@lru_cache(maxsize=64)
+def all_rows(n: int) -> Array:
+    return constant(np.arange(n))
 
 
 def as_stage(stage: Stage | Mixture, rows: int) -> tuple[int, Array, Array]:
@@ -183,10 +199,11 @@ def combination(
     weights: (k,) float64. rows: (k,) indices, all rows if None. centre: (d,) float32, None is zero. Float64 throughout.
     """
     plan = Plan(updates)
-    chosen = np.arange(plan.m) if rows is None else np.asarray(rows)
-    check_stage(chosen[None], np.asarray(weights)[None], plan.m)
+    chosen = all_rows(plan.m) if rows is None else joined([rows], np.int64)
+    shares = joined([weights], np.float64)
+    if rows is not None or len(shares) != plan.m:
+        check_stage(chosen[None], shares[None], plan.m)
     plan.rows = max(plan.rows, len(chosen))
-    shares, chosen = joined([weights], np.float64), joined([chosen], np.int64)
     middle, out = as_centre(centre, plan.d), np.empty(plan.d, np.float32)
 
     def work(start: int, stop: int) -> None:
@@ -231,7 +248,7 @@ def square_norms(updates: Updates, centre: Array | None = None) -> Array:
 
 def as_centre(centre: Array | None, d: int) -> Array:
     if centre is None:
-        return constant(np.zeros(0, np.float32))
+        return NO_CENTRE
     flat = np.require(centre, np.float32, ["C", "A"])
     if flat.shape != (d,):
         raise UsageError(f"a centre of shape {flat.shape} for {d} columns", "pass one number per column")

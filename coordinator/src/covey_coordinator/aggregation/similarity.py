@@ -10,7 +10,7 @@ from covey_coordinator.aggregation.kernels import Kernels, Updates
 def cosines_between(k: Kernels, updates: Updates) -> tuple[Any, Any]:
     """(n, n) float64 cosines and (n,) Euclidean norms. A row of zeros has cosine 0 with every other.
 
-    Inner products are exact on values rounded to 2^-21 of the row's largest (`Kernels.gram`), so a cosine is right to
+    Inner products are exact on values rounded to 2^-23 of the row's largest (`Kernels.gram`), so a cosine is right to
     about 1e-6: rows closer in direction than a thousandth cannot be told apart by it.
     """
     inner_products = k.gram(updates)
