@@ -522,6 +522,27 @@ def halving_sum(terms, k):
 
 
 @njit
+def halving_sum_of_rows(tile, at, k, sums):
+    """As halving_sum, of the float32 numbers of k rows of a tile, number j at tile[at + j * TILE:]."""
+    half = (k + 1) // 2
+    quarter = (half + 1) // 2
+    for j in range(quarter):
+        here = at + j * TILE
+        total = widen(load(tile, here))
+        if j + half < k:
+            total = plus(total, widen(load(tile, here + half * TILE)))
+        if j + quarter < half:
+            other = widen(load(tile, here + quarter * TILE))
+            if j + quarter + half < k:
+                other = plus(other, widen(load(tile, here + (quarter + half) * TILE)))
+            total = plus(total, other)
+        if quarter == 1:
+            return total
+        store(sums, j * WIDTH, total)
+    return halving_sum(sums, quarter)
+
+
+@njit
 def halving_sum_at(terms, places, first, k, sums):
     """As halving_sum, of the vectors at terms[places[first]:], ..., places[first + k - 1]; leaves terms as they are."""
     half = (k + 1) // 2
@@ -722,9 +743,8 @@ def rank_tile(block, at, stride, m, tile, net, low, high, cut, terms, line, outs
     sort_tile(tile, steps)
     reciprocal = doubles(1.0 / np.float64(high - low))
     for lane in range(0, TILE, WIDTH):
-        for j in range(high - low):
-            store(terms, j * WIDTH, widen(load(tile, (front + low + j) * TILE + lane)))
-        store(line, lane, narrow(times(halving_sum(terms, high - low), reciprocal)))
+        total = halving_sum_of_rows(tile, (front + low) * TILE + lane, high - low, terms)
+        store(line, lane, narrow(times(total, reciprocal)))
     count_rows_outside(block, at, stride, m, tile, (front + cut) * TILE, (front + m - 1 - cut) * TILE, outside)
 
 
