@@ -730,9 +730,14 @@ def count_rows_outside(block, at, stride, m, bounds, low, high, outside):
 @njit
 def put(line, out, column, count):
     """A tile's results to out[column:column + count]; -0.0 becomes 0.0, as sorting does not tell them apart."""
-    for lane in range(count):
-        value = line[lane]
-        out[column + lane] = np.float32(0) if value == 0 else value
+    for lane in range(0, TILE, WIDTH):
+        store(line, lane, plus(load(line, lane), filled(np.float32(0))))
+    if count == TILE:
+        for lane in range(0, TILE, WIDTH):
+            store(out, column + lane, load(line, lane))
+    else:
+        for lane in range(count):
+            out[column + lane] = line[lane]
 
 
 @njit
