@@ -8,7 +8,7 @@ demo: $(READY) ## run the main job: ten devices, three corrupted, one report
 	@.venv/bin/covey demo $(ARGS)
 
 test: $(READY) ## the everyday tests
-	.venv/bin/python -m pytest $(ARGS)
+	@.venv/bin/python scripts/run_tests.py $(ARGS)
 
 test-slow: $(READY) ## everything, also what takes long
 	.venv/bin/python -m pytest -m "slow or not slow" $(ARGS)

@@ -20,6 +20,16 @@ BOOTSTRAP = ROOT / ".bootstrap"
 LOCK = ROOT / "locks" / "dev.txt"
 UV_LOCK = ROOT / "locks" / "uv.txt"
 PACKAGES = ["edge", "models", "deploy", "coordinator"]
+HEAVY = (
+    "tensorflow_federated",
+    "tensorflow_privacy",
+    "tensorflow_model_optimization.python.core.internal.tensor_encoding",
+    "sklearn.datasets",
+    "scipy.stats",
+    "numba",
+    "matplotlib.backends.backend_agg",
+    "amqtt.broker",
+)
 EXIT_MACHINE, EXIT_TRANSPORT = 3, 5
 WANTED = (3, 11)
 
@@ -31,6 +41,7 @@ def main() -> None:
         install_with_uv(uv)
     else:
         install_with_pip()
+    compile_bytecode()
     (VENV / ".ready").touch()
 
 
@@ -74,7 +85,7 @@ def install_with_uv(uv: str) -> None:
             "install it (Debian: apt install python3.11 python3.11-venv) and run make again",
         )
     environment = {**os.environ, "VIRTUAL_ENV": str(VENV)}
-    say("installing from locks/dev.txt with uv (about 2.7 GB on disk)")
+    say("installing from locks/dev.txt with uv (about 2.8 GB on disk)")
     steps = (
         ["--require-hashes", "-r", str(LOCK)],
         ["--no-build-isolation", *editable()],
@@ -86,7 +97,7 @@ def install_with_uv(uv: str) -> None:
 
 def install_with_pip() -> None:
     python = find_python()
-    say("installing from locks/dev.txt with pip (about 2.7 GB on disk)")
+    say("installing from locks/dev.txt with pip (about 2.8 GB on disk)")
     if not run([python, "-m", "venv", str(VENV)]):
         fail(
             "Python's venv module does not work here",
@@ -97,6 +108,22 @@ def install_with_pip() -> None:
         fail_install()
     if not run([*pip, "--no-build-isolation", *editable()]):
         fail_install()
+
+
+def compile_bytecode() -> None:
+    """Import the heavy libraries once, which writes their bytecode, also where PYTHONDONTWRITEBYTECODE is set.
+
+    uv leaves none. Without it every process that imports TensorFlow Federated compiles 4,500 files anew: 18 s of
+    processor time instead of 7. Compiling all 12,700 files of the environment would take three times as long as this.
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    environment["TF_CPP_MIN_LOG_LEVEL"] = "3"
+    say("compiling the libraries' bytecode")
+    if not run([str(VENV / "bin" / "python"), "-W", "ignore", "-c", f"import {', '.join(HEAVY)}"], environment):
+        fail(
+            "the packages are installed and cannot be imported (see above)",
+            "TensorFlow needs a processor with AVX and glibc 2.31 or newer",
+        )
 
 
 def find_python() -> str:

@@ -17,6 +17,7 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from patience import PATIENCE_S
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,8 @@ def start_mosquitto(folder: Path, lines: tuple[str, ...] = (), port: int = 0) ->
     log = (folder / f"mosquitto-{port}.log").open("ab")
     process = subprocess.Popen([mosquitto_binary(), "-c", str(config)], stdout=log, stderr=log)
     log.close()
-    for _ in range(200):
+    end = time.monotonic() + PATIENCE_S
+    while time.monotonic() < end:
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", port)) == 0:
                 return RunningBroker("127.0.0.1", port, process)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from typing import Any
 
@@ -35,9 +36,6 @@ def rules() -> dict[str, Rule]:
     return {name: make_rule(name, f) for name, f in ALL_RULES.items()}
 
 
-_traced: dict[Rule, Any] = {}
-
-
 def batch_of(updates: Any, num_examples: Any = None) -> Batch:
     updates = np.ascontiguousarray(updates, np.float32)
     counts = np.ones(len(updates), np.float32) if num_examples is None else np.asarray(num_examples, np.float32)
@@ -52,13 +50,21 @@ def judge(rule: Rule, updates: Any, num_examples: Any = None) -> Judgement:
 
 
 def judge_in_tensorflow(rule: Rule, updates: Any, num_examples: Any = None) -> Judgement:
-    """The rule in the reference kernels in this process, numpy in and out. Traced once per rule."""
+    """The rule in the reference kernels in this process, numpy in and out."""
     batch = batch_of(updates, num_examples)
-    if rule not in _traced:
-        _traced[rule] = tf.function(traced(rule), reduce_retracing=True)
     state = tf.nest.map_structure(tf.constant, rule.initial_state(batch.updates.matrix.shape[1]))
     rows = (tf.constant(part) for part in (batch.updates.matrix, batch.num_examples, batch.places))
-    return tf.nest.map_structure(lambda tensor: tensor.numpy(), _traced[rule](state, *rows)[1])
+    return tf.nest.map_structure(lambda tensor: tensor.numpy(), traced_once(rule)(state, *rows)[1])
+
+
+@functools.cache
+def traced_once(rule: Rule) -> Any:
+    """`traced` for updates of any n and d: a trace takes 0.5 to 2 s, so all tests of a rule share one."""
+    unknown = tf.nest.map_structure(
+        lambda part: tf.TensorSpec([None] * np.ndim(part), tf.constant(part).dtype), rule.initial_state(1)
+    )
+    rows = (tf.TensorSpec([None, None]), tf.TensorSpec([None]), tf.TensorSpec([None], tf.int64))
+    return tf.function(traced(rule), input_signature=(unknown, *rows), autograph=False)
 
 
 def mean(updates: np.ndarray, num_examples: np.ndarray, cap_ratio: float = 10.0) -> np.ndarray:

@@ -7,9 +7,8 @@ from typing import Any
 
 import numpy as np
 import tensorflow as tf
-from aggregation_references import batch_of
+from aggregation_references import batch_of, traced_once
 
-from covey_coordinator.aggregation.factory import traced
 from covey_coordinator.aggregation.kernels.fast import NumpyKernels
 from covey_coordinator.aggregation.rules import Judgement, Rule
 
@@ -49,13 +48,12 @@ def rounds_in(door: str, rule: Rule, rounds: list[np.ndarray], counts: Any = Non
     state = rule.initial_state(rounds[0].shape[1])
     if door == "tensorflow":
         state = tf.nest.map_structure(tf.constant, state)
-        advance = tf.function(traced(rule), reduce_retracing=True)
     found = []
     for updates in rounds:
         batch = batch_of(updates, counts)
         if door == "tensorflow":
             rows = (tf.constant(part) for part in (batch.updates.matrix, batch.num_examples, batch.places))
-            state, judged = advance(state, *rows)
+            state, judged = traced_once(rule)(state, *rows)
             found.append(tf.nest.map_structure(lambda tensor: tensor.numpy(), (state, judged)))
         else:
             with np.errstate(all="ignore"):

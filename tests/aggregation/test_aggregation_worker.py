@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE_S
 
 from covey_coordinator.aggregation import worker as worker_module
 from covey_coordinator.aggregation.worker import Worker
@@ -50,22 +51,23 @@ if sys.argv[1] == "computing":
     worker.call(spin, 2**31 - 1)
 if sys.argv[1] in ("ending", "restarting"):
     sys.exit(0)
-time.sleep(60)
+time.sleep(600)  # longer than any test waits: it ends as it was told or fails the test
 """
 
 
-def wait_until_gone(pid: int, timeout_s: float = 10.0) -> bool:
-    """True once no process has this pid (a zombie is gone: it only waits for its parent)."""
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        try:
-            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-        except (FileNotFoundError, ProcessLookupError):
-            return True
-        if state == "Z":
-            return True
+def is_gone(pid: int) -> bool:
+    """No process has this pid (a zombie is gone: it only waits for its parent)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
+def wait_until_gone(pid: int) -> bool:
+    deadline = time.monotonic() + PATIENCE_S
+    while not (gone := is_gone(pid)) and time.monotonic() < deadline:
         time.sleep(0.02)
-    return False
+    return gone
 
 
 MARK = "COVEY_TEST_RUN"  # in the environment of the programs, and so of their workers
@@ -105,8 +107,8 @@ def end_program(tmp_path: Path, doing: str, how: signal.Signals | None, mark: st
             assert Path(f"/proc/{worker_pid}").exists()
             time.sleep(0.3)
             program.send_signal(how)
-        program.communicate(timeout=20)
-        assert wait_until_gone(worker_pid, timeout_s=2.0)
+        program.communicate(timeout=PATIENCE_S)
+        assert wait_until_gone(worker_pid)
     finally:
         program.kill()
         program.communicate()
@@ -137,7 +139,7 @@ def no_orphan_after(tmp_path: Path, endings: list[tuple[str, signal.Signals | No
     mark = str(tmp_path)
     for doing, how in endings:
         end_program(tmp_path, doing, how, mark)
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + PATIENCE_S
     while (left := marked_processes(mark)) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert left == []
@@ -180,7 +182,7 @@ def test_stop_leaves_no_process_and_can_be_repeated() -> None:
         assert pid is not None
         worker.stop()
         worker.stop()
-        assert wait_until_gone(pid, timeout_s=0.1)
+        assert is_gone(pid)
         assert worker.pid is None
 
 
@@ -236,11 +238,15 @@ def test_a_worker_that_dies_during_a_call_is_a_machine_error_and_is_replaced() -
     with Worker() as worker:
         pid = worker.pid
         assert pid is not None
-        timer = threading.Timer(0.3, os.kill, (pid, signal.SIGKILL))
-        timer.start()
+        over = threading.Event()
+
+        def killed() -> None:
+            os.kill(pid, signal.SIGKILL)
+            over.wait(PATIENCE_S)
+
         with pytest.raises(MachineError, match="ended with code -9"):
-            worker.call(time.sleep, 2)
-        timer.join()
+            worker.call(killed)
+        over.set()
         assert worker.call(os.getpid) == os.getpid()
         assert worker.pid not in (None, pid)
 

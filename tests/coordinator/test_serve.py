@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from brokers import RunningBroker
+from patience import PATIENCE_S
 
 from covey_coordinator.demo.devices import Shard, make_device
 from covey_coordinator.demo.processes import AgentProcesses
@@ -80,7 +81,7 @@ def serve(folder: Path, rounds: int) -> subprocess.CompletedProcess[str]:
     path = folder / "coordinator.toml"
     path.write_text((folder / "template").read_text().replace("{rounds}", str(rounds)))
     command = [sys.executable, "-m", "covey_edge", "serve", "--config", str(path)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE_S)
 
 
 def test_a_run_goes_on_after_its_newest_readable_checkpoint(clinic: Path, digits_bundle: bytes) -> None:
@@ -114,7 +115,7 @@ def test_a_stop_by_the_service_manager_is_orderly(clinic: Path) -> None:
         if line.startswith("round 1/"):
             break
     process.send_signal(signal.SIGTERM)
-    _, error = process.communicate(timeout=30)
+    _, error = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == errors.EXIT_INTERRUPTED
     assert "Traceback" not in error
 

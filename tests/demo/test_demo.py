@@ -14,13 +14,13 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+from patience import PATIENCE_S
 
 from covey_protocol import errors
 
 pytestmark = pytest.mark.fleet
 
 SMALL = ["--devices", "5", "--corrupted", "1", "--rounds", "2"]
-TIMEOUT_S = 120
 
 
 def command(folder: Path, *arguments: str) -> list[str]:
@@ -28,7 +28,7 @@ def command(folder: Path, *arguments: str) -> list[str]:
 
 
 def demo(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(folder, *arguments), capture_output=True, text=True, check=False, timeout=TIMEOUT_S)
+    return subprocess.run(command(folder, *arguments), capture_output=True, text=True, check=False, timeout=PATIENCE_S)
 
 
 def leftovers(folder: Path) -> list[str]:
@@ -43,7 +43,7 @@ def leftovers(folder: Path) -> list[str]:
 
 
 def wait_until_gone(folder: Path) -> list[str]:
-    end = time.monotonic() + 10
+    end = time.monotonic() + PATIENCE_S
     while (found := leftovers(folder)) and time.monotonic() < end:
         time.sleep(0.1)
     return found
@@ -136,7 +136,7 @@ def test_an_interrupt_at_any_moment_leaves_no_process_behind(moment: str, tmp_pa
     process = start(tmp_path, *SMALL[:4], "--rounds", "50", "--engine", "tff")
     read_until(process, wanted)
     process.send_signal(number)
-    _, error = process.communicate(timeout=60)
+    _, error = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == errors.EXIT_INTERRUPTED
     assert "Traceback" not in error
     assert wait_until_gone(tmp_path) == []
@@ -148,7 +148,7 @@ def test_an_interrupt_after_any_time_leaves_no_process_behind(tenths: int, tmp_p
     process = start(tmp_path, *SMALL[:4], "--rounds", "50", "--engine", "tff")
     time.sleep(tenths / 10)
     process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=60)
+    _, error = process.communicate(timeout=PATIENCE_S)
     assert process.returncode in (errors.EXIT_INTERRUPTED, -signal.SIGINT)  # the latter while Python itself starts
     assert "Traceback" not in error or tenths < 5, error
     assert wait_until_gone(tmp_path) == []
@@ -158,7 +158,7 @@ def test_even_a_killed_demo_leaves_no_process_behind(tmp_path: Path) -> None:
     process = start(tmp_path, *SMALL[:4], "--rounds", "50", "--engine", "tff")
     read_until(process, "round 1/")
     process.kill()
-    process.communicate(timeout=60)
+    process.communicate(timeout=PATIENCE_S)
     assert wait_until_gone(tmp_path) == []
 
 
@@ -178,7 +178,7 @@ def test_an_agent_that_is_killed_is_named_and_the_demo_goes_on(tmp_path: Path) -
         if str(tmp_path / "test" / "devices" / "device-02" / "agent.toml") in child.cmdline()
     )
     agent.kill()
-    output, error = process.communicate(timeout=TIMEOUT_S)
+    output, error = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0, error
     assert "the agent of device-02 ended (SIGKILL); the round goes on without it" in output
     assert len(table(output)) == 4
@@ -188,7 +188,7 @@ def test_a_broker_that_dies_is_named_with_the_documented_code(tmp_path: Path) ->
     process = start(tmp_path, *SMALL[:4], "--rounds", "50", "--engine", "direct")
     read_until(process, "round 1/")
     child_with(process, "broker", "run").kill()
-    _, error = process.communicate(timeout=60)
+    _, error = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == errors.EXIT_TRANSPORT
     assert re.search(r"^covey: error: the embedded broker at mqtt://127\.0\.0\.1:\d+ ended \(SIGKILL\)", error)
     assert wait_until_gone(tmp_path) == []

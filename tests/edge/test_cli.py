@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from patience import PATIENCE_S
 
 from covey_edge.runtime import installed
 from covey_protocol import errors
@@ -19,7 +20,7 @@ from covey_protocol.seals import SealingKey
 ROOT = Path(__file__).parent.parent.parent
 
 
-def covey(*arguments: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+def covey(*arguments: str, timeout: float = PATIENCE_S) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "covey_edge", *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=timeout)
 
@@ -138,5 +139,5 @@ def test_an_interrupt_ends_the_broker_quietly() -> None:
     broker.stdout.readline()
     time.sleep(0.2)
     broker.send_signal(2)
-    _, error = broker.communicate(timeout=10)
+    _, error = broker.communicate(timeout=PATIENCE_S)
     assert "Traceback" not in error

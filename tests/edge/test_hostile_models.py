@@ -13,6 +13,7 @@ from typing import Any
 import handmade_bundles as handmade
 import numpy as np
 import pytest
+from patience import PATIENCE_S
 
 from covey_edge.frames import Done, Frame, Open, Problem, Run
 from covey_edge.runtime import Model
@@ -35,7 +36,7 @@ class Device:
 
     def _ask(self, frame: Frame, timeout_s: float) -> Any:
         self.process.request("round", frame, timeout_s)
-        return self._answers.get(timeout=timeout_s + 20)
+        return self._answers.get(timeout=timeout_s + PATIENCE_S)
 
     def train(self, bundle: bytes, timeout_s: float = 60.0) -> Any:
         path, data = self._folder / "bundle", self._folder / "data.npz"

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from patience import PATIENCE_S
 
 from covey_edge.frames import Done, Open, Probe, Problem, Run
 from covey_edge.runtime import Model
@@ -183,19 +184,19 @@ def test_a_killed_child_is_a_problem_and_the_next_request_starts_a_new_one(
 ) -> None:
     process, answers = child
     probe = Probe("npz", str(device / "data.npz"))
-    process.request("first", probe, 30)
-    assert answers.get(timeout=30) == ("first", PROBED)
+    process.request("first", probe, PATIENCE_S)
+    assert answers.get(timeout=PATIENCE_S) == ("first", PROBED)
     first = process.pid
     assert first is not None
     os.kill(first, signal.SIGSTOP)  # as a training that hangs
-    process.request("second", probe, 30)
+    process.request("second", probe, PATIENCE_S)
     os.kill(first, signal.SIGKILL)
-    token, problem = answers.get(timeout=30)
+    token, problem = answers.get(timeout=PATIENCE_S)
     assert token == "second"
     assert isinstance(problem, Problem)
     assert "SIGKILL" in problem.what
-    process.request("third", probe, 30)
-    assert answers.get(timeout=30) == ("third", PROBED)
+    process.request("third", probe, PATIENCE_S)
+    assert answers.get(timeout=PATIENCE_S) == ("third", PROBED)
     assert process.pid != first
 
 
@@ -204,12 +205,12 @@ def test_a_training_that_takes_too_long_is_ended(
 ) -> None:
     process, answers = child
     probe = Probe("npz", str(device / "data.npz"))
-    process.request("first", probe, 30)
-    answers.get(timeout=30)
+    process.request("first", probe, PATIENCE_S)
+    answers.get(timeout=PATIENCE_S)
     assert process.pid is not None
     os.kill(process.pid, signal.SIGSTOP)
     process.request("slow", probe, 0.3)
-    token, problem = answers.get(timeout=10)
+    token, problem = answers.get(timeout=PATIENCE_S)
     assert token == "slow"
     assert "longer than 0.3 s" in problem.what
     assert process.pid is None

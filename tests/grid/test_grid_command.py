@@ -13,8 +13,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+from patience import PATIENCE_S
 
-pytestmark = [pytest.mark.fleet, pytest.mark.timeout(600)]  # TensorFlow's import on a busy machine
+pytestmark = pytest.mark.fleet
 
 TINY = """
 data = "breast-cancer"
@@ -29,7 +30,6 @@ steps = 5
 """
 CELLS = 2 * (3 + 3 * 3)
 REFUSED = 2 * 3  # krum with 2 of 6; these are there before any training
-TIMEOUT_S = 250
 
 
 def command(folder: Path, *arguments: str) -> list[str]:
@@ -40,7 +40,7 @@ def command(folder: Path, *arguments: str) -> list[str]:
 
 
 def grid(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(folder, *arguments), capture_output=True, text=True, check=False, timeout=TIMEOUT_S)
+    return subprocess.run(command(folder, *arguments), capture_output=True, text=True, check=False, timeout=PATIENCE_S)
 
 
 def saved(folder: Path) -> dict[str, bytes]:
@@ -57,7 +57,7 @@ def ended_in_the_middle(folder: Path, number: int, cells: int) -> tuple[int, str
     process = subprocess.Popen(
         command(folder), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
-    end = time.monotonic() + TIMEOUT_S
+    end = time.monotonic() + PATIENCE_S
     while len(list((folder / "grid" / "cells").glob("*.json"))) < cells or not psutil.Process(process.pid).children():
         assert process.poll() is None
         assert time.monotonic() < end
@@ -67,8 +67,8 @@ def ended_in_the_middle(folder: Path, number: int, cells: int) -> tuple[int, str
         os.killpg(process.pid, number)  # as a terminal does, to the workers too
     else:
         process.send_signal(number)
-    said = process.communicate(timeout=TIMEOUT_S)[0]
-    _, alive = psutil.wait_procs(workers, timeout=20)
+    said = process.communicate(timeout=PATIENCE_S)[0]
+    _, alive = psutil.wait_procs(workers, timeout=PATIENCE_S)
     assert not alive
     return process.returncode, said
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from export_helpers import BATCH, batch_of, opened, parameters
+from patience import PATIENCE_S
 
 from covey_models import export, zoo
 from covey_models._tensorflow import import_tensorflow
@@ -99,7 +100,7 @@ def test_a_bundle_trains_where_tensorflow_is_not_imported(digits_bytes: bytes, t
         assert losses[-1] < losses[0], losses
         assert "tensorflow" not in sys.modules
     """
-    subprocess.run([sys.executable, "-c", code, str(path)], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code, str(path)], check=True, timeout=PATIENCE_S)
 
 
 def test_absent_examples_have_no_part_in_the_step(digits_bundle: Bundle) -> None:
@@ -372,5 +373,5 @@ def test_what_cannot_be_exported_is_refused_by_name(case: str, capfd: pytest.Cap
 
 def test_importing_the_package_and_its_command_line_imports_nothing_heavy() -> None:
     code = "import sys, covey_models.cli; print([n for n in ('tensorflow', 'sklearn', 'numpy') if n in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.stdout.strip() == "[]"

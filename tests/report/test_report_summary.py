@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from patience import PATIENCE_S
 from report_helpers import CORRUPTED, demo, inversion_of_a_picture, run
 
 from covey_coordinator.records import ACCEPTED, MISSING, REJECTED, DeviceVerdict, RoundRecord, RunRecord
@@ -114,5 +115,5 @@ def test_the_terminal_table_needs_neither_tensorflow_nor_matplotlib():
         "heavy = {'tensorflow', 'matplotlib', 'scipy', 'tensorflow_federated'} & set(sys.modules)\n"
         "sys.exit(str(heavy) if heavy else 0)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     assert done.returncode == 0, done.stderr

@@ -110,6 +110,7 @@ def serve(path: Path, say: Callable[[str], None], check: Callable[[], None] = la
     _check_training(path, config.training, bundle.manifest)
     rule = _rule(path, config)
     rule.check(config.round.quorum)
+    roster, broker = roster_from(config.devices), read_broker(config.broker, folder)
     store = RunStore(folder / config.runs_dir / config.run)
     parameters, done = _resume(store, config.run, Model(bundle).parameters(), say)
     with contextlib.ExitStack() as stack:
@@ -121,8 +122,6 @@ def serve(path: Path, say: Callable[[str], None], check: Callable[[], None] = la
             config.server.learning_rate,
         )
         stack.callback(engine.close)
-        roster = roster_from(config.devices)
-        broker = read_broker(config.broker, folder)
         fleet = Fleet(broker, config.fleet, key, roster, chunk_bytes=config.chunk_bytes, check=check)
         fleet.connect()
         stack.callback(fleet.close)

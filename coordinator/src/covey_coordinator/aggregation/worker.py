@@ -44,7 +44,7 @@ if os.getppid() != int(sys.argv[1]):
 os.execv(sys.argv[2], sys.argv[2:])
 """
 START_ATTEMPTS = 3  # another program may take the port between our look and the worker's bind
-START_TIMEOUT_S = 60.0  # about 1 s on an idle desktop; slow disks read 300 MB first
+START_TIMEOUT_S = 180.0  # about 1 s on an idle desktop; slow disks read 300 MB first, busy machines make it wait
 STOP_TIMEOUT_S = 5.0  # the worker ends within 10 ms of SIGTERM, busy or idle
 POLL_S = 0.2
 LISTEN_POLL_S = 0.02
