@@ -106,7 +106,7 @@ def test_verdicts_come_in_the_order_given_and_say_why() -> None:
     updates = list(some_updates(4, hostile=1))
     updates[2] = updates[2].copy()
     updates[2][0] = np.nan
-    with direct(make_rule("multi-krum", 1)) as engine:
+    with direct(make_rule("multi-krum", 2)) as engine:  # one of the two is refused before the rule
         result = engine.step(PARAMETERS, updates, COUNTS, IDS)
     assert [verdict.device_id for verdict in result.verdicts] == list(IDS)
     hostile, honest, broken = result.verdicts[:3]

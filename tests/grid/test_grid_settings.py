@@ -59,6 +59,13 @@ attacks = [{attack = "ipm", epsilon = 10.0}]
     assert list(plan.attacks) == ["ipm epsilon=10.0"]
 
 
+def test_rows_behind_pre_steps_are_named_after_them() -> None:
+    steps = ({"rule": "median", "before": ["nnm"]}, {"rule": "median", "before": [{"step": "bucketing", "size": 3}]})
+    plan = plan_of(GridSettings(rules=steps, attacks=("none",)))
+    assert list(plan.rules) == ["nnm+median", "bucketing size=3+median"]
+    assert plan.rules["bucketing size=3+median"].made(2).name == "bucketing + median"
+
+
 def test_specs_on_the_command_line_read_as_in_toml() -> None:
     assert parse_spec("rule", "multi-krum:num_selected=5,neighbours=n-f-1") == {
         "rule": "multi-krum",
