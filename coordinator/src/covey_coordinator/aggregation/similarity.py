@@ -22,8 +22,8 @@ def cosines_between(k: Kernels, updates: Updates) -> tuple[Any, Any]:
 def cosine_distances(k: Kernels, updates: Updates) -> tuple[Any, Any]:
     """(n, n) float64 distances 1 - cosine, 0 on the diagonal, and (n,) Euclidean norms.
 
-    Half the squared distances between the rows scaled to length 1, so they are right to some digits where cosines are all
-    but 1: at directions a ten-thousandth apart. A row of zeros has distance 1 from every other.
+    Half the squared distances between the rows scaled to length 1. Right to 1e-4 of themselves at directions that are a
+    ten-thousandth apart, where cosines are all but 1. A row of zeros has distance 1 from every other.
     """
     norms = k.sqrt(k.square_norms(updates))
     directions = updates.through(k.arange(k.count(updates))[:, None], k.divide(1.0, norms)[:, None])
