@@ -24,7 +24,7 @@ from covey_coordinator.aggregation.kernels.normal import normal_quantile, normal
 from covey_coordinator.aggregation.kernels.reference import TensorFlowKernels
 from covey_coordinator.aggregation.registry import make_rule
 from covey_coordinator.aggregation.rules import Batch, Rule, least_devices
-from covey_coordinator.aggregation.similarity import cosines_between
+from covey_coordinator.aggregation.similarity import cosine_distances, cosines_between
 from covey_protocol.errors import ConfigError, RuleError
 
 RULES: dict[str, Rule] = {
@@ -58,6 +58,22 @@ def test_cosines_are_right_to_a_millionth_at_any_size_of_the_rows(n: int, d: int
     found, norms = cosines_between(NumpyKernels(), Updates(rows))
     np.testing.assert_allclose(found, reference.cosines(rows), atol=3e-6)
     np.testing.assert_allclose(norms, np.linalg.norm(rows.astype(np.float64), axis=1), rtol=3e-6)
+
+
+@pytest.mark.parametrize("spread", [1.0, 1e-2, 1e-3, 1e-4])
+def test_cosine_distances_are_right_where_cosines_are_all_but_one(spread: float) -> None:
+    rows = noisy(7, n=9, d=3000, spread=spread)
+    rows[1] *= np.float32(1e15)
+    rows[2] *= np.float32(1e-30)
+    rows[3] = 0
+    found, norms = cosine_distances(NumpyKernels(), Updates(rows))
+    rest = [0, 1, 2, 4, 5, 6, 7, 8]
+    expected = reference.cosine_distances(rows[rest])
+    np.testing.assert_allclose(found[np.ix_(rest, rest)], expected, rtol=2e-4)
+    np.testing.assert_array_equal(found[3], [1, 1, 1, 0, 1, 1, 1, 1, 1])
+    np.testing.assert_allclose(norms, np.linalg.norm(rows.astype(np.float64), axis=1), rtol=3e-6)
+    naive = 1 - cosines_between(NumpyKernels(), Updates(rows[rest]))[0]
+    assert np.allclose(naive, expected, rtol=2e-4, atol=1e-12) == (spread > 1e-4)
 
 
 # ---- FoolsGold

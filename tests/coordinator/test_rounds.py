@@ -20,6 +20,7 @@ import pytest
 from brokers import RunningBroker, free_port, start_mosquitto, stop_broker
 from patience import PATIENCE_S
 
+from covey_coordinator import serve
 from covey_coordinator.aggregation.engines import make_engine
 from covey_coordinator.aggregation.registry import make_rule
 from covey_coordinator.coordinator import Coordinator, RoundResult, Timing
@@ -346,6 +347,47 @@ def test_a_hostile_update_is_named_and_kept_out(what: str, setup: Setup, coordin
     assert re.search(reason, verdict.reason), verdict.reason
     assert result.outcome == "published"
     assert np.abs(result.parameters - setup.parameters()).max() < 10
+
+
+STARVING = {
+    "two that send NaN": lambda d: [np.full(d, np.nan, "<f4")] * 2,
+    "two that send too much": lambda d: [np.zeros(d + 1, "<f4")] * 2,
+    "one that sends zeros, one that sends too little": lambda d: [np.zeros(d, "<f4"), np.ones(d - 1, "<f4")],
+}
+
+
+@pytest.mark.parametrize("what", STARVING)
+def test_f_devices_that_are_refused_do_not_starve_a_round(what: str, setup: Setup, coordinator_key: SealingKey) -> None:
+    """Multi-Krum bears two of seven, but no two of five."""
+    keys = {name: SealingKey.generate() for name in ("m", "n")}
+    setup.shards = [*setup.shards, *setup.shards]
+    ids = ["a", "b", "c", "d", "e"]
+    setup.start(ids, roster={name: key.public for name, key in keys.items()})
+    mallories = [Mallory(setup.url, key, name) for name, key in keys.items()]
+    updates = STARVING[what](len(setup.parameters()))
+    threads = [
+        threading.Thread(target=deliver, args=(mallory, coordinator_key, update.tobytes()))
+        for mallory, update in zip(mallories, updates)
+    ]
+    try:
+        for mallory, thread in zip(mallories, threads):
+            mallory.say(Presence(True, 1), channel="presence")
+            thread.start()
+        result = setup.run(rule="multi-krum", num_byzantine=2, device_ids=[*ids, *keys], quorum=5)
+        for thread in threads:
+            thread.join()
+    finally:
+        for mallory in mallories:
+            mallory.close()
+    assert result.outcome == "published", result.reason
+    assert {name for name, status in statuses(result).items() if status == ACCEPTED} == set(ids)
+    assert setup.coordinator is not None
+    stored = [setup.coordinator.store.read_update(result.offers["a"].round_id, name) for name in ids]
+    np.testing.assert_allclose(result.parameters, setup.parameters() + np.mean(stored, axis=0), atol=1e-6)
+    assert result.measurements["num_byzantine_left"] == 0
+    head = serve._lines(1, 1, result)[0]
+    assert head.startswith("round 1/1 published: 5 of 7 updates")
+    assert head.endswith(", num_byzantine_left 0 of 2")
 
 
 def test_strangers_forgers_and_nonsense_change_nothing(setup: Setup) -> None:

@@ -18,11 +18,11 @@ from patience import PATIENCE_S
 
 from covey_edge.frames import Done, Open, Probe, Problem, Run
 from covey_edge.runtime import Model
-from covey_edge.trainer import Trainer, protect
+from covey_edge.trainer import Trainer, check_sendable, protect
 from covey_edge.training_process import TrainingProcess
 from covey_protocol.blobs import blob_ref
 from covey_protocol.bundle import read_bundle
-from covey_protocol.errors import BundleError
+from covey_protocol.errors import BundleError, TrainingError
 from covey_protocol.messages import TrainingPlan
 from covey_protocol.seals import SealingKey
 
@@ -92,6 +92,26 @@ def test_the_same_request_gives_the_same_bits_and_another_seed_others(opened: tu
     np.testing.assert_array_equal(first, update_of(trainer.answer(run_request(received))))
     plan = TrainingPlan(epochs=2, learning_rate=0.1, shuffle_seed=2)
     assert not np.array_equal(first, update_of(trainer.answer(run_request(received, plan=plan))))
+
+
+def test_what_a_coordinator_refuses_is_a_failure_on_the_device(opened: tuple[Trainer, np.ndarray]) -> None:
+    trainer, received = opened
+    for rate, what in ((1e-46, "all zeros"), (1e25, "training diverged")):
+        answer = trainer.answer(run_request(received, plan=TrainingPlan(epochs=1, learning_rate=rate)))
+        assert isinstance(answer, Problem)
+        assert (answer.kind, what in answer.what) == ("TrainingError", True), answer
+    with pytest.raises(TrainingError, match="has norm inf"):
+        check_sendable(np.full(4, 3e38, np.float32))
+    with pytest.raises(TrainingError, match=r"has norm 2\.0e\+18"):
+        check_sendable(np.full(4, 1e18, np.float32))
+    check_sendable(np.full(4, 1e-40, np.float32))
+
+
+def test_an_update_of_zeros_leaves_under_noise(opened: tuple[Trainer, np.ndarray]) -> None:
+    """Or its absence would tell what the noise is to hide."""
+    trainer, received = opened
+    plan = TrainingPlan(epochs=1, learning_rate=1e-46)
+    assert update_of(trainer.answer(run_request(received, plan=plan, clip_norm=1.0, noise_multiplier=0.1))).any()
 
 
 def test_one_example_means_one_example(opened: tuple[Trainer, np.ndarray]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from covey_coordinator.grid.command import grid_command, settings_from, usable_j
 from covey_coordinator.grid.folder import Folder
 from covey_coordinator.grid.picture import heat_map
 from covey_coordinator.grid.settings import Cell, GridSettings, canonical, parse_spec, plan_of
-from covey_coordinator.grid.summary import panels_of, summary_of
+from covey_coordinator.grid.summary import panels_of, summary_of, table_lines
 from covey_protocol.errors import ConfigError, CoveyError
 
 NO_OPTIONS: dict[str, Any] = {"rules": (), "attacks": (), "fractions": ()}
@@ -57,6 +58,13 @@ attacks = [{attack = "ipm", epsilon = 10.0}]
     assert list(plan.rules) == ["median", "five"]
     assert dict(plan.rules["five"].settings) == {"num_selected": 5}
     assert list(plan.attacks) == ["ipm epsilon=10.0"]
+
+
+def test_rows_behind_pre_steps_are_named_after_them() -> None:
+    steps = ({"rule": "median", "before": ["nnm"]}, {"rule": "median", "before": [{"step": "bucketing", "size": 3}]})
+    plan = plan_of(GridSettings(rules=steps, attacks=("none",)))
+    assert list(plan.rules) == ["nnm+median", "bucketing size=3+median"]
+    assert plan.rules["bucketing size=3+median"].made(2).name == "bucketing + median"
 
 
 def test_specs_on_the_command_line_read_as_in_toml() -> None:
@@ -196,6 +204,31 @@ def test_the_summary_takes_means_over_seeds_and_the_worst_over_attacks() -> None
     }
     assert summary_of(plan, panels)["krum"][1]["worst_accuracy"] is None
     json.dumps(summary_of(plan, panels), allow_nan=False)
+
+
+def test_the_terminal_shows_backdoors_beside_the_worst_accuracy() -> None:
+    plan, results = made_up()
+    lines = table_lines(plan, panels_of(plan, results))
+    assert lines[0] == "worst accuracy over all attacks, by share of corrupted devices (mean of 2 seeds)"
+    assert lines[2:4] == ["mean   85.0%   35.0%", "krum   85.0% refuses"]
+    assert lines[5].startswith("how often a backdoor's trigger works")
+    assert lines[6:] == ["rule     40%", "mean   75.0%", "krum refuses"]
+    alone = plan_of(GridSettings(rules=("mean",), attacks=("alie",), fractions=(0.4,), seeds=1))
+    cell = alone.cells()[0]
+    (title, _, row) = table_lines(alone, panels_of(alone, [result_of(cell, 0.5)]))
+    assert title.endswith("(mean of 1 seed)")
+    assert row == "mean   50.0%"
+
+
+def test_long_names_of_rules_are_not_cut_off_in_the_picture() -> None:
+    from matplotlib.image import imread
+
+    label = "bucketing size=3+geometric-median f=4"
+    rules = ({"rule": "mean", "label": label},)
+    plan = plan_of(GridSettings(rules=rules, attacks=("alie",), fractions=(0.0, 0.4), seeds=1))
+    picture = imread(io.BytesIO(heat_map(plan, panels_of(plan, []))))
+    assert (picture[:, :3] == 1.0).all()
+    assert not (picture[:, 3:120] == 1.0).all()
 
 
 def test_the_picture_is_the_same_png_each_time_and_shows_refusals() -> None:

@@ -98,9 +98,20 @@ def test_the_backdoor_owns_the_mean_and_its_success_is_measured() -> None:
     assert cell_of("mean", "none")["backdoor_success"] is None
 
 
-def test_rounds_that_screening_leaves_too_small_are_counted_and_the_model_stands_still() -> None:
-    settings = GridSettings(rules=("multi-krum",), fractions=(0.25,), devices=8, rounds=3)  # 6 left, 7 are needed
+def test_devices_that_are_refused_count_as_corrupted_ones_and_starve_no_round() -> None:
+    settings = GridSettings(
+        rules=("multi-krum",), fractions=(0.25,), devices=8, rounds=3
+    )  # 6 left, and 7 would be needed for f = 2
     result = simulated(plan_of(settings), Cell("multi-krum", "nan", 0.25, 2, 0))
+    assert (result["rounds_refused"], result["told"]) == (0, 2)
+    assert len(set(result["curve"])) == 3
+
+
+def test_rounds_that_the_rule_refuses_are_counted_and_the_model_stands_still() -> None:
+    told_less = {"rule": "multi-krum", "num_byzantine": 1, "num_selected": 7}
+    settings = GridSettings(rules=(told_less,), fractions=(0.25,), devices=8, rounds=3)  # 6 left, not 7 to select
+    plan = plan_of(settings)
+    result = simulated(plan, Cell(next(iter(plan.rules)), "nan", 0.25, 2, 0))
     assert result["rounds_refused"] == 3
-    assert "multi-krum needs n > 2f + 2" in result["last_refusal"]
+    assert "num_selected = 7 of 6 updates" in result["last_refusal"]
     assert len(set(result["curve"])) == 1

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -47,6 +47,8 @@ class StepOutcome(Protocol):
     def parameters(self) -> Floats: ...
     @property
     def verdicts(self) -> Sequence[records.DeviceVerdict]: ...
+    @property
+    def measurements(self) -> Mapping[str, float]: ...
 
 
 class Engine(Protocol):
@@ -66,7 +68,11 @@ class Timing:
 
 @dataclass(frozen=True)
 class RoundResult:
-    """parameters: of the new global model (the old ones when the round was abandoned)."""
+    """parameters: of the new global model (the old ones when the round was abandoned).
+
+    measurements: the engine's numbers to log, among them num_byzantine_left, what the rule was run with after devices
+    at fault were refused. Empty without an aggregation.
+    """
 
     parameters: Floats
     outcome: str
@@ -74,6 +80,7 @@ class RoundResult:
     verdicts: Sequence[records.DeviceVerdict]
     offers: dict[str, Offer] = field(default_factory=dict)
     seconds: float = 0.0
+    measurements: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -86,6 +93,7 @@ class _Round:
     engine: Engine | None
     arrivals: Arrivals
     verdicts: list[records.DeviceVerdict] = field(default_factory=list)
+    measurements: Mapping[str, float] = field(default_factory=dict)
     offers: dict[str, Offer] = field(default_factory=dict)
     finished: rounds.Finished | None = None
 
@@ -174,7 +182,9 @@ class Coordinator:
         ]
         verdicts = sorted([*state.verdicts, *missing], key=lambda verdict: verdict.device_id)
         seconds = time.monotonic() - started
-        return RoundResult(state.result, finished.outcome, finished.reason, verdicts, state.offers, seconds)
+        return RoundResult(
+            state.result, finished.outcome, finished.reason, verdicts, state.offers, seconds, state.measurements
+        )
 
     def _handle(self, state: _Round, event: rounds.Event) -> None:
         try:
@@ -202,12 +212,14 @@ class Coordinator:
         if state.engine is None:
             state.verdicts = [records.DeviceVerdict(device_id, records.ACCEPTED) for device_id in device_ids]
             return rounds.Aggregated({})
+        refused = sum(progress is Progress.REFUSED for progress in state.machine.progress().values())
+        screened = state.arrivals.screened(device_ids, refused_on_arrival=refused)
         try:
-            outcome = state.engine.aggregate(state.parameters, state.arrivals.screened(device_ids))
+            outcome = state.engine.aggregate(state.parameters, screened)
         except RuleError as exc:
             return rounds.AggregationRefused(str(exc))
         state.result = outcome.parameters
-        state.verdicts = list(outcome.verdicts)
+        state.verdicts, state.measurements = list(outcome.verdicts), outcome.measurements
         reasons = {
             v.device_id: "" if v.status == records.ACCEPTED else v.reason or "rejected" for v in outcome.verdicts
         }

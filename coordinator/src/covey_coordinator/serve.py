@@ -209,4 +209,10 @@ def _lines(number: int, rounds: int, result: RoundResult) -> list[str]:
     loss = f", median training loss {np.median(losses):.4f}" if losses else ""
     head = f"round {number}/{rounds} {result.outcome}: {used} of {len(result.verdicts)} updates{loss}"
     reasons = [f"  {v.device_id} {v.status}: {v.reason}" for v in result.verdicts if v.status != ACCEPTED]
-    return [f"{head}{f' ({result.reason})' if result.reason else ''}", *reasons]
+    return [f"{head}{_byzantine_left(result)}{f' ({result.reason})' if result.reason else ''}", *reasons]
+
+
+def _byzantine_left(result: RoundResult) -> str:
+    """What became of num_byzantine where devices at fault were refused (docs/adr/0014)."""
+    told, left = (result.measurements.get(name, 0.0) for name in ("num_byzantine", "num_byzantine_left"))
+    return f", num_byzantine_left {left:.0f} of {told:.0f}" if left < told else ""

@@ -24,7 +24,7 @@ from covey_edge.runtime import Floats, Model, installed
 from covey_protocol.bundle import Manifest, read_bundle
 from covey_protocol.errors import BundleError, CoveyError, DataError, TrainingError
 from covey_protocol.messages import TrainingPlan
-from covey_protocol.parameters import offsets
+from covey_protocol.parameters import MAX_UPDATE_NORM, offsets
 from covey_protocol.privacy import add_gaussian_noise, clip
 from covey_protocol.seals import PublicKey
 
@@ -97,6 +97,7 @@ class Trainer:
         update = protect(update, request.clip_norm, request.noise_multiplier)
         if request.noise_multiplier:
             update = keep_variances(update, received, self._model.manifest)
+        check_sendable(update)
         metrics = {
             "loss_before": loss_before,
             "accuracy_before": accuracy_before,
@@ -108,6 +109,19 @@ class Trainer:
         # a metric that is not a number would only confuse whoever averages it
         finite = {name: value for name, value in metrics.items() if np.isfinite(value)}
         return Done(update.astype("<f4").tobytes(), len(x), finite, self._model.runtime)
+
+
+def check_sendable(update: Floats) -> None:
+    """TrainingError for what a coordinator refuses from anybody; a device that works reports a failure instead.
+
+    Whoever sends it all the same is counted among the hostile devices that the coordinator's rule bears.
+    """
+    with np.errstate(over="ignore"):  # infinity is too large as well
+        norm = float(np.linalg.norm(update))
+    if not norm <= MAX_UPDATE_NORM:
+        raise TrainingError(f"training diverged: the update has norm {norm:.1e}", "lower the learning rate")
+    if not update.any():
+        raise TrainingError("training changed nothing: the update is all zeros", "raise the learning rate")
 
 
 def train(model: Model, examples: Examples, plan: TrainingPlan, device_id: str) -> float:

@@ -13,6 +13,8 @@ import msgspec
 
 from covey_protocol.errors import BundleError
 
+MAX_UPDATE_NORM = 1e18  # squares must stay finite in float32 (below 1.8e19): adaptive optimizers keep them for ever
+
 
 class ParameterSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One tensor of a model.

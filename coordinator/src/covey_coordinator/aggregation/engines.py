@@ -8,6 +8,9 @@ An update is trained minus received, so the optimizer sees the negative aggregat
 learning rate of 1 the new parameters are exactly received + aggregate. Parameters that are not trainable (BatchNorm's
 moving statistics) take part in the rule like all others but bypass the optimizer: their aggregate is added as it is.
 A round that fails, whatever the reason, leaves the engine as it was.
+
+Devices that screening refuses were among the num_byzantine that the rule was told, so the rule runs with so many fewer
+on the rest (docs/adr/0014); otherwise they could starve rounds below the rule's precondition by sending NaN.
 """
 
 from __future__ import annotations
@@ -74,8 +77,10 @@ class Door(Protocol):
     def initial_states(self) -> tuple[Any, Any]:
         """State of the rule and state of the server optimizer before the first round."""
 
-    def judge(self, state: Any, updates: Array, num_examples: Array, places: Places) -> tuple[Any, Judgement]:
-        """The rule on screened rows; numpy arrays in the judgement."""
+    def judge(
+        self, rule: Rule, state: Any, updates: Array, num_examples: Array, places: Places
+    ) -> tuple[Any, Judgement]:
+        """The rule on screened rows; numpy arrays in the judgement. rule: the door's own, perhaps with another f."""
 
     def apply(self, state: Any, weights: list[Array], gradients: list[Array]) -> tuple[Any, list[Array]]:
         """The server optimizer on the trainable parameters."""
@@ -153,9 +158,11 @@ class _RoundEngine:
     def aggregate(self, parameters: Array, screened: Screened) -> StepResult:
         if parameters.shape != (self._layout.d,) or parameters.dtype != np.float32:
             raise UsageError(f"parameters {parameters.dtype}{parameters.shape} instead of float32 ({self._layout.d},)")
-        self._check(screened)
+        rule = self._rule.with_num_byzantine(max(0, self._rule.num_byzantine - screened.num_faulty))
+        self._check(rule, screened)
         places = np.array([self._places.setdefault(one, len(self._places)) for one in screened.device_ids], np.int64)
-        rule_state, judgement = self._door.judge(self._rule_state, screened.updates, screened.num_examples, places)
+        rows = screened.updates, screened.num_examples, places
+        rule_state, judgement = self._door.judge(rule, self._rule_state, *rows)
         optimizer_state, new_parameters = self._apply(parameters, judgement.aggregate)
         if not np.isfinite(new_parameters).all():
             raise RuleError(
@@ -165,8 +172,12 @@ class _RoundEngine:
         self._rule_state, self._optimizer_state = rule_state, optimizer_state
         return StepResult(
             parameters=new_parameters,
-            verdicts=_verdicts(self._rule, screened, judgement),
-            measurements=_measurements(screened, judgement, new_parameters - parameters),
+            verdicts=_verdicts(rule, screened, judgement),
+            measurements={
+                "num_byzantine": float(self._rule.num_byzantine),
+                "num_byzantine_left": float(rule.num_byzantine),
+                **_measurements(screened, judgement, new_parameters - parameters),
+            },
         )
 
     @property
@@ -176,15 +187,16 @@ class _RoundEngine:
     def close(self) -> None:
         self._door.close()
 
-    def _check(self, screened: Screened) -> None:
+    def _check(self, rule: Rule, screened: Screened) -> None:
         """The rule's precondition on what survived screening; a refusal says what was screened out."""
         try:
-            self._rule.check(len(screened.device_ids))
+            rule.check(len(screened.device_ids))
         except RuleError as error:
             if not screened.reasons:
                 raise
             refused = ", ".join(f"{device_id}: {reason}" for device_id, reason in sorted(screened.reasons.items()))
-            raise RuleError(f"{error.what} (refused before the rule: {refused})", error.remedy) from error
+            told = f"refused before the rule, each one of num_byzantine = {self._rule.num_byzantine}"
+            raise RuleError(f"{error.what} ({told}: {refused})", error.remedy) from error
 
     def _apply(self, parameters: Array, aggregate: Array) -> tuple[Any, Array]:
         layout = self._layout
@@ -251,7 +263,7 @@ class DirectDoor:
 
         from covey_coordinator.aggregation.kernels.fast import NumpyKernels
 
-        self._rule, self._d, self._kernels = rule, total_size(specs), NumpyKernels()
+        self._first_state, self._kernels = rule.initial_state(total_size(specs)), NumpyKernels()
         tensor_specs = [tf.TensorSpec(spec.shape, tf.float32) for spec in specs if spec.trainable]
         self._optimizer_state = _as_tensors(optimizer.initialize(tensor_specs))
         state_specs = tf.nest.map_structure(tf.TensorSpec.from_tensor, self._optimizer_state)
@@ -260,11 +272,13 @@ class DirectDoor:
         self._next = step.get_concrete_function(state_specs, tensor_specs, tensor_specs)
 
     def initial_states(self) -> tuple[Any, Any]:
-        return self._rule.initial_state(self._d), self._optimizer_state
+        return self._first_state, self._optimizer_state
 
-    def judge(self, state: Any, updates: Array, num_examples: Array, places: Places) -> tuple[Any, Judgement]:
+    def judge(
+        self, rule: Rule, state: Any, updates: Array, num_examples: Array, places: Places
+    ) -> tuple[Any, Judgement]:
         with np.errstate(all="ignore"):  # as in TensorFlow: rules deal with what is not finite themselves
-            return self._rule.advance(self._kernels, state, Batch(Updates(updates), num_examples, places))
+            return rule.advance(self._kernels, state, Batch(Updates(updates), num_examples, places))
 
     def apply(self, state: Any, weights: list[Array], gradients: list[Array]) -> tuple[Any, list[Array]]:
         state, new_weights = self._next(state, _as_tensors(weights), _as_tensors(gradients))
@@ -282,7 +296,10 @@ def _as_tensors(nest: Any) -> Any:
 
 
 class TffDoor:
-    """TFF's aggregation process around the rule and TFF's optimizer finalizer, run on a worker with real updates."""
+    """TFF's aggregation process around the rule and TFF's optimizer finalizer, run on a worker with real updates.
+
+    A rule's f is part of its traced function, so each f that comes up gets a process, made when it first does.
+    """
 
     def __init__(
         self, rule: Rule, specs: Sequence[ParameterSpec], optimizer: Any, worker: Worker | None = None
@@ -290,18 +307,30 @@ class TffDoor:
         self._shapes = [(place, spec.shape) for spec, place in zip(specs, offsets(specs).values())]
         self._owns_worker = worker is None
         self._worker = Worker() if worker is None else worker
+        self._rule, self._specs = rule, specs
+        self._aggregations: dict[int, Any] = {}
         try:
-            self._aggregation, self._finalizer = self._worker.call(_build_processes, rule, specs, optimizer)
+            self._aggregation(rule)
+            self._finalizer = self._worker.call(_build_finalizer, specs, optimizer)
         except BaseException:
             self.close()
             raise
 
     def initial_states(self) -> tuple[Any, Any]:
-        return self._worker.call(lambda: (self._aggregation.initialize(), self._finalizer.initialize()))
+        aggregation = self._aggregation(self._rule)
+        return self._worker.call(lambda: (aggregation.initialize(), self._finalizer.initialize()))
 
-    def judge(self, state: Any, updates: Array, num_examples: Array, places: Places) -> tuple[Any, Judgement]:
+    def _aggregation(self, rule: Rule) -> Any:
+        f = rule.num_byzantine
+        if f not in self._aggregations:
+            self._aggregations[f] = self._worker.call(_build_aggregation, rule, self._specs)
+        return self._aggregations[f]
+
+    def judge(
+        self, rule: Rule, state: Any, updates: Array, num_examples: Array, places: Places
+    ) -> tuple[Any, Judgement]:
         values = [[row[place].reshape(shape) for place, shape in self._shapes] for row in updates]
-        output = self._worker.call(self._aggregation.next, state, values, list(zip(num_examples, places)))
+        output = self._worker.call(self._aggregation(rule).next, state, values, list(zip(num_examples, places)))
         aggregate = np.concatenate([np.ravel(tensor) for tensor in output.result])
         measurements = dict(output.measurements)
         return output.state, Judgement(
@@ -320,20 +349,29 @@ class TffDoor:
             self._worker.stop()
 
 
-def _build_processes(rule: Rule, specs: Sequence[ParameterSpec], optimizer: Any) -> tuple[Any, Any]:
-    """The aggregation process over all parameters and the finalizer over the trainable ones."""
+def _build_aggregation(rule: Rule, specs: Sequence[ParameterSpec]) -> Any:
+    """The aggregation process over all parameters."""
     import tensorflow_federated as tff
 
     from covey_coordinator.aggregation.factory import RuleFactory
 
-    def tensors(chosen: list[ParameterSpec]) -> Any:
-        types = [(None, tff.TensorType(np.float32, spec.shape)) for spec in chosen]
-        return tff.types.StructWithPythonType(types, list)
+    return RuleFactory(rule).create(_tensors(specs), tff.types.to_type((np.float32, np.int64)))
 
-    counted = tff.types.to_type((np.float32, np.int64))
-    aggregation = RuleFactory(rule).create(tensors(list(specs)), counted)
+
+def _build_finalizer(specs: Sequence[ParameterSpec], optimizer: Any) -> Any:
+    """The server optimizer over the trainable parameters."""
+    import tensorflow_federated as tff
+
     model_type = tff.types.StructWithPythonType(
-        [("trainable", tensors([spec for spec in specs if spec.trainable])), ("non_trainable", tensors([]))],
+        [("trainable", _tensors([spec for spec in specs if spec.trainable])), ("non_trainable", _tensors([]))],
         tff.learning.models.ModelWeights,
     )
-    return aggregation, tff.learning.templates.build_apply_optimizer_finalizer(optimizer, model_type)
+    return tff.learning.templates.build_apply_optimizer_finalizer(optimizer, model_type)
+
+
+def _tensors(specs: Sequence[ParameterSpec]) -> Any:
+    """TFF's type of a list of these parameters."""
+    import tensorflow_federated as tff
+
+    types = [(None, tff.TensorType(np.float32, spec.shape)) for spec in specs]
+    return tff.types.StructWithPythonType(types, list)

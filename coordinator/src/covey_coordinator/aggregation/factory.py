@@ -35,7 +35,8 @@ class RuleFactory(tff.aggregators.WeightedAggregationFactory):  # type: ignore[m
 
     Values: any structure of float32 tensors of static shape, flattened in the order of `tf.nest`. Clients are rows in
     the order in which TFF got them. Clients with a value that is not finite or without examples are left out before
-    the rule. With fewer clients left than the rule can bear, the computation fails and names the rule.
+    the rule; num_byzantine stays, where an engine lowers it. With fewer clients left than the rule can bear, the
+    computation fails and names the rule.
     Measurements: `accepted` (n,) bool and `scores` (n,) float32 in client order; a client left out has accepted False
     and the largest float32 as its score. The rule's own measurements stand beside them.
     encoder_fn: how each tensor travels from the clients (`quantize_above_threshold`); None sends it as it is.

@@ -20,7 +20,7 @@ from covey_coordinator.aggregation.kernels import Kernels
 from covey_coordinator.aggregation.kernels.mathematics import as_scores, median_of
 from covey_coordinator.aggregation.kernels.normal import normals
 from covey_coordinator.aggregation.rules import Batch, Facts, Judgement, Rule, require_devices
-from covey_coordinator.aggregation.similarity import cosines_between
+from covey_coordinator.aggregation.similarity import cosine_distances
 from covey_coordinator.records import Array
 from covey_protocol.errors import ConfigError
 
@@ -69,8 +69,8 @@ class Flame(Rule):
 
     def advance(self, k: Kernels, state: Any, batch: Batch) -> tuple[Any, Judgement]:
         n = k.count(batch.updates)
-        cosines, norms = cosines_between(k, batch.updates)
-        members, joins = majority_cluster(k, k.with_diagonal(k.maximum(1.0 - cosines, 0.0), 0.0), n // 2 + 1)
+        distances, norms = cosine_distances(k, batch.updates)
+        members, joins = majority_cluster(k, distances, n // 2 + 1)
         median = median_of(k, norms)
         shortened = k.where(norms > median, k.divide(median, norms), k.full((), 1.0))
         shares = k.where(members, shortened * k.divide(1.0, k.real(k.number_true(members))), k.full((), 0.0))

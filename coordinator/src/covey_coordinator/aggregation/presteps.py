@@ -7,6 +7,7 @@ said as a `Stage`, so nothing is copied. The verdicts of the inner rule are hand
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -99,6 +100,9 @@ class Before(Rule):
     @property
     def num_byzantine(self) -> int:
         return self.inner.num_byzantine
+
+    def with_num_byzantine(self, num_byzantine: int) -> Rule:
+        return dataclasses.replace(self, inner=self.inner.with_num_byzantine(num_byzantine))
 
     @property
     def remembers_devices(self) -> bool:  # type: ignore[override]  # a constant of other rules' classes

@@ -6,6 +6,7 @@ TensorFlow, live rounds in numpy and compiled loops, with the same bits. What a 
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar, NamedTuple
 
@@ -63,8 +64,8 @@ class Rule(ABC):
 
     A stateless rule gives `name`, `num_byzantine`, `check`, `step` and `explain`. A rule with memory (momentum)
     overrides `initial_state` and `advance` instead of `step` alone; engines and the TFF factory call only those two.
-    The state is a nest of arrays whose shapes and dtypes do not change. remembers_devices: the rule reads
-    `Batch.places`, so its rows must be single devices.
+    The state is a nest of arrays whose shapes and dtypes do not change, nor depend on num_byzantine. remembers_devices:
+    the rule reads `Batch.places`, so its rows must be single devices.
     """
 
     facts: ClassVar[Facts]
@@ -79,6 +80,12 @@ class Rule(ABC):
     @abstractmethod
     def num_byzantine(self) -> int:
         """f of the papers: how many devices of a round may send anything they like."""
+
+    def with_num_byzantine(self, num_byzantine: int) -> Rule:
+        """The same rule for another f; a state of one fits the other. A rule that wraps another overrides this."""
+        changed: Any = self
+        rule: Rule = dataclasses.replace(changed, num_byzantine=num_byzantine)
+        return rule
 
     @abstractmethod
     def check(self, n: int) -> None:

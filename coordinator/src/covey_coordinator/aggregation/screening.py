@@ -5,7 +5,9 @@ end has little left to do; `screen_updates` does the same to updates that are al
 
 Refused, with a reason per device: wrong shape or dtype, values that are not finite or too large to square in float32,
 an update of zeros only, a copy of another device's update, and a num_examples that is not a positive finite number.
-What this does not do: judge whether values are plausible. That is the rules' work.
+None of these comes from a device that works: each refusal accounts for one of the rule's num_byzantine
+(`Screened.num_faulty`; docs/adr/0014). What this does not do: judge whether values are plausible. That is the rules'
+work.
 """
 
 from __future__ import annotations
@@ -20,9 +22,9 @@ import psutil
 
 from covey_coordinator.records import Array
 from covey_protocol.errors import RuleError, UsageError
+from covey_protocol.parameters import MAX_UPDATE_NORM
 
 MAX_NUM_EXAMPLES = float(1 << 24)  # float32 counts exactly up to here; rules with weights cap far lower by the median
-MAX_NORM = 1e18  # squares must stay finite in float32 (below 1.8e19): adaptive optimizers keep them for ever
 GIB = 1 << 30
 MAX_MATRIX_BYTES = 4 * GIB  # of all updates of a round; what the rules are tested to
 MEMORY_RATIO = 1.3  # what a rule needs at most, as a multiple of the matrix of updates
@@ -34,7 +36,8 @@ class Screened:
     """The updates that may enter a rule, ordered by device id, and why the others may not.
 
     updates: (n, d) float32. num_examples: (n,) float32, capped at MAX_NUM_EXAMPLES. device_ids: sorted. norms: of every
-    update that is a vector of numbers, refused ones too (may be inf or nan).
+    update that is a vector of numbers, refused ones too (may be inf or nan). refused_on_arrival: how many devices more
+    sent what could not even be stored, such as an update of the wrong size.
     """
 
     updates: Array
@@ -42,6 +45,15 @@ class Screened:
     device_ids: tuple[str, ...]
     reasons: dict[str, str] = field(default_factory=dict)
     norms: dict[str, float] = field(default_factory=dict)
+    refused_on_arrival: int = 0
+
+    @property
+    def num_faulty(self) -> int:
+        """How many devices sent what only a faulty or hostile one can send; so many fewer are among the rest.
+
+        Of c equal updates at most one is a working device's; one stays and c - 1 count, whichever is named.
+        """
+        return len(self.reasons) + self.refused_on_arrival
 
 
 def screen_updates(
@@ -115,7 +127,9 @@ class Arrivals:
         else:
             self._counts[device_id] = float(num_examples)
 
-    def screened(self, device_ids: Iterable[str], *, refuse_copies: bool = True) -> Screened:
+    def screened(
+        self, device_ids: Iterable[str], *, refuse_copies: bool = True, refused_on_arrival: int = 0
+    ) -> Screened:
         """What may enter a rule of these devices' updates. To be called once: rows move up to close gaps."""
         asked = set(device_ids)
         usable = [row for device_id, row in self._rows.items() if device_id in asked and device_id in self._counts]
@@ -129,7 +143,7 @@ class Arrivals:
         kept = tuple(ids[row] for row in usable)
         counts = np.minimum(np.array([self._counts[device_id] for device_id in kept], np.float64), MAX_NUM_EXAMPLES)
         norms = {device_id: norm for device_id, norm in self._norms.items() if device_id in asked}
-        return Screened(self._matrix[: len(kept)], counts.astype(np.float32), kept, reasons, norms)
+        return Screened(self._matrix[: len(kept)], counts.astype(np.float32), kept, reasons, norms, refused_on_arrival)
 
 
 def require_memory(n: int, d: int) -> None:
@@ -182,7 +196,7 @@ def _value_fault(update: Array, norm: float) -> str:
     if not np.isfinite(norm):
         bad = int(np.count_nonzero(~np.isfinite(update)))
         return f"update holds {bad} values that are not finite (NaN or infinity)"
-    if norm > MAX_NORM:
+    if norm > MAX_UPDATE_NORM:
         return f"update has norm {norm:.1e}, beyond what float32 can square"
     if norm == 0 and not update.any():  # the norm alone can underflow
         return "update is all zeros: the device did not train"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from covey_coordinator.aggregation.distances import distances_between
 from covey_coordinator.aggregation.kernels import Kernels, Updates
 
 
@@ -16,3 +17,17 @@ def cosines_between(k: Kernels, updates: Updates) -> tuple[Any, Any]:
     inner_products = k.gram(updates)
     norms = k.sqrt(k.diagonal(inner_products))
     return k.divide(inner_products, norms[:, None] * norms[None, :]), norms
+
+
+def cosine_distances(k: Kernels, updates: Updates) -> tuple[Any, Any]:
+    """(n, n) float64 distances 1 - cosine, 0 on the diagonal, and (n,) Euclidean norms.
+
+    Half the squared distances between the rows scaled to length 1. Right to 1e-4 of themselves at directions that are a
+    ten-thousandth apart, where cosines are all but 1. A row of zeros has distance 1 from every other.
+    """
+    norms = k.sqrt(k.square_norms(updates))
+    directions = updates.through(k.arange(k.count(updates))[:, None], k.divide(1.0, norms)[:, None])
+    distances = distances_between(k, directions) * 0.5
+    is_zero = norms <= 0.0
+    distances = k.where(is_zero[:, None] | is_zero[None, :], k.full((), 1.0), distances)
+    return k.with_diagonal(distances, 0.0), norms

@@ -6,6 +6,7 @@ corrupted. It stands after screening, so attacks that only screening can deal wi
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +49,9 @@ class Attacked(Rule):
     @property
     def num_byzantine(self) -> int:
         return self.inner.num_byzantine
+
+    def with_num_byzantine(self, num_byzantine: int) -> Rule:
+        return dataclasses.replace(self, inner=self.inner.with_num_byzantine(num_byzantine))
 
     def check(self, n: int) -> None:
         self.inner.check(n)

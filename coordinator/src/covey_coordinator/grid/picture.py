@@ -16,7 +16,8 @@ from covey_coordinator.grid.settings import Plan
 from covey_coordinator.grid.summary import Panel
 
 CELL_INCHES = (0.46, 0.3)
-LABEL_INCHES, HEAD_INCHES, FOOT_INCHES, GAP_INCHES = 1.75, 1.3, 0.8, 0.35
+LEAST_LABEL_INCHES, HEAD_INCHES, FOOT_INCHES, GAP_INCHES = 1.75, 1.3, 0.8, 0.35
+LETTER_INCHES = 0.078  # of a rule's name, on average
 TITLE_INCHES = 0.75
 SIDE_GAP = 0.45  # of a cell, between the attacks and the columns of worst cases
 DOTS_INCHES = (5.2, 9.0)  # least and most
@@ -57,14 +58,15 @@ class _Layout:
 
     def __init__(self, plan: Plan, panels: Sequence[Panel]) -> None:
         high = CELL_INCHES[1] * len(plan.rules)
+        label = max(LEAST_LABEL_INCHES, LETTER_INCHES * (max(map(len, plan.rules)) + 2))
         sizes = [CELL_INCHES[0] * _columns(panel) for panel in panels]
         first_is_narrow = len(panels[0].attacks) == 1 and len(panels) > 1
         # the panel without corrupted devices and the summary share the first line; two wide panels each of the others
         lines = [[0], *_pairs(list(range(1, len(panels))))] if first_is_narrow else [[], *_pairs([*range(len(panels))])]
-        widths = [sum(LABEL_INCHES + sizes[index] + GAP_INCHES for index in line) for line in lines]
-        room = max(widths) - widths[0] - LABEL_INCHES - GAP_INCHES
+        widths = [sum(label + sizes[index] + GAP_INCHES for index in line) for line in lines]
+        room = max(widths) - widths[0] - label - GAP_INCHES
         dots_width = min(max(room, DOTS_INCHES[0]), DOTS_INCHES[1])
-        widths[0] += LABEL_INCHES + dots_width + GAP_INCHES
+        widths[0] += label + dots_width + GAP_INCHES
         self.width = max(*widths, 9.0) + 0.1
         self.height = TITLE_INCHES + len(lines) * (HEAD_INCHES + high) + FOOT_INCHES
         self.boxes: list[tuple[float, float, float, float]] = []
@@ -73,10 +75,10 @@ class _Layout:
             bottom -= HEAD_INCHES + high
             left = 0.0
             for index in line:
-                self.boxes.append((left + LABEL_INCHES, bottom, sizes[index], high))
-                left += LABEL_INCHES + sizes[index] + GAP_INCHES
+                self.boxes.append((left + label, bottom, sizes[index], high))
+                left += label + sizes[index] + GAP_INCHES
             if number == 0:
-                self.dots = (left + LABEL_INCHES, bottom, dots_width, high)
+                self.dots = (left + label, bottom, dots_width, high)
 
     def fraction(self, box: tuple[float, float, float, float]) -> tuple[float, float, float, float]:
         return box[0] / self.width, box[1] / self.height, box[2] / self.width, box[3] / self.height

@@ -9,7 +9,7 @@ from typing import Any
 from covey_coordinator.grid.display import Display
 from covey_coordinator.grid.folder import Folder
 from covey_coordinator.grid.settings import Cell, GridSettings, Plan, canonical, plan_of
-from covey_coordinator.grid.summary import panels_of, summary_of, table_lines
+from covey_coordinator.grid.summary import panels_of, seeds, summary_of, table_lines
 from covey_coordinator.grid.workers import Workers
 from covey_edge.files import write_atomic
 from covey_protocol.errors import RuleError
@@ -88,9 +88,7 @@ def _introduce(display: Display, plan: Plan, cells: Sequence[Cell], there: int, 
     settings = plan.settings
     shares = ", ".join(f"{fraction:.0%}" for fraction in settings.fractions)
     display.line(f"covey grid: {len(plan.rules)} rules, {len(plan.attacks)} attacks, {shares} of {settings.devices}")
-    display.line(
-        f"  {settings.data}, {settings.rounds} rounds, {settings.seeds} seeds: {len(cells)} cells, {jobs} jobs"
-    )
+    display.line(f"  {settings.data}, {settings.rounds} rounds, {seeds(settings)}: {len(cells)} cells, {jobs} jobs")
     for note in plan.notes:
         display.line(f"  {note}")
     if there:

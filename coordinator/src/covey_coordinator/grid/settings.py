@@ -217,16 +217,22 @@ def _table(kind: str, spec: str | Spec) -> Spec:
 
 
 def _label(name: str, label: Any, settings: Spec) -> str:
-    """The label given, or one made of name and settings: nnm+median, ipm epsilon=10."""
+    """The label given, or one made of name and settings: nnm+median, bucketing size=3+krum, ipm epsilon=10."""
     if label is None:
-        before = [str(step.get("name", "step")) if isinstance(step, dict) else str(step) for step in _before(settings)]
+        steps = [_step_label(step) for step in _before(settings)]
         others = [f"{key}={value}" for key, value in settings.items() if key != "before"]
-        label = " ".join(["+".join([*before, name]), *others])
+        label = " ".join(["+".join([*steps, name]), *others])
     if not isinstance(label, str) or not LABEL.fullmatch(label):
         raise ConfigError(
             f"{label!r} cannot be a label", "set `label` to at most 40 letters, digits, blanks and . _ + = -"
         )
     return label
+
+
+def _step_label(step: Any) -> str:
+    if not isinstance(step, dict):
+        return str(step)
+    return " ".join([str(step.get("step", "step")), *(f"{k}={value}" for k, value in step.items() if k != "step")])
 
 
 def _before(settings: Spec) -> Sequence[Any]:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from covey_coordinator.grid.settings import NO_ATTACK, Plan
+from covey_coordinator.grid.settings import NO_ATTACK, GridSettings, Plan
 
 
 class Panel(NamedTuple):
@@ -92,14 +92,26 @@ def _plain(value: float) -> float | None:
 
 
 def table_lines(plan: Plan, panels: Sequence[Panel]) -> list[str]:
-    """The summary for a terminal: worst accuracy per rule and fraction."""
+    """The summary for a terminal: worst accuracy, and the greatest success of a backdoor, per rule and fraction."""
+    told = f"by share of corrupted devices (mean of {seeds(plan.settings)})"
+    lines = _table(f"worst accuracy over all attacks, {told}", plan, panels, [panel.worst() for panel in panels])
+    backdoors = [panel for panel in panels if not np.isnan(panel.worst_backdoor()).all()]
+    if backdoors:
+        title = f"how often a backdoor's trigger works, {told}; the accuracy does not show it"
+        lines += ["", *_table(title, plan, backdoors, [panel.worst_backdoor() for panel in backdoors])]
+    return lines
+
+
+def _table(title: str, plan: Plan, panels: Sequence[Panel], columns: Sequence[Any]) -> list[str]:
     width = max([4, *map(len, plan.rules)])
-    head = "".join(f"{panel.fraction:>8.0%}" for panel in panels)
-    lines = [f"worst accuracy over all attacks, by share of corrupted devices (mean of {plan.settings.seeds} seeds)"]
-    lines.append(f"{'rule':<{width}}{head}")
+    lines = [title, f"{'rule':<{width}}" + "".join(f"{panel.fraction:>8.0%}" for panel in panels)]
     for row, rule in enumerate(plan.rules):
-        cells = [
-            f"{value:>8.1%}" if not np.isnan(value) else f"{'refuses':>8}" for value in (p.worst()[row] for p in panels)
-        ]
+        values = [column[row] for column in columns]
+        cells = [f"{value:>8.1%}" if not np.isnan(value) else f"{'refuses':>8}" for value in values]
         lines.append(f"{rule:<{width}}{''.join(cells)}")
     return lines
+
+
+def seeds(settings: GridSettings) -> str:
+    """How many, in words: 1 seed, 2 seeds."""
+    return f"{settings.seeds} seed{'s' if settings.seeds > 1 else ''}"
