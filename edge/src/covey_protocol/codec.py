@@ -20,6 +20,8 @@ from covey_protocol.topics import RESERVED_ID
 
 COORDINATOR = RESERVED_ID  # the coordinator's sender name; no device may have it
 MAX_ENVELOPE_BYTES = 2 * 1024 * 1024  # a chunk of the largest size, or an invitation that names 10,000 devices
+# of an MQTT packet that brings a chunk, what is not the chunk: longest topic, envelope, the message's other fields
+CHUNK_ROOM_BYTES = 512
 SEAL_CONTEXT = b"covey message\x00"
 
 _encoder = msgspec.msgpack.Encoder()
