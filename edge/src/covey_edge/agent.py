@@ -63,7 +63,7 @@ class AgentProgram:
             lambda token, frame: self._inbox.put((token, frame)), agent.config.training.memory_mb
         )
         self._assemblies: dict[bytes, BlobAssembly] = {}
-        self._fetch_started = 0.0
+        self._fetch_progress = 0.0
         self._runtime = ""
         self._transport = MqttTransport(
             agent.broker, f"covey-{agent.config.fleet}-{agent.config.device_id}", self._inbox
@@ -147,6 +147,8 @@ class AgentProgram:
         if assembly is None or not payload:
             return  # a cleared chunk, or one of a blob we no longer want
         whole = assembly.add(index, payload)
+        self._fetch_progress = time.monotonic()
+        self._transport.forget([self._topics.blob(sha256, index)])
         if whole is None:
             return
         self._stop_fetching(sha256)
@@ -214,19 +216,20 @@ class AgentProgram:
         for ref in blobs:
             if ref not in here and ref.sha256 not in self._assemblies:
                 self._assemblies[ref.sha256] = BlobAssembly(ref)
-        self._subscribe_missing()
+                self._subscribe_missing(self._assemblies[ref.sha256])
         for ref in here:
             self._handle(device.BlobReady(ref.sha256))
 
-    def _subscribe_missing(self) -> None:
-        self._fetch_started = time.monotonic()
-        for sha256, assembly in self._assemblies.items():
-            self._transport.subscribe(self._topics.blob(sha256, index) for index in assembly.missing())
+    def _subscribe_missing(self, assembly: BlobAssembly) -> None:
+        self._fetch_progress = time.monotonic()
+        self._transport.subscribe(self._topics.blob(assembly.ref.sha256, index) for index in assembly.missing())
 
     def _retry_fetch(self) -> None:
-        # subscribing again makes the broker send its retained chunks again: mends lost and corrupted ones
-        if self._assemblies and time.monotonic() - self._fetch_started > FETCH_RETRY_S:
-            self._subscribe_missing()
+        # subscribing again makes the broker send its retained chunks again: mends lost and corrupted ones. Not while
+        # some still come, or a slow link would carry them twice.
+        if self._assemblies and time.monotonic() - self._fetch_progress > FETCH_RETRY_S:
+            for assembly in self._assemblies.values():
+                self._subscribe_missing(assembly)
 
     def _stop_fetching(self, sha256: bytes) -> None:
         assembly = self._assemblies.pop(sha256, None)

@@ -273,6 +273,11 @@ class MqttTransport:
         unwanted = list(topics)
         self._commands.put(lambda: self._drop_subscriptions(unwanted))
 
+    def forget(self, topics: Iterable[str]) -> None:
+        """Do not subscribe to these again after a reconnection: what they retain has come. They are not left yet."""
+        known = list(topics)
+        self._commands.put(lambda: self._subscriptions.difference_update(known))
+
     def close(self) -> None:
         """Say goodbye properly (no last will) and end the threads. What is still queued has 2 s to go out."""
         self._commands.put(self._begin_to_close)
@@ -432,7 +437,8 @@ class MqttTransport:
                 client.unsubscribe(topics)
         self._left.clear()
         self._subscribing.clear()
-        self._send_subscriptions(sorted(self._subscriptions))
+        # a resumed session has the old subscriptions, and has queued what came meanwhile: do not let it come twice
+        self._send_subscriptions(sorted(self._subscriptions), retain_handling=1 if resumed else 0)
         if not self._been_up:
             self._been_up = True
             self._first.put(None)
@@ -530,11 +536,14 @@ class MqttTransport:
         for batch in self._batches(topics):
             self._client.unsubscribe(batch)
 
-    def _send_subscriptions(self, topics: list[str]) -> None:
+    def _send_subscriptions(self, topics: list[str], retain_handling: int = 0) -> None:
+        """retain_handling, of MQTT 5: 0 sends retained messages, 1 only those of subscriptions that are new."""
         if self._client is None or not self._connected:
             return
         for batch in self._batches(topics):
-            options: Any = SubscribeOptions(qos=1) if self._protocol == paho.MQTTv5 else 1
+            options: Any = 1
+            if self._protocol == paho.MQTTv5:
+                options = SubscribeOptions(qos=1, retainHandling=retain_handling)
             _, packet_id = self._client.subscribe([(topic, options) for topic in batch])
             if packet_id is not None:
                 self._subscribing[packet_id] = batch

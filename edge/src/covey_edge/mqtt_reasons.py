@@ -80,6 +80,7 @@ _ALERTS = {
     "CERTIFICATE_REQUIRED": "the broker asks for a client certificate: set broker.cert_file and broker.key_file",
     "HANDSHAKE_FAILURE": "the broker asks for a client certificate: set broker.cert_file and broker.key_file",
     "UNKNOWN_CA": "the broker does not know the authority of broker.cert_file: get a certificate from the broker's own",
+    "DECRYPT_ERROR": "the broker does not take broker.cert_file: get a certificate from the broker's own authority",
     "CERTIFICATE_EXPIRED": "the client certificate has expired: renew broker.cert_file, or set this machine's clock",
     "CERTIFICATE_REVOKED": "the client certificate was revoked: get another broker.cert_file",
     "BAD_CERTIFICATE": "the broker does not take broker.cert_file: get a certificate from the broker's own authority",
