@@ -30,7 +30,7 @@ from covey_protocol.messages import (
     RoundClosed,
 )
 from covey_protocol.seals import PublicKey, SealingKey
-from covey_protocol.topics import Topics, check_device_id
+from covey_protocol.topics import Topics
 
 log = logging.getLogger("covey.coordinator")
 
@@ -38,6 +38,7 @@ PUBLISH_TIMEOUT_S = 60.0
 BROKER_PATIENCE_S = 30.0
 POLL_S = 0.2
 CONFIRM_S = 10.0
+MAX_REFUSED = 10_000  # names of strangers that are counted
 MIN_CHUNK_BYTES = 1024  # smaller ones would be half envelope
 BLOB_EXPIRY_S = 24 * 3600.0  # MQTT 5 brokers then forget what a coordinator that died has left; renewed at half of it
 
@@ -289,11 +290,8 @@ class Fleet:
         return FromFleet(place.device_id, message)
 
     def _refuse(self, device_id: str, why: str) -> None:
+        if device_id not in self.refused and len(self.refused) >= MAX_REFUSED:
+            return  # a stranger may take a new name for every message
         self.refused[device_id] = self.refused.get(device_id, 0) + 1
         if self.refused[device_id] == 1:
             log.warning("ignored a message: %s", why)
-
-
-def roster_from(keys: Mapping[str, str]) -> dict[str, PublicKey]:
-    """Device ids to public keys, from hex digits."""
-    return {check_device_id(device_id): PublicKey.from_hex(key) for device_id, key in keys.items()}

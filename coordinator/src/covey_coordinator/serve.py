@@ -20,10 +20,10 @@ from covey_coordinator.aggregation.engines import make_engine
 from covey_coordinator.aggregation.registry import rule_from_table
 from covey_coordinator.aggregation.rules import Rule
 from covey_coordinator.coordinator import Coordinator, RoundResult, Timing, shuffle_seed
-from covey_coordinator.fleet import MIN_CHUNK_BYTES, Fleet, roster_from
+from covey_coordinator.fleet import MIN_CHUNK_BYTES, Fleet
 from covey_coordinator.records import ACCEPTED
 from covey_coordinator.store import RunStore
-from covey_edge.config import BrokerSettings, NotNegative, Positive, read_broker, read_file, read_toml
+from covey_edge.config import BrokerSettings, NotNegative, Positive, read_broker, read_file, read_toml, roster_from
 from covey_edge.runtime import Model
 from covey_protocol.bundle import Manifest, check_plan, read_bundle
 from covey_protocol.errors import ConfigError, RunError, TrainingError

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Optional, TypeVar
 
@@ -140,6 +141,20 @@ def read_broker(settings: BrokerSettings, folder: Path) -> Broker:
         raise ConfigError("broker.username and a password in broker.url", "give the password in one place")
     password = read_file(folder / settings.password_file).decode().strip() if settings.password_file else None
     return dataclasses.replace(broker, username=settings.username, password=password)
+
+
+class _Roster(Struct, frozen=True):
+    devices: dict[str, str]
+
+
+def read_roster(path: Path) -> dict[str, PublicKey]:
+    """The devices' public keys in a coordinator.toml; its other settings are not looked at."""
+    return roster_from(read_toml(path, _Roster).devices)
+
+
+def roster_from(keys: Mapping[str, str]) -> dict[str, PublicKey]:
+    """Device ids to public keys, from hex digits."""
+    return {check_device_id(device_id): PublicKey.from_hex(key) for device_id, key in keys.items()}
 
 
 def read_toml(path: Path, kind: type[T]) -> T:
