@@ -28,7 +28,9 @@ from covey_protocol.transcript import Record, write_record
 
 FOLDER = Path(__file__).parent
 FLEET = "golden"
-DEVICES = {name: SealingKey.from_seed(bytes([number]) * 32) for number, name in enumerate(("attic-pi", "kitchen-pi"), 1)}
+DEVICES = {
+    name: SealingKey.from_seed(bytes([number]) * 32) for number, name in enumerate(("attic-pi", "kitchen-pi"), 1)
+}
 COORDINATOR = SealingKey.from_seed(bytes(range(32, 64)))
 
 
