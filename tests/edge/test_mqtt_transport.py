@@ -55,10 +55,10 @@ class Ends:
         assert self.next(transport).topic == f"ready/{name}"
         return transport
 
-    def next(self, transport: MqttTransport, timeout_s: float = 20.0) -> Any:
+    def next(self, transport: MqttTransport, timeout_s: float = 60.0) -> Any:
         return transport._inbox.get(timeout=timeout_s)
 
-    def until(self, transport: MqttTransport, kind: type, timeout_s: float = 20.0) -> Any:
+    def until(self, transport: MqttTransport, kind: type, timeout_s: float = 60.0) -> Any:
         while not isinstance(item := self.next(transport, timeout_s), kind):
             pass
         return item
