@@ -74,6 +74,18 @@ def stop_broker(broker: RunningBroker) -> None:
         broker.process.wait()
 
 
+def tls_lines(files: dict[str, Path]) -> tuple[str, ...]:
+    """Settings of a Mosquitto that asks for client certificates."""
+    return (
+        f"cafile {files['ca.crt']}",
+        f"certfile {files['server.crt']}",
+        f"keyfile {files['server.key']}",
+        "require_certificate true",
+        "use_identity_as_username true",
+        "allow_anonymous false",
+    )
+
+
 Dates = tuple[datetime.datetime, datetime.datetime]
 
 

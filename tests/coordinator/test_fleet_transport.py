@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from brokers import RunningBroker, start_mosquitto, stop_broker
+from brokers import RunningBroker
 from proxy import Proxy
 
 from covey_coordinator.coordinator import Coordinator, RoundResult, Timing
@@ -39,19 +39,6 @@ ANYONE = "allow_anonymous true"
 DATA = bytes(range(256)) * 1024  # 256 KiB
 Start = Callable[..., RunningBroker]
 Join = Callable[..., Fleet]
-
-
-@pytest.fixture
-def broker_with(tmp_path: Path) -> Iterator[Start]:
-    started: list[RunningBroker] = []
-
-    def start(*lines: str) -> RunningBroker:
-        started.append(start_mosquitto(tmp_path, lines or (ANYONE,)))
-        return started[-1]
-
-    yield start
-    for broker in started:
-        stop_broker(broker)
 
 
 @pytest.fixture
@@ -192,29 +179,31 @@ class Home:
 
 @pytest.fixture
 def home(
-    tmp_path: Path, digits_bundle: bytes, coordinator_key: SealingKey, broker_with: Start, join: Join
+    tmp_path: Path,
+    digits_bundle: bytes,
+    coordinator_key: SealingKey,
+    broker_with: Start,
+    proxy_to: Callable[..., Proxy],
+    join: Join,
 ) -> Iterator[Callable[..., Home]]:
     agents: list[AgentProcesses] = []
-    proxies: list[Proxy] = []
 
     def start(*lines: str, chunk_bytes: int = 4096, **proxy: int) -> Home:
         broker = broker_with(*lines)
-        proxies.append(Proxy(broker.port, **proxy))
+        before = proxy_to(broker, **proxy)
         rng = np.random.default_rng(0)
         shard = Shard(rng.random((40, 8, 8, 1), np.float32), rng.integers(0, 10, 40, np.int32))
-        table = {"url": proxies[-1].url}
+        table = {"url": before.url}
         device = make_device("pi", tmp_path / "pi", "home", table, coordinator_key.public, shard)
         agents.append(AgentProcesses({"pi": device.config}, tmp_path / "logs"))
         fleet = join(broker.url, {"pi": device.public}, chunk_bytes=chunk_bytes)
         coordinator = Coordinator(fleet, RunStore(tmp_path / "run"))
         coordinator.wait_for(1, 60)
-        return Home(broker, proxies[-1], tmp_path, digits_bundle, coordinator)
+        return Home(broker, before, tmp_path, digits_bundle, coordinator)
 
     yield start
     for processes in agents:
         processes.stop()
-    for proxy in proxies:
-        proxy.close()
 
 
 @pytest.mark.fleet

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -29,16 +29,14 @@ pytestmark = [pytest.mark.broker, pytest.mark.fleet]
 FLEET, DEVICE, CHUNK = "living-room", "kitchen-pi-2", 4096
 
 
-@pytest.fixture
-def proxy(mosquitto: RunningBroker) -> Iterator[Proxy]:
-    made = Proxy(mosquitto.port)
-    yield made
-    made.close()
-
-
 def test_a_real_round_costs_what_was_computed(
-    tmp_path: Path, digits_bundle: bytes, coordinator_key: SealingKey, mosquitto: RunningBroker, proxy: Proxy
+    tmp_path: Path,
+    digits_bundle: bytes,
+    coordinator_key: SealingKey,
+    mosquitto: RunningBroker,
+    proxy_to: Callable[..., Proxy],
 ) -> None:
+    proxy = proxy_to(mosquitto)
     x, y = np.full((300, 8, 8, 1), 0.5, np.float32), np.arange(300, dtype=np.int32) % 10
     table = {"url": proxy.url, "protocol": "3.1.1"}
     device = make_device(DEVICE, tmp_path / DEVICE, FLEET, table, coordinator_key.public, Shard(x, y))

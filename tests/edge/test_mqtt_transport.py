@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from brokers import RunningBroker, certificates, free_port, start_mosquitto, stop_broker
+from brokers import RunningBroker, certificates, free_port, stop_broker, tls_lines
 from proxy import Proxy
 
 from covey_edge.mqtt import ConnectionDown, ConnectionUp, Incoming, MqttTransport, Refused, parse_broker
@@ -77,33 +77,6 @@ def ends() -> Iterator[Ends]:
     made = Ends()
     yield made
     made.close()
-
-
-@pytest.fixture
-def broker_with(tmp_path: Path) -> Iterator[Callable[..., RunningBroker]]:
-    """Starts a Mosquitto with these lines in its configuration."""
-    started: list[RunningBroker] = []
-
-    def start(*lines: str, port: int = 0) -> RunningBroker:
-        started.append(start_mosquitto(tmp_path, lines, port))
-        return started[-1]
-
-    yield start
-    for broker in started:
-        stop_broker(broker)
-
-
-@pytest.fixture
-def proxy_to() -> Iterator[Callable[..., Proxy]]:
-    made: list[Proxy] = []
-
-    def start(broker: RunningBroker, **options: int) -> Proxy:
-        made.append(Proxy(broker.port, **options))
-        return made[-1]
-
-    yield start
-    for proxy in made:
-        proxy.close()
 
 
 # --- both versions
@@ -326,25 +299,6 @@ def test_two_programs_of_one_name_do_not_throw_each_other_out_for_ever() -> None
 # --- TLS
 
 
-@pytest.fixture
-def readable(tmp_path: Path) -> Path:
-    """A folder that Mosquitto can read after it has become its own user."""
-    for folder in (tmp_path, *tmp_path.parents[:2]):
-        folder.chmod(0o755)
-    return tmp_path
-
-
-def tls_lines(files: dict[str, Path]) -> tuple[str, ...]:
-    return (
-        f"cafile {files['ca.crt']}",
-        f"certfile {files['server.crt']}",
-        f"keyfile {files['server.key']}",
-        "require_certificate true",
-        "use_identity_as_username true",
-        "allow_anonymous false",
-    )
-
-
 def secure(broker: RunningBroker) -> str:
     return broker.url.replace("mqtt:", "mqtts:")
 
@@ -364,7 +318,7 @@ def test_a_client_with_its_certificate_gets_in_and_one_without_reads_what_it_lac
     assert ends.next(transport) == Incoming(UP, MEGABYTE)
     with pytest.raises(TransportError, match=r"TLS handshake .*set broker\.cert_file and broker\.key_file") as caught:
         ends.connect(url, "b", ca_file=files["ca.crt"], protocol=protocol)
-    assert not caught.value.transient
+    assert caught.value.transient == ("[SSL" not in str(caught.value))  # the alert may be lost with the connection
 
 
 def test_a_certificate_of_another_authority_is_refused_in_words(
@@ -374,7 +328,9 @@ def test_a_certificate_of_another_authority_is_refused_in_words(
     (readable / "other").mkdir()
     others = certificates(readable / "other")
     url = secure(broker_with(*tls_lines(files)))
-    with pytest.raises(TransportError, match=r"TLS handshake .*does not know the authority of broker\.cert_file"):
+    with pytest.raises(
+        TransportError, match=r"TLS handshake .*(does not know the authority of broker\.cert_file|and the certificates)"
+    ):
         ends.connect(url, ca_file=files["ca.crt"], cert_file=others["client.crt"], key_file=others["client.key"])
 
 

@@ -133,7 +133,10 @@ class Fleet:
         topic = self.topics.down(device_id)
         # a Need that comes late asks for chunks that a repeated Offer has brought meanwhile
         expiry_s = RESEND_S if isinstance(message, Need) else None
-        self._transport.publish(topic, self._sealed(message, topic), expiry_s=expiry_s)
+        try:
+            self._transport.publish(topic, self._sealed(message, topic), expiry_s=expiry_s)
+        except TransportError as exc:  # a Need of very many chunks: that device is lost for the round, the run is not
+            log.error("%s", exc)
 
     def publish_round(self, message: Invitation | RoundClosed) -> None:
         self._round = message
@@ -196,6 +199,8 @@ class Fleet:
                 continue
             if isinstance(item, Incoming) and item.topic == topic:
                 self._confirmed_bytes = size
+            elif isinstance(item, ConnectionUp):
+                self._restore()
             else:
                 self._held.append(item)
         self._transport.unsubscribe([topic])

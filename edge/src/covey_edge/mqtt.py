@@ -8,6 +8,7 @@ because the protocol says again what may be lost. What reasons mean: `mqtt_reaso
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 import queue
 import random
@@ -27,10 +28,20 @@ from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
-from covey_edge.mqtt_reasons import HOPELESS, OLD_BROKER, check_certificate, delay_s, remedy_for, tls_remedy
+from covey_edge.mqtt_reasons import (
+    HOPELESS,
+    NO_CERTIFICATE,
+    OLD_BROKER,
+    check_certificate,
+    delay_s,
+    remedy_for,
+    tls_remedy,
+)
 from covey_edge.mqtt_window import WINDOW, Outgoing, SendWindow
 from covey_protocol.codec import MAX_ENVELOPE_BYTES
 from covey_protocol.errors import ConfigError, TransportError
+
+log = logging.getLogger("covey.mqtt")
 
 DEFAULT_PORTS = {"mqtt": 1883, "mqtts": 8883}
 PROTOCOLS = {"auto": (paho.MQTTv5, paho.MQTTv311), "5": (paho.MQTTv5,), "3.1.1": (paho.MQTTv311,)}
@@ -40,7 +51,7 @@ NEWEST_ANSWER_S = 3.0  # then the older MQTT is tried: some 3.1.1 brokers (amqtt
 SESSION_EXPIRY_S = 300  # MQTT 5: how long the broker keeps what comes for us while we are away
 STEADY_S = 5.0  # a connection that lived so long lets the waiting times begin again
 LOOP_S = 1.0  # how often a network thread looks whether it is still wanted
-POLL_S = 0.05
+POLL_S, FLUSH_POLL_S = 0.05, 0.005
 GOODBYE_S = 2.0  # for what is still queued when we leave, and for the goodbye itself
 # of a PUBLISH beside topic and payload: 5 fixed header, 2 topic length, 2 packet id, 1 + 5 properties (expiry)
 PACKET_HEADER_BYTES = 15
@@ -180,12 +191,12 @@ class MqttTransport:
         self._will: Optional[tuple[str, bytes]] = None
         self._limit = broker.max_message_bytes or None
         self._numbers = itertools.count(1)
-        self._changed = threading.Condition()
-        self._unsettled: set[int] = set()  # with _changed held
-        self._refused: dict[int, TransportError] = {}  # with _changed held
+        self._lock = threading.Lock()
+        self._unsettled: set[int] = set()  # with _lock held
+        self._refused: dict[int, TransportError] = {}  # with _lock held
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._first: queue.SimpleQueue[Optional[TransportError]] = queue.SimpleQueue()
-        self._keeper = threading.Thread(target=self._keep, name=f"keeper of {client_id}", daemon=True)
+        self._keeper = threading.Thread(target=self._run, name=f"keeper of {client_id}", daemon=True)
         self._timeout_s = CONNECT_TIMEOUT_S
         self._connected = False
         # the keeper's own from here
@@ -236,13 +247,12 @@ class MqttTransport:
         expiry_s: after this time the message is dropped where it is, here or (MQTT 5) at the broker.
         Raises TransportError where the broker is known not to take a message of this size.
         """
-        now = time.monotonic()
-        expires_at = None if expiry_s is None else now + expiry_s
+        expires_at = None if expiry_s is None else time.monotonic() + expiry_s
         message = Outgoing(next(self._numbers), topic, payload, retain, expires_at)
         error = self._too_large(message)
         if error is not None:
             raise error
-        with self._changed:
+        with self._lock:
             self._unsettled.add(message.number)
         self._commands.put(lambda: self._window.add(message))
         return message.number
@@ -252,17 +262,16 @@ class MqttTransport:
 
         Raises TransportError where it refused one (MQTT 5; a 3.1.1 broker has no word for it).
         """
-        wanted = set(sent)
-
-        def done() -> bool:
-            return wanted.isdisjoint(self._unsettled) or not wanted.isdisjoint(self._refused)
-
-        with self._changed:
-            finished = self._changed.wait_for(done, timeout_s)
-            refused = [self._refused.pop(number) for number in sorted(wanted & set(self._refused))]
-        if refused:
-            raise refused[0]
-        return finished
+        wanted, end = set(sent), time.monotonic() + timeout_s
+        while True:
+            with self._lock:
+                open_ones = not wanted.isdisjoint(self._unsettled)
+                refused = [self._refused.pop(number) for number in sorted(wanted & self._refused.keys())]
+            if refused:
+                raise refused[0]
+            if not open_ones or time.monotonic() >= end:
+                return not open_ones
+            time.sleep(FLUSH_POLL_S)  # cheaper than to be woken by every acknowledgement
 
     def subscribe(self, topics: Iterable[str]) -> None:
         """From now on, also over reconnections. Subscribing again makes the broker send retained messages again."""
@@ -285,6 +294,16 @@ class MqttTransport:
             self._keeper.join(2 * CONNECT_TIMEOUT_S)
 
     # --- the keeper thread: connections
+
+    def _run(self) -> None:
+        try:
+            self._keep()
+        except Exception as exc:  # a bug: say so in the caller's thread, and do not look connected
+            log.exception("the MQTT adapter failed")
+            self._connected = False
+            error = TransportError(f"{self.broker}: the MQTT adapter failed ({exc!r})", "report it", transient=False)
+            self._first.put(error)
+            self._inbox.put(Refused("", error))
 
     def _keep(self) -> None:
         failures, last = 0, ""
@@ -403,9 +422,9 @@ class MqttTransport:
         return {"clean_start": not self._been_up, "properties": properties}
 
     def _properties(self, packet: int, **values: int) -> Optional[Properties]:
-        """MQTT 5 properties; None on an older connection."""
-        if self._protocol != paho.MQTTv5:
-            return None
+        """MQTT 5 properties; None for none, and on an older connection."""
+        if self._protocol != paho.MQTTv5 or not values:
+            return None  # making an empty one costs paho more than sending a message
         properties = Properties(packet)  # type: ignore[no-untyped-call]  # paho's own
         for name, value in values.items():
             setattr(properties, name, value)
@@ -454,7 +473,8 @@ class MqttTransport:
             self._ended = _Ended(reason, HOPELESS.get(reason, ""), accepted=True, hopeless=reason in HOPELESS)
         elif self.broker.tls:
             what = f"{self.broker} closed the connection after the TLS handshake ({alert or reason})"
-            self._ended = _Ended(what, tls_remedy(None, alert), hopeless=True, old_broker=not alert)
+            remedy = tls_remedy(None, alert) if alert or self.broker.cert_file else NO_CERTIFICATE
+            self._ended = _Ended(what, remedy, hopeless=bool(alert), old_broker=not alert)
         else:
             what = f"{self.broker} closed the connection without an answer ({reason})"
             self._ended = _Ended(what, "check the port; a port for TLS needs mqtts://", old_broker=True)
@@ -481,18 +501,18 @@ class MqttTransport:
         self._settle(message, error)
 
     def _settle(self, message: Outgoing, error: Optional[TransportError] = None) -> None:
-        with self._changed:
+        with self._lock:
             self._unsettled.discard(message.number)
             if error is not None:
                 self._refused[message.number] = error
                 if len(self._refused) > REMEMBERED_REFUSALS:
                     del self._refused[next(iter(self._refused))]
-            self._changed.notify_all()
         if error is not None:
             self._inbox.put(Refused(message.topic, error))
 
-    def _subscribed(self, packet_id: int, reasons: list[ReasonCode]) -> None:
-        for topic, reason in zip(self._subscribing.pop(packet_id, []), reasons):
+    def _subscribed(self, client: paho.Client, packet_id: int, reasons: list[ReasonCode]) -> None:
+        topics = self._subscribing.pop(packet_id, []) if client is self._client else []
+        for topic, reason in zip(topics, reasons):
             if reason.is_failure:
                 what = f"{self.broker} refused the subscription to {topic} ({reason})"
                 error = TransportError(what, "check the broker's access rules", transient=False)
@@ -593,7 +613,7 @@ class MqttTransport:
     def _on_subscribe(
         self, client: Any, userdata: Any, packet_id: int, reasons: list[ReasonCode], properties: Any
     ) -> None:
-        self._commands.put(lambda: self._subscribed(packet_id, reasons))
+        self._commands.put(lambda: self._subscribed(client, packet_id, reasons))
 
     def _on_message(self, client: Any, userdata: Any, message: paho.MQTTMessage) -> None:
         try:

@@ -75,10 +75,11 @@ _VERIFY = {
     "unable to get local issuer certificate": _OTHER_AUTHORITY,
     "self-signed certificate in certificate chain": _OTHER_AUTHORITY,
 }
+NO_CERTIFICATE = "if the broker asks for a client certificate, set broker.cert_file and broker.key_file"
 # OpenSSL's names for what a broker thinks of our certificate, in the alerts it sends
 _ALERTS = {
-    "CERTIFICATE_REQUIRED": "the broker asks for a client certificate: set broker.cert_file and broker.key_file",
-    "HANDSHAKE_FAILURE": "the broker asks for a client certificate: set broker.cert_file and broker.key_file",
+    "CERTIFICATE_REQUIRED": NO_CERTIFICATE,
+    "HANDSHAKE_FAILURE": NO_CERTIFICATE,
     "UNKNOWN_CA": "the broker does not know the authority of broker.cert_file: get a certificate from the broker's own",
     "DECRYPT_ERROR": "the broker does not take broker.cert_file: get a certificate from the broker's own authority",
     "CERTIFICATE_EXPIRED": "the client certificate has expired: renew broker.cert_file, or set this machine's clock",
