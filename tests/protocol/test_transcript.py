@@ -70,7 +70,7 @@ FIRST = {
     "a-forged-message": (11, 3, "not sealed by the key known for attic-pi"),
     "a-future-version": (13, 9, "speaks protocol 2"),
     "a-replay": (30, 3, "was said before"),
-    "a-second-verdict": (21, 6, "judged twice"),
+    "a-second-verdict": (21, 6, "gets another verdict than before"),
     "an-offer-without-an-answer": (10, 5, "offers an update without having accepted"),
     "an-update-kept-too-early": (15, 6, "kept before it is whole"),
     "an-update-of-another-size": (11, 4, "offers 40 bytes, the model has 36"),
@@ -187,8 +187,13 @@ CHANGES: dict[str, tuple[list[Record], int, str]] = {
         6,
         "another fate",
     ),
-    "a verdict before the end": (moved(Verdict, RoundClosed), 6, "not published before"),
-    "a verdict on an abandoned round": (said(RoundClosed, outcome="abandoned"), 6, "not published before"),
+    "a verdict before the end": (moved(Verdict, RoundClosed), 6, "before the round is closed"),
+    "an update accepted in an abandoned round": (said(RoundClosed, outcome="abandoned"), 6, "was not published"),
+    "two ends of a round": (
+        added(RoundClosed, RoundClosed(ROUND.round_id, "abandoned", "no")),
+        6,
+        "after it ended otherwise",
+    ),
     "an outcome of another kind": (said(RoundClosed, outcome="fine"), 4, "cannot end as"),
     "a verdict of another kind": (said(Verdict, status="fine"), 4, "a verdict cannot be"),
     "the end of a round of nobody": (said(RoundClosed, round_id="other"), 6, "nobody was invited"),
@@ -227,6 +232,21 @@ def test_a_recording_that_begins_in_the_middle_is_not_blamed_for_it() -> None:
     assert judge(late) == []
     early = [msgspec.structs.replace(record, retained=True) for record in GOOD[: at(Answer)]]
     assert judge(early + late) == []
+
+
+def test_a_verdict_that_is_said_again_is_none() -> None:
+    assert judge(added(Verdict, MADE.message_of(GOOD[at(Verdict)]))) == []
+
+
+def test_an_agent_that_starts_again_after_its_answer_may_offer_at_once() -> None:
+    """From its outbox. One that had given up may take part again."""
+    index, online = at(Offer), at(Presence)
+    device = GOOD[index].topic.rsplit("/", 1)[0]
+    record = next(r for r in GOOD[online:] if r.topic == f"{device}/presence")
+    presence = MADE.message_of(record)
+    again = MADE.resealed(record, msgspec.structs.replace(presence, session=presence.session + 10), extra=10)
+    again = msgspec.structs.replace(again, time_s=GOOD[index].time_s)
+    assert judge([*GOOD[:index], again, *GOOD[index:-2]]) == []
 
 
 def test_without_keys_everything_but_the_seals_is_judged_and_what_was_not_is_counted() -> None:

@@ -76,7 +76,7 @@ class _Device:
     chunks: dict[bytes, dict[int, bytes]] = field(default_factory=dict)
     whole: set[bytes] = field(default_factory=set)
     kept: dict[bytes, bool] = field(default_factory=dict)
-    judged: bool = False
+    verdict: Optional[Verdict] = None
 
 
 @dataclass
@@ -207,11 +207,12 @@ class Judge:
             _require(not self._rounds, 6, f"round {closed.round_id} is closed and nobody was invited to it")
             return
         _require(closed.outcome in ("published", "abandoned"), 4, f"a round cannot end as {closed.outcome!r}")
+        same = known.closed is None or known.closed.outcome == closed.outcome
+        _require(same, 6, f"round {closed.round_id} ends as {closed.outcome} after it ended otherwise")
         known.closed = closed
 
     def _told(self, device_id: str, message: Message) -> None:
-        assert isinstance(message, (Need, Receipt, Verdict))
-        known = self._live_round(message.round_id)
+        known = self._live_round(message)
         if known is None:
             return
         device = known.device(device_id)
@@ -219,7 +220,7 @@ class Judge:
             self._need(device_id, device, message)
         elif isinstance(message, Receipt):
             self._receipt(device_id, device, message)
-        else:
+        elif isinstance(message, Verdict):
             self._verdict(device_id, device, message, known)
 
     def _need(self, device_id: str, device: _Device, need: Need) -> None:
@@ -242,11 +243,12 @@ class Judge:
 
     def _verdict(self, device_id: str, device: _Device, verdict: Verdict, known: _Round) -> None:
         _require(verdict.status in ("accepted", "rejected"), 4, f"a verdict cannot be {verdict.status!r}")
-        published = known.closed is not None and known.closed.outcome == "published"
-        _require(published, 6, f"{device_id} gets a verdict, and the round was not published before")
+        _require(known.closed is not None, 6, f"{device_id} gets a verdict before the round is closed")
+        used = known.closed is not None and known.closed.outcome == "published"
+        _require(used or verdict.status == "rejected", 6, f"{device_id} is accepted in a round that was not published")
         _require(True in device.kept.values(), 6, f"{device_id} gets a verdict on an update that was not kept")
-        _require(not device.judged, 6, f"{device_id} is judged twice in round {verdict.round_id}")
-        device.judged = True
+        _require(device.verdict in (None, verdict), 6, f"{device_id} gets another verdict than before")
+        device.verdict = verdict
 
     # --- a device's side, section 5
 
@@ -260,18 +262,19 @@ class Judge:
             self._restarted(device_id)
 
     def _restarted(self, device_id: str) -> None:
-        """A new start of an agent knows nothing of the rounds it was done with."""
+        """A new start of an agent does not know what it declined or gave up."""
         for known in self._rounds.values():
-            if device_id in known.devices:
-                known.devices[device_id].answer, known.devices[device_id].failed = None, False
+            device = known.devices.get(device_id)
+            if device is not None:
+                device.answer, device.failed = device.answer or None, False
 
     def _said_by(self, device_id: str, message: Message) -> None:
-        assert isinstance(message, (Answer, Offer, Chunk, Failure))
-        known = self._live_round(message.round_id)
+        known = self._live_round(message)
         if known is None:
             return
         invited = known.invitation.devices
-        _require(not invited or device_id in invited, 5, f"{device_id} was not invited to round {message.round_id}")
+        here = not invited or device_id in invited
+        _require(here, 5, f"{device_id} was not invited to round {known.invitation.round_id}")
         device = known.device(device_id)
         over = device.failed or device.answer is False
         what = type(message).__name__
@@ -282,7 +285,7 @@ class Judge:
             device.failed = True
         elif isinstance(message, Offer):
             self._offer(device_id, device, message, known)
-        else:
+        elif isinstance(message, Chunk):
             self._chunk(device_id, device, message)
 
     def _offer(self, device_id: str, device: _Device, offer: Offer, known: _Round) -> None:
@@ -310,8 +313,10 @@ class Judge:
             _require(whole, 8, f"{device_id}'s chunks do not make the update it offered")
             device.whole.add(chunk.sha256)
 
-    def _live_round(self, round_id: str) -> Optional[_Round]:
-        known = self._rounds.get(round_id)  # none: an update of an earlier round, out of an outbox
+    def _live_round(self, message: Message) -> Optional[_Round]:
+        known = self._rounds.get(
+            getattr(message, "round_id", "")
+        )  # none: an update of an earlier round, out of an outbox
         return known if known is not None and known.live else None
 
     # --- blobs, section 8
