@@ -76,13 +76,30 @@ def stop_broker(broker: RunningBroker) -> None:
         broker.process.wait()
 
 
-def certificates(folder: Path) -> dict[str, Path]:
-    """A throw-away authority with a server and a client certificate."""
+def tls_lines(files: dict[str, Path]) -> tuple[str, ...]:
+    """Settings of a Mosquitto that asks for client certificates."""
+    return (
+        f"cafile {files['ca.crt']}",
+        f"certfile {files['server.crt']}",
+        f"keyfile {files['server.key']}",
+        "require_certificate true",
+        "use_identity_as_username true",
+        "allow_anonymous false",
+    )
+
+
+Dates = tuple[datetime.datetime, datetime.datetime]
+
+
+def certificates(folder: Path, client_dates: Dates | None = None, server_dates: Dates | None = None) -> dict[str, Path]:
+    """A throw-away authority with a server and a client certificate, valid from an hour ago for a day."""
     now = datetime.datetime.now(datetime.timezone.utc)
+    today = (now - datetime.timedelta(hours=1), now + datetime.timedelta(days=1))
+    dates = {"client": client_dates or today, "server": server_dates or today, "ca": today}
 
     def make(name: str, issuer: tuple[x509.Name, Any] | None, ca: bool) -> tuple[x509.Name, Any]:
         key = ec.generate_private_key(ec.SECP256R1())
-        subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
+        subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, f"{name} of {folder.name}")])
         issuer_name, issuer_key = issuer or (subject, key)
         builder = (
             x509.CertificateBuilder()
@@ -90,8 +107,8 @@ def certificates(folder: Path) -> dict[str, Path]:
             .issuer_name(issuer_name)
             .public_key(key.public_key())
             .serial_number(x509.random_serial_number())
-            .not_valid_before(now - datetime.timedelta(hours=1))
-            .not_valid_after(now + datetime.timedelta(days=1))
+            .not_valid_before(dates[name][0])
+            .not_valid_after(dates[name][1])
             .add_extension(x509.BasicConstraints(ca=ca, path_length=None), critical=True)
             .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), False)
         )

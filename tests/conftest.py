@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from brokers import RunningBroker, certificates, start_mosquitto, stop_broker
+from brokers import RunningBroker, certificates, start_mosquitto, stop_broker, tls_lines
+from proxy import Proxy
 
 from covey_protocol.seals import SealingKey
 
@@ -31,22 +32,45 @@ def mosquitto(tmp_path: Path) -> Iterator[RunningBroker]:
 
 
 @pytest.fixture
-def tls_broker(tmp_path: Path) -> Iterator[tuple[str, dict[str, Path]]]:
-    tmp_path.chmod(0o755)
-    for parent in tmp_path.parents[:2]:
-        parent.chmod(0o755)
-    files = certificates(tmp_path)
-    lines = (
-        f"cafile {files['ca.crt']}",
-        f"certfile {files['server.crt']}",
-        f"keyfile {files['server.key']}",
-        "require_certificate true",
-        "use_identity_as_username true",
-        "allow_anonymous false",
-    )
-    broker = start_mosquitto(tmp_path, lines)
-    yield f"mqtts://127.0.0.1:{broker.port}", files
-    stop_broker(broker)
+def broker_with(tmp_path: Path) -> Iterator[Callable[..., RunningBroker]]:
+    """Starts a Mosquitto with these lines in its configuration; without any it takes everybody."""
+    started: list[RunningBroker] = []
+
+    def start(*lines: str, port: int = 0) -> RunningBroker:
+        started.append(start_mosquitto(tmp_path, lines, port))
+        return started[-1]
+
+    yield start
+    for broker in started:
+        stop_broker(broker)
+
+
+@pytest.fixture
+def proxy_to() -> Iterator[Callable[..., Proxy]]:
+    """Starts a proxy in front of a broker; options as in `Proxy`."""
+    made: list[Proxy] = []
+
+    def start(broker: RunningBroker, **options: int) -> Proxy:
+        made.append(Proxy(broker.port, **options))
+        return made[-1]
+
+    yield start
+    for proxy in made:
+        proxy.close()
+
+
+@pytest.fixture
+def readable(tmp_path: Path) -> Path:
+    """A folder that Mosquitto can read after it has become its own user."""
+    for folder in (tmp_path, *tmp_path.parents[:2]):
+        folder.chmod(0o755)
+    return tmp_path
+
+
+@pytest.fixture
+def tls_broker(readable: Path, broker_with: Callable[..., RunningBroker]) -> tuple[str, dict[str, Path]]:
+    files = certificates(readable)
+    return f"mqtts://127.0.0.1:{broker_with(*tls_lines(files)).port}", files
 
 
 @pytest.fixture(scope="session")

@@ -48,6 +48,13 @@ def test_a_good_file_is_read_with_its_keys_and_paths(tmp_path: Path) -> None:
     assert agent.data_path == tmp_path / "data.npz"
     assert agent.coordinator == KEY.public
     assert "secret" not in repr(agent.broker)
+    assert (agent.broker.protocol, agent.broker.max_message_bytes) == ("auto", 0)
+
+
+def test_what_the_broker_speaks_and_takes_can_be_set(tmp_path: Path) -> None:
+    text = GOOD.replace("[identity]", 'protocol = "3.1.1"\nmax_message_bytes = 16384\n[identity]', 1)
+    broker = load_agent(write(tmp_path, text)).broker
+    assert (broker.protocol, broker.max_message_bytes, broker.username) == ("3.1.1", 16384, "pi")
 
 
 BAD = {
@@ -71,6 +78,11 @@ BAD = {
     "a device id that breaks topics": (GOOD.replace("kitchen-pi", "kitchen/pi"), "device_id"),
     "not TOML": ("device_id = ", "not valid TOML"),
     "an address that is none": (GOOD.replace("mqtts://broker.local", "http://broker"), "write mqtt://"),
+    "a version of MQTT that is none": (GOOD.replace("[identity]", 'protocol = "4"\n[identity]', 1), "broker.protocol"),
+    "a negative message limit": (
+        GOOD.replace("[identity]", "max_message_bytes = -1\n[identity]", 1),
+        "broker.max_message_bytes",
+    ),
     "a coordinator key that is none": (GOOD.replace(KEY.public.hex(), "abc"), "not a public key"),
     "a key file that is missing": (GOOD.replace("device.pem", "nokey.pem"), "nokey.pem cannot be read"),
     "a password file that is missing": (GOOD.replace('"password"', '"nopass"'), "nopass cannot be read"),

@@ -8,14 +8,16 @@ from __future__ import annotations
 import logging
 import queue
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from covey_edge.mqtt import Broker, ConnectionDown, ConnectionUp, Incoming, MqttTransport
+from covey_edge.mqtt import Broker, ConnectionDown, ConnectionUp, Incoming, MqttTransport, Refused
 from covey_protocol import codec
 from covey_protocol.blobs import blob_ref, chunks
-from covey_protocol.codec import COORDINATOR, ReplayGuard
+from covey_protocol.codec import CHUNK_ROOM_BYTES, COORDINATOR, ReplayGuard
+from covey_protocol.device import RESEND_S
 from covey_protocol.errors import PeerError, TransportError
 from covey_protocol.messages import (
     DEFAULT_CHUNK_BYTES,
@@ -23,17 +25,22 @@ from covey_protocol.messages import (
     FromCoordinator,
     FromDevice,
     Invitation,
+    Need,
     Presence,
     RoundClosed,
 )
 from covey_protocol.seals import PublicKey, SealingKey
-from covey_protocol.topics import Topics, check_device_id
+from covey_protocol.topics import Topics
 
 log = logging.getLogger("covey.coordinator")
 
 PUBLISH_TIMEOUT_S = 60.0
 BROKER_PATIENCE_S = 30.0
 POLL_S = 0.2
+CONFIRM_S = 10.0
+MAX_REFUSED = 10_000  # names of strangers that are counted
+MIN_CHUNK_BYTES = 1024  # smaller ones would be half envelope
+BLOB_EXPIRY_S = 24 * 3600.0  # MQTT 5 brokers then forget what a coordinator that died has left; renewed at half of it
 
 
 @dataclass(frozen=True)
@@ -48,6 +55,7 @@ class Fleet:
     """Devices as the coordinator sees them.
 
     roster: the public key of every device that may take part; everybody else is ignored and counted in `refused`.
+    chunk_bytes: of models on the wire; less where the broker says that it takes less.
     patience_s: how long the broker may be away before waiting for it raises TransportError.
     check: called a few times a second while waiting; may raise (a broker process died).
     """
@@ -72,19 +80,36 @@ class Fleet:
         self._patience_s = patience_s
         self._check = check
         self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._held: deque[Any] = deque()  # taken from the inbox while we waited for something else
         self._transport = MqttTransport(broker, f"covey-{name}-{COORDINATOR}", self._inbox)
         self._sequence = codec.Sequence(time.time_ns())
         self._guards: dict[str, ReplayGuard] = {}
         self._presence: dict[str, Presence] = {}
         self._blobs: dict[bytes, tuple[BlobRef, bytes]] = {}
+        self._renew_at = 0.0
+        self._confirmed_bytes = 0
         self._round: Invitation | RoundClosed | None = None
         self._was_up = False
         self._down_since: float | None = None
 
     def connect(self) -> None:
-        """Raises TransportError naming the broker."""
+        """Raises TransportError naming the broker, also where it takes only messages too small for a chunk."""
         self._transport.subscribe([self.topics.all_presence, self.topics.all_up])
         self._transport.connect()
+        self._renew_at = time.monotonic() + BLOB_EXPIRY_S / 2
+        limit = self._transport.max_message_bytes
+        if limit is None or self._chunk_bytes + CHUNK_ROOM_BYTES <= limit:
+            return
+        self._chunk_bytes = limit - CHUNK_ROOM_BYTES
+        if self._chunk_bytes < MIN_CHUNK_BYTES:
+            self._transport.close()
+            least = MIN_CHUNK_BYTES + CHUNK_ROOM_BYTES
+            raise TransportError(
+                f"{self.broker} takes messages of at most {limit} bytes, covey needs {least}",
+                "raise the broker's limit, or broker.max_message_bytes",
+                transient=False,
+            )
+        log.info("%s takes messages of %d bytes: chunks have %d", self.broker, limit, self._chunk_bytes)
 
     def close(self) -> None:
         """Take the retained round and chunks off the broker and leave."""
@@ -106,11 +131,18 @@ class Fleet:
 
     def send(self, device_id: str, message: FromCoordinator) -> None:
         topic = self.topics.down(device_id)
-        self._transport.publish(topic, self._sealed(message, topic))
+        # a Need that comes late asks for chunks that a repeated Offer has brought meanwhile
+        expiry_s = RESEND_S if isinstance(message, Need) else None
+        try:
+            self._transport.publish(topic, self._sealed(message, topic), expiry_s=expiry_s)
+        except TransportError as exc:  # a Need of very many chunks: that device is lost for the round, the run is not
+            log.error("%s", exc)
 
     def publish_round(self, message: Invitation | RoundClosed) -> None:
         self._round = message
-        self._transport.publish(self.topics.round, self._sealed(message, self.topics.round), retain=True)
+        expiry_s = message.duration_ms / 1000 if isinstance(message, Invitation) else None
+        sealed = self._sealed(message, self.topics.round)
+        self._transport.publish(self.topics.round, sealed, retain=True, expiry_s=expiry_s)
 
     def publish_blob(self, data: bytes) -> BlobRef:
         """Retain the blob's chunks on the broker; returns when the broker has them all."""
@@ -118,6 +150,7 @@ class Fleet:
         if ref.sha256 not in self._blobs:
             self._blobs[ref.sha256] = (ref, data)
             self._publish_chunks(ref, data)
+            self._confirm(ref)
         return ref
 
     def clear_blob(self, sha256: bytes) -> None:
@@ -125,11 +158,14 @@ class Fleet:
         for index in range(ref.num_chunks):
             self._transport.publish(self.topics.blob(sha256, index), b"", retain=True)
 
-    def _publish_chunks(self, ref: BlobRef, data: bytes) -> None:
-        sent = [
-            self._transport.publish(self.topics.blob(ref.sha256, index), payload, retain=True)
+    def _send_chunks(self, ref: BlobRef, data: bytes) -> list[int]:
+        return [
+            self._transport.publish(self.topics.blob(ref.sha256, index), payload, retain=True, expiry_s=BLOB_EXPIRY_S)
             for index, payload in chunks(data, ref)
         ]
+
+    def _publish_chunks(self, ref: BlobRef, data: bytes) -> None:
+        sent = self._send_chunks(ref, data)
         end = time.monotonic() + PUBLISH_TIMEOUT_S
         while not self._transport.flush(sent, POLL_S):
             self._watch()
@@ -138,6 +174,36 @@ class Fleet:
                     f"{self.broker} did not take the model within {PUBLISH_TIMEOUT_S:g} s",
                     f"check that it accepts messages of {self._chunk_bytes} bytes",
                 )
+
+    def _confirm(self, ref: BlobRef) -> None:
+        """Raises TransportError where the broker does not give back a chunk that it acknowledged.
+
+        MQTT 3.1.1 has no word for a message that is too large: the broker acknowledges it and drops it.
+        """
+        size, topic = ref.chunk_size(0), self.topics.blob(ref.sha256, 0)
+        if self._transport.protocol != "3.1.1" or size <= self._confirmed_bytes:
+            return
+        self._transport.subscribe([topic])
+        end = time.monotonic() + CONFIRM_S
+        while size > self._confirmed_bytes:
+            self._watch()
+            if time.monotonic() > end:
+                raise TransportError(
+                    f"{self.broker} acknowledged a message of {size} bytes and did not keep it",
+                    "set chunk_bytes below the broker's message limit, and let the coordinator read blob/#",
+                    transient=False,
+                )
+            try:
+                item = self._inbox.get(timeout=POLL_S)
+            except queue.Empty:
+                continue
+            if isinstance(item, Incoming) and item.topic == topic:
+                self._confirmed_bytes = size
+            elif isinstance(item, ConnectionUp):
+                self._restore()
+            else:
+                self._held.append(item)
+        self._transport.unsubscribe([topic])
 
     def _sealed(self, message: FromCoordinator, topic: str) -> bytes:
         return codec.encode(message, topic=topic, sender=COORDINATOR, sequence=self._sequence.next(), key=self._key)
@@ -153,7 +219,7 @@ class Fleet:
         while True:
             self._watch()
             try:
-                item = self._inbox.get(timeout=max(0.0, end - time.monotonic()))
+                item = self._held.popleft() if self._held else self._inbox.get(timeout=max(0.0, end - time.monotonic()))
             except queue.Empty:
                 return None
             if isinstance(item, Incoming):
@@ -168,10 +234,22 @@ class Fleet:
                 self._restore()
             elif isinstance(item, ConnectionDown):
                 log.warning("connection to %s lost (%s), trying again", self.broker, item.reason)
+            elif isinstance(item, Refused):
+                self._take_refusal(item)
+
+    def _take_refusal(self, item: Refused) -> None:
+        """What one device does not get costs that device; without the rest there is no round."""
+        place = self.topics.parse_device(item.topic)
+        if place is None:
+            raise item.error
+        log.error("%s", item.error)
 
     def _watch(self) -> None:
         """While we wait: is everything that we wait for still there?"""
         self._check()
+        if time.monotonic() > self._renew_at:
+            self._renew_at = time.monotonic() + BLOB_EXPIRY_S / 2
+            self._send_all_chunks()
         if self._transport.connected:
             self._down_since = None
             return
@@ -188,11 +266,13 @@ class Fleet:
             self._was_up = True
             return
         log.info("%s is back", self.broker)
-        for ref, data in self._blobs.values():
-            for index, payload in chunks(data, ref):
-                self._transport.publish(self.topics.blob(ref.sha256, index), payload, retain=True)
+        self._send_all_chunks()
         if self._round is not None:
             self.publish_round(self._round)
+
+    def _send_all_chunks(self) -> None:
+        for ref, data in self._blobs.values():
+            self._send_chunks(ref, data)
 
     def _verified(self, item: Incoming) -> FromFleet | None:
         place = self.topics.parse_device(item.topic)
@@ -215,11 +295,8 @@ class Fleet:
         return FromFleet(place.device_id, message)
 
     def _refuse(self, device_id: str, why: str) -> None:
+        if device_id not in self.refused and len(self.refused) >= MAX_REFUSED:
+            return  # a stranger may take a new name for every message
         self.refused[device_id] = self.refused.get(device_id, 0) + 1
         if self.refused[device_id] == 1:
             log.warning("ignored a message: %s", why)
-
-
-def roster_from(keys: Mapping[str, str]) -> dict[str, PublicKey]:
-    """Device ids to public keys, from hex digits."""
-    return {check_device_id(device_id): PublicKey.from_hex(key) for device_id, key in keys.items()}

@@ -20,10 +20,10 @@ from covey_coordinator.aggregation.engines import make_engine
 from covey_coordinator.aggregation.registry import rule_from_table
 from covey_coordinator.aggregation.rules import Rule
 from covey_coordinator.coordinator import Coordinator, RoundResult, Timing, shuffle_seed
-from covey_coordinator.fleet import Fleet, roster_from
+from covey_coordinator.fleet import MIN_CHUNK_BYTES, Fleet
 from covey_coordinator.records import ACCEPTED
 from covey_coordinator.store import RunStore
-from covey_edge.config import BrokerSettings, NotNegative, Positive, read_broker, read_file, read_toml
+from covey_edge.config import BrokerSettings, NotNegative, Positive, read_broker, read_file, read_toml, roster_from
 from covey_edge.runtime import Model
 from covey_protocol.bundle import Manifest, check_plan, read_bundle
 from covey_protocol.errors import ConfigError, RunError, TrainingError
@@ -83,7 +83,7 @@ class CoordinatorConfig(Struct, frozen=True, forbid_unknown_fields=True):
     server: ServerSettings = ServerSettings()
     training: TrainingSettings = TrainingSettings()
     runs_dir: str = "runs"
-    chunk_bytes: Annotated[int, Meta(ge=1024, le=MAX_CHUNK_BYTES)] = DEFAULT_CHUNK_BYTES
+    chunk_bytes: Annotated[int, Meta(ge=MIN_CHUNK_BYTES, le=MAX_CHUNK_BYTES)] = DEFAULT_CHUNK_BYTES
     rule: Any = None  # what [aggregation] was called; kept to refuse it in words
 
 

@@ -17,17 +17,18 @@ from covey_edge import __version__
 from covey_edge.cache import BlobCache
 from covey_edge.config import Agent
 from covey_edge.frames import Done, Frame, Open, Probe, Problem, Run
-from covey_edge.mqtt import ConnectionDown, ConnectionUp, Incoming, MqttTransport
+from covey_edge.mqtt import ConnectionDown, ConnectionUp, Incoming, MqttTransport, Refused
 from covey_edge.outbox import Entry, NumberFile, Outbox
 from covey_edge.training_process import TrainingProcess
 from covey_protocol import codec, device, errors
 from covey_protocol.blobs import BlobAssembly
-from covey_protocol.codec import ReplayGuard, Sequence
+from covey_protocol.codec import CHUNK_ROOM_BYTES, ReplayGuard, Sequence
 from covey_protocol.messages import (
     BlobRef,
     FromDevice,
     Invitation,
     Need,
+    Offer,
     Presence,
     Receipt,
     RoundClosed,
@@ -39,8 +40,8 @@ log = logging.getLogger("covey.agent")
 
 TICK_S = 1.0
 PROBE_TIMEOUT_S = 120.0
-SUBSCRIBE_AT_ONCE = 64  # chunk topics in one SUBSCRIBE packet; brokers limit its size
 FETCH_RETRY_S = 10.0
+OFFER_EXPIRY_S = 30.0  # the machine repeats an offer: while the broker is away only the newest few are kept for it
 
 
 class AgentProgram:
@@ -62,7 +63,7 @@ class AgentProgram:
             lambda token, frame: self._inbox.put((token, frame)), agent.config.training.memory_mb
         )
         self._assemblies: dict[bytes, BlobAssembly] = {}
-        self._fetch_started = 0.0
+        self._fetch_progress = 0.0
         self._runtime = ""
         self._transport = MqttTransport(
             agent.broker, f"covey-{agent.config.fleet}-{agent.config.device_id}", self._inbox
@@ -114,7 +115,7 @@ class AgentProgram:
 
     # --- what comes in
 
-    def _take(self, item: Union[Incoming, ConnectionUp, ConnectionDown, tuple[object, Frame]]) -> None:
+    def _take(self, item: Union[Incoming, ConnectionUp, ConnectionDown, Refused, tuple[object, Frame]]) -> None:
         if isinstance(item, Incoming):
             self._take_message(item)
         elif isinstance(item, ConnectionUp):
@@ -122,6 +123,8 @@ class AgentProgram:
             self._handle(device.Connected())
         elif isinstance(item, ConnectionDown):
             log.warning("connection to %s lost (%s), trying again", self._agent.broker, item.reason)
+        elif isinstance(item, Refused):
+            log.error("%s", item.error)
         else:
             self._take_answer(*item)
 
@@ -144,6 +147,8 @@ class AgentProgram:
         if assembly is None or not payload:
             return  # a cleared chunk, or one of a blob we no longer want
         whole = assembly.add(index, payload)
+        self._fetch_progress = time.monotonic()
+        self._transport.forget([self._topics.blob(sha256, index)])
         if whole is None:
             return
         self._stop_fetching(sha256)
@@ -200,6 +205,10 @@ class AgentProgram:
         if plan.epochs > training.max_epochs:
             reason = f"{plan.epochs} epochs are more than this device allows ({training.max_epochs})"
             return device.ConditionsChecked(invitation.round_id, False, reason)
+        limit, chunk_bytes = self._transport.max_message_bytes, invitation.parameters.chunk_size(0)
+        if limit is not None and chunk_bytes + CHUNK_ROOM_BYTES > limit:
+            reason = f"chunks of {chunk_bytes} bytes do not fit this device's broker (messages up to {limit} bytes)"
+            return device.ConditionsChecked(invitation.round_id, False, f"{reason}; set a smaller chunk_bytes")
         return device.ConditionsChecked(invitation.round_id, True)
 
     def _fetch(self, blobs: tuple[BlobRef, ...]) -> None:
@@ -207,21 +216,20 @@ class AgentProgram:
         for ref in blobs:
             if ref not in here and ref.sha256 not in self._assemblies:
                 self._assemblies[ref.sha256] = BlobAssembly(ref)
-        self._subscribe_missing()
+                self._subscribe_missing(self._assemblies[ref.sha256])
         for ref in here:
             self._handle(device.BlobReady(ref.sha256))
 
-    def _subscribe_missing(self) -> None:
-        self._fetch_started = time.monotonic()
-        for sha256, assembly in self._assemblies.items():
-            topics = [self._topics.blob(sha256, index) for index in assembly.missing()]
-            for start in range(0, len(topics), SUBSCRIBE_AT_ONCE):
-                self._transport.subscribe(topics[start : start + SUBSCRIBE_AT_ONCE])
+    def _subscribe_missing(self, assembly: BlobAssembly) -> None:
+        self._fetch_progress = time.monotonic()
+        self._transport.subscribe(self._topics.blob(assembly.ref.sha256, index) for index in assembly.missing())
 
     def _retry_fetch(self) -> None:
-        # subscribing again makes the broker send its retained chunks again: mends lost and corrupted ones
-        if self._assemblies and time.monotonic() - self._fetch_started > FETCH_RETRY_S:
-            self._subscribe_missing()
+        # subscribing again makes the broker send its retained chunks again: mends lost and corrupted ones. Not while
+        # some still come, or a slow link would carry them twice.
+        if self._assemblies and time.monotonic() - self._fetch_progress > FETCH_RETRY_S:
+            for assembly in self._assemblies.values():
+                self._subscribe_missing(assembly)
 
     def _stop_fetching(self, sha256: bytes) -> None:
         assembly = self._assemblies.pop(sha256, None)
@@ -279,7 +287,11 @@ class AgentProgram:
 
     def _publish(self, message: FromDevice) -> None:
         topic = self._topics.up(self._config.device_id)
-        self._transport.publish(topic, self._sealed(message, topic))
+        expiry_s = OFFER_EXPIRY_S if isinstance(message, Offer) else None
+        try:
+            self._transport.publish(topic, self._sealed(message, topic), expiry_s=expiry_s)
+        except errors.TransportError as exc:  # larger than the broker takes: the round will fail, the agent lives on
+            log.error("%s", exc)
 
     def _sealed(self, message: FromDevice, topic: str) -> bytes:
         return codec.encode(

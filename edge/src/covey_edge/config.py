@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Optional, TypeVar
+from typing import Annotated, Any, Literal, Optional, TypeVar
 
 import msgspec
 from msgspec import Meta, Struct
@@ -27,12 +29,16 @@ NotNegative = Annotated[float, Meta(ge=0)]
 
 
 class BrokerSettings(Struct, frozen=True, forbid_unknown_fields=True):
+    """protocol: which MQTT to speak. max_message_bytes: of the largest packet the broker takes, 0 for what it says."""
+
     url: str
     username: Optional[str] = None
     password_file: Optional[str] = None
     ca_file: Optional[str] = None
     cert_file: Optional[str] = None
     key_file: Optional[str] = None
+    protocol: Literal["auto", "5", "3.1.1"] = "auto"
+    max_message_bytes: Annotated[int, Meta(ge=0)] = 0
 
 
 class IdentitySettings(Struct, frozen=True, forbid_unknown_fields=True):
@@ -122,7 +128,11 @@ def read_broker(settings: BrokerSettings, folder: Path) -> Broker:
         name: folder / value if (value := getattr(settings, name)) else None
         for name in ("ca_file", "cert_file", "key_file")
     }
-    broker = parse_broker(settings.url, **files)
+    broker = dataclasses.replace(
+        parse_broker(settings.url, **files),
+        protocol=settings.protocol,
+        max_message_bytes=settings.max_message_bytes,
+    )
     if settings.username is None:
         if settings.password_file is not None:
             raise ConfigError("broker.password_file needs broker.username", "set both or none")
@@ -130,7 +140,21 @@ def read_broker(settings: BrokerSettings, folder: Path) -> Broker:
     if broker.password is not None:
         raise ConfigError("broker.username and a password in broker.url", "give the password in one place")
     password = read_file(folder / settings.password_file).decode().strip() if settings.password_file else None
-    return Broker(broker.host, broker.port, broker.tls, settings.username, password, **files)
+    return dataclasses.replace(broker, username=settings.username, password=password)
+
+
+class _Roster(Struct, frozen=True):
+    devices: dict[str, str]
+
+
+def read_roster(path: Path) -> dict[str, PublicKey]:
+    """The devices' public keys in a coordinator.toml; its other settings are not looked at."""
+    return roster_from(read_toml(path, _Roster).devices)
+
+
+def roster_from(keys: Mapping[str, str]) -> dict[str, PublicKey]:
+    """Device ids to public keys, from hex digits."""
+    return {check_device_id(device_id): PublicKey.from_hex(key) for device_id, key in keys.items()}
 
 
 def read_toml(path: Path, kind: type[T]) -> T:

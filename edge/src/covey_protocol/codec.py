@@ -20,6 +20,8 @@ from covey_protocol.topics import RESERVED_ID
 
 COORDINATOR = RESERVED_ID  # the coordinator's sender name; no device may have it
 MAX_ENVELOPE_BYTES = 2 * 1024 * 1024  # a chunk of the largest size, or an invitation that names 10,000 devices
+# of an MQTT packet that brings a chunk, what is not the chunk: longest topic, envelope, the message's other fields
+CHUNK_ROOM_BYTES = 512
 SEAL_CONTEXT = b"covey message\x00"
 
 _encoder = msgspec.msgpack.Encoder()
@@ -45,26 +47,42 @@ def decode_from_coordinator(data: bytes, *, topic: str, key: PublicKey) -> tuple
     return _decode(data, topic, COORDINATOR, key, _from_coordinator)
 
 
+def decode_unverified(data: bytes, *, topic: str, sender: str) -> tuple[Message, int]:
+    """For looking at recorded messages whose sender's key is not known: everything is checked but the seal."""
+    envelope = _open(data, topic, sender)
+    decoder = _from_coordinator if sender == COORDINATOR else _from_device
+    return _body(envelope, decoder), envelope.sequence
+
+
 def _decode(
     data: bytes, topic: str, sender: str, key: PublicKey, decoder: msgspec.msgpack.Decoder[Any]
 ) -> tuple[Any, int]:
+    envelope = _open(data, topic, sender)
+    sealed = _sealed_bytes(envelope.version, topic, envelope.sender, envelope.sequence, envelope.body)
+    if not key.verifies(envelope.seal, sealed):
+        raise PeerError(f"a message on {topic} is not sealed by the key known for {sender}", section=3)
+    return _body(envelope, decoder), envelope.sequence
+
+
+def _open(data: bytes, topic: str, sender: str) -> Envelope:
     if len(data) > MAX_ENVELOPE_BYTES:
-        raise PeerError(f"a message of {len(data)} bytes on {topic}")
+        raise PeerError(f"a message of {len(data)} bytes on {topic}", section=10)
     try:
         envelope = _envelopes.decode(data)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
-        raise PeerError(f"not a covey message on {topic} ({exc})") from exc
+        raise PeerError(f"not a covey message on {topic} ({exc})", section=3) from exc
     if envelope.version != PROTOCOL_VERSION:
-        raise PeerError(f"{topic} speaks protocol {envelope.version}, this side speaks {PROTOCOL_VERSION}")
+        raise PeerError(f"{topic} speaks protocol {envelope.version}, this side speaks {PROTOCOL_VERSION}", section=9)
     if envelope.sender != sender:
-        raise PeerError(f"{topic} carries a message of {envelope.sender!r}")
-    sealed = _sealed_bytes(envelope.version, topic, envelope.sender, envelope.sequence, envelope.body)
-    if not key.verifies(envelope.seal, sealed):
-        raise PeerError(f"a message on {topic} is not sealed by the key known for {sender}")
+        raise PeerError(f"{topic} carries a message of {envelope.sender!r}", section=3)
+    return envelope
+
+
+def _body(envelope: Envelope, decoder: msgspec.msgpack.Decoder[Any]) -> Any:
     try:
-        return decoder.decode(envelope.body), envelope.sequence
+        return decoder.decode(envelope.body)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
-        raise PeerError(f"{sender} sent a message that breaks the protocol ({exc})") from exc
+        raise PeerError(f"{envelope.sender} sent a message that breaks the protocol ({exc})", section=4) from exc
 
 
 def _sealed_bytes(version: int, topic: str, sender: str, sequence: int, body: bytes) -> bytes:

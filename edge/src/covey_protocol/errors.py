@@ -105,6 +105,13 @@ class TrainingError(CoveyError):
 
 
 class PeerError(CoveyError):
-    """The other side broke the protocol: count it, drop the message, end that conversation. Never fatal."""
+    """The other side broke the protocol: count it, drop the message, end that conversation. Never fatal.
+
+    section: of docs/protocol.md, where one rule was broken that a reader can look up.
+    """
 
     exit_code = EXIT_RUN
+
+    def __init__(self, what: str, remedy: str = "", *, section: int = 0) -> None:
+        super().__init__(what, remedy)
+        self.section = section

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -31,8 +32,9 @@ from covey_coordinator.demo.settings import DemoSettings
 from covey_coordinator.fleet import Fleet
 from covey_coordinator.machine import check_machine
 from covey_coordinator.store import RunStore
+from covey_edge.config import BrokerSettings, read_broker
 from covey_edge.files import write_atomic
-from covey_edge.mqtt import Broker, parse_broker
+from covey_edge.mqtt import Broker
 from covey_edge.processes import interrupted_by_signals
 from covey_edge.runtime import Model
 from covey_protocol.bundle import read_bundle
@@ -179,7 +181,7 @@ class Demo:
         if settings.broker is None:
             self._broker = BrokerProcess(self._folder / "logs" / "broker.log")
             self._stack.callback(self._broker.stop)
-            table["url"] = self._broker.url
+            table = {"url": self._broker.url, "protocol": "3.1.1"}
         for name in ("ca_file", "cert_file", "key_file"):
             if (path := getattr(settings, name)) is not None:
                 table[name] = str(path.resolve())
@@ -197,8 +199,7 @@ class Demo:
         return devices
 
     def _parsed_broker(self) -> Broker:
-        files = {name: Path(value) for name, value in self._table.items() if name != "url"}
-        return parse_broker(self._table["url"], **files)
+        return read_broker(msgspec.convert(self._table, BrokerSettings), self._folder)
 
     def _try_broker(self) -> None:
         """A broker of the user's that cannot be reached is better known before ten agents say so."""
