@@ -1,0 +1,71 @@
+"""The promise of docs/protocol.md, section 6.1, over thousands of made-up worlds (see `world`).
+
+COVEY_SEED=N runs one seed alone. A seed that fails prints its number and the end of its story; the same seed on the
+same code tells the same story.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from simulation.mutations import MUTATIONS
+from simulation.world import Broken, World
+
+EVERYDAY, MANY = 2_000, 100_000
+BLOCK = 250  # seeds in one test
+
+
+def run(seed: int) -> World:
+    world = World(seed)
+    try:
+        return world.run()
+    except BaseException as exc:
+        raise AssertionError(
+            f"{exc!r}\n{world.story()}\nagain: COVEY_SEED={seed} python -m pytest {os.path.relpath(__file__)}"
+        ) from exc
+
+
+def seeds(first: int, last: int) -> range:
+    only = os.environ.get("COVEY_SEED")
+    return range(first, last) if only is None else range(int(only), int(only) + 1)
+
+
+@pytest.mark.parametrize("first", range(0, EVERYDAY, BLOCK))
+def test_no_crash_loses_or_doubles_what_was_acknowledged(first: int) -> None:
+    crashes = acknowledged = 0
+    for seed in seeds(first, first + BLOCK):
+        world = run(seed)
+        crashes += world.crashes
+        acknowledged += len(world.acknowledged)
+    if "COVEY_SEED" not in os.environ:  # the worlds are as bad as they are meant to be
+        assert crashes > BLOCK
+        assert acknowledged > 4 * BLOCK
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("first", range(EVERYDAY, MANY, 10 * BLOCK))
+def test_nor_do_many_more(first: int) -> None:
+    for seed in seeds(first, min(first + 10 * BLOCK, MANY)):
+        run(seed)
+
+
+def test_the_same_seed_tells_the_same_story() -> None:
+    for seed in range(5):
+        assert run(seed).story(10**6) == run(seed).story(10**6)
+
+
+@pytest.mark.parametrize("what", MUTATIONS)
+def test_the_simulation_finds_that(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    MUTATIONS[what](monkeypatch)
+    assert any(breaks(seed) for seed in range(EVERYDAY))
+
+
+def breaks(seed: int) -> bool:
+    try:
+        World(seed).run()
+    except Broken:
+        return True
+    return False
