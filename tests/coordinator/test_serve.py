@@ -80,7 +80,7 @@ def serve(folder: Path, rounds: int) -> subprocess.CompletedProcess[str]:
     path = folder / "coordinator.toml"
     path.write_text((folder / "template").read_text().replace("{rounds}", str(rounds)))
     command = [sys.executable, "-m", "covey_edge", "serve", "--config", str(path)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
 
 
 def test_a_run_goes_on_after_its_newest_readable_checkpoint(clinic: Path, digits_bundle: bytes) -> None:
