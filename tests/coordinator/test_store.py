@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 import sqlite3
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,7 @@ import pytest
 
 from covey_coordinator import store as stores
 from covey_coordinator.records import ACCEPTED, MISSING, REJECTED, DeviceVerdict
-from covey_coordinator.store import KEEP_ROUNDS, RETENTION_MS, Checkpoint, RunStore
+from covey_coordinator.store import KEEP_ROUNDS, RETENTION_MS, Checkpoint, RunStore, only_one
 from covey_protocol.blobs import blob_ref
 from covey_protocol.errors import StorageError
 from covey_protocol.messages import Invitation, Offer, RoundClosed, TrainingPlan, Verdict
@@ -291,3 +293,27 @@ def test_the_database_syncs_every_commit(store: RunStore) -> None:
     assert store._database.execute("PRAGMA synchronous").fetchone() == (2,)  # FULL
     assert store._database.execute("PRAGMA journal_mode").fetchone() == ("wal",)
     assert (store.folder / "coordinator.sqlite").stat().st_mode & 0o777 == 0o600
+
+
+# --- one coordinator at a time
+
+
+def test_a_second_coordinator_of_a_run_is_refused_until_the_first_is_gone(tmp_path: Path) -> None:
+    script = f"""
+import time
+from pathlib import Path
+from covey_coordinator.store import only_one
+with only_one(Path({str(tmp_path)!r})):
+    print("locked", flush=True)
+    time.sleep(60)
+"""
+    first = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
+    assert first.stdout is not None
+    assert first.stdout.readline() == b"locked\n"
+    with pytest.raises(StorageError, match="another covey serve uses"), only_one(tmp_path):
+        pass
+    first.kill()
+    first.wait()
+    first.stdout.close()
+    with only_one(tmp_path):
+        pass

@@ -38,6 +38,14 @@ def test_the_outbox_gives_back_what_it_keeps(tmp_path: Path) -> None:
     assert outbox.update(OFFER) is None
 
 
+def test_what_crashes_left_of_unfinished_writes_is_swept_away(tmp_path: Path) -> None:
+    Outbox(tmp_path).keep(ENTRY)
+    left = tmp_path / "outbox" / ".r.2.msgpack.4711.tmp"
+    left.write_bytes(b"half")
+    assert Outbox(tmp_path).offers() == [OFFER]
+    assert not left.exists()
+
+
 def test_an_update_is_readable_by_its_owner_only(tmp_path: Path) -> None:
     Outbox(tmp_path).keep(ENTRY)
     (path,) = (tmp_path / "outbox").iterdir()

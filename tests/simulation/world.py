@@ -175,6 +175,9 @@ class SimulatedDisk(Disk):
         if str(path) in self.files:
             self.removed[str(path)] = self.files.pop(str(path))
 
+    def sweep(self, folder: Path) -> None:
+        pass  # temporary files are below this model; tests/edge/test_outbox.py has them
+
     def remove_tree(self, folder: Path) -> None:
         for name in [name for name in self.files if name.startswith(f"{folder}/")]:
             del self.files[name]

@@ -7,6 +7,7 @@ round that was under way, else after the newest readable checkpoint. An abandone
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,16 +20,17 @@ from msgspec import Meta, Struct, field
 from covey_coordinator.aggregation.engines import make_engine
 from covey_coordinator.aggregation.registry import rule_from_table
 from covey_coordinator.aggregation.rules import Rule
+from covey_coordinator.aggregation.screening import Arrivals
 from covey_coordinator.coordinator import Coordinator, Engine, RoundResult, Timing, shuffle_seed
 from covey_coordinator.fleet import Fleet, roster_from
 from covey_coordinator.records import ACCEPTED
-from covey_coordinator.store import RunStore
+from covey_coordinator.store import Checkpoint, RunStore, only_one
 from covey_edge.config import BrokerSettings, NotNegative, Positive, read_broker, read_file, read_toml
 from covey_edge.outbox import NumberFile
 from covey_edge.runtime import Model
 from covey_protocol.bundle import Manifest, check_plan, read_bundle
 from covey_protocol.codec import Sequence
-from covey_protocol.errors import ConfigError, RunError, TrainingError
+from covey_protocol.errors import ConfigError, RuleError, RunError, TrainingError
 from covey_protocol.messages import (
     DEFAULT_CHUNK_BYTES,
     MAX_CHUNK_BYTES,
@@ -115,6 +117,7 @@ def serve(path: Path, say: Callable[[str], None], check: Callable[[], None] = la
     rule.check(config.round.quorum)
     runs = folder / config.runs_dir
     with contextlib.ExitStack() as stack:
+        stack.enter_context(only_one(runs / config.run))
         store = RunStore(runs / config.run)
         stack.callback(store.close)
         engine = make_engine(
@@ -223,14 +226,43 @@ def _plan(training: TrainingSettings, number: int) -> TrainingPlan:
 def _resume(
     store: RunStore, engine: Engine, run: str, initial: npt.NDArray[np.float32], say: Callable[[str], None]
 ) -> tuple[npt.NDArray[np.float32], int]:
-    """The newest readable checkpoint's parameters, with its state in the engine, and its round; else initial and 0."""
+    """The newest readable checkpoint's parameters, with its state in the engine, and its round; else initial and 0.
+
+    Models of later rounds that cannot be read any more are computed again, as far as their updates are still here.
+    """
     found = store.newest_checkpoint(run, len(initial))
-    if found is None:
-        return initial, 0
-    say(f"going on after round {found.number}")
-    if found.state and not engine.load_state(found.state):
+    parameters, done = (found.parameters, found.number) if found is not None else (initial, 0)
+    if found is not None and found.state and not engine.load_state(found.state):
         say("the rule or the server optimizer is another one now: its memory starts afresh")
-    return found.parameters, found.number
+    for round_id, number, sha256 in store.later_models(run, done):
+        mended = _mended(store, engine, run, round_id, Checkpoint(number, parameters, b""), sha256)
+        if mended is None:
+            say(f"the model of round {number} is damaged and cannot be computed again: its updates are lost")
+            break
+        say(f"the model of round {number} was damaged; it is computed again from the stored updates")
+        parameters, done = mended, number
+    if done:
+        say(f"going on after round {done}")
+    return parameters, done
+
+
+def _mended(
+    store: RunStore, engine: Engine, run: str, round_id: str, before: Checkpoint, sha256: str
+) -> npt.NDArray[np.float32] | None:
+    """The parameters that the round made of those before it; None, and nothing changed, unless they have this hash."""
+    updates, state = store.kept_updates(round_id), engine.saved_state()
+    arrivals = Arrivals(updates, len(before.parameters))
+    for device_id, (offer, update) in updates.items():
+        arrivals.add(device_id, update, offer.num_examples)
+    try:
+        parameters = engine.aggregate(before.parameters, arrivals.screened(updates)).parameters
+    except RuleError:
+        return None
+    if hashlib.sha256(parameters.astype("<f4").tobytes()).hexdigest() != sha256:
+        engine.load_state(state)
+        return None
+    store.mend_checkpoint(run, Checkpoint(before.number, parameters, engine.saved_state()))
+    return parameters
 
 
 def _give_up_if_hopeless(abandoned: int, reason: str) -> None:

@@ -12,7 +12,9 @@ SQLite runs in WAL with synchronous=FULL: what was committed survives a power cu
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
+import os
 import sqlite3
 import zlib
 from collections.abc import Iterator, Sequence
@@ -82,6 +84,7 @@ class RunStore:
         self._database = open_database(folder / "coordinator.sqlite") if database is None else database
         with _translated(folder):
             migrate(self._database)
+        self._disk.sweep(self.folder / "updates")
 
     def close(self) -> None:
         self._database.close()
@@ -298,6 +301,7 @@ class RunStore:
 
         A run that has no row yet takes up the newest usable .f32 file of its folder, which older versions left alone.
         """
+        self._disk.sweep(self.checkpoints(run_id))
         if self._one("SELECT 1 FROM rounds WHERE run = ?", run_id) is None:
             return self._adopted(run_id, dimension)
         rows = self._all("SELECT number, parameters, state FROM checkpoints WHERE run = ? ORDER BY number DESC", run_id)
@@ -306,6 +310,28 @@ class RunStore:
             if found is not None and len(found.parameters) == dimension:
                 return found
         return None
+
+    def later_models(self, run_id: str, number: int) -> list[tuple[str, int, str]]:
+        """(round, its number, sha256 of its model) of the published rounds after this number, in order."""
+        return self._all(
+            "SELECT round, number, parameters FROM checkpoints WHERE run = ? AND number > ? ORDER BY number",
+            run_id,
+            number,
+        )
+
+    def kept_updates(self, round_id: str) -> dict[str, tuple[Offer, Floats]]:
+        """Device -> its stored update, of those that can still be read."""
+        rows = self._all("SELECT id, offer, sha256 FROM devices WHERE round = ? AND sha256 IS NOT NULL", round_id)
+        found = {}
+        for device_id, encoded, sha256 in rows:
+            data = self._read_update(sha256)
+            if data is not None:
+                found[device_id] = (msgspec.msgpack.decode(encoded, type=Offer), np.frombuffer(data, "<f4"))
+        return found
+
+    def mend_checkpoint(self, run_id: str, checkpoint: Checkpoint) -> None:
+        """Write the files of a checkpoint again that its row still names."""
+        self._write_checkpoint(run_id, checkpoint)
 
     def _adopted(self, run_id: str, dimension: int) -> Checkpoint | None:
         folder = self.checkpoints(run_id)
@@ -377,6 +403,28 @@ class RunStore:
         """Committed and synced at the end of the with block, or nothing of it."""
         with _translated(self.folder), transaction(self._database):
             yield self._database
+
+
+@contextlib.contextmanager
+def only_one(folder: Path) -> Iterator[None]:
+    """Hold the run's folder: two coordinators of one run would each count the other's rounds as their own.
+
+    Raises StorageError where another process holds it. A process that dies lets go.
+    """
+    try:
+        make_folder(folder)
+        descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError as exc:
+        raise StorageError(f"cannot lock {folder} ({exc.strerror or exc})", "check its permissions") from exc
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as exc:
+        os.close(descriptor)
+        raise StorageError(f"another covey serve uses {folder}", "stop it first") from exc
+    try:
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def open_database(path: Path) -> sqlite3.Connection:

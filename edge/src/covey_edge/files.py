@@ -77,6 +77,11 @@ class Disk:
         except OSError as exc:
             raise StorageError(f"cannot remove {path} ({exc.strerror or exc})", "check its permissions") from exc
 
+    def sweep(self, folder: Path) -> None:
+        """Remove what crashes left of unfinished writes. Only for a folder that no other program writes to."""
+        for path in folder.glob(".*.tmp"):
+            self.remove(path)
+
     def remove_tree(self, folder: Path) -> None:
         """A folder of scratch files. What cannot be removed stays."""
         shutil.rmtree(folder, ignore_errors=True)

@@ -35,6 +35,7 @@ class Outbox:
 
     def offers(self) -> list[Offer]:
         """Of all that is owed, by round id. A file that cannot be read is set aside (the newest such), not deleted."""
+        self._disk.sweep(self._folder)
         self._take_up_old()
         offers = []
         for name in self._disk.names(self._folder):

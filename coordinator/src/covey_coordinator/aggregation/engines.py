@@ -1,9 +1,9 @@
 """One round of aggregation: screen, sort, check, rule, server optimizer, verdicts. Two engines with the same bits.
 
 An engine keeps what lasts from round to round (the rule's state, the server optimizer's state), and gives it as bytes
-to whoever stores it. The *door* behind it
-does the arithmetic: `DirectDoor` calls the rule and TFF's optimizer object in this process, `TffDoor` runs TFF's
-aggregation process and finalizer on a worker. All decisions are made here, once, for both.
+to whoever stores it. The *door* behind it does the arithmetic: `DirectDoor` calls the rule and TFF's optimizer object
+in this process, `TffDoor` runs TFF's aggregation process and finalizer on a worker. All decisions are made here, once,
+for both.
 
 An update is trained minus received, so the optimizer sees the negative aggregate as its gradient; with sgd at a
 learning rate of 1 the new parameters are exactly received + aggregate. Parameters that are not trainable (BatchNorm's
@@ -70,7 +70,7 @@ class Engine(Protocol):
         """All that lasts from round to round, to be kept with the parameters it belongs to."""
 
     def load_state(self, data: bytes) -> bool:
-        """Go on from `saved_state`. False, with nothing changed, where rule or server optimizer are others now.
+        """Go on from `saved_state`. False, with nothing changed, where rule, server optimizer or model are others now.
 
         Raises StorageError for bytes that are no saved state.
         """
@@ -116,7 +116,8 @@ def make_engine(
         door = DirectDoor(rule, parameter_specs, optimizer)
     else:
         door = TffDoor(rule, parameter_specs, optimizer, worker)
-    description = f"{rule!r}, {server_optimizer}, {server_learning_rate!r}"
+    layout = [(spec.shape, spec.trainable) for spec in parameter_specs]
+    description = f"{rule!r}, {server_optimizer}, {server_learning_rate!r}, {layout}"
     return _RoundEngine(rule, parameter_specs, door, refuse_copies, description)
 
 

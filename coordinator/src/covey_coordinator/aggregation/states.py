@@ -38,7 +38,7 @@ def pack_state(description: str, places: Sequence[str], nest: Any) -> bytes:
 def unpack_state(data: bytes, description: str, like: Any) -> tuple[list[str], Any] | None:
     """(places, nest with the structure and leaf types of `like`); None where the state is of other settings.
 
-    Raises StorageError for bytes that are no saved state, or one of another model.
+    Raises StorageError for bytes that are no saved state.
     """
     import tensorflow as tf
 
