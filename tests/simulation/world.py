@@ -15,6 +15,7 @@ import heapq
 import logging
 import random
 import sqlite3
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -312,7 +313,7 @@ class SimulatedFleet:
         return sorted(name for name, up in self._presence.items() if up)
 
     def send(self, device_id: str, message: Any) -> None:
-        self._world.step(f"send {device_id}")
+        self._world.step("send")
         self._world.coordinator_says(device_id, message)
 
     def publish_round(self, message: Invitation | RoundClosed) -> None:
@@ -405,6 +406,7 @@ class SimulatedDevice:
             self.world.log(self.name, "hears", message)
             if isinstance(message, Verdict) or (isinstance(message, Receipt) and not message.kept):
                 self.released.add(message.round_id)
+                self.world.seen[f"hears: {type(message).__name__} {message.reason[:23]}"] += 1
             self.run(lambda: self.performer.handle(TO_DEVICE[type(message)](message)))
 
     def run(self, action: Callable[[], None]) -> None:
@@ -418,6 +420,7 @@ class SimulatedDevice:
             self.world.at(self.world.rng.uniform(0.2, 8.0), self.start)
         except StorageError:
             self.world.log(self.name, "ends with a storage error")
+            self.world.seen["device's disk full"] += 1
             self.on = False
             self.disconnect()
             self.world.at(2.0, self.start)
@@ -431,6 +434,7 @@ class SimulatedDevice:
         self.disk.full = self.world.troubled and self.world.rng.random() < self.world.trouble.full
         if self.world.troubled and self.world.rng.random() < self.world.trouble.device_crash:
             self.world.log(self.name, "power cut at", what)
+            self.world.seen[f"device's power cut: {what.split(' ' + self.name)[0]}"] += 1
             raise Crash
 
     # --- what the performer uses
@@ -519,6 +523,7 @@ class World:
     uptime: dict[str, float] = field(default_factory=dict)
     restarts: dict[str, int] = field(default_factory=dict)
     crashes: int = 0
+    seen: Counter[str] = field(default_factory=Counter)  # what happened how often, so that a test can ask for it
 
     def __post_init__(self) -> None:
         self.rng = random.Random(self.seed)
@@ -546,7 +551,10 @@ class World:
                 )
             )
         self.calm()
-        self.coordinate(lambda coordinator: coordinator.attend(70.0))  # who was away asks what became of its update
+        # who was away asks what became of its update
+        self.coordinate(
+            lambda coordinator: coordinator.attend(70.0, lambda: not any(map(_owes, self.devices.values())))
+        )
         self.check_end()
         self.database.real.close()
         return self
@@ -569,6 +577,7 @@ class World:
             self.database.crash()
         except CoveyError as exc:
             self.log("coordinator", "ends", exc)
+            self.seen[f"ends: {type(exc).__name__}"] += 1
         self.check_store()
         self.fleet = None
         if self.troubled and self.rng.random() < self.trouble.clock:
@@ -628,10 +637,12 @@ class World:
         """Before every effect of the coordinator."""
         if not self.troubled:
             return
-        if self.rng.random() < self.trouble.full:
+        if self.rng.random() < (0.05 if self.disk.full else self.trouble.full):
             self.disk.full = not self.disk.full
-        if self.rng.random() < self.trouble.crash:
+        # most steps only wait: crash more often between effects, where it matters
+        if self.rng.random() < self.trouble.crash * (0.3 if what == "wait" else 3.0):
             self.log("coordinator", "power cut at", what)
+            self.seen[f"power cut: {what.split(' run/')[0].split(' of ')[0]}"] += 1
             raise Crash
 
     def mischief(self) -> None:
@@ -777,6 +788,7 @@ class World:
         round_id = self._one("SELECT id FROM rounds WHERE phase = 'aggregating'")
         self.require(round_id is not None, "aggregates before the decision is durable")
         names = frozenset(screened.device_ids) | frozenset(screened.reasons)
+        self.seen["aggregated again after a crash"] += round_id[0] in self.decided
         before = self.decided.setdefault(round_id[0], names)
         self.require(before == names, "another set of updates for a round that was decided", before, names)
         newest = self._one("SELECT max(number) FROM checkpoints")[0] or 0
@@ -855,6 +867,10 @@ class World:
             f"{now:8.2f}  {who:12}{what} {' '.join(_short(one) for one in more)}" for now, who, what, more in self.trace
         ]
         return "\n".join([f"seed {self.seed}, {self.trouble}", *lines[-last:]])
+
+
+def _owes(one: SimulatedDevice) -> bool:
+    return not one.on or bool(one.performer.machine.owed)
 
 
 def _short(value: Any) -> str:
