@@ -1,7 +1,8 @@
 """`kill -9` of coordinator, agents and broker at random moments, with real processes and a real Mosquitto.
 
-What must hold at the end: all rounds are published; every update that was acknowledged has a verdict; the model is,
-bit for bit, what the accepted updates of each round make of the model before it; no device is owed a word.
+What must hold at the end: all rounds are published; every update that was acknowledged has a verdict, and its device
+has heard it or still has the update in its outbox, so that it will ask; the model is, bit for bit, what the accepted
+updates of each round make of the model before it.
 """
 
 from __future__ import annotations
@@ -119,7 +120,7 @@ def clinic(tmp_path: Path, digits_bundle: bytes, coordinator_key: SealingKey) ->
     url = f"mqtt://127.0.0.1:{made.port}"
     devices = []
     for place, name in enumerate(IDS):
-        shard = Shard(x[place::15][:60], y[place::15][:60].astype(np.int32))
+        shard = Shard(x[place::3], y[place::3].astype(np.int32))
         devices.append(make_device(name, tmp_path / name, "clinic", {"url": url}, coordinator_key.public, shard))
     (tmp_path / "digits.covey").write_bytes(digits_bundle)
     (tmp_path / "coordinator.pem").write_bytes(coordinator_key.pem())
@@ -138,23 +139,23 @@ def run_with_kills(clinic: Clinic, rounds: int, epochs: int, seed: int, most_kil
         clinic.start(name)
     end = time.monotonic() + PER_ROUND_S * rounds
     opened = 0
+    victims = ["serve", *rng.choices(["serve", "broker", *IDS], weights=[2, 1, 1, 1, 1], k=most_kills - 1)]
     while not clinic.done():
         assert time.monotonic() < end, story(clinic)
         clinic.keep_running()
-        # only while a round is under way, so that no start of a coordinator (seconds of imports) is all that is killed
+        # not before the first round is open, so that not every start of a coordinator (seconds of imports) is killed
         now = len(invitations(clinic))
-        if clinic.kills.total() < most_kills and now > 0 and (now > opened or rng.random() < 0.2):
+        if victims and now > 0 and (now > opened or rng.random() < 0.05):
             opened = now
-            time.sleep(rng.uniform(0.0, 1.5))
-            victim = rng.choice(["serve", "serve", "broker", *IDS])
-            if clinic.running[victim].poll() is None:
-                clinic.kill(victim)
+            time.sleep(rng.uniform(0.0, 1.0))
+            if clinic.running[victims[0]].poll() is None:
+                clinic.kill(victims.pop(0))
                 time.sleep(rng.uniform(0.0, 1.0))
-        time.sleep(0.2)
+        time.sleep(0.05)
 
 
 def invitations(clinic: Clinic) -> list[str]:
-    """The rounds that the coordinator has opened and not concluded, or concluded, by its own database."""
+    """The rounds that the coordinator has opened, by its own database."""
     return [row[0] for row in rows(clinic, "SELECT id FROM rounds")]
 
 
@@ -198,15 +199,17 @@ def told_by_devices(clinic: Clinic) -> None:
         log = (clinic.folder / f"{name}.log").read_text()
         for round_id in re.findall(r"round (\S+): update delivered", log):
             assert (name, round_id) in facts, (name, round_id, story(clinic))
-        for round_id, status in re.findall(r"round (\S+): update (accepted|rejected)", log):
-            assert facts[name, round_id] == status
+        heard = dict(re.findall(r"round (\S+): update (accepted|rejected)", log))
+        assert {round_id: facts[name, round_id] for round_id in heard} == heard
+        kept = {path.stem for path in (clinic.folder / name / "state" / "outbox").glob("*.msgpack")}
+        assert {round_id for device, round_id in facts if device == name} <= heard.keys() | kept, story(clinic)
 
 
 def same_bits(clinic: Clinic, bundle: bytes, rounds: int) -> None:
     """The models of the newest rounds, computed once more from what is stored."""
     opened = read_bundle(bundle)
     store = RunStore(clinic.folder / "runs" / "digits")
-    first = max(1, rounds - KEEP_ROUNDS + 2)
+    first = max(1, rounds - KEEP_ROUNDS // 2)  # abandoned rounds count among those that are kept
     engine = make_engine("direct", make_rule("mean", 0), opened.manifest.parameters, "adam", 0.01)
     model = Model(opened).parameters()
     if first > 1:
@@ -225,7 +228,7 @@ def same_bits(clinic: Clinic, bundle: bytes, rounds: int) -> None:
 
 @pytest.mark.timeout(900)
 def test_rounds_survive_kills_of_everything(clinic: Clinic, digits_bundle: bytes) -> None:
-    run_with_kills(clinic, rounds=3, epochs=20, seed=1, most_kills=6)
+    run_with_kills(clinic, rounds=3, epochs=100, seed=1, most_kills=6)
     assert clinic.kills["serve"] >= 1
     check(clinic, digits_bundle, 3)
 
@@ -233,6 +236,6 @@ def test_rounds_survive_kills_of_everything(clinic: Clinic, digits_bundle: bytes
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 def test_fifty_rounds_survive_kills_of_everything(clinic: Clinic, digits_bundle: bytes) -> None:
-    run_with_kills(clinic, rounds=50, epochs=20, seed=2, most_kills=80)
+    run_with_kills(clinic, rounds=50, epochs=100, seed=2, most_kills=100)
     assert min(clinic.kills[name] for name in ("serve", "broker", *IDS)) >= 3
     check(clinic, digits_bundle, 50)

@@ -389,12 +389,14 @@ class DeviceMachine:
         return self._forget(next(iter(self._owed)), f"no verdict came over {MAX_OWED} later updates")
 
     def _forget(self, round_id: str, note: str) -> list[Effect]:
-        """The update is no longer owed; if this device still worked for its round, that is over, too."""
+        """The update is no longer owed; if this device still worked for its round, that is over, too.
+
+        What became of it is in the log before it leaves the outbox.
+        """
         del self._owed[round_id]
-        forget = Forget(round_id)
         if round_id == self.round_id:
-            return [forget, *self._settle(note)]
-        return [forget, Note(f"round {round_id}: {note}")]
+            return [*self._settle(note), Forget(round_id)]
+        return [Note(f"round {round_id}: {note}"), Forget(round_id)]
 
     # --- ends of a round
 
