@@ -90,9 +90,12 @@ def test_a_run_goes_on_after_its_newest_readable_checkpoint(clinic: Path, digits
     assert "round 2/2 published: 3 of 3 updates" in first.stdout
     store = RunStore(clinic / "runs" / "digits")
     model = Model(read_bundle(digits_bundle))
-    initial, (number, trained) = model.parameters(), store.newest_checkpoint("digits", 3818) or (0, np.zeros(0))
-    assert number == 2
-    assert not np.array_equal(initial, trained)
+    found = store.newest_checkpoint("digits", 3818)
+    assert found is not None
+    assert found.number == 2
+    assert found.state  # of Adam
+    assert not np.array_equal(model.parameters(), found.parameters)
+    store.close()
     damaged = store.checkpoints("digits") / "round-00007.f32"
     damaged.write_bytes(b"half a chec")
     second = serve(clinic, 3)

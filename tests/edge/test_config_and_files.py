@@ -1,4 +1,4 @@
-"""agent.toml is decoded strictly, files are written whole, the outbox and the cache keep what they promise."""
+"""agent.toml is decoded strictly, files are written whole, the cache keeps what it promises."""
 
 import os
 import subprocess
@@ -11,10 +11,8 @@ from covey_edge.cache import KEEP, BlobCache
 from covey_edge.config import load_agent
 from covey_edge.files import write_atomic
 from covey_edge.mqtt import parse_broker
-from covey_edge.outbox import Entry, Outbox
 from covey_protocol.blobs import blob_ref
 from covey_protocol.errors import ConfigError, StorageError
-from covey_protocol.messages import Invitation, Offer, TrainingPlan
 from covey_protocol.seals import SealingKey
 
 KEY = SealingKey.from_seed(bytes(32))
@@ -132,26 +130,6 @@ def test_a_folder_that_cannot_be_made_is_a_storage_error(tmp_path: Path) -> None
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(StorageError, match="cannot write"):
         write_atomic(tmp_path / "file" / "x", b"")
-
-
-INVITATION = Invitation("r.1", 1, 0, 1000, blob_ref(b"b"), blob_ref(b"p"), TrainingPlan(1, 0.1))
-
-
-def test_the_outbox_gives_back_what_it_keeps(tmp_path: Path) -> None:
-    outbox = Outbox(tmp_path)
-    assert outbox.load() is None
-    entry = Entry(INVITATION, Offer("r.1", blob_ref(b"update"), 3), b"update")
-    outbox.keep(entry)
-    assert Outbox(tmp_path).load() == entry
-    outbox.discard()
-    outbox.discard()
-    assert outbox.load() is None
-
-
-def test_a_damaged_outbox_is_set_aside_not_deleted(tmp_path: Path) -> None:
-    (tmp_path / "outbox.msgpack").write_bytes(b"\x00nonsense")
-    assert Outbox(tmp_path).load() is None
-    assert (tmp_path / "outbox.damaged").read_bytes() == b"\x00nonsense"
 
 
 def test_the_cache_knows_a_blob_by_its_content(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from covey_protocol.messages import (
     Presence,
     Receipt,
     RoundClosed,
+    Seen,
     TrainingPlan,
     Verdict,
 )
@@ -86,6 +87,7 @@ FROM_DEVICE: dict[str, tuple[str, Message]] = {
     "offer": (TOPICS.up(DEVICE), Offer("run.1.abc", BlobRef(HASH, 15_272), 143, {"training_loss": 0.5})),
     "chunk": (TOPICS.up(DEVICE), Chunk("run.1.abc", HASH, 2, b"\x00\x01\x02\xff")),
     "failure": (TOPICS.up(DEVICE), Failure("run.1.abc", "the training process died (SIGSEGV)")),
+    "seen": (TOPICS.up(DEVICE), Seen("run.1.abc")),
 }
 
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from covey_protocol import device
 from covey_protocol import round as rounds
+from covey_protocol.blobs import chunk
 from covey_protocol.device import DeviceMachine, State
 from covey_protocol.messages import (
     Answer,
@@ -24,6 +25,7 @@ from covey_protocol.messages import (
     Offer,
     Receipt,
     RoundClosed,
+    Seen,
     TrainingPlan,
     Verdict,
 )
@@ -69,15 +71,24 @@ class World:
                     self.send(name, effect.message)
             elif isinstance(effect, rounds.SendTo):
                 self.send(effect.device_id, effect.message)
+            elif isinstance(effect, rounds.Recall):
+                self.recall(effect)
             elif isinstance(effect, rounds.Store):
                 self.stored[effect.device_id] = effect.data
                 self.coordinator(rounds.Stored(effect.device_id))
             elif isinstance(effect, rounds.Aggregate):
                 assert self.aggregated is None, "aggregated twice"
                 self.aggregated = effect.device_ids
-                self.coordinator(rounds.Aggregated({}))
-            else:
+                self.coordinator(rounds.Aggregated(dict.fromkeys(effect.device_ids, "")))
+            elif isinstance(effect, rounds.Finished):
                 self.finished = True
+
+    def recall(self, effect: rounds.Recall) -> None:
+        kept = self.round.progress()[effect.device_id] is rounds.Progress.STORED
+        status = "accepted" if self.aggregated else "rejected"
+        offer = effect.offer
+        over = Receipt(offer.round_id, offer.update.sha256, False, "that round is over")
+        self.send(effect.device_id, Verdict(offer.round_id, status) if kept else over)
 
     def device(self, name: str, event: device.Event) -> None:
         if isinstance(event, device.Received):
@@ -85,6 +96,10 @@ class World:
         for effect in self.devices[name].handle(event, self.now):
             if isinstance(effect, device.Send):
                 self.send("", (name, effect.message))
+            elif isinstance(effect, device.SendChunks):
+                ref, update = effect.offer.update, update_of(name)
+                for index in effect.indices:
+                    self.send("", (name, Chunk("run.1", ref.sha256, index, chunk(update, ref, index))))
             elif isinstance(effect, device.CheckConditions):
                 self.device(name, device.ConditionsChecked("run.1", True))
             elif isinstance(effect, device.Fetch):
@@ -98,7 +113,8 @@ class World:
             to, content = self.flying.pop(self.rng.randrange(len(self.flying)))
             if to == "":
                 name, message = content
-                self.coordinator(FROM_DEVICE[type(message)](name, message))
+                if not isinstance(message, Seen):
+                    self.coordinator(FROM_DEVICE[type(message)](name, message))
             elif isinstance(content, Invitation):
                 self.device(to, device.Invited(content))
             else:

@@ -10,7 +10,7 @@ from covey_protocol import round as rounds
 from covey_protocol.blobs import blob_ref, chunk
 from covey_protocol.bundle import REQUIRED_SIGNATURES, Manifest, TensorSpec
 from covey_protocol.device import DeviceMachine, State, needed_capabilities
-from covey_protocol.errors import PeerError, RuleError
+from covey_protocol.errors import PeerError, RuleError, UsageError
 from covey_protocol.messages import (
     Answer,
     BlobRef,
@@ -21,6 +21,7 @@ from covey_protocol.messages import (
     Offer,
     Receipt,
     RoundClosed,
+    Seen,
     TrainingPlan,
     Verdict,
 )
@@ -82,10 +83,15 @@ def test_a_device_goes_through_a_whole_round() -> None:
     keep, send = walk(machine, device.Trained("run.1", UPDATE, 5))
     assert isinstance(keep, device.Keep)
     assert send == device.Send(OFFER)
-    sent = walk(machine, device.Needed(Need("run.1", REF.sha256, (0, 2))))
-    assert [s.message.index for s in sent if isinstance(s, device.Send)] == [0, 2]  # type: ignore[union-attr]
+    assert walk(machine, device.Needed(Need("run.1", REF.sha256, (0, 2)))) == [device.SendChunks(OFFER, (0, 2))]
     assert device.Discard("run.1") in walk(machine, device.Received(Receipt("run.1", REF.sha256, True)))
     assert machine.state is State.IDLE
+    assert machine.owed == ("run.1",)
+    note, forget, seen = walk(machine, device.Judged(Verdict("run.1", "rejected", "too far")))
+    assert forget == device.Forget("run.1")
+    assert note == device.Note("round run.1: update rejected: too far")
+    assert seen == device.Send(Seen("run.1"))
+    assert machine.owed == ()
 
 
 def test_the_update_is_kept_before_anything_is_said_about_it() -> None:
@@ -178,15 +184,79 @@ def test_a_failed_training_is_reported_and_the_device_is_free_again() -> None:
     assert machine.state is State.IDLE
 
 
-def test_an_unanswered_offer_is_sent_again_and_the_deadline_ends_it() -> None:
+def test_an_unanswered_offer_is_sent_again_also_after_the_deadline() -> None:
     machine = DeviceMachine("a")
     walk(machine, *TO_REPORTING)
     assert machine.handle(device.Tick(), device.RESEND_S - 1) == []
     assert machine.handle(device.Tick(), device.RESEND_S) == [device.Send(OFFER)]
+    assert device.Discard("run.1") in machine.handle(device.Tick(), 60.0)
+    assert machine.state is State.IDLE
+    assert machine.handle(device.Tick(), device.RESEND_S + device.ASK_S - 0.5) == []
+    assert machine.handle(device.Tick(), 60.0 + device.ASK_S) == [device.Send(OFFER)]
+
+
+def test_a_device_that_is_not_done_at_the_deadline_says_so() -> None:
+    machine = DeviceMachine("a")
+    walk(machine, *TO_TRAINING)
     effects = machine.handle(device.Tick(), 60.0)
     assert isinstance(effects[0], device.Send)
     assert isinstance(effects[0].message, Failure)
     assert machine.state is State.IDLE
+
+
+ENDS = {
+    "its receipt": device.Received(Receipt("run.1", REF.sha256, True)),
+    "the round's end": device.Closed(RoundClosed("run.1", "published")),
+    "another round": device.Invited(invitation("run.2")),
+    "a restart": None,
+}
+
+
+@pytest.mark.parametrize("what", ENDS)
+def test_an_update_is_owed_after(what: str) -> None:
+    machine = DeviceMachine("a")
+    walk(machine, *TO_REPORTING)
+    event = ENDS[what]
+    if event is None:
+        machine = DeviceMachine("a")
+        machine.restore([OFFER], now=0.0)
+    else:
+        assert not any(isinstance(effect, device.Forget) for effect in machine.handle(event, 0.0))
+    assert machine.owed == ("run.1",)
+    assert device.Send(OFFER) in walk(machine, device.Connected())
+    assert walk(machine, device.Needed(Need("run.1", REF.sha256, (1,)))) == [device.SendChunks(OFFER, (1,))]
+    assert walk(machine, device.Invited(invitation())) == []
+    assert device.Forget("run.1") in walk(machine, device.Judged(Verdict("run.1", "accepted")))
+    assert device.Send(OFFER) not in walk(machine, device.Connected())
+
+
+def test_a_refusal_ends_what_is_owed_with_its_reason() -> None:
+    machine = DeviceMachine("a")
+    effects = walk(machine, *TO_REPORTING, device.Received(Receipt("run.1", REF.sha256, False, "that round is over")))
+    assert effects[-2:] == [device.Note("round run.1: update refused: that round is over"), device.Forget("run.1")]
+
+
+def test_a_verdict_that_comes_again_is_only_answered() -> None:
+    assert walk(DeviceMachine("a"), device.Judged(Verdict("run.1", "accepted"))) == [device.Send(Seen("run.1"))]
+
+
+def test_an_update_that_the_outbox_has_lost_is_reported_and_not_offered_again() -> None:
+    machine = DeviceMachine("a")
+    effects = walk(machine, *TO_REPORTING, device.Lost("run.1", "unreadable"))
+    assert effects[0] == device.Send(Failure("run.1", "unreadable"))
+    assert effects[-1] == device.Forget("run.1")
+    assert machine.state is State.IDLE
+    assert walk(machine, device.Connected()) == []
+
+
+def test_the_outbox_is_bounded_and_the_oldest_gives_way() -> None:
+    machine = DeviceMachine("a")
+    offers = [Offer(f"old.{number}", REF, 5) for number in range(device.MAX_OWED)]
+    machine.restore(offers, now=0.0)
+    note, forget, *_ = walk(machine, *TO_REPORTING)
+    assert note == device.Note(f"round old.0: no verdict came over {device.MAX_OWED} later updates")
+    assert forget == device.Forget("old.0")
+    assert len(machine.owed) == device.MAX_OWED
 
 
 def test_after_a_reconnection_the_last_word_is_said_again() -> None:
@@ -197,10 +267,9 @@ def test_after_a_reconnection_the_last_word_is_said_again() -> None:
 
 def test_an_update_from_before_a_restart_is_offered_again() -> None:
     machine = DeviceMachine("a")
-    machine.restore(invitation(), OFFER, UPDATE, now=0.0)
+    machine.restore([OFFER], now=0.0)
     assert walk(machine, device.Connected()) == [device.Send(OFFER)]
-    (sent,) = walk(machine, device.Needed(Need("run.1", REF.sha256, (1,))))
-    assert sent == device.Send(Chunk("run.1", REF.sha256, 1, chunk(UPDATE, REF, 1)))
+    assert walk(machine, device.Needed(Need("run.1", REF.sha256, (1,)))) == [device.SendChunks(OFFER, (1,))]
 
 
 def test_chunks_that_do_not_exist_are_not_sent() -> None:
@@ -243,10 +312,14 @@ def test_a_round_ends_when_every_device_delivered() -> None:
     assert deliver(machine, "b") == [rounds.SendTo("b", Receipt("run.1", REF.sha256, True))]
     deliver(machine, "c")
     assert deliver(machine, "a")[-1] == rounds.Aggregate(("a", "b", "c"))
-    closed, *verdicts, finished = machine.handle(rounds.Aggregated({"a": "", "b": "too far", "c": ""}), 2.0)
+    finished, closed, *verdicts = machine.handle(rounds.Aggregated({"a": "", "b": "too far", "c": ""}), 2.0)
+    assert finished == rounds.Finished("published", "", {}, {"b": "too far"})
     assert closed == rounds.PublishRound(RoundClosed("run.1", "published"))
-    assert rounds.SendTo("b", Verdict("run.1", "rejected", "too far")) in verdicts
-    assert finished == rounds.Finished("published", "", {})
+    assert verdicts == [
+        rounds.SendTo("a", Verdict("run.1", "accepted")),
+        rounds.SendTo("b", Verdict("run.1", "rejected", "too far")),
+        rounds.SendTo("c", Verdict("run.1", "accepted")),
+    ]
 
 
 def test_no_receipt_before_the_update_is_durable() -> None:
@@ -269,7 +342,7 @@ def test_a_lost_device_is_waited_for_a_little_then_the_round_goes_on() -> None:
     assert machine.handle(rounds.PresenceChanged("c", False), 2.0) == []
     assert machine.handle(rounds.Tick(), 2.0 + SETTINGS.grace_s - 0.1) == []
     assert machine.handle(rounds.Tick(), 2.0 + SETTINGS.grace_s) == [rounds.Aggregate(("a", "b"))]
-    finished = machine.handle(rounds.Aggregated({}), 6.0)[-1]
+    finished = machine.handle(rounds.Aggregated({"a": "", "b": ""}), 6.0)[0]
     assert isinstance(finished, rounds.Finished)
     assert finished.missing == {"c": "connection lost"}
 
@@ -313,7 +386,9 @@ def test_without_a_quorum_at_the_deadline_the_round_is_abandoned_with_a_reason()
     machine = opened()
     accept(machine, "a", "b", "c")
     deliver(machine, "a")
-    closed, finished = machine.handle(rounds.Tick(), 60.0)
+    finished, closed, verdict = machine.handle(rounds.Tick(), 60.0)
+    why = "the round was abandoned: 1 updates came, the quorum is 2"
+    assert verdict == rounds.SendTo("a", Verdict("run.1", "rejected", why))
     assert closed == rounds.PublishRound(RoundClosed("run.1", "abandoned", "1 updates came, the quorum is 2"))
     assert isinstance(finished, rounds.Finished)
     assert set(finished.missing) == {"b", "c"}
@@ -323,17 +398,20 @@ def test_a_refusing_rule_abandons_the_round() -> None:
     machine = opened()
     for name in "abc":
         deliver(machine, name)
-    finished = machine.handle(rounds.AggregationRefused("krum needs more devices"), 2.0)[-1]
-    assert finished == rounds.Finished("abandoned", "krum needs more devices", {})
+    finished, _, *verdicts = machine.handle(rounds.AggregationRefused("krum needs more devices"), 2.0)
+    why = "the round was abandoned: krum needs more devices"
+    assert finished == rounds.Finished("abandoned", "krum needs more devices", {}, dict.fromkeys("abc", why))
+    assert verdicts == [rounds.SendTo(name, Verdict("run.1", "rejected", why)) for name in "abc"]
 
 
 def test_an_update_of_the_wrong_size_is_refused_before_a_byte_of_it_is_taken() -> None:
     machine = opened()
-    effects = machine.handle(rounds.Offered("a", Offer("run.1", blob_ref(b"tiny"), 5)), 1.0)
-    assert isinstance(effects[0], rounds.SendTo)
-    assert isinstance(effects[0].message, Receipt)
-    assert not effects[0].message.kept
-    assert "needs 40" in effects[0].message.reason
+    record, refusal = machine.handle(rounds.Offered("a", Offer("run.1", blob_ref(b"tiny"), 5)), 1.0)
+    assert record == rounds.Record("a", Progress.REFUSED, "refused: the update has 4 bytes, the model needs 40")
+    assert isinstance(refusal, rounds.SendTo)
+    assert isinstance(refusal.message, Receipt)
+    assert not refusal.message.kept
+    assert "needs 40" in refusal.message.reason
 
 
 def test_an_update_that_breaks_its_hash_is_refused() -> None:
@@ -342,9 +420,10 @@ def test_an_update_that_breaks_its_hash_is_refused() -> None:
     for index in range(REF.num_chunks):
         data = bytes(REF.chunk_size(index))
         effects = machine.handle(rounds.ChunkArrived("a", Chunk("run.1", REF.sha256, index, data)), 1.0)
-    assert isinstance(effects[0], rounds.SendTo)
-    assert isinstance(effects[0].message, Receipt)
-    assert not effects[0].message.kept
+    assert isinstance(effects[0], rounds.Record)
+    assert isinstance(effects[1], rounds.SendTo)
+    assert isinstance(effects[1].message, Receipt)
+    assert not effects[1].message.kept
     assert machine.progress()["a"] is Progress.REFUSED
 
 
@@ -374,9 +453,94 @@ def test_only_missing_chunks_are_asked_for_again() -> None:
     assert machine.handle(rounds.Offered("a", OFFER), 2.0) == [rounds.SendTo("a", Need("run.1", REF.sha256, (0, 2)))]
 
 
-def test_an_offer_for_a_round_that_is_over_is_answered_so() -> None:
-    (effect,) = opened().handle(rounds.Offered("a", Offer("run.0", REF, 5)), 1.0)
-    assert effect == rounds.SendTo("a", Receipt("run.0", REF.sha256, False, "that round is over"))
+def test_an_offer_for_a_round_that_is_over_is_answered_from_the_store() -> None:
+    late = Offer("run.0", REF, 5)
+    assert opened().handle(rounds.Offered("a", late), 1.0) == [rounds.Recall("a", late)]
+    machine = opened()
+    for name in "abc":
+        deliver(machine, name)
+    assert machine.handle(rounds.Offered("a", OFFER), 2.0) == [rounds.SendTo("a", Receipt("run.1", REF.sha256, True))]
+    machine.handle(rounds.AggregationRefused("no"), 2.0)
+    assert machine.handle(rounds.Offered("a", OFFER), 3.0) == [rounds.Recall("a", OFFER)]
+
+
+def test_what_a_device_said_is_recorded_before_anything_follows_from_it() -> None:
+    machine = opened()
+    assert machine.handle(rounds.Answered("a", Answer("run.1", True)), 0.0) == [rounds.Record("a", Progress.ACCEPTED)]
+    no = machine.handle(rounds.Answered("b", Answer("run.1", False, "on battery")), 0.0)
+    assert no == [rounds.Record("b", Progress.DECLINED, "declined: on battery")]
+    failed = machine.handle(rounds.Failed("c", Failure("run.1", "no data")), 0.0)
+    assert failed[0] == rounds.Record("c", Progress.FAILED, "failed: no data")
+    unasked = opened().handle(rounds.Offered("a", OFFER), 0.0)
+    assert unasked[0] == rounds.Record("a", Progress.ACCEPTED)
+
+
+def test_an_engine_that_forgets_an_update_is_a_bug_not_a_verdict() -> None:
+    machine = opened()
+    for name in "abc":
+        deliver(machine, name)
+    with pytest.raises(UsageError):
+        machine.handle(rounds.Aggregated({"a": ""}), 2.0)
+
+
+# --- a round that goes on after a restart
+
+
+def restored(now: float, phase: Phase = Phase.INVITING, elapsed_s: float = 5.0, **devices: Any) -> RoundMachine:
+    known = {name: devices.get(name, rounds.DeviceFacts()) for name in "abc"}
+    return RoundMachine.restored(rounds.RoundFacts(invitation(), SETTINGS, phase, known, elapsed_s), now)
+
+
+STORED = rounds.DeviceFacts(Progress.STORED, "", OFFER)
+LOST = rounds.DeviceFacts(Progress.LOST, "", OFFER)
+ACCEPTED = rounds.DeviceFacts(Progress.ACCEPTED)
+
+
+def test_a_restored_round_keeps_its_id_and_deadline_and_does_not_ask_again_for_what_it_has() -> None:
+    machine = restored(1000.0, elapsed_s=59.0, a=STORED, b=STORED, c=ACCEPTED)
+    assert machine.resume(1000.0) == [rounds.PublishRound(invitation())]
+    assert machine.handle(rounds.Offered("a", OFFER), 1000.1) == [
+        rounds.SendTo("a", Receipt("run.1", REF.sha256, True))
+    ]
+    assert machine.handle(rounds.Tick(), 1000.9) == []
+    assert machine.handle(rounds.Tick(), 1001.0) == [rounds.Aggregate(("a", "b"))]
+
+
+def test_a_round_whose_deadline_passed_while_nobody_ran_is_decided_at_once() -> None:
+    machine = restored(0.0, elapsed_s=100.0, a=STORED, b=STORED)
+    assert machine.resume(0.0)[-1] == rounds.Aggregate(("a", "b"))
+
+
+def test_a_decided_round_aggregates_the_same_updates_again() -> None:
+    machine = restored(0.0, Phase.AGGREGATING, a=STORED, c=STORED)
+    assert machine.resume(0.0) == [rounds.Aggregate(("a", "c"))]
+
+
+def test_an_upload_goes_on_with_the_chunks_that_are_missing() -> None:
+    chunks = {REF.sha256: {0: chunk(UPDATE, REF, 0), 1: b"torn"}}
+    machine = restored(0.0, a=rounds.DeviceFacts(Progress.ACCEPTED, "", None, chunks))
+    machine.resume(0.0)
+    assert machine.handle(rounds.Offered("a", OFFER), 0.0) == [rounds.SendTo("a", Need("run.1", REF.sha256, (1, 2)))]
+
+
+def test_a_damaged_stored_update_is_asked_for_again_also_where_the_round_was_decided() -> None:
+    machine = restored(0.0, Phase.AGGREGATING, a=LOST, b=STORED, c=STORED)
+    assert machine.resume(0.0) == [rounds.PublishRound(invitation())]
+    assert deliver(machine, "a") == [
+        rounds.SendTo("a", Receipt("run.1", REF.sha256, True)),
+        rounds.Aggregate(("a", "b", "c")),
+    ]
+
+
+def test_a_damaged_stored_update_that_does_not_come_again_is_rejected_with_the_reason() -> None:
+    machine = restored(0.0, a=LOST, b=STORED, c=STORED)
+    machine.resume(0.0)
+    assert machine.handle(rounds.Tick(), 55.0) == [rounds.Aggregate(("b", "c"))]
+    finished, _, verdict, *_ = machine.handle(rounds.Aggregated({"b": "", "c": ""}), 55.0)
+    why = "the stored update was damaged and did not come again"
+    assert verdict == rounds.SendTo("a", Verdict("run.1", "rejected", why))
+    assert isinstance(finished, rounds.Finished)
+    assert finished.rejected == {"a": why}
 
 
 def test_strangers_and_chunks_out_of_the_blue_are_protocol_errors_that_change_nothing() -> None:

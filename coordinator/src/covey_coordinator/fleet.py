@@ -56,6 +56,7 @@ class Fleet:
 
     roster: the public key of every device that may take part; everybody else is ignored and counted in `refused`.
     chunk_bytes: of models on the wire; less where the broker says that it takes less.
+    sequence: the coordinator's message numbers; without it they come from the clock alone.
     patience_s: how long the broker may be away before waiting for it raises TransportError.
     check: called a few times a second while waiting; may raise (a broker process died).
     """
@@ -67,6 +68,7 @@ class Fleet:
         key: SealingKey,
         roster: Mapping[str, PublicKey],
         *,
+        sequence: codec.Sequence | None = None,
         chunk_bytes: int = DEFAULT_CHUNK_BYTES,
         patience_s: float = BROKER_PATIENCE_S,
         check: Callable[[], None] = lambda: None,
@@ -82,7 +84,7 @@ class Fleet:
         self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._held: deque[Any] = deque()  # taken from the inbox while we waited for something else
         self._transport = MqttTransport(broker, f"covey-{name}-{COORDINATOR}", self._inbox)
-        self._sequence = codec.Sequence(time.time_ns())
+        self._sequence = sequence if sequence is not None else codec.Sequence(time.time_ns())
         self._guards: dict[str, ReplayGuard] = {}
         self._presence: dict[str, Presence] = {}
         self._blobs: dict[bytes, tuple[BlobRef, bytes]] = {}

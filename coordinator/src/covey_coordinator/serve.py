@@ -1,12 +1,13 @@
 """`covey serve`: a coordinator for a real fleet, from one TOML file. docs/coordinator.md lists every setting.
 
-Runs until the asked number of rounds is published and keeps a checkpoint of each; started again, it goes on after the
-newest readable one. An abandoned round is repeated.
+Runs until the asked number of rounds is published and keeps a checkpoint of each; started again, it goes on in the
+round that was under way, else after the newest readable checkpoint. An abandoned round is repeated.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,14 +20,17 @@ from msgspec import Meta, Struct, field
 from covey_coordinator.aggregation.engines import make_engine
 from covey_coordinator.aggregation.registry import rule_from_table
 from covey_coordinator.aggregation.rules import Rule
-from covey_coordinator.coordinator import Coordinator, RoundResult, Timing, shuffle_seed
+from covey_coordinator.aggregation.screening import Arrivals
+from covey_coordinator.coordinator import Coordinator, Engine, RoundResult, Timing, shuffle_seed
 from covey_coordinator.fleet import MIN_CHUNK_BYTES, Fleet
 from covey_coordinator.records import ACCEPTED
-from covey_coordinator.store import RunStore
+from covey_coordinator.store import Checkpoint, RunStore, only_one
 from covey_edge.config import BrokerSettings, NotNegative, Positive, read_broker, read_file, read_toml, roster_from
+from covey_edge.outbox import NumberFile
 from covey_edge.runtime import Model
 from covey_protocol.bundle import Manifest, check_plan, read_bundle
-from covey_protocol.errors import ConfigError, RunError, TrainingError
+from covey_protocol.codec import Sequence
+from covey_protocol.errors import ConfigError, RuleError, RunError, TrainingError
 from covey_protocol.messages import (
     DEFAULT_CHUNK_BYTES,
     MAX_CHUNK_BYTES,
@@ -37,6 +41,7 @@ from covey_protocol.messages import (
     MAX_PROXIMAL_WEIGHT,
     TrainingPlan,
 )
+from covey_protocol.round import Phase
 from covey_protocol.seals import SealingKey
 from covey_protocol.topics import check_name
 
@@ -111,9 +116,11 @@ def serve(path: Path, say: Callable[[str], None], check: Callable[[], None] = la
     rule = _rule(path, config)
     rule.check(config.round.quorum)
     roster, broker = roster_from(config.devices), read_broker(config.broker, folder)
-    store = RunStore(folder / config.runs_dir / config.run)
-    parameters, done = _resume(store, config.run, Model(bundle).parameters(), say)
+    runs = folder / config.runs_dir
     with contextlib.ExitStack() as stack:
+        stack.enter_context(only_one(runs / config.run))
+        store = RunStore(runs / config.run)
+        stack.callback(store.close)
         engine = make_engine(
             config.server.engine,
             rule,
@@ -122,36 +129,68 @@ def serve(path: Path, say: Callable[[str], None], check: Callable[[], None] = la
             config.server.learning_rate,
         )
         stack.callback(engine.close)
-        fleet = Fleet(broker, config.fleet, key, roster, chunk_bytes=config.chunk_bytes, check=check)
+        numbers = NumberFile(runs / f"{config.fleet}.sequence")
+        sequence = Sequence(time.time_ns(), numbers.load(), numbers.store)
+        fleet = Fleet(broker, config.fleet, key, roster, sequence=sequence, chunk_bytes=config.chunk_bytes, check=check)
         fleet.connect()
         stack.callback(fleet.close)
-        say(f"{config.fleet}: connected to {broker}, waiting for {config.round.devices} devices")
-        coordinator = Coordinator(fleet, store)
-        abandoned = 0
-        while done < config.rounds:
-            number = done + 1
-            online = coordinator.wait_for(config.round.devices, config.round.wait_s)
-            result = coordinator.run_round(
-                run_id=config.run,
-                number=number,
-                bundle=data,
-                parameters=parameters,
-                plan=_plan(config.training, number),
-                device_ids=online,
-                quorum=config.round.quorum,
-                engine=engine,
-                timing=Timing(config.round.duration_s, config.round.answer_s, config.round.grace_s),
-            )
-            for line in _lines(number, config.rounds, result):
-                say(line)
-            if result.outcome == "published":
-                parameters, done, abandoned = result.parameters, number, 0
-                store.save_checkpoint(config.run, number, parameters)
-            else:
-                abandoned += 1
-                _give_up_if_hopeless(abandoned, result.reason)
-            time.sleep(config.round.pause_s if done < config.rounds else 0)
+        say(f"{config.fleet}: connected to {broker}")
+        run_rounds(Coordinator(fleet, store, leave_open=True), engine, config, data, Model(bundle).parameters(), say)
     say(f"checkpoints: {store.checkpoints(config.run)}")
+
+
+def run_rounds(
+    coordinator: Coordinator,
+    engine: Engine,
+    config: CoordinatorConfig,
+    bundle: bytes,
+    initial: npt.NDArray[np.float32],
+    say: Callable[[str], None],
+) -> None:
+    """Everything after the connection: take up what the last start left, then rounds until all are published."""
+    run, store = config.run, coordinator.store
+    parameters, done = _resume(store, engine, run, initial, say)
+    coordinator.announce(run)
+    abandoned = 0
+    while done < config.rounds:
+        result = coordinator.resume_round(run_id=run, bundle=bundle, parameters=parameters, engine=engine)
+        if result is None:
+            result = _new_round(coordinator, engine, config, bundle, parameters, done + 1, say)
+        for line in _lines(done + 1, config.rounds, result):
+            say(line)
+        if result.outcome == Phase.PUBLISHED.value:
+            parameters, done, abandoned = result.parameters, done + 1, 0
+        else:
+            abandoned += 1
+            _give_up_if_hopeless(abandoned, result.reason)
+        coordinator.tidy(run)
+        coordinator.attend(config.round.pause_s if done < config.rounds else 0)
+    coordinator.linger(run)
+
+
+def _new_round(
+    coordinator: Coordinator,
+    engine: Engine,
+    config: CoordinatorConfig,
+    bundle: bytes,
+    parameters: npt.NDArray[np.float32],
+    number: int,
+    say: Callable[[str], None],
+) -> RoundResult:
+    settings = config.round
+    if len(coordinator.fleet.online()) < settings.devices:
+        say(f"waiting for {settings.devices} devices")
+    return coordinator.run_round(
+        run_id=config.run,
+        number=number,
+        bundle=bundle,
+        parameters=parameters,
+        plan=_plan(config.training, number),
+        device_ids=coordinator.wait_for(settings.devices, settings.wait_s),
+        quorum=settings.quorum,
+        engine=engine,
+        timing=Timing(settings.duration_s, settings.answer_s, settings.grace_s),
+    )
 
 
 def _rule(path: Path, config: CoordinatorConfig) -> Rule:
@@ -184,15 +223,45 @@ def _plan(training: TrainingSettings, number: int) -> TrainingPlan:
 
 
 def _resume(
-    store: RunStore, run: str, initial: npt.NDArray[np.float32], say: Callable[[str], None]
+    store: RunStore, engine: Engine, run: str, initial: npt.NDArray[np.float32], say: Callable[[str], None]
 ) -> tuple[npt.NDArray[np.float32], int]:
-    """The newest readable checkpoint and its round, or the bundle's own parameters and 0."""
+    """The newest readable checkpoint's parameters, with its state in the engine, and its round; else initial and 0.
+
+    Models of later rounds that cannot be read any more are computed again, as far as their updates are still here.
+    """
     found = store.newest_checkpoint(run, len(initial))
-    if found is None:
-        return initial, 0
-    number, parameters = found
-    say(f"going on after round {number}")
-    return parameters, number
+    parameters, done = (found.parameters, found.number) if found is not None else (initial, 0)
+    if found is not None and found.state and not engine.load_state(found.state):
+        say("the rule or the server optimizer is another one now: its memory starts afresh")
+    for round_id, number, sha256 in store.later_models(run, done):
+        mended = _mended(store, engine, run, round_id, Checkpoint(number, parameters, b""), sha256)
+        if mended is None:
+            say(f"the model of round {number} is damaged and cannot be computed again: its updates are lost")
+            break
+        say(f"the model of round {number} was damaged; it is computed again from the stored updates")
+        parameters, done = mended, number
+    if done:
+        say(f"going on after round {done}")
+    return parameters, done
+
+
+def _mended(
+    store: RunStore, engine: Engine, run: str, round_id: str, before: Checkpoint, sha256: str
+) -> npt.NDArray[np.float32] | None:
+    """The parameters that the round made of those before it; None, and nothing changed, unless they have this hash."""
+    updates, state = store.kept_updates(round_id), engine.saved_state()
+    arrivals = Arrivals(updates, len(before.parameters))
+    for device_id, (offer, update) in updates.items():
+        arrivals.add(device_id, update, offer.num_examples)
+    try:
+        parameters = engine.aggregate(before.parameters, arrivals.screened(updates)).parameters
+    except RuleError:
+        return None
+    if hashlib.sha256(parameters.astype("<f4").tobytes()).hexdigest() != sha256:
+        engine.load_state(state)
+        return None
+    store.mend_checkpoint(run, Checkpoint(before.number, parameters, engine.saved_state()))
+    return parameters
 
 
 def _give_up_if_hopeless(abandoned: int, reason: str) -> None:

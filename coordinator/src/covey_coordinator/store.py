@@ -1,42 +1,488 @@
-"""What a run leaves on disk: stored updates and checkpoints, each durable before anyone is told about it."""
+"""What a run leaves on disk: rounds and verdicts in SQLite, updates and checkpoints as files.
+
+    coordinator.sqlite                    facts: see SCHEMA
+    updates/SHA256.f32                    a stored update, named by its content, mode 600
+    partial/ROUND/DEVICE/SHA256/          chunks of updates that are still coming; not synced, nothing depends on them
+    checkpoints/RUN/round-NNNNN.f32       the model after a published round; .state beside it: rule and server optimizer
+
+A file is durable before the row that names it, and a row before anyone is told of it. Every method is one transaction.
+SQLite runs in WAL with synchronous=FULL: what was committed survives a power cut. This file takes no decisions.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import hashlib
+import os
+import sqlite3
+import zlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from covey_edge.files import write_atomic
+from covey_coordinator.records import DeviceVerdict
+from covey_edge.files import DISK, Disk, make_folder
+from covey_protocol.errors import StorageError, UsageError
+from covey_protocol.messages import Invitation, Offer, RoundClosed, Verdict, reason_text
+from covey_protocol.round import DeviceFacts, Phase, Progress, RoundFacts, RoundSettings
+
+# PRAGMA user_version counts how many of these were applied. An entry is never changed, only added.
+SCHEMA = (
+    """
+    CREATE TABLE rounds (
+        id TEXT PRIMARY KEY, run TEXT NOT NULL, number INTEGER NOT NULL,
+        invitation BLOB NOT NULL,               -- as in a message: msgpack
+        quorum INTEGER NOT NULL, answer_s REAL NOT NULL, grace_s REAL NOT NULL,
+        phase TEXT NOT NULL, reason TEXT NOT NULL DEFAULT '',
+        opened_ms INTEGER NOT NULL,             -- Unix time
+        elapsed_ms INTEGER NOT NULL DEFAULT 0   -- at least so much of the round's time is over
+    );
+    CREATE INDEX rounds_of_run ON rounds (run, opened_ms);
+    CREATE TABLE devices (
+        round TEXT NOT NULL, id TEXT NOT NULL,
+        progress TEXT NOT NULL, reason TEXT NOT NULL DEFAULT '',
+        offer BLOB, sha256 TEXT,                -- of the stored update
+        status TEXT, why TEXT, score REAL,      -- the verdict
+        PRIMARY KEY (round, id)
+    ) WITHOUT ROWID;
+    CREATE INDEX devices_by_update ON devices (sha256);
+    CREATE TABLE checkpoints (
+        run TEXT NOT NULL, number INTEGER NOT NULL, round TEXT NOT NULL,
+        parameters TEXT NOT NULL, state TEXT NOT NULL,  -- sha256 of the files
+        PRIMARY KEY (run, number)
+    ) WITHOUT ROWID;
+    """,
+    # told: the device has said that it knows the verdict
+    "ALTER TABLE devices ADD COLUMN told INTEGER NOT NULL DEFAULT 0",
+)
+RETENTION_MS = 30 * 24 * 3600 * 1000
+KEEP_ROUNDS = 10
+OPEN_PHASES = (Phase.INVITING.value, Phase.AGGREGATING.value)  # what a row says of a round that is not over
+
+Floats = npt.NDArray[np.float32]
+
+
+class Checkpoint(NamedTuple):
+    """number: of the round that made it. state: the engine's, b"" where there is none (a run from before 0.1.0)."""
+
+    number: int
+    parameters: Floats
+    state: bytes
 
 
 class RunStore:
-    """One run's folder: ``updates/ROUND/DEVICE.f32`` and ``checkpoints/RUN/round-NNNNN.f32`` (float32)."""
+    """One run's folder. Used by one thread. Every write is durable when it returns; StorageError if it cannot be."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, disk: Disk = DISK, database: Any = None) -> None:
         self.folder = folder
+        self._disk = disk
+        self._database = open_database(folder / "coordinator.sqlite") if database is None else database
+        with _translated(folder):
+            migrate(self._database)
+        self._disk.sweep(self.folder / "updates")
 
-    def store_update(self, round_id: str, device_id: str, data: bytes) -> Path:
-        """Durable when this returns; StorageError if it cannot be."""
-        path = self.folder / "updates" / round_id / f"{device_id}.f32"
-        write_atomic(path, data, mode=0o600)  # an update can be inverted: see the inversion check
-        return path
+    def close(self) -> None:
+        self._database.close()
 
-    def read_update(self, round_id: str, device_id: str) -> npt.NDArray[np.float32]:
-        return np.frombuffer((self.folder / "updates" / round_id / f"{device_id}.f32").read_bytes(), "<f4")
+    # --- a round that is under way
 
-    def save_checkpoint(self, run_id: str, number: int, parameters: npt.NDArray[np.float32]) -> Path:
-        path = self.checkpoints(run_id) / f"round-{number:05d}.f32"
-        write_atomic(path, parameters.astype("<f4").tobytes())
-        return path
+    def open_round(self, run_id: str, invitation: Invitation, settings: RoundSettings, opened_ms: int) -> None:
+        row = (
+            invitation.round_id,
+            run_id,
+            invitation.number,
+            msgspec.msgpack.encode(invitation),
+            settings.quorum,
+            settings.answer_s,
+            settings.grace_s,
+            Phase.INVITING.value,
+            opened_ms,
+        )
+        with self._transaction() as database:
+            database.execute(
+                "INSERT INTO rounds (id, run, number, invitation, quorum, answer_s, grace_s, phase, opened_ms)"
+                " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                row,
+            )
+            database.executemany(
+                "INSERT INTO devices (round, id, progress) VALUES (?, ?, ?)",
+                [(invitation.round_id, device_id, Progress.INVITED.value) for device_id in invitation.devices],
+            )
+
+    def record(self, round_id: str, device_id: str, progress: Progress, reason: str) -> None:
+        """How far a device is."""
+        with self._transaction() as database:
+            database.execute(
+                "UPDATE devices SET progress = ?, reason = ? WHERE round = ? AND id = ?",
+                (progress.value, reason, round_id, device_id),
+            )
+
+    def store_update(self, device_id: str, offer: Offer, data: bytes) -> None:
+        """After this the device may be told that its update is kept."""
+        sha256 = offer.update.sha256.hex()
+        self._disk.write(self._update_path(sha256), data, mode=0o600)  # an update can be inverted
+        with self._transaction() as database:
+            database.execute(
+                "UPDATE devices SET progress = ?, reason = '', offer = ?, sha256 = ? WHERE round = ? AND id = ?",
+                (Progress.STORED.value, msgspec.msgpack.encode(offer), sha256, offer.round_id, device_id),
+            )
+        self._disk.remove_tree(self._partial(offer.round_id) / device_id)
+
+    def decided(self, round_id: str) -> None:
+        """The stored updates are those that will be aggregated; no other comes in."""
+        with self._transaction() as database:
+            database.execute("UPDATE rounds SET phase = ? WHERE id = ?", (Phase.AGGREGATING.value, round_id))
+
+    def keep_time(self, round_id: str, elapsed_ms: int) -> None:
+        """At least so much of the round's time is over, whatever the clock says after a restart."""
+        with self._transaction() as database:
+            database.execute("UPDATE rounds SET elapsed_ms = max(elapsed_ms, ?) WHERE id = ?", (elapsed_ms, round_id))
+
+    def conclude(
+        self,
+        round_id: str,
+        phase: Phase,
+        reason: str,
+        verdicts: Sequence[DeviceVerdict],
+        checkpoint: Checkpoint | None = None,
+    ) -> None:
+        """The end of a round: outcome, verdicts, new model and the engine's state, all or nothing of it."""
+        run_id = self._one("SELECT run FROM rounds WHERE id = ?", round_id)[0]
+        hashes = self._write_checkpoint(run_id, checkpoint) if checkpoint is not None else ("", "")
+        with self._transaction() as database:
+            database.execute("UPDATE rounds SET phase = ?, reason = ? WHERE id = ?", (phase.value, reason, round_id))
+            database.executemany(
+                "UPDATE devices SET status = ?, why = ?, score = ? WHERE round = ? AND id = ?",
+                [(v.status, v.reason, v.score, round_id, v.device_id) for v in verdicts],
+            )
+            if checkpoint is not None:
+                database.execute(
+                    "INSERT OR REPLACE INTO checkpoints VALUES (?, ?, ?, ?, ?)",
+                    (run_id, checkpoint.number, round_id, *hashes),
+                )
+        self._disk.remove_tree(self._partial(round_id))
+
+    def unfinished(self, run_id: str) -> RoundFacts | None:
+        """The round that was under way when the coordinator ended.
+
+        A device whose stored update cannot be read any more has the progress LOST.
+        """
+        row = self._one(
+            "SELECT id, invitation, quorum, answer_s, grace_s, phase, elapsed_ms FROM rounds"
+            " WHERE run = ? AND phase IN (?, ?) ORDER BY rowid DESC",
+            run_id,
+            *OPEN_PHASES,
+        )
+        if row is None:
+            return None
+        round_id, encoded, quorum, answer_s, grace_s, phase, elapsed_ms = row
+        invitation = msgspec.msgpack.decode(encoded, type=Invitation)
+        settings = RoundSettings(quorum, answer_s, grace_s, invitation.parameters.size)
+        return RoundFacts(invitation, settings, Phase(phase), self._devices(round_id), elapsed_ms / 1000)
+
+    # --- chunks of updates that are coming in
+
+    def save_chunk(self, device_id: str, offer: Offer, index: int, data: bytes) -> None:
+        """So that a restart need not ask for it again. Not synced: the name holds a checksum of the content."""
+        folder = self._partial(offer.round_id) / device_id
+        sha256 = offer.update.sha256.hex()
+        if any(name != sha256 for name in self._disk.names(folder)):
+            self._disk.remove_tree(folder)  # of an offer that was replaced
+        self._disk.write_scratch(folder / sha256 / f"{index}.{zlib.crc32(data):08x}", data)
+
+    def _saved_chunks(self, round_id: str, device_id: str) -> dict[bytes, dict[int, bytes]]:
+        folder = self._partial(round_id) / device_id
+        found: dict[bytes, dict[int, bytes]] = {}
+        for sha256 in self._disk.names(folder):
+            for name in self._disk.names(folder / sha256):
+                index, _, checksum = name.partition(".")
+                data = self._disk.read(folder / sha256 / name)
+                if data is not None and f"{zlib.crc32(data):08x}" == checksum:
+                    found.setdefault(bytes.fromhex(sha256), {})[int(index)] = data
+        return found
+
+    # --- updates and verdicts of rounds that may be over
+
+    def read_update(self, round_id: str, device_id: str) -> Floats:
+        """StorageError where there is none, or not the one that was stored."""
+        row = self._one("SELECT sha256 FROM devices WHERE round = ? AND id = ?", round_id, device_id)
+        data = self._read_update(row[0]) if row is not None and row[0] else None
+        if data is None:
+            raise StorageError(f"no readable update of {device_id} for round {round_id} in {self.folder}")
+        return np.frombuffer(data, "<f4")
+
+    def newest_end(self, run_id: str) -> RoundClosed | None:
+        """How the newest round of the run that is over ended."""
+        row = self._one(
+            "SELECT id, phase, reason FROM rounds WHERE run = ? AND phase NOT IN (?, ?) ORDER BY rowid DESC",
+            run_id,
+            *OPEN_PHASES,
+        )
+        return RoundClosed(row[0], row[1], reason_text(row[2])) if row is not None else None
+
+    def verdict(self, round_id: str, device_id: str, sha256: bytes) -> Verdict | None:
+        """What became of a stored update; None where it was not stored, or nothing is decided."""
+        row = self._one(
+            "SELECT status, why FROM devices WHERE round = ? AND id = ? AND sha256 = ? AND status IS NOT NULL",
+            round_id,
+            device_id,
+            sha256.hex(),
+        )
+        return Verdict(round_id, row[0], reason_text(row[1])) if row is not None else None
+
+    def untold(self, round_id: str) -> list[tuple[str, Verdict]]:
+        """(device, verdict) of the stored updates whose device has not said that it knows."""
+        rows = self._all(
+            "SELECT id, status, why FROM devices"
+            " WHERE round = ? AND sha256 IS NOT NULL AND status IS NOT NULL AND NOT told ORDER BY id",
+            round_id,
+        )
+        return [(device_id, Verdict(round_id, status, reason_text(why))) for device_id, status, why in rows]
+
+    def untold_devices(self, run_id: str) -> set[str]:
+        """Devices that have not said that they know the verdict on a stored update, of any round of the run."""
+        rows = self._all(
+            "SELECT DISTINCT devices.id FROM devices JOIN rounds ON rounds.id = devices.round"
+            " WHERE run = ? AND sha256 IS NOT NULL AND status IS NOT NULL AND NOT told",
+            run_id,
+        )
+        return {row[0] for row in rows}
+
+    def seen(self, round_id: str, device_id: str) -> None:
+        """The device has read its verdict. Nothing happens where it has none."""
+        untold = "SELECT 1 FROM devices WHERE round = ? AND id = ? AND status IS NOT NULL AND NOT told"
+        if self._one(untold, round_id, device_id) is None:
+            return  # a commit costs a sync; a device could ask for many
+        with self._transaction() as database:
+            database.execute("UPDATE devices SET told = 1 WHERE round = ? AND id = ?", (round_id, device_id))
+
+    def prune(self, run_id: str, now_ms: int) -> None:
+        """Keep what a restart and late devices need, not everything for ever.
+
+        Rounds are forgotten RETENTION_MS after they were opened, updates and states of a checkpoint after KEEP_ROUNDS
+        rounds; the models (.f32) stay. The newest KEEP_ROUNDS rounds lose nothing.
+        """
+        older = "(SELECT id FROM rounds WHERE run = ? ORDER BY rowid DESC LIMIT -1 OFFSET ?)"
+        rows = self._all(
+            "SELECT number FROM checkpoints WHERE run = ? ORDER BY number DESC LIMIT -1 OFFSET ?", run_id, KEEP_ROUNDS
+        )
+        with self._transaction() as database:
+            database.execute(
+                f"DELETE FROM rounds WHERE id IN {older} AND phase NOT IN (?, ?) AND opened_ms < ?",  # noqa: S608 - fixed
+                (run_id, KEEP_ROUNDS, *OPEN_PHASES, now_ms - RETENTION_MS),
+            )
+            database.execute("DELETE FROM devices WHERE round NOT IN (SELECT id FROM rounds)")
+            for (number,) in rows:
+                database.execute("DELETE FROM checkpoints WHERE run = ? AND number = ?", (run_id, number))
+        for (number,) in rows:
+            self._disk.remove(self._checkpoint_path(run_id, number, ".state"))
+        wanted = self._all(
+            f"SELECT sha256 FROM devices WHERE sha256 IS NOT NULL AND round NOT IN {older}",  # noqa: S608 - fixed
+            run_id,
+            KEEP_ROUNDS,
+        )
+        names = {f"{sha256}.f32" for (sha256,) in wanted}
+        for name in self._disk.names(self.folder / "updates"):
+            if name not in names:
+                self._disk.remove(self.folder / "updates" / name)
+
+    # --- checkpoints
 
     def checkpoints(self, run_id: str) -> Path:
         return self.folder / "checkpoints" / run_id
 
-    def newest_checkpoint(self, run_id: str, dimension: int) -> tuple[int, npt.NDArray[np.float32]] | None:
-        """(round, parameters) of the newest checkpoint of `dimension` finite numbers; damaged ones are passed over."""
-        for path in sorted(self.checkpoints(run_id).glob("round-*.f32"), reverse=True):
-            data = path.read_bytes()
-            if len(data) == 4 * dimension and np.isfinite(values := np.frombuffer(data, "<f4")).all():
-                return int(path.stem.removeprefix("round-")), values.astype(np.float32)
+    def newest_checkpoint(self, run_id: str, dimension: int) -> Checkpoint | None:
+        """The newest one that is as it was written; damaged ones are passed over.
+
+        A run that has no row yet takes up the newest usable .f32 file of its folder, which older versions left alone.
+        """
+        self._disk.sweep(self.checkpoints(run_id))
+        if self._one("SELECT 1 FROM rounds WHERE run = ?", run_id) is None:
+            return self._adopted(run_id, dimension)
+        rows = self._all("SELECT number, parameters, state FROM checkpoints WHERE run = ? ORDER BY number DESC", run_id)
+        for number, parameters, state in rows:
+            found = self._read_checkpoint(run_id, number, parameters, state)
+            if found is not None and len(found.parameters) == dimension:
+                return found
         return None
+
+    def later_models(self, run_id: str, number: int) -> list[tuple[str, int, str]]:
+        """(round, its number, sha256 of its model) of the published rounds after this number, in order."""
+        return self._all(
+            "SELECT round, number, parameters FROM checkpoints WHERE run = ? AND number > ? ORDER BY number",
+            run_id,
+            number,
+        )
+
+    def kept_updates(self, round_id: str) -> dict[str, tuple[Offer, Floats]]:
+        """Device -> its stored update, of those that can still be read."""
+        rows = self._all("SELECT id, offer, sha256 FROM devices WHERE round = ? AND sha256 IS NOT NULL", round_id)
+        found = {}
+        for device_id, encoded, sha256 in rows:
+            data = self._read_update(sha256)
+            if data is not None:
+                found[device_id] = (msgspec.msgpack.decode(encoded, type=Offer), np.frombuffer(data, "<f4"))
+        return found
+
+    def mend_checkpoint(self, run_id: str, checkpoint: Checkpoint) -> None:
+        """Write the files of a checkpoint again that its row still names."""
+        self._write_checkpoint(run_id, checkpoint)
+
+    def _adopted(self, run_id: str, dimension: int) -> Checkpoint | None:
+        folder = self.checkpoints(run_id)
+        for name in sorted(self._disk.names(folder), reverse=True):
+            data = self._disk.read(folder / name) if name.endswith(".f32") else None
+            if data is None or len(data) != 4 * dimension or not np.isfinite(np.frombuffer(data, "<f4")).all():
+                continue
+            number = int(name.removeprefix("round-").removesuffix(".f32"))
+            with self._transaction() as database:
+                row = (run_id, number, "", hashlib.sha256(data).hexdigest(), "")
+                database.execute("INSERT OR REPLACE INTO checkpoints VALUES (?, ?, ?, ?, ?)", row)
+            return Checkpoint(number, np.frombuffer(data, "<f4").astype(np.float32), b"")
+        return None
+
+    def _checkpoint_path(self, run_id: str, number: int, suffix: str) -> Path:
+        return self.checkpoints(run_id) / f"round-{number:05d}{suffix}"
+
+    def _write_checkpoint(self, run_id: str, checkpoint: Checkpoint) -> tuple[str, str]:
+        parameters = checkpoint.parameters.astype("<f4").tobytes()
+        self._disk.write(self._checkpoint_path(run_id, checkpoint.number, ".f32"), parameters)
+        self._disk.write(self._checkpoint_path(run_id, checkpoint.number, ".state"), checkpoint.state)
+        return hashlib.sha256(parameters).hexdigest(), hashlib.sha256(checkpoint.state).hexdigest()
+
+    def _read_checkpoint(self, run_id: str, number: int, parameters: str, state: str) -> Checkpoint | None:
+        data = self._verified(self._checkpoint_path(run_id, number, ".f32"), parameters)
+        kept = self._verified(self._checkpoint_path(run_id, number, ".state"), state) if state else b""
+        if data is None or kept is None:
+            return None
+        return Checkpoint(number, np.frombuffer(data, "<f4").astype(np.float32), kept)
+
+    # --- below
+
+    def _update_path(self, sha256: str) -> Path:
+        return self.folder / "updates" / f"{sha256}.f32"
+
+    def _read_update(self, sha256: str) -> bytes | None:
+        return self._verified(self._update_path(sha256), sha256)
+
+    def _partial(self, round_id: str) -> Path:
+        return self.folder / "partial" / round_id
+
+    def _verified(self, path: Path, sha256: str) -> bytes | None:
+        data = self._disk.read(path)
+        return data if data is not None and hashlib.sha256(data).hexdigest() == sha256 else None
+
+    def _devices(self, round_id: str) -> dict[str, DeviceFacts]:
+        facts: dict[str, DeviceFacts] = {}
+        rows = self._all(
+            "SELECT id, progress, reason, offer, sha256 FROM devices WHERE round = ? ORDER BY id", round_id
+        )
+        for device_id, word, reason, encoded, sha256 in rows:
+            progress = Progress(word)
+            offer = msgspec.msgpack.decode(encoded, type=Offer) if encoded is not None else None
+            if progress is Progress.STORED and self._read_update(sha256) is None:
+                progress = Progress.LOST
+            facts[device_id] = DeviceFacts(progress, reason, offer, self._saved_chunks(round_id, device_id))
+        return facts
+
+    def _one(self, query: str, *values: Any) -> Any:
+        with _translated(self.folder):
+            return self._database.execute(query, values).fetchone()
+
+    def _all(self, query: str, *values: Any) -> list[Any]:
+        with _translated(self.folder):
+            return list(self._database.execute(query, values).fetchall())
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[Any]:
+        """Committed and synced at the end of the with block, or nothing of it."""
+        with _translated(self.folder), transaction(self._database):
+            yield self._database
+
+
+@contextlib.contextmanager
+def only_one(folder: Path) -> Iterator[None]:
+    """Hold the run's folder: two coordinators of one run would each count the other's rounds as their own.
+
+    Raises StorageError where another process holds it. A process that dies lets go.
+    """
+    try:
+        make_folder(folder)
+        descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError as exc:
+        raise StorageError(f"cannot lock {folder} ({exc.strerror or exc})", "check its permissions") from exc
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as exc:
+        os.close(descriptor)
+        raise StorageError(f"another covey serve uses {folder}", "stop it first") from exc
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def open_database(path: Path) -> sqlite3.Connection:
+    """A connection that commits durably and only when told to. Makes the file and its folder."""
+    try:
+        make_folder(path.parent)
+    except OSError as exc:
+        raise StorageError(f"cannot make {path.parent} ({exc.strerror or exc})", "check its permissions") from exc
+    with _translated(path):
+        database = sqlite3.connect(path, isolation_level=None)
+        try:
+            for pragma in ("journal_mode = WAL", "synchronous = FULL"):
+                database.execute(f"PRAGMA {pragma}")
+        except sqlite3.Error:
+            database.close()
+            raise
+        path.chmod(0o600)
+        return database
+
+
+def migrate(database: Any) -> None:
+    """Bring the tables to this version, one transaction per step. StorageError for a file of a newer covey."""
+    version = database.execute("PRAGMA user_version").fetchone()[0]
+    if version > len(SCHEMA):
+        raise StorageError(f"coordinator.sqlite has version {version}, this covey knows {len(SCHEMA)}", "update covey")
+    for number, script in enumerate(SCHEMA[version:], version + 1):
+        with transaction(database):
+            for statement in _statements(script):
+                database.execute(statement)
+            database.execute(f"PRAGMA user_version = {number}")
+
+
+def _statements(script: str) -> list[str]:
+    """The statements of a script, for `execute` (`executescript` would commit between them)."""
+    lines = [line.split("--")[0] for line in script.splitlines()]
+    return [statement for statement in "\n".join(lines).split(";") if statement.strip()]
+
+
+@contextlib.contextmanager
+def transaction(database: Any) -> Iterator[None]:
+    database.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+        database.execute("COMMIT")
+    except BaseException:
+        if database.in_transaction:
+            database.execute("ROLLBACK")
+        raise
+
+
+@contextlib.contextmanager
+def _translated(place: Path) -> Iterator[None]:
+    try:
+        yield
+    except sqlite3.ProgrammingError as exc:
+        raise UsageError(f"the store was used wrongly ({exc})") from exc
+    except sqlite3.Error as exc:
+        raise StorageError(
+            f"the database of {place} cannot be used ({exc})",
+            "free some space, check its permissions, and that no other covey serve uses it",
+        ) from exc

@@ -1,7 +1,7 @@
 """The agent: joins one device machine, one MQTT connection, one training child and the disk.
 
 One loop in one thread takes everything from one inbox: what the broker brings, what the child answers, and time. All
-decisions are the machine's (covey_protocol.device); this file performs its effects.
+decisions are the machine's (covey_protocol.device), and `performer` performs its effects with what this file gives it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from covey_edge.cache import BlobCache
 from covey_edge.config import Agent
 from covey_edge.frames import Done, Frame, Open, Probe, Problem, Run
 from covey_edge.mqtt import ConnectionDown, ConnectionUp, Incoming, MqttTransport, Refused
-from covey_edge.outbox import Entry, NumberFile, Outbox
+from covey_edge.outbox import NumberFile, Outbox
+from covey_edge.performer import Performer
 from covey_edge.training_process import TrainingProcess
 from covey_protocol import codec, device, errors
 from covey_protocol.blobs import BlobAssembly
@@ -58,7 +59,7 @@ class AgentProgram:
         self._session = self._sequence.next()
         self._guard = ReplayGuard()
         self._cache = BlobCache(agent.state_dir / "blobs")
-        self._outbox = Outbox(agent.state_dir)
+        self._performer = Performer(self._machine, Outbox(agent.state_dir), self, time.monotonic)
         self._child = TrainingProcess(
             lambda token, frame: self._inbox.put((token, frame)), agent.config.training.memory_mb
         )
@@ -74,11 +75,9 @@ class AgentProgram:
     # --- life
 
     def start(self) -> None:
-        """Check the data, take up an unsent update, connect. Raises DataError, TransportError, StorageError."""
+        """Check the data, take up what the outbox holds, connect. Raises DataError, TransportError, StorageError."""
         self._check_data()
-        entry = self._outbox.load()
-        if entry is not None:
-            self._perform(self._machine.restore(entry.invitation, entry.offer, entry.update, time.monotonic()))
+        self._performer.start()
         self._set_will()
         device_id = self._config.device_id
         self._transport.subscribe([self._topics.round, self._topics.down(device_id)])
@@ -176,30 +175,19 @@ class AgentProgram:
             log.info("round %s: trained on %d examples with %s", round_id, frame.num_examples, frame.runtime)
             self._handle(device.Trained(round_id, frame.update, frame.num_examples, frame.metrics))
 
-    # --- what the machine wants
+    # --- what the performer uses
 
-    def _handle(self, event: device.Event) -> None:
-        self._perform(self._machine.handle(event, time.monotonic()))
+    def say(self, message: FromDevice) -> None:
+        if isinstance(message, Offer) and not self._transport.connected:
+            return  # the reconnection offers it again; in a long outage the queue would grow
+        topic = self._topics.up(self._config.device_id)
+        expiry_s = OFFER_EXPIRY_S if isinstance(message, Offer) else None
+        try:
+            self._transport.publish(topic, self._sealed(message, topic), expiry_s=expiry_s)
+        except errors.TransportError as exc:  # larger than the broker takes: the round will fail, the agent lives on
+            log.error("%s", exc)
 
-    def _perform(self, effects: list[device.Effect]) -> None:
-        for effect in effects:
-            if isinstance(effect, device.Send):
-                self._publish(effect.message)
-            elif isinstance(effect, device.CheckConditions):
-                self._handle(self._conditions(effect.invitation))
-            elif isinstance(effect, device.Fetch):
-                self._fetch(effect.blobs)
-            elif isinstance(effect, device.Train):
-                self._open_training(effect.invitation)
-            elif isinstance(effect, device.Keep):
-                if not self._keep(effect):
-                    return  # nothing may be said about an update that is not in the outbox
-            elif isinstance(effect, device.Discard):
-                self._discard()
-            elif isinstance(effect, device.Note):
-                log.info("%s", effect.text)
-
-    def _conditions(self, invitation: Invitation) -> device.ConditionsChecked:
+    def conditions(self, invitation: Invitation) -> device.ConditionsChecked:
         """The owner's policy against the coordinator's wishes."""
         plan, training = invitation.plan, self._config.training
         if plan.epochs > training.max_epochs:
@@ -211,7 +199,7 @@ class AgentProgram:
             return device.ConditionsChecked(invitation.round_id, False, f"{reason}; set a smaller chunk_bytes")
         return device.ConditionsChecked(invitation.round_id, True)
 
-    def _fetch(self, blobs: tuple[BlobRef, ...]) -> None:
+    def fetch(self, blobs: tuple[BlobRef, ...]) -> None:
         here = [ref for ref in blobs if self._cache.has(ref)]
         for ref in blobs:
             if ref not in here and ref.sha256 not in self._assemblies:
@@ -219,6 +207,30 @@ class AgentProgram:
                 self._subscribe_missing(self._assemblies[ref.sha256])
         for ref in here:
             self._handle(device.BlobReady(ref.sha256))
+
+    def train(self, invitation: Invitation) -> None:
+        data = self._config.data
+        request = Open(
+            str(self._cache.path(invitation.bundle.sha256)),
+            invitation.bundle.sha256,
+            self._agent.coordinator.hex(),
+            data.source,
+            str(self._agent.data_path),
+        )
+        self._child.request(invitation.round_id, request, self._config.training.timeout_s)
+
+    def stop_working(self) -> None:
+        for sha256 in list(self._assemblies):
+            self._stop_fetching(sha256)
+        if self._child.busy:
+            self._child.stop()  # it works for a round that is over
+        invitation = self._machine.invitation
+        self._cache.prune({invitation.bundle.sha256, invitation.parameters.sha256} if invitation else set())
+
+    # --- fetching and training
+
+    def _handle(self, event: device.Event) -> None:
+        self._performer.handle(event)
 
     def _subscribe_missing(self, assembly: BlobAssembly) -> None:
         self._fetch_progress = time.monotonic()
@@ -236,17 +248,6 @@ class AgentProgram:
         if assembly is not None:
             self._transport.unsubscribe(self._topics.blob(sha256, index) for index in range(assembly.ref.num_chunks))
 
-    def _open_training(self, invitation: Invitation) -> None:
-        data = self._config.data
-        request = Open(
-            str(self._cache.path(invitation.bundle.sha256)),
-            invitation.bundle.sha256,
-            self._agent.coordinator.hex(),
-            data.source,
-            str(self._agent.data_path),
-        )
-        self._child.request(invitation.round_id, request, self._config.training.timeout_s)
-
     def _run_training(self) -> None:
         invitation = self._machine.invitation
         assert invitation is not None
@@ -263,35 +264,7 @@ class AgentProgram:
         )
         self._child.request(invitation.round_id, request, self._config.training.timeout_s)
 
-    def _keep(self, effect: device.Keep) -> bool:
-        invitation = self._machine.invitation
-        assert invitation is not None
-        try:
-            self._outbox.keep(Entry(invitation, effect.offer, effect.update))
-        except errors.StorageError as exc:
-            log.error("%s", exc)
-            self._handle(device.TrainingFailed(effect.round_id, str(exc)))
-            return False
-        return True
-
-    def _discard(self) -> None:
-        self._outbox.discard()
-        for sha256 in list(self._assemblies):
-            self._stop_fetching(sha256)
-        if self._child.busy:
-            self._child.stop()  # it works for a round that is over
-        invitation = self._machine.invitation
-        self._cache.prune({invitation.bundle.sha256, invitation.parameters.sha256} if invitation else set())
-
     # --- sending
-
-    def _publish(self, message: FromDevice) -> None:
-        topic = self._topics.up(self._config.device_id)
-        expiry_s = OFFER_EXPIRY_S if isinstance(message, Offer) else None
-        try:
-            self._transport.publish(topic, self._sealed(message, topic), expiry_s=expiry_s)
-        except errors.TransportError as exc:  # larger than the broker takes: the round will fail, the agent lives on
-            log.error("%s", exc)
 
     def _sealed(self, message: FromDevice, topic: str) -> bytes:
         return codec.encode(

@@ -1,9 +1,11 @@
-"""Durable files: written whole or not at all."""
+"""Durable files: written whole or not at all. `Disk` is the same as a value, so that tests can pass another."""
 
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
+from typing import Optional
 
 from covey_protocol.errors import StorageError
 
@@ -15,21 +17,102 @@ def write_atomic(path: Path, data: bytes, mode: int = 0o644) -> None:
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         try:
-            with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+            try:
+                _write_all(descriptor, data)
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
             os.replace(temporary, path)
         except BaseException:
-            temporary.unlink(missing_ok=True)
+            if os.path.exists(temporary):
+                os.unlink(temporary)
             raise
         _sync_folder(path.parent)
     except OSError as exc:
         raise StorageError(
             f"cannot write {path} ({exc.strerror or exc})", "free some space or check the folder's permissions"
         ) from exc
+
+
+class Disk:
+    """The files of this machine. Errors of writing are StorageErrors; unreadable is None."""
+
+    def write(self, path: Path, data: bytes, mode: int = 0o644) -> None:
+        """Durable when this returns: see `write_atomic`."""
+        write_atomic(path, data, mode)
+
+    def write_scratch(self, path: Path, data: bytes) -> None:
+        """For what may be lost or torn by a crash: nothing is synced. Mode 600."""
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+            try:
+                _write_all(descriptor, data)
+            finally:
+                os.close(descriptor)
+        except OSError as exc:
+            raise StorageError(f"cannot write {path} ({exc.strerror or exc})", "free some space") from exc
+
+    def read(self, path: Path) -> Optional[bytes]:
+        """None where there is no readable file."""
+        try:
+            return path.read_bytes()
+        except OSError:
+            return None
+
+    def names(self, folder: Path) -> list[str]:
+        """Names of the files and folders in `folder`, sorted, without temporary ones."""
+        try:
+            return sorted(name for name in os.listdir(folder) if not name.startswith("."))
+        except OSError:
+            return []
+
+    def remove(self, path: Path) -> None:
+        """Not durable: a file may come back after a power cut."""
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as exc:
+            raise StorageError(f"cannot remove {path} ({exc.strerror or exc})", "check its permissions") from exc
+
+    def sweep(self, folder: Path) -> None:
+        """Remove what crashes left of unfinished writes. Only for a folder that no other program writes to."""
+        for path in folder.glob(".*.tmp"):
+            self.remove(path)
+
+    def remove_tree(self, folder: Path) -> None:
+        """A folder of scratch files. What cannot be removed stays."""
+        shutil.rmtree(folder, ignore_errors=True)
+
+    def rename(self, path: Path, new: Path) -> None:
+        try:
+            os.replace(path, new)
+        except OSError as exc:
+            raise StorageError(f"cannot rename {path} ({exc.strerror or exc})", "check its permissions") from exc
+
+
+DISK = Disk()
+
+
+def _write_all(descriptor: int, data: bytes) -> None:
+    left = memoryview(data)
+    while left:
+        left = left[os.write(descriptor, left) :]
+
+
+def make_folder(folder: Path) -> None:
+    """Make the missing folders, each durable in the one above it."""
+    if os.path.isdir(folder):
+        return
+    make_folder(folder.parent)
+    try:
+        os.mkdir(folder)
+    except FileExistsError:
+        if not os.path.isdir(folder):
+            raise
+    _sync_folder(folder.parent)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -1,59 +1,95 @@
-"""The outbox: the one update this device still owes, durable until the coordinator says it is kept or refused.
+"""The outbox: the updates this device still owes, each durable until the coordinator's verdict or refusal.
 
-And the message numbers it has reserved, so that a device without a clock battery never repeats one.
+And the message numbers a program has reserved, so that one without a clock battery never repeats one.
 """
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Optional
 
 import msgspec
 
-from covey_edge.files import write_atomic
-from covey_protocol.messages import Invitation, Offer
+from covey_edge.files import DISK, Disk
+from covey_protocol.messages import Offer
 
 
 class Entry(msgspec.Struct, frozen=True):
-    invitation: Invitation
     offer: Offer
     update: bytes
 
 
 class Outbox:
-    def __init__(self, folder: Path) -> None:
-        self._path = folder / "outbox.msgpack"
+    """One file per round in ``outbox/``. Older agents kept one entry in ``outbox.msgpack``; it is taken up as well."""
+
+    def __init__(self, folder: Path, disk: Disk = DISK) -> None:
+        self._folder = folder / "outbox"
+        self._old = folder / "outbox.msgpack"
+        self._damaged = folder / "outbox.damaged"
+        self._disk = disk
 
     def keep(self, entry: Entry) -> None:
         """Durable when this returns. StorageError if it cannot be."""
-        write_atomic(self._path, msgspec.msgpack.encode(entry), mode=0o600)
+        self._disk.write(self._path(entry.offer.round_id), msgspec.msgpack.encode(entry), mode=0o600)
 
-    def load(self) -> Optional[Entry]:
-        """What is owed, or None. A file that cannot be read is set aside, not deleted."""
+    def offers(self) -> list[Offer]:
+        """Of all that is owed, by round id. A file that cannot be read is set aside (the newest such), not deleted."""
+        self._disk.sweep(self._folder)
+        self._take_up_old()
+        offers = []
+        for name in self._disk.names(self._folder):
+            entry = self._read(self._folder / name)
+            if entry is not None and self._path(entry.offer.round_id).name == name:
+                offers.append(entry.offer)
+            else:
+                self._disk.rename(self._folder / name, self._damaged)
+        return offers
+
+    def update(self, offer: Offer) -> Optional[bytes]:
+        """The offered bytes; None where they are not here as they were offered."""
+        entry = self._read(self._path(offer.round_id))
+        return entry.update if entry is not None and entry.offer == offer else None
+
+    def forget(self, round_id: str) -> None:
+        """Not durable: after a power cut the entry may be back."""
+        self._disk.remove(self._path(round_id))
+
+    def _path(self, round_id: str) -> Path:
+        return self._folder / f"{round_id}.msgpack"
+
+    def _read(self, path: Path) -> Optional[Entry]:
+        data = self._disk.read(path)
         try:
-            return msgspec.msgpack.decode(self._path.read_bytes(), type=Entry)
-        except FileNotFoundError:
-            return None
+            entry = msgspec.msgpack.decode(data, type=Entry) if data is not None else None
         except msgspec.MsgspecError:
-            self._path.replace(self._path.with_suffix(".damaged"))
             return None
+        whole = entry is not None and hashlib.sha256(entry.update).digest() == entry.offer.update.sha256
+        return entry if whole else None
 
-    def discard(self) -> None:
-        self._path.unlink(missing_ok=True)
+    def _take_up_old(self) -> None:
+        if self._disk.read(self._old) is None:
+            return
+        entry = self._read(self._old)
+        if entry is None:
+            self._disk.rename(self._old, self._damaged)
+            return
+        self.keep(entry)
+        self._disk.remove(self._old)
 
 
 class NumberFile:
     """One number on disk: the highest message number a run may have used."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, disk: Disk = DISK) -> None:
+        self._path, self._disk = path, disk
 
     def load(self) -> int:
         """0 where nothing readable is there."""
         try:
-            return int(self._path.read_text())
-        except (OSError, ValueError):
+            return int(self._disk.read(self._path) or 0)
+        except ValueError:
             return 0
 
     def store(self, number: int) -> None:
-        write_atomic(self._path, str(number).encode(), mode=0o600)
+        self._disk.write(self._path, str(number).encode(), mode=0o600)

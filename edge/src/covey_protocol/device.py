@@ -2,21 +2,23 @@
 
 Events in, effects out; the clock is an input. It never publishes, trains or stores: the agent performs the effects and
 reports what came of them as further events. Every (state, event) pair is in `TABLE` or in `IGNORED`; a test holds that.
+
+Beside the one round it works for, a device *owes* updates: those in its outbox. An update is owed from before it is
+offered until the coordinator's verdict, or its word that it will never be taken.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Optional, Union
 
-from covey_protocol.blobs import blob_ref, chunk
+from covey_protocol.blobs import blob_ref
 from covey_protocol.bundle import RESET_OPTIMIZER, TRAIN_INPUTS, Manifest
 from covey_protocol.messages import (
     Answer,
     BlobRef,
-    Chunk,
     Failure,
     FromDevice,
     Invitation,
@@ -25,12 +27,15 @@ from covey_protocol.messages import (
     Offer,
     Receipt,
     RoundClosed,
+    Seen,
     TrainingPlan,
     Verdict,
     reason_text,
 )
 
 RESEND_S = 5.0  # how long an unanswered offer waits before it is sent again
+ASK_S = 30.0  # the same for an offer of a round that this device no longer works for
+MAX_OWED = 8  # updates in the outbox; a verdict that has not come over so many later rounds is not waited for
 # beside the two of the first devices, what a bundle or a plan may need and an old device would pass over in silence
 CAPABILITIES: tuple[Name, ...] = ("train", "float32", *TRAIN_INPUTS, RESET_OPTIMIZER)
 
@@ -116,6 +121,14 @@ class Closed:
 
 
 @dataclass(frozen=True)
+class Lost:
+    """The update could not be written to the outbox, or cannot be read from it any more."""
+
+    round_id: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class Connected:
     """The connection to the broker is (again) up."""
 
@@ -135,6 +148,7 @@ Event = Union[
     Received,
     Judged,
     Closed,
+    Lost,
     Connected,
     Tick,
 ]
@@ -171,7 +185,7 @@ class Train:
 
 @dataclass(frozen=True)
 class Keep:
-    """Put the update into the outbox, durably, before anything else is sent about it."""
+    """Put the update into the outbox, durably, before anything is sent about it; report Lost if that fails."""
 
     round_id: str
     offer: Offer
@@ -179,8 +193,23 @@ class Keep:
 
 
 @dataclass(frozen=True)
+class SendChunks:
+    """Send these chunks of the update in the outbox; report Lost if it cannot be read."""
+
+    offer: Offer
+    indices: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Forget:
+    """Take the round's update out of the outbox. It is harmless if it comes back: it is offered and judged again."""
+
+    round_id: str
+
+
+@dataclass(frozen=True)
 class Discard:
-    """The round is over for this device: drop its outbox entry and stop fetching and training for it."""
+    """The round is over for this device: stop fetching and training for it. The outbox stays as it is."""
 
     round_id: str
 
@@ -192,11 +221,20 @@ class Note:
     text: str
 
 
-Effect = Union[Send, CheckConditions, Fetch, Train, Keep, Discard, Note]
+Effect = Union[Send, CheckConditions, Fetch, Train, Keep, SendChunks, Forget, Discard, Note]
+
+
+@dataclass
+class _Owed:
+    offer: Offer
+    last_sent: float
 
 
 class DeviceMachine:
-    """One device's conversation. `handle` takes an event and the time in seconds and returns the effects in order."""
+    """One device's conversation. `handle` takes an event and the time in seconds and returns the effects in order.
+
+    It holds no update, only the offers of those in the outbox.
+    """
 
     def __init__(self, device_id: str, capabilities: tuple[str, ...] = CAPABILITIES) -> None:
         self.device_id = device_id
@@ -204,22 +242,23 @@ class DeviceMachine:
         self.state = State.IDLE
         self.invitation: Optional[Invitation] = None
         self._awaited: set[bytes] = set()
-        self._offer: Optional[Offer] = None
-        self._update = b""
+        self._owed: dict[str, _Owed] = {}  # round id -> what is in the outbox, the oldest first
         self._deadline = 0.0
-        self._last_sent = 0.0
         self._settled_round = ""  # the newest round that is over for us: its retained invitation may come again
 
     @property
     def round_id(self) -> str:
         return self.invitation.round_id if self.invitation else ""
 
-    def restore(self, invitation: Invitation, offer: Offer, update: bytes, now: float) -> list[Effect]:
-        """Go on with an update found in the outbox after a restart."""
-        self.invitation, self.state = invitation, State.REPORTING
-        self._offer, self._update = offer, update
-        self._deadline = now + invitation.duration_ms / 1000
-        return [Note(f"round {invitation.round_id}: an unsent update was found in the outbox")]
+    @property
+    def owed(self) -> tuple[str, ...]:
+        """The rounds whose updates are in the outbox, the oldest first."""
+        return tuple(self._owed)
+
+    def restore(self, offers: Sequence[Offer], now: float) -> list[Effect]:
+        """Go on with the updates found in the outbox after a restart. The next connection offers them."""
+        self._owed = {offer.round_id: _Owed(offer, now) for offer in offers}
+        return [Note(f"round {offer.round_id}: its update is in the outbox") for offer in offers]
 
     def handle(self, event: Event, now: float) -> list[Effect]:
         action = TABLE.get((self.state, type(event)))
@@ -229,7 +268,7 @@ class DeviceMachine:
 
     def _invited(self, event: Invited, now: float) -> list[Effect]:
         invitation = event.invitation
-        if invitation.round_id in (self._settled_round, self.round_id):
+        if invitation.round_id in (self._settled_round, self.round_id) or invitation.round_id in self._owed:
             return []
         if invitation.devices and self.device_id not in invitation.devices:
             return []
@@ -265,11 +304,11 @@ class DeviceMachine:
         if self.invitation is None or event.round_id != self.round_id:
             return []
         ref = blob_ref(event.update, self.invitation.parameters.chunk_bytes)
-        self._offer = Offer(event.round_id, ref, event.num_examples, event.metrics)
-        self._update = event.update
+        offer = Offer(event.round_id, ref, event.num_examples, event.metrics)
         self.state = State.REPORTING
-        self._last_sent = now
-        return [Keep(event.round_id, self._offer, event.update), Send(self._offer)]
+        effects = self._give_way()
+        self._owed[event.round_id] = _Owed(offer, now)
+        return [*effects, Keep(event.round_id, offer, event.update), Send(offer)]
 
     def _training_failed(self, event: TrainingFailed, now: float) -> list[Effect]:
         if event.round_id != self.round_id:
@@ -277,52 +316,87 @@ class DeviceMachine:
         return self._give_up(event.reason)
 
     def _needed(self, event: Needed, now: float) -> list[Effect]:
-        need, offer = event.need, self._offer
-        if offer is None or need.round_id != offer.round_id or need.sha256 != offer.update.sha256:
+        need = event.need
+        owed = self._owed.get(need.round_id)
+        if owed is None or need.sha256 != owed.offer.update.sha256:
             return []
-        self._last_sent = now
-        known = [index for index in need.indices if index < offer.update.num_chunks]
-        return [
-            Send(Chunk(offer.round_id, need.sha256, index, chunk(self._update, offer.update, index)))
-            for index in dict.fromkeys(known)
-        ]
+        owed.last_sent = now
+        known = [index for index in need.indices if index < owed.offer.update.num_chunks]
+        return [SendChunks(owed.offer, tuple(dict.fromkeys(known)))] if known else []
 
     def _received(self, event: Received, now: float) -> list[Effect]:
-        receipt, offer = event.receipt, self._offer
-        if offer is None or receipt.round_id != offer.round_id or receipt.sha256 != offer.update.sha256:
+        receipt = event.receipt
+        owed = self._owed.get(receipt.round_id)
+        if owed is None or receipt.sha256 != owed.offer.update.sha256:
             return []
-        note = "update delivered" if receipt.kept else f"update refused: {receipt.reason}"
-        return self._settle(note)
-
-    def _closed(self, event: Closed, now: float) -> list[Effect]:
-        if event.closed.round_id != self.round_id:
-            return []
-        return self._settle(f"closed before this device was done ({event.closed.outcome})")
+        owed.last_sent = now
+        if not receipt.kept:
+            return self._forget(receipt.round_id, f"update refused: {receipt.reason}")
+        return self._settle("update delivered") if receipt.round_id == self.round_id else []
 
     def _judged(self, event: Judged, now: float) -> list[Effect]:
+        """Also where no receipt came. A repeated verdict is only answered, so that it stops."""
         verdict = event.verdict
+        seen = Send(Seen(verdict.round_id))
+        if verdict.round_id not in self._owed:
+            return [seen]
         reason = f": {verdict.reason}" if verdict.reason else ""
-        return [Note(f"round {verdict.round_id}: update {verdict.status}{reason}")]
+        return [*self._forget(verdict.round_id, f"update {verdict.status}{reason}"), seen]
 
-    def _reconnected(self, event: Connected, now: float) -> list[Effect]:
-        """What was said last may be lost with the connection: say it again. Repeats are harmless."""
-        if self.invitation is None:
+    def _closed(self, event: Closed, now: float) -> list[Effect]:
+        """An update that is owed stays so: what became of it, the coordinator says when it is offered again."""
+        if event.closed.round_id != self.round_id:
             return []
-        if self.state is State.REPORTING and self._offer is not None:
-            self._last_sent = now
-            return [Send(self._offer)]
-        effects: list[Effect] = [Send(Answer(self.round_id, True))]
-        if self.state is State.FETCHING:
+        return self._settle(f"closed ({event.closed.outcome})")
+
+    def _lost(self, event: Lost, now: float) -> list[Effect]:
+        if event.round_id not in self._owed:
+            return []
+        failure = Send(Failure(event.round_id, reason_text(event.reason)))
+        return [failure, *self._forget(event.round_id, f"failed, {event.reason}")]
+
+    def _connected(self, event: Connected, now: float) -> list[Effect]:
+        """What was said last may be lost with the connection: say it again. Repeats are harmless."""
+        effects: list[Effect] = []
+        if self.state in (State.FETCHING, State.TRAINING):
+            effects.append(Send(Answer(self.round_id, True)))
+        if self.state is State.FETCHING and self.invitation is not None:
             effects.append(Fetch((self.invitation.bundle, self.invitation.parameters)))
-        return effects
+        return [*effects, *self._offer_again(now, list(self._owed.values()))]
 
     def _tick(self, event: Tick, now: float) -> list[Effect]:
-        if now >= self._deadline:
-            return self._give_up("the round's time was over before this device was done")
-        if self.state is State.REPORTING and self._offer is not None and now - self._last_sent >= RESEND_S:
-            self._last_sent = now
-            return [Send(self._offer)]
-        return []
+        effects: list[Effect] = []
+        if self.invitation is not None and now >= self._deadline:
+            late = "the round's time was over before this device was done"
+            effects = self._settle(late) if self.state is State.REPORTING else self._give_up(late)
+        due = [owed for owed in self._owed.values() if now - owed.last_sent >= self._patience_s(owed)]
+        return [*effects, *self._offer_again(now, due)]
+
+    # --- what is owed
+
+    def _patience_s(self, owed: _Owed) -> float:
+        return RESEND_S if owed.offer.round_id == self.round_id else ASK_S
+
+    def _offer_again(self, now: float, owed: list[_Owed]) -> list[Effect]:
+        for one in owed:
+            one.last_sent = now
+        return [Send(one.offer) for one in owed]
+
+    def _give_way(self) -> list[Effect]:
+        """Room for one more update: the disk of a device is not endless."""
+        if len(self._owed) < MAX_OWED:
+            return []
+        return self._forget(next(iter(self._owed)), f"no verdict came over {MAX_OWED} later updates")
+
+    def _forget(self, round_id: str, note: str) -> list[Effect]:
+        """The update is no longer owed; if this device still worked for its round, that is over, too.
+
+        What became of it is in the log before it leaves the outbox.
+        """
+        del self._owed[round_id]
+        if round_id == self.round_id:
+            return [*self._settle(note), Forget(round_id)]
+        return [Note(f"round {round_id}: {note}"), Forget(round_id)]
 
     # --- ends of a round
 
@@ -349,7 +423,6 @@ class DeviceMachine:
         self.state = State.IDLE
         self.invitation = None
         self._awaited = set()
-        self._offer, self._update = None, b""
         if settled is not None:
             self._settled_round = settled
 
@@ -360,29 +433,25 @@ _M = DeviceMachine
 
 TABLE: dict[tuple[State, type], Action] = {
     **{(state, Invited): _M._invited for state in State},
-    **{(state, Closed): _M._closed for state in _BUSY},
+    **{(state, Needed): _M._needed for state in State},
+    **{(state, Received): _M._received for state in State},
     **{(state, Judged): _M._judged for state in State},
-    **{(state, Tick): _M._tick for state in _BUSY},
+    **{(state, Lost): _M._lost for state in State},
+    **{(state, Connected): _M._connected for state in State},
+    **{(state, Tick): _M._tick for state in State},
+    **{(state, Closed): _M._closed for state in _BUSY},
     (State.INVITED, ConditionsChecked): _M._conditions_checked,
     (State.FETCHING, BlobReady): _M._blob_ready,
-    (State.FETCHING, Connected): _M._reconnected,
     (State.FETCHING, TrainingFailed): _M._training_failed,  # the blobs could not be fetched or stored
     (State.TRAINING, Trained): _M._trained,
     (State.TRAINING, TrainingFailed): _M._training_failed,
-    (State.TRAINING, Connected): _M._reconnected,
-    (State.REPORTING, Needed): _M._needed,
-    (State.REPORTING, Received): _M._received,
-    (State.REPORTING, Connected): _M._reconnected,
-    (State.REPORTING, TrainingFailed): _M._training_failed,  # the outbox could not be written
 }
 
-# Pairs that may happen and mean nothing: late answers of a round already over, repeats, ticks while idle.
+# Pairs that may happen and mean nothing: late answers of a round already over, repeats.
 IGNORED: frozenset[tuple[State, type]] = frozenset(
-    [(State.IDLE, kind) for kind in (Closed, Tick, Connected)]
+    [(State.IDLE, Closed)]
     + [(state, ConditionsChecked) for state in State if state is not State.INVITED]
     + [(state, BlobReady) for state in State if state is not State.FETCHING]
     + [(state, Trained) for state in State if state is not State.TRAINING]
-    + [(state, TrainingFailed) for state in (State.IDLE, State.INVITED)]
-    + [(state, kind) for state in State if state is not State.REPORTING for kind in (Needed, Received)]
-    + [(State.INVITED, Connected)]
+    + [(state, TrainingFailed) for state in (State.IDLE, State.INVITED, State.REPORTING)]
 )

@@ -125,7 +125,8 @@ class Receipt(Struct, frozen=True, tag="receipt"):
 
 
 class Verdict(Struct, frozen=True, tag="verdict"):
-    """What became of a kept update: aggregated, or rejected by screening or the rule, with the reason."""
+    """What became of a kept update: aggregated, or rejected with the reason: by screening or the rule, or because the
+    round was abandoned."""
 
     round_id: RoundId
     status: Name  # "accepted" or "rejected"
@@ -181,8 +182,14 @@ class Failure(Struct, frozen=True, tag="failure"):
     reason: Reason
 
 
+class Seen(Struct, frozen=True, tag="seen"):
+    """The device has read the verdict on its update of this round; nothing more need be said about it."""
+
+    round_id: RoundId
+
+
 FromCoordinator = Union[Invitation, RoundClosed, Need, Receipt, Verdict]
-FromDevice = Union[Presence, Answer, Offer, Chunk, Failure]
+FromDevice = Union[Presence, Answer, Offer, Chunk, Failure, Seen]
 Message = Union[FromCoordinator, FromDevice]
 
 

@@ -4,21 +4,23 @@
                                          \\-> ABANDONED (quorum not met by the deadline, or the rule refused)
 
 Events in, effects out; the clock is an input. Aggregation, storage and publishing are the coordinator's: it performs
-the effects and reports what came of them. A device is never trusted: what breaks the protocol raises PeerError and
-changes nothing.
+the effects in order and reports what came of them. Whatever an effect says to a device, the effect that makes it
+durable comes before; so a machine can be `restored` from the durable facts after a crash between any two effects. A
+device is never trusted: what breaks the protocol raises PeerError and changes nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Optional, Union
 
 from covey_protocol.blobs import BlobAssembly
-from covey_protocol.errors import PeerError, RuleError
+from covey_protocol.errors import PeerError, RuleError, UsageError
 from covey_protocol.messages import (
     Answer,
+    BlobRef,
     Chunk,
     Failure,
     FromCoordinator,
@@ -41,13 +43,17 @@ class Phase(Enum):
 
 
 class Progress(Enum):
-    """How far one invited device is. Those in FINAL stay for the round; a device that is GONE may return."""
+    """How far one invited device is. Those in FINAL stay for the round; a device that is GONE may return.
+
+    LOST: its update was stored and acknowledged, but the disk did not keep it; the device still has it.
+    """
 
     INVITED = "invited"
     ACCEPTED = "accepted"
     UPLOADING = "uploading"
     STORING = "storing"
     STORED = "stored"
+    LOST = "lost"
     DECLINED = "declined"
     FAILED = "failed"
     REFUSED = "refused"
@@ -68,6 +74,27 @@ class RoundSettings:
     answer_s: float
     grace_s: float
     update_bytes: int
+
+
+@dataclass(frozen=True)
+class DeviceFacts:
+    """What is durable of one device in a round. chunks: of an update that was coming in, sha256 -> index -> bytes."""
+
+    progress: Progress = Progress.INVITED
+    reason: str = ""
+    offer: Optional[Offer] = None
+    chunks: Mapping[bytes, Mapping[int, bytes]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RoundFacts:
+    """What is durable of a round that is under way. phase: INVITING, or AGGREGATING once it was decided."""
+
+    invitation: Invitation
+    settings: RoundSettings
+    phase: Phase
+    devices: Mapping[str, DeviceFacts]
+    elapsed_s: float
 
 
 # --- events
@@ -117,7 +144,7 @@ class PresenceChanged:
 
 @dataclass(frozen=True)
 class Aggregated:
-    """The rule ran. verdicts: device -> reason, empty where the update was accepted."""
+    """The rule ran. verdicts: every aggregated device -> reason, empty where its update was accepted."""
 
     verdicts: dict[str, str]
 
@@ -171,6 +198,33 @@ class SendTo:
 
 
 @dataclass(frozen=True)
+class Record:
+    """Make this durable before what follows: how far the device is."""
+
+    device_id: str
+    progress: Progress
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class SaveChunk:
+    """Keep the chunk, so that a restart need not ask for it again. It need not be durable."""
+
+    device_id: str
+    offer: Offer
+    index: int
+    data: bytes
+
+
+@dataclass(frozen=True)
+class Recall:
+    """An offer for a round that is over. Answer with the stored Verdict; without one, that the round is over."""
+
+    device_id: str
+    offer: Offer
+
+
+@dataclass(frozen=True)
 class Store:
     """Make the update durable, then report Stored. Only then is the device told that it was kept."""
 
@@ -181,21 +235,27 @@ class Store:
 
 @dataclass(frozen=True)
 class Aggregate:
-    """Run the rule over the stored updates of these devices (sorted), then report Aggregated or AggregationRefused."""
+    """Make it durable that these devices' updates (sorted) are the round's, run the rule over them, and report
+    Aggregated or AggregationRefused."""
 
     device_ids: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Finished:
-    """The round is over; its chunks can be cleared. missing: device -> why no usable update of it came."""
+    """The round is over. Make it durable, in one step with the new model, before what follows.
+
+    rejected: of the devices whose update was acknowledged, those whose update did not enter the model, and why; of an
+    abandoned round all. missing: device -> why no usable update of it came.
+    """
 
     outcome: str
     reason: str
     missing: dict[str, str] = field(default_factory=dict)
+    rejected: dict[str, str] = field(default_factory=dict)
 
 
-Effect = Union[PublishRound, SendTo, Store, Aggregate, Finished]
+Effect = Union[PublishRound, SendTo, Record, SaveChunk, Recall, Store, Aggregate, Finished]
 
 
 @dataclass
@@ -206,6 +266,17 @@ class _Participant:
     assembly: Optional[BlobAssembly] = None
     gone: bool = False
     gone_at: float = 0.0
+    acknowledged: bool = False  # told that its update is kept, so it is owed a verdict
+    chunks: Mapping[bytes, Mapping[int, bytes]] = field(default_factory=dict)  # from before a restart
+
+    def begin(self, ref: BlobRef) -> BlobAssembly:
+        """An assembly of the chunks that are still here from before a restart."""
+        assembly = BlobAssembly(ref)
+        for index, data in self.chunks.get(ref.sha256, {}).items():
+            if index < ref.num_chunks - 1 and len(data) == ref.chunk_size(index):
+                assembly.add(index, data)
+        self.chunks = {}
+        return assembly
 
 
 class RoundMachine:
@@ -225,7 +296,32 @@ class RoundMachine:
         self.phase = Phase.INVITING
         self._devices = {device_id: _Participant() for device_id in sorted(device_ids)}
         self._opened_at = 0.0
-        self._reason = ""
+
+    @classmethod
+    def restored(cls, facts: RoundFacts, now: float) -> RoundMachine:
+        """The machine of a round that was under way, as it was when these facts were made durable.
+
+        Time goes on at elapsed_s. What was being uploaded is asked for again when its device offers it again.
+        """
+        machine = cls(facts.invitation, list(facts.devices), facts.settings)
+        for device_id, known in facts.devices.items():
+            machine._devices[device_id] = _Participant(
+                known.progress,
+                known.reason,
+                known.offer if known.progress is Progress.STORED else None,
+                acknowledged=known.offer is not None,
+                chunks=known.chunks,
+            )
+        lost = any(known.progress is Progress.LOST for known in facts.devices.values())
+        machine.phase = Phase.INVITING if lost else facts.phase
+        machine._opened_at = now - facts.elapsed_s
+        return machine
+
+    def resume(self, now: float) -> list[Effect]:
+        """What to do first after `restored`: the invitation may never have gone out, the rule may not have run."""
+        if self.phase is Phase.AGGREGATING:
+            return [Aggregate(self._stored_devices())]
+        return [PublishRound(self.invitation), *self._advance(now)]
 
     def progress(self) -> dict[str, Progress]:
         """How far every invited device is, for displays."""
@@ -263,18 +359,17 @@ class RoundMachine:
         if peer is None or peer.progress in FINAL:
             return []
         peer.gone = False
-        if not event.answer.accept:
-            peer.progress, peer.reason = Progress.DECLINED, f"declined: {event.answer.reason}"
-        elif peer.progress is Progress.INVITED:
-            peer.progress = Progress.ACCEPTED
+        if not event.answer.accept and not peer.acknowledged:
+            return self._settle(event.device_id, Progress.DECLINED, f"declined: {event.answer.reason}", now)
+        if peer.progress is Progress.INVITED:
+            return self._settle(event.device_id, Progress.ACCEPTED, "", now)
         return self._advance(now)
 
     def _offered(self, event: Offered, now: float) -> list[Effect]:
         offer = event.offer
         peer = self._peer(event.device_id, offer.round_id)
         if peer is None:
-            closed = Receipt(offer.round_id, offer.update.sha256, False, "that round is over")
-            return [SendTo(event.device_id, closed)]
+            return [Recall(event.device_id, offer)]
         peer.gone = False
         if peer.progress is Progress.STORED and peer.offer and peer.offer.update.sha256 == offer.update.sha256:
             return [SendTo(event.device_id, Receipt(offer.round_id, offer.update.sha256, True))]
@@ -292,18 +387,20 @@ class RoundMachine:
                 now,
             )
         if peer.assembly is None or peer.offer is None or peer.offer.update != offer.update:
-            peer.assembly = BlobAssembly(offer.update)
+            peer.assembly = peer.begin(offer.update)
+        accepted = [Record(event.device_id, Progress.ACCEPTED)] if peer.progress is Progress.INVITED else []
         peer.offer, peer.progress = offer, Progress.UPLOADING
-        return [SendTo(event.device_id, Need(offer.round_id, offer.update.sha256, peer.assembly.missing()))]
+        need = Need(offer.round_id, offer.update.sha256, peer.assembly.missing())
+        return [*accepted, SendTo(event.device_id, need)]
 
     def _offered_late(self, event: Offered, now: float) -> list[Effect]:
-        """The doors are closed: who was stored hears so again, everybody else that the round is over."""
+        """The doors are closed. What became of a stored update is known when the rule has run."""
         offer = event.offer
         peer = self._devices.get(event.device_id)
         stored = peer.offer if peer is not None and peer.progress is Progress.STORED else None
-        kept = stored is not None and stored.update.sha256 == offer.update.sha256
-        reason = "" if kept else "that round is over"
-        return [SendTo(event.device_id, Receipt(offer.round_id, offer.update.sha256, kept, reason))]
+        if self.phase is Phase.AGGREGATING and stored is not None and stored.update.sha256 == offer.update.sha256:
+            return [SendTo(event.device_id, Receipt(offer.round_id, offer.update.sha256, True))]
+        return [Recall(event.device_id, offer)]
 
     def _chunk_arrived(self, event: ChunkArrived, now: float) -> list[Effect]:
         chunk = event.chunk
@@ -323,7 +420,7 @@ class RoundMachine:
                 now,
             )
         if whole is None:
-            return []
+            return [SaveChunk(event.device_id, peer.offer, chunk.index, chunk.data)]
         peer.progress, peer.assembly = Progress.STORING, None
         return [Store(event.device_id, peer.offer, whole)]
 
@@ -331,7 +428,7 @@ class RoundMachine:
         peer = self._devices[event.device_id]
         if peer.progress is not Progress.STORING or peer.offer is None:
             return []
-        peer.progress = Progress.STORED
+        peer.progress, peer.acknowledged, peer.reason = Progress.STORED, True, ""
         receipt = Receipt(peer.offer.round_id, peer.offer.update.sha256, True)
         return [SendTo(event.device_id, receipt), *self._advance(now)]
 
@@ -339,8 +436,7 @@ class RoundMachine:
         peer = self._peer(event.device_id, event.failure.round_id)
         if peer is None or peer.progress in FINAL or peer.progress is Progress.STORING:
             return []
-        peer.progress, peer.reason = Progress.FAILED, f"failed: {event.failure.reason}"
-        return self._advance(now)
+        return self._settle(event.device_id, Progress.FAILED, f"failed: {event.failure.reason}", now)
 
     def _presence_changed(self, event: PresenceChanged, now: float) -> list[Effect]:
         peer = self._devices.get(event.device_id)
@@ -357,7 +453,12 @@ class RoundMachine:
     def _refuse(self, device_id: str, peer: _Participant, offer: Offer, reason: str, now: float) -> list[Effect]:
         peer.progress, peer.reason, peer.assembly = Progress.REFUSED, f"refused: {reason}", None
         receipt = Receipt(offer.round_id, offer.update.sha256, False, reason_text(reason))
-        return [SendTo(device_id, receipt), *self._advance(now)]
+        return [Record(device_id, peer.progress, peer.reason), SendTo(device_id, receipt), *self._advance(now)]
+
+    def _settle(self, device_id: str, progress: Progress, reason: str, now: float) -> list[Effect]:
+        peer = self._devices[device_id]
+        peer.progress, peer.reason = progress, reason
+        return [Record(device_id, progress, reason), *self._advance(now)]
 
     # --- moving on
 
@@ -384,21 +485,19 @@ class RoundMachine:
         return True
 
     def _decide(self) -> list[Effect]:
-        stored = tuple(name for name, peer in self._devices.items() if peer.progress is Progress.STORED)
+        stored = self._stored_devices()
         if len(stored) < self.settings.quorum:
             return self._abandon(f"{len(stored)} updates came, the quorum is {self.settings.quorum}")
         self.phase = Phase.AGGREGATING
         return [Aggregate(stored)]
 
+    def _stored_devices(self) -> tuple[str, ...]:
+        return tuple(name for name, peer in self._devices.items() if peer.progress is Progress.STORED)
+
     def _aggregated(self, event: Aggregated, now: float) -> list[Effect]:
-        self.phase = Phase.PUBLISHED
-        round_id = self.invitation.round_id
-        verdicts: list[Effect] = [
-            SendTo(name, Verdict(round_id, "rejected" if reason else "accepted", reason_text(reason)))
-            for name, reason in sorted(event.verdicts.items())
-        ]
-        closed = PublishRound(RoundClosed(round_id, "published"))
-        return [closed, *verdicts, Finished("published", "", self._missing())]
+        if set(event.verdicts) != set(self._stored_devices()):
+            raise UsageError(f"verdicts on {sorted(event.verdicts)} for the updates of {self._stored_devices()}")
+        return self._finish(Phase.PUBLISHED, "", {name: reason for name, reason in event.verdicts.items() if reason})
 
     def _aggregation_refused(self, event: AggregationRefused, now: float) -> list[Effect]:
         return self._abandon(event.reason)
@@ -407,9 +506,22 @@ class RoundMachine:
         return self._abandon(event.reason)
 
     def _abandon(self, reason: str) -> list[Effect]:
-        self.phase, self._reason = Phase.ABANDONED, reason
-        closed = RoundClosed(self.invitation.round_id, "abandoned", reason_text(reason))
-        return [PublishRound(closed), Finished("abandoned", reason, self._missing())]
+        return self._finish(
+            Phase.ABANDONED, reason, dict.fromkeys(self._stored_devices(), f"the round was abandoned: {reason}")
+        )
+
+    def _finish(self, phase: Phase, reason: str, rejected: dict[str, str]) -> list[Effect]:
+        """Every acknowledged update gets its verdict."""
+        self.phase = phase
+        round_id, missing = self.invitation.round_id, self._missing()
+        owed = [name for name, peer in self._devices.items() if peer.acknowledged]
+        rejected = {**rejected, **{name: missing[name] for name in owed if name in missing}}
+        verdicts: list[Effect] = [
+            SendTo(name, Verdict(round_id, "rejected" if name in rejected else "accepted", reason_text(why)))
+            for name, why in ((name, rejected.get(name, "")) for name in owed)
+        ]
+        closed = PublishRound(RoundClosed(round_id, phase.value, reason_text(reason)))
+        return [Finished(phase.value, reason, missing, rejected), closed, *verdicts]
 
     def _missing(self) -> dict[str, str]:
         why = {
@@ -417,11 +529,15 @@ class RoundMachine:
             Progress.ACCEPTED: "accepted, but sent no update in time",
             Progress.UPLOADING: "did not finish sending its update in time",
         }
-        return {
-            name: "connection lost" if peer.gone and peer.progress not in FINAL else why.get(peer.progress, peer.reason)
-            for name, peer in self._devices.items()
-            if peer.progress is not Progress.STORED
-        }
+
+        def reason(peer: _Participant) -> str:
+            if peer.acknowledged:
+                return "the stored update was damaged and did not come again"
+            if peer.gone and peer.progress not in FINAL:
+                return "connection lost"
+            return why.get(peer.progress, peer.reason)
+
+        return {name: reason(peer) for name, peer in self._devices.items() if peer.progress is not Progress.STORED}
 
 
 Action = Callable[..., "list[Effect]"]  # each takes the machine, the one event type of its row, and the time

@@ -1,8 +1,9 @@
 """One round of aggregation: screen, sort, check, rule, server optimizer, verdicts. Two engines with the same bits.
 
-An engine keeps what lasts from round to round (the rule's state, the server optimizer's state). The *door* behind it
-does the arithmetic: `DirectDoor` calls the rule and TFF's optimizer object in this process, `TffDoor` runs TFF's
-aggregation process and finalizer on a worker. All decisions are made here, once, for both.
+An engine keeps what lasts from round to round (the rule's state, the server optimizer's state), and gives it as bytes
+to whoever stores it. The *door* behind it does the arithmetic: `DirectDoor` calls the rule and TFF's optimizer object
+in this process, `TffDoor` runs TFF's aggregation process and finalizer on a worker. All decisions are made here, once,
+for both.
 
 An update is trained minus received, so the optimizer sees the negative aggregate as its gradient; with sgd at a
 learning rate of 1 the new parameters are exactly received + aggregate. Parameters that are not trainable (BatchNorm's
@@ -27,6 +28,7 @@ from covey_coordinator.aggregation.kernels import Updates
 from covey_coordinator.aggregation.registry import suggest
 from covey_coordinator.aggregation.rules import Batch, Judgement, Rule
 from covey_coordinator.aggregation.screening import Screened, screen_updates
+from covey_coordinator.aggregation.states import pack_state, unpack_state
 from covey_coordinator.aggregation.worker import Worker
 from covey_coordinator.records import ACCEPTED, REJECTED, Array, DeviceVerdict
 from covey_protocol.errors import ConfigError, RuleError, UsageError
@@ -66,6 +68,15 @@ class Engine(Protocol):
     @property
     def rule_state(self) -> Any:
         """What the rule remembers, as the door keeps it: for simulated attackers who know everything."""
+
+    def saved_state(self) -> bytes:
+        """All that lasts from round to round, to be kept with the parameters it belongs to."""
+
+    def load_state(self, data: bytes) -> bool:
+        """Go on from `saved_state`. False, with nothing changed, where rule, server optimizer or model are others now.
+
+        Raises StorageError for bytes that are no saved state.
+        """
 
     def close(self) -> None:
         """Free what the engine started. It cannot be used afterwards."""
@@ -110,7 +121,9 @@ def make_engine(
         door = DirectDoor(rule, parameter_specs, optimizer)
     else:
         door = TffDoor(rule, parameter_specs, optimizer, worker)
-    return _RoundEngine(rule, parameter_specs, door, refuse_copies)
+    layout = [(spec.shape, spec.trainable) for spec in parameter_specs]
+    description = f"{rule!r}, {server_optimizer}, {server_learning_rate!r}, {layout}"
+    return _RoundEngine(rule, parameter_specs, door, refuse_copies, description)
 
 
 def build_server_optimizer(name: str, learning_rate: float) -> Any:
@@ -135,10 +148,12 @@ def _known(kind: str, name: str, names: tuple[str, ...]) -> None:
 
 
 class _RoundEngine:
-    """The one engine; what differs is the door."""
+    """The one engine; what differs is the door. description: of all settings that a saved state belongs to."""
 
-    def __init__(self, rule: Rule, specs: Sequence[ParameterSpec], door: Door, refuse_copies: bool) -> None:
-        self._rule, self._door, self._refuse_copies = rule, door, refuse_copies
+    def __init__(
+        self, rule: Rule, specs: Sequence[ParameterSpec], door: Door, refuse_copies: bool, description: str
+    ) -> None:
+        self._rule, self._door, self._refuse_copies, self._description = rule, door, refuse_copies, description
         self._layout = _Layout(specs)
         self._rule_state, self._optimizer_state = door.initial_states()
         self._places: dict[str, int] = {}  # numbers of devices, in the order in which they were first seen
@@ -183,6 +198,17 @@ class _RoundEngine:
     @property
     def rule_state(self) -> Any:
         return self._rule_state
+
+    def saved_state(self) -> bytes:
+        return pack_state(self._description, list(self._places), (self._rule_state, self._optimizer_state))
+
+    def load_state(self, data: bytes) -> bool:
+        unpacked = unpack_state(data, self._description, (self._rule_state, self._optimizer_state))
+        if unpacked is None:
+            return False
+        places, (self._rule_state, self._optimizer_state) = unpacked
+        self._places = {device_id: place for place, device_id in enumerate(places)}
+        return True
 
     def close(self) -> None:
         self._door.close()

@@ -302,7 +302,6 @@ class Demo:
                     timing=TIMING,
                 )
                 parameters = result.parameters
-                coordinator.store.save_checkpoint(run_id, number, parameters)
                 rounds.append(self._round_record(model, data, number, result))
                 display.round(rounds[-1])
                 _give_up_if_hopeless(rounds)

@@ -1,0 +1,97 @@
+"""A checkpoint that is damaged later: its model is computed again from the stored updates, to the same bits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from covey_coordinator.aggregation.engines import make_engine
+from covey_coordinator.aggregation.registry import make_rule
+from covey_coordinator.records import ACCEPTED, DeviceVerdict
+from covey_coordinator.serve import _resume
+from covey_coordinator.store import Checkpoint, RunStore
+from covey_protocol.blobs import blob_ref
+from covey_protocol.messages import Invitation, Offer, TrainingPlan
+from covey_protocol.parameters import ParameterSpec
+from covey_protocol.round import Phase, RoundSettings
+
+D = 8
+IDS = ("a", "b", "c")
+START = np.zeros(D, np.float32)
+
+
+def engine() -> Any:
+    return make_engine("direct", make_rule("mean", 0), (ParameterSpec("dense", (D,)),), "adam", 0.1)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> tuple[RunStore, list[np.ndarray]]:
+    """Three published rounds with Adam, and their models."""
+    store, made, parameters, models = RunStore(tmp_path / "run"), engine(), START, []
+    for number in (1, 2, 3):
+        rng = np.random.default_rng(number)
+        blob = blob_ref(parameters.tobytes())
+        invitation = Invitation(f"run.{number}.a", number, 1000 * number, 1000, blob, blob, TrainingPlan(1, 0.1), IDS)
+        store.open_round("run", invitation, RoundSettings(2, 1.0, 1.0, 4 * D), 1000 * number)
+        updates = rng.normal(size=(len(IDS), D)).astype("<f4")
+        for name, update in zip(IDS, updates):
+            store.store_update(name, Offer(invitation.round_id, blob_ref(update.tobytes()), 5), update.tobytes())
+        parameters = made.step(parameters, updates, [5.0] * 3, IDS).parameters
+        models.append(parameters)
+        verdicts = [DeviceVerdict(name, ACCEPTED) for name in IDS]
+        checkpoint = Checkpoint(number, parameters, made.saved_state())
+        store.conclude(invitation.round_id, Phase.PUBLISHED, "", verdicts, checkpoint)
+    return store, models
+
+
+def spoil(store: RunStore, *numbers: int) -> None:
+    for number in numbers:
+        (store.checkpoints("run") / f"round-{number:05d}.f32").write_bytes(b"damaged")
+
+
+LOST: dict[str, tuple[int, ...]] = {"the newest model": (3,), "the last two": (2, 3), "all": (1, 2, 3)}
+
+
+@pytest.mark.parametrize("what", LOST)
+def test_what_was_lost_is_computed_again(what: str, run: tuple[RunStore, list[np.ndarray]]) -> None:
+    store, models = run
+    spoil(store, *LOST[what])
+    said: list[str] = []
+    made = engine()
+    parameters, done = _resume(store, made, "run", START, said.append)
+    assert done == 3
+    assert parameters.tobytes() == models[2].tobytes()
+    assert made.saved_state() == (store.checkpoints("run") / "round-00003.state").read_bytes()
+    assert f"the model of round {LOST[what][0]} was damaged; it is computed again from the stored updates" in said
+    found = store.newest_checkpoint("run", D)  # and it is mended
+    assert found is not None
+    assert (found.number, found.parameters.tobytes()) == (3, models[2].tobytes())
+
+
+def test_where_an_update_is_gone_too_the_run_goes_on_before_that_round_and_says_so(
+    run: tuple[RunStore, list[np.ndarray]],
+) -> None:
+    store, models = run
+    spoil(store, 2, 3)
+    gone = store.kept_updates("run.3.a")["b"][0].update.sha256.hex()
+    (store.folder / "updates" / f"{gone}.f32").unlink()
+    said: list[str] = []
+    made = engine()
+    parameters, done = _resume(store, made, "run", START, said.append)
+    assert (done, parameters.tobytes()) == (2, models[1].tobytes())
+    assert made.saved_state() == (store.checkpoints("run") / "round-00002.state").read_bytes()
+    assert "the model of round 3 is damaged and cannot be computed again: its updates are lost" in said
+
+
+def test_a_sound_run_is_not_computed_again(
+    run: tuple[RunStore, list[np.ndarray]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, models = run
+    refuse: Callable[..., Any] = lambda *_: pytest.fail("computed again")  # noqa: E731
+    monkeypatch.setattr(RunStore, "kept_updates", refuse)
+    parameters, done = _resume(store, engine(), "run", START, lambda line: None)
+    assert (done, parameters.tobytes()) == (3, models[2].tobytes())
