@@ -67,3 +67,13 @@ def test_fields_younger_than_a_stored_bundle_read_as_their_defaults() -> None:
     assert later.train_inputs == ("seed", "clip_norm", "proximal", "correction")
     assert later.proof is not None
     assert later.proof.judgement == "float64"
+
+
+def test_a_plan_says_only_what_differs_from_its_defaults() -> None:
+    import msgspec
+
+    from covey_protocol.messages import TrainingPlan
+
+    zero, none = float("0"), "".join(["no", "ne"])  # equal to the defaults, but not the same objects
+    plan = TrainingPlan(1, 0.5, 0, 0, zero, zero, none, zero)
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(plan)) == {"epochs": 1, "learning_rate": 0.5}

@@ -1,8 +1,9 @@
 """What this device's updates have left out so far (top-k), kept for its next update of the same task.
 
 A task is a run and a bundle: another run, or another bundle (so another model's shape), starts with nothing. The file
-is written before the update that it belongs to is kept. So a crash between the two, or a rejected update, loses what
-that update held; nothing is ever sent twice.
+is written before the update that it belongs to is kept. After a crash between the two the round can be trained again,
+from what was withheld before it; if it is not, or where the update is rejected, what it held is lost. Nothing is sent
+twice.
 """
 
 from __future__ import annotations
@@ -21,11 +22,15 @@ NO_WITHHELD_NOISE = (
 
 
 class Withheld(msgspec.Struct, frozen=True):
-    """run: of the coordinator. bundle: its sha256. numbers: 4 d bytes, float32 little-endian."""
+    """round_id: of the update that left these numbers out. bundle: its sha256. before: what there was before it.
 
-    run: str
+    numbers, before: 4 d bytes, float32 little-endian; before is empty for the first update of a task.
+    """
+
+    round_id: str
     bundle: bytes
     numbers: bytes
+    before: bytes = b""
 
 
 class WithheldFile:
@@ -41,16 +46,17 @@ class WithheldFile:
             kept = msgspec.msgpack.decode(data or b"", type=Withheld)
         except msgspec.MsgspecError:
             return b""
-        same = (kept.run, kept.bundle) == (_run(invitation), invitation.bundle.sha256)
-        return kept.numbers if same and len(kept.numbers) == invitation.parameters.size else b""
+        numbers = kept.before if kept.round_id == invitation.round_id else kept.numbers
+        same = (_run(kept.round_id), kept.bundle) == (_run(invitation.round_id), invitation.bundle.sha256)
+        return numbers if same and len(numbers) == invitation.parameters.size else b""
 
     def store(self, invitation: Invitation, numbers: bytes) -> None:
         """Durable when this returns, in place of what was there. StorageError if it cannot be."""
-        kept = Withheld(_run(invitation), invitation.bundle.sha256, numbers)
+        kept = Withheld(invitation.round_id, invitation.bundle.sha256, numbers, self.load(invitation))
         self._disk.write(self._path, msgspec.msgpack.encode(kept), mode=0o600)
 
 
-def _run(invitation: Invitation) -> str:
+def _run(round_id: str) -> str:
     """Of a round id RUN.NUMBER.TIME; a coordinator that names its rounds otherwise gets a task for each."""
-    parts = invitation.round_id.rsplit(".", 2)
-    return parts[0] if len(parts) == 3 else invitation.round_id
+    parts = round_id.rsplit(".", 2)
+    return parts[0] if len(parts) == 3 else round_id

@@ -78,6 +78,12 @@ class TrainingPlan(Struct, frozen=True, omit_defaults=True):
     compression: Name = "none"
     kept_fraction: Annotated[float, Meta(ge=0, le=1)] = 0.0
 
+    def __post_init__(self) -> None:
+        # omit_defaults leaves out what *is* the default; a 0.0 from a configuration is another 0.0
+        for info in msgspec.structs.fields(self):
+            if not info.required and getattr(self, info.name) == info.default:
+                msgspec.structs.force_setattr(self, info.name, info.default)
+
 
 # --- coordinator to devices
 
