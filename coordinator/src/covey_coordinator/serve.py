@@ -64,7 +64,7 @@ class TrainingSettings(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class WireSettings(Struct, frozen=True, forbid_unknown_fields=True):
-    """How updates travel: see covey_protocol.compression."""
+    """compression, kept_fraction: as in the training plan."""
 
     compression: str = "none"
     kept_fraction: Annotated[float, Meta(ge=0, le=1)] = 0.0

@@ -117,7 +117,7 @@ def load_agent(path: Path) -> Agent:
         raise ConfigError(f"{path}: noise_multiplier needs clip_norm", "set privacy.clip_norm; noise is measured in it")
     for name in config.wire.compression:
         if name not in COMPRESSIONS:
-            raise ConfigError(f"{path}: there is no compression {name!r}", f"wire.compression takes {COMPRESSIONS}")
+            raise ConfigError(f"{path}: there is no compression {name!r}", f"use {', '.join(COMPRESSIONS)}")
     return Agent(
         config,
         path.parent.resolve(),
