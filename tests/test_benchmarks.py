@@ -77,3 +77,13 @@ def test_the_benchmark_of_the_rules_leaves_out_what_takes_a_peer_too_long(tmp_pa
     assert set(small["milliseconds"]) == {*ours, "flwr", "byzfl", "torch", "numpy", "product", "read"}
     assert small["notes"] == []
     assert large["not measured"]["byzfl"] == "> 0.5 s"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_benchmark_of_compression_measures_every_form() -> None:
+    command = [sys.executable, "benchmarks/compression.py", "--quick"]
+    ended = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    for form in ("float32", "rotated-8bit", "rotated-4bit", "top-k 10%", "top-k 1%", "top-k-8bit 1%"):
+        assert ended.stdout.count(f"\n| {form} |") == 2

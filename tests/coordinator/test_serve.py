@@ -160,6 +160,18 @@ BAD = {
         errors.EXIT_CONFIG,
         "covey export --proximal",
     ),
+    "a misspelt compression": (
+        "[devices]",
+        '[wire]\ncompression = "rotated-8bits"\n[devices]',
+        errors.EXIT_CONFIG,
+        "did you mean 'rotated-8bit'",
+    ),
+    "top-k without a fraction": (
+        "[devices]",
+        '[wire]\ncompression = "top-k"\n[devices]',
+        errors.EXIT_CONFIG,
+        "kept_fraction = 0",
+    ),
     "an unknown optimizer": ('"adam"', '"adamw"', errors.EXIT_CONFIG, "adam"),
 }
 

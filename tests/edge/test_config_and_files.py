@@ -60,6 +60,7 @@ BAD = {
     "a mistyped nested setting too": (GOOD.replace("url =", "ulr ="), "did you mean `url`"),
     "a missing setting": (GOOD.replace('fleet = "home"', ""), "missing required field `fleet`"),
     "a wrong type": (GOOD.replace('"home"', "3"), "Expected `str`"),
+    "an unknown compression": (GOOD + '[wire]\ncompression = ["zip"]\n', "there is no compression 'zip'"),
     "a number out of bounds": (GOOD + "[training]\ntimeout_s = 0\n", "timeout_s"),
     "a password in two places": (GOOD.replace("//broker", "//pi:secret@broker"), "password in one place"),
     "a key without its certificate": (

@@ -245,6 +245,9 @@ def test_the_command_prints_text_or_one_json_object(digits_bytes: bytes, tmp_pat
     assert plain["target"] == "android"
     assert plain["memory"]["total"] == sum(v for name, v in plain["memory"].items() if name != "total")
     assert plain["traffic"]["parameters_down"] > 4 * 3818
+    assert plain["update_bytes"]["float32"] == 4 * 3818
+    assert plain["update_bytes"]["rotated-8bit"] == 3865
+    assert "15.3 kB as float32, 3865 B as rotated-8bit, 1945 B as rotated-4bit" in text.output
 
 
 def test_a_wrong_key_is_refused(digits_bundle: Bundle, tmp_path: Path) -> None:

@@ -67,3 +67,27 @@ def test_fields_younger_than_a_stored_bundle_read_as_their_defaults() -> None:
     assert later.train_inputs == ("seed", "clip_norm", "proximal", "correction")
     assert later.proof is not None
     assert later.proof.judgement == "float64"
+
+
+def test_a_plan_says_only_what_differs_from_its_defaults() -> None:
+    import msgspec
+
+    from covey_protocol.messages import TrainingPlan
+
+    zero, none = float("0"), "".join(["no", "ne"])  # equal to the defaults, but not the same objects
+    plan = TrainingPlan(1, 0.5, 0, 0, zero, zero, none, zero)
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(plan)) == {"epochs": 1, "learning_rate": 0.5}
+
+
+def test_the_bytes_of_a_plan_that_asks_for_compression_stay_as_they_are() -> None:
+    import msgspec
+
+    from covey_protocol.messages import TrainingPlan
+
+    stored = bytes.fromhex(
+        "84a665706f63687301ad6c6561726e696e675f72617465cb3fe0000000000000ab636f6d7072657373696f6ea5746f70"
+        "2d6bad6b6570745f6672616374696f6ecb3fd0000000000000"
+    )
+    plan = TrainingPlan(1, 0.5, compression="top-k", kept_fraction=0.25)
+    assert msgspec.msgpack.encode(plan) == stored
+    assert msgspec.msgpack.decode(stored, type=TrainingPlan) == plan

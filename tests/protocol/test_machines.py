@@ -557,3 +557,47 @@ def test_strangers_and_chunks_out_of_the_blue_are_protocol_errors_that_change_no
 def test_a_quorum_that_cannot_be_met_is_refused_at_once(quorum: int) -> None:
     with pytest.raises(RuleError):
         RoundMachine(invitation(), ["a", "b", "c"], RoundSettings(quorum, 1, 1, 40))
+
+
+# --- compression
+
+
+SPARSE = TrainingPlan(epochs=1, learning_rate=0.1, compression="top-k", kept_fraction=0.5)
+
+
+def test_a_device_that_does_not_know_the_compression_declines_by_its_name() -> None:
+    requires = ("train", "float32", "top-k")
+    invited = device.Invited(invitation(requires=requires))
+    (answer, _) = walk(DeviceMachine("a", ("train", "float32")), invited)
+    assert answer == device.Send(Answer("run.1", False, "this device cannot top-k; update its agent"))
+    assert walk(DeviceMachine("a"), invited) == [device.CheckConditions(invited.invitation)]
+
+
+def test_sizes_between_the_bounds_of_the_form_are_taken_and_others_refused() -> None:
+    invited = invitation(plan=SPARSE, parameters=BlobRef(bytes(32), 800))  # 100 of 200 numbers, a bitmap of 25 bytes
+    sizes = RoundSettings.of(invited, 1, 10.0, 3.0).sizes
+    assert (sizes[0], sizes[-1]) == (426, 426)
+    fewer = msgspec.structs.replace(invited, plan=msgspec.structs.replace(SPARSE, kept_fraction=0.05))
+    settings = RoundSettings.of(fewer, 1, 10.0, 3.0)  # 10 of 200: gaps of 1 byte each, or the bitmap
+    for size, taken in ((50, False), (51, True), (66, True), (67, False)):
+        machine = RoundMachine(fewer, ["a"], settings)
+        machine.handle(rounds.Opened(), 0.0)
+        effects = machine.handle(rounds.Offered("a", Offer("run.1", blob_ref(bytes(size)), 5)), 1.0)
+        asked = [e for e in effects if isinstance(e, rounds.SendTo) and isinstance(e.message, Need)]
+        assert bool(asked) is taken
+
+
+def test_an_update_that_does_not_decode_is_refused_and_the_round_goes_on() -> None:
+    machine = opened()
+    deliver(machine, "b")
+    deliver(machine, "c")
+    machine.handle(rounds.Offered("a", OFFER), 1.0)
+    for index in range(REF.num_chunks):
+        machine.handle(rounds.ChunkArrived("a", Chunk("run.1", REF.sha256, index, chunk(UPDATE, REF, index))), 1.0)
+    effects = machine.handle(rounds.Malformed("a", "a scale is wrong"), 2.0)
+    assert effects == [
+        rounds.Record("a", Progress.REFUSED, "refused: a scale is wrong"),
+        rounds.SendTo("a", Receipt("run.1", REF.sha256, False, "a scale is wrong")),
+        rounds.Aggregate(("b", "c")),
+    ]
+    assert machine.handle(rounds.Malformed("a", "again"), 3.0) == []

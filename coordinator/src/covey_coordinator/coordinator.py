@@ -19,7 +19,7 @@ import numpy.typing as npt
 from covey_coordinator import records
 from covey_coordinator.aggregation.screening import Arrivals, Screened
 from covey_coordinator.fleet import POLL_S, FromFleet
-from covey_coordinator.store import Checkpoint, RunStore
+from covey_coordinator.store import Checkpoint, RunStore, decoded
 from covey_protocol import round as rounds
 from covey_protocol.bundle import check_plan, read_bundle
 from covey_protocol.device import needed_capabilities
@@ -214,7 +214,7 @@ class Coordinator:
         requires = needed_capabilities(manifest, plan)
         now_ms = self._clock.unix_ms()
         invitation = _invitation(run_id, number, *refs, plan, device_ids, requires, timing, now_ms)
-        settings = RoundSettings(quorum, timing.answer_s, timing.grace_s, refs[1].size)
+        settings = RoundSettings.of(invitation, quorum, timing.answer_s, timing.grace_s)
         machine = RoundMachine(invitation, device_ids, settings)
         self.store.open_round(run_id, invitation, settings, now_ms)
         now = self._clock.monotonic_s()
@@ -350,9 +350,14 @@ class Coordinator:
                 state.finished = effect
 
     def _store(self, state: _Round, effect: rounds.Store) -> None:
+        try:
+            update = decoded(state.machine.invitation, effect.device_id, effect.data)
+        except PeerError as exc:
+            self._handle(state, rounds.Malformed(effect.device_id, str(exc)))
+            return
         self.store.store_update(effect.device_id, effect.offer, effect.data)
         state.offers[effect.device_id] = effect.offer
-        state.arrivals.add(effect.device_id, np.frombuffer(effect.data, "<f4"), effect.offer.num_examples)
+        state.arrivals.add(effect.device_id, update, effect.offer.num_examples)
         self._handle(state, rounds.Stored(effect.device_id))
 
     def _recall(self, device_id: str, offer: Offer) -> None:

@@ -63,6 +63,13 @@ class TrainingSettings(Struct, frozen=True, forbid_unknown_fields=True):
     proximal_weight: Annotated[float, Meta(ge=0, le=MAX_PROXIMAL_WEIGHT)] = 0.0
 
 
+class WireSettings(Struct, frozen=True, forbid_unknown_fields=True):
+    """compression, kept_fraction: as in the training plan."""
+
+    compression: str = "none"
+    kept_fraction: Annotated[float, Meta(ge=0, le=1)] = 0.0
+
+
 class RoundSettings(Struct, frozen=True, forbid_unknown_fields=True):
     """devices: how many must be online before a round starts. quorum: fewest updates that may be aggregated."""
 
@@ -87,6 +94,7 @@ class CoordinatorConfig(Struct, frozen=True, forbid_unknown_fields=True):
     aggregation: dict[str, Any] = field(default_factory=lambda: {"rule": "multi-krum"})
     server: ServerSettings = ServerSettings()
     training: TrainingSettings = TrainingSettings()
+    wire: WireSettings = WireSettings()
     runs_dir: str = "runs"
     chunk_bytes: Annotated[int, Meta(ge=MIN_CHUNK_BYTES, le=MAX_CHUNK_BYTES)] = DEFAULT_CHUNK_BYTES
     rule: Any = None  # what [aggregation] was called; kept to refuse it in words
@@ -112,7 +120,7 @@ def serve(path: Path, say: Callable[[str], None], check: Callable[[], None] = la
     key = SealingKey.from_pem(read_file(folder / config.key_file), config.key_file)
     data = read_file(folder / config.bundle)
     bundle = read_bundle(data, key.public)
-    _check_training(path, config.training, bundle.manifest)
+    _check_plan(path, config, bundle.manifest)
     rule = _rule(path, config)
     rule.check(config.round.quorum)
     roster, broker = roster_from(config.devices), read_broker(config.broker, folder)
@@ -185,7 +193,7 @@ def _new_round(
         number=number,
         bundle=bundle,
         parameters=parameters,
-        plan=_plan(config.training, number),
+        plan=_plan(config, number),
         device_ids=coordinator.wait_for(settings.devices, settings.wait_s),
         quorum=settings.quorum,
         engine=engine,
@@ -205,20 +213,23 @@ def _rule(path: Path, config: CoordinatorConfig) -> Rule:
         raise ConfigError(f"{path}: [aggregation]: {exc.what}", exc.remedy) from exc
 
 
-def _check_training(path: Path, training: TrainingSettings, manifest: Manifest) -> None:
+def _check_plan(path: Path, config: CoordinatorConfig, manifest: Manifest) -> None:
     try:
-        check_plan(manifest, _plan(training, 1))
-    except TrainingError as exc:
+        check_plan(manifest, _plan(config, 1))
+    except (ConfigError, TrainingError) as exc:
         raise ConfigError(f"{path}: {exc.what}", f"{exc.remedy}, or leave the setting out") from exc
 
 
-def _plan(training: TrainingSettings, number: int) -> TrainingPlan:
+def _plan(config: CoordinatorConfig, number: int) -> TrainingPlan:
+    training = config.training
     return TrainingPlan(
         epochs=training.epochs,
         learning_rate=training.learning_rate,
         shuffle_seed=shuffle_seed(training.seed, number),
         gradient_clip_norm=training.gradient_clip_norm,
         proximal_weight=training.proximal_weight,
+        compression=config.wire.compression,
+        kept_fraction=config.wire.kept_fraction,
     )
 
 

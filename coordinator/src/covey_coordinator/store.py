@@ -1,7 +1,7 @@
 """What a run leaves on disk: rounds and verdicts in SQLite, updates and checkpoints as files.
 
     coordinator.sqlite                    facts: see SCHEMA
-    updates/SHA256.f32                    a stored update, named by its content, mode 600
+    updates/SHA256.f32                    a stored update in the form in which it came, named by its content, mode 600
     partial/ROUND/DEVICE/SHA256/          chunks of updates that are still coming; not synced, nothing depends on them
     checkpoints/RUN/round-NNNNN.f32       the model after a published round; .state beside it: rule and server optimizer
 
@@ -27,6 +27,7 @@ import numpy.typing as npt
 
 from covey_coordinator.records import DeviceVerdict
 from covey_edge.files import DISK, Disk, make_folder
+from covey_protocol.compression import decode_update
 from covey_protocol.errors import StorageError, UsageError
 from covey_protocol.messages import Invitation, Offer, RoundClosed, Verdict, reason_text
 from covey_protocol.round import DeviceFacts, Phase, Progress, RoundFacts, RoundSettings
@@ -182,7 +183,7 @@ class RunStore:
             return None
         round_id, encoded, quorum, answer_s, grace_s, phase, elapsed_ms = row
         invitation = msgspec.msgpack.decode(encoded, type=Invitation)
-        settings = RoundSettings(quorum, answer_s, grace_s, invitation.parameters.size)
+        settings = RoundSettings.of(invitation, quorum, answer_s, grace_s)
         return RoundFacts(invitation, settings, Phase(phase), self._devices(round_id), elapsed_ms / 1000)
 
     # --- chunks of updates that are coming in
@@ -214,7 +215,7 @@ class RunStore:
         data = self._read_update(row[0]) if row is not None and row[0] else None
         if data is None:
             raise StorageError(f"no readable update of {device_id} for round {round_id} in {self.folder}")
-        return np.frombuffer(data, "<f4")
+        return decoded(self._invitation(round_id), device_id, data)
 
     def newest_end(self, run_id: str) -> RoundClosed | None:
         """How the newest round of the run that is over ended."""
@@ -322,11 +323,15 @@ class RunStore:
     def kept_updates(self, round_id: str) -> dict[str, tuple[Offer, Floats]]:
         """Device -> its stored update, of those that can still be read."""
         rows = self._all("SELECT id, offer, sha256 FROM devices WHERE round = ? AND sha256 IS NOT NULL", round_id)
-        found = {}
+        found: dict[str, tuple[Offer, Floats]] = {}
+        if not rows:
+            return found
+        invitation = self._invitation(round_id)
         for device_id, encoded, sha256 in rows:
             data = self._read_update(sha256)
             if data is not None:
-                found[device_id] = (msgspec.msgpack.decode(encoded, type=Offer), np.frombuffer(data, "<f4"))
+                offer = msgspec.msgpack.decode(encoded, type=Offer)
+                found[device_id] = (offer, decoded(invitation, device_id, data))
         return found
 
     def mend_checkpoint(self, run_id: str, checkpoint: Checkpoint) -> None:
@@ -370,6 +375,10 @@ class RunStore:
     def _read_update(self, sha256: str) -> bytes | None:
         return self._verified(self._update_path(sha256), sha256)
 
+    def _invitation(self, round_id: str) -> Invitation:
+        row = self._one("SELECT invitation FROM rounds WHERE id = ?", round_id)
+        return msgspec.msgpack.decode(row[0], type=Invitation)
+
     def _partial(self, round_id: str) -> Path:
         return self.folder / "partial" / round_id
 
@@ -403,6 +412,11 @@ class RunStore:
         """Committed and synced at the end of the with block, or nothing of it."""
         with _translated(self.folder), transaction(self._database):
             yield self._database
+
+
+def decoded(invitation: Invitation, device_id: str, data: bytes) -> Floats:
+    """The (d,) update that a device sent for this round, from its bytes. PeerError where they are malformed."""
+    return decode_update(data, invitation.plan, invitation.round_id, device_id, invitation.dimension)
 
 
 @contextlib.contextmanager

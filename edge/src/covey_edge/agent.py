@@ -21,9 +21,11 @@ from covey_edge.mqtt import ConnectionDown, ConnectionUp, Incoming, MqttTranspor
 from covey_edge.outbox import NumberFile, Outbox
 from covey_edge.performer import Performer
 from covey_edge.training_process import TrainingProcess
+from covey_edge.withheld import NO_WITHHELD_NOISE, WithheldFile
 from covey_protocol import codec, device, errors
 from covey_protocol.blobs import BlobAssembly
 from covey_protocol.codec import CHUNK_ROOM_BYTES, ReplayGuard, Sequence
+from covey_protocol.forms import NONE, WITHHOLDING
 from covey_protocol.messages import (
     BlobRef,
     FromDevice,
@@ -59,6 +61,7 @@ class AgentProgram:
         self._session = self._sequence.next()
         self._guard = ReplayGuard()
         self._cache = BlobCache(agent.state_dir / "blobs")
+        self._withheld = WithheldFile(agent.state_dir / "withheld.msgpack")
         self._performer = Performer(self._machine, Outbox(agent.state_dir), self, time.monotonic)
         self._child = TrainingProcess(
             lambda token, frame: self._inbox.put((token, frame)), agent.config.training.memory_mb
@@ -173,7 +176,19 @@ class AgentProgram:
             self._run_training()
         elif isinstance(frame, Done):
             log.info("round %s: trained on %d examples with %s", round_id, frame.num_examples, frame.runtime)
-            self._handle(device.Trained(round_id, frame.update, frame.num_examples, frame.metrics))
+            self._take_update(round_id, frame)
+
+    def _take_update(self, round_id: str, frame: Done) -> None:
+        """What the update leaves out is durable before the update can be sent, so that nothing is sent twice."""
+        invitation = self._machine.invitation
+        try:
+            if frame.withheld and invitation is not None:
+                self._withheld.store(invitation, frame.withheld)
+        except errors.StorageError as exc:
+            log.error("%s", exc)
+            self._handle(device.TrainingFailed(round_id, str(exc)))
+            return
+        self._handle(device.Trained(round_id, frame.update, frame.num_examples, frame.metrics))
 
     # --- what the performer uses
 
@@ -190,14 +205,18 @@ class AgentProgram:
     def conditions(self, invitation: Invitation) -> device.ConditionsChecked:
         """The owner's policy against the coordinator's wishes."""
         plan, training = invitation.plan, self._config.training
+        limit, chunk_bytes = self._transport.max_message_bytes, invitation.parameters.chunk_size(0)
+        reason = ""
         if plan.epochs > training.max_epochs:
             reason = f"{plan.epochs} epochs are more than this device allows ({training.max_epochs})"
-            return device.ConditionsChecked(invitation.round_id, False, reason)
-        limit, chunk_bytes = self._transport.max_message_bytes, invitation.parameters.chunk_size(0)
-        if limit is not None and chunk_bytes + CHUNK_ROOM_BYTES > limit:
+        elif plan.compression not in (NONE, *self._config.wire.compression):
+            reason = f"this device does not send updates as {plan.compression} (wire.compression in its agent.toml)"
+        elif plan.compression in WITHHOLDING and self._config.privacy.noise_multiplier:
+            reason = "; ".join(NO_WITHHELD_NOISE)
+        elif limit is not None and chunk_bytes + CHUNK_ROOM_BYTES > limit:
             reason = f"chunks of {chunk_bytes} bytes do not fit this device's broker (messages up to {limit} bytes)"
-            return device.ConditionsChecked(invitation.round_id, False, f"{reason}; set a smaller chunk_bytes")
-        return device.ConditionsChecked(invitation.round_id, True)
+            reason += "; set a smaller chunk_bytes"
+        return device.ConditionsChecked(invitation.round_id, not reason, reason)
 
     def fetch(self, blobs: tuple[BlobRef, ...]) -> None:
         here = [ref for ref in blobs if self._cache.has(ref)]
@@ -261,6 +280,7 @@ class AgentProgram:
             privacy.noise_multiplier,
             privacy.min_examples,
             privacy.noise_moving_statistics,
+            self._withheld.load(invitation) if invitation.plan.compression in WITHHOLDING else b"",
         )
         self._child.request(invitation.round_id, request, self._config.training.timeout_s)
 

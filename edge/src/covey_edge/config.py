@@ -15,6 +15,7 @@ from msgspec import Meta, Struct
 
 from covey_edge.mqtt import Broker, parse_broker
 from covey_protocol.errors import ConfigError
+from covey_protocol.forms import COMPRESSIONS
 from covey_protocol.seals import PublicKey, SealingKey
 from covey_protocol.topics import check_device_id, check_name
 
@@ -77,6 +78,12 @@ class PrivacySettings(Struct, frozen=True, forbid_unknown_fields=True):
     noise_moving_statistics: bool = False
 
 
+class WireSettings(Struct, frozen=True, forbid_unknown_fields=True):
+    """compression: the forms in which this device lets its updates be sent, beside plain float32."""
+
+    compression: tuple[str, ...] = COMPRESSIONS
+
+
 class AgentConfig(Struct, frozen=True, forbid_unknown_fields=True):
     device_id: str
     fleet: str
@@ -85,6 +92,7 @@ class AgentConfig(Struct, frozen=True, forbid_unknown_fields=True):
     data: DataSettings
     training: TrainingSettings = TrainingSettings()
     privacy: PrivacySettings = PrivacySettings()
+    wire: WireSettings = WireSettings()
     state_dir: str = "state"
 
 
@@ -113,6 +121,9 @@ def load_agent(path: Path) -> Agent:
     check_name(config.fleet, "fleet")
     if config.privacy.noise_multiplier and not config.privacy.clip_norm:
         raise ConfigError(f"{path}: noise_multiplier needs clip_norm", "set privacy.clip_norm; noise is measured in it")
+    for name in config.wire.compression:
+        if name not in COMPRESSIONS:
+            raise ConfigError(f"{path}: there is no compression {name!r}", f"use {', '.join(COMPRESSIONS)}")
     return Agent(
         config,
         path.parent.resolve(),

@@ -24,7 +24,10 @@ class Open(msgspec.Struct, frozen=True, tag="open"):
 
 
 class Run(msgspec.Struct, frozen=True, tag="run"):
-    """Train from these parameters and answer with the update."""
+    """Train from these parameters and answer with the update.
+
+    withheld: what earlier updates left out, float32, to be sent now; b"" for nothing.
+    """
 
     round_id: str
     device_id: str
@@ -34,6 +37,7 @@ class Run(msgspec.Struct, frozen=True, tag="run"):
     noise_multiplier: float
     min_examples: int
     noise_moving_statistics: bool = False
+    withheld: bytes = b""
 
 
 class Probe(msgspec.Struct, frozen=True, tag="probe"):
@@ -44,12 +48,16 @@ class Probe(msgspec.Struct, frozen=True, tag="probe"):
 
 
 class Done(msgspec.Struct, frozen=True, tag="done"):
-    """A request went well. update and metrics are set for Run only, num_examples for Probe as well."""
+    """A request went well. update and metrics are set for Run only, num_examples for Probe as well.
+
+    withheld: what this update leaves out, float32; b"" where its form leaves nothing out.
+    """
 
     update: bytes = b""
     num_examples: int = 0
     metrics: dict[str, float] = {}
     runtime: str = ""
+    withheld: bytes = b""
 
 
 class Problem(msgspec.Struct, frozen=True, tag="problem"):

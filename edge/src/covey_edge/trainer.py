@@ -1,4 +1,4 @@
-"""The training child: loads the bundle and the data, trains, clips and noises, and answers frames on its pipe.
+"""The training child: loads the bundle and the data, trains, clips, noises, compresses, and answers frames on its pipe.
 
 Started by `training_process`; never talks to the network. A crash in the runtime ends this process and costs the device
 one round, not the agent. Run as ``python -m covey_edge.trainer``.
@@ -21,8 +21,11 @@ from covey_edge.data_sources import Examples, check_examples, load_examples
 from covey_edge.frames import Done, Frame, Open, Probe, Problem, Run, read_frame, write_frame
 from covey_edge.processes import die_with_parent
 from covey_edge.runtime import Floats, Model, installed
+from covey_edge.withheld import NO_WITHHELD_NOISE
 from covey_protocol.bundle import Manifest, read_bundle
+from covey_protocol.compression import decode, encode
 from covey_protocol.errors import BundleError, CoveyError, DataError, TrainingError
+from covey_protocol.forms import WITHHOLDING, compression_of, update_seed
 from covey_protocol.messages import TrainingPlan
 from covey_protocol.parameters import MAX_UPDATE_NORM, offsets
 from covey_protocol.privacy import add_gaussian_noise, clip
@@ -108,7 +111,8 @@ class Trainer:
             metrics = {"seconds": metrics["seconds"]}
         # a metric that is not a number would only confuse whoever averages it
         finite = {name: value for name, value in metrics.items() if np.isfinite(value)}
-        return Done(update.astype("<f4").tobytes(), len(x), finite, self._model.runtime)
+        data, withheld = compressed(update, request)
+        return Done(data, len(x), finite, self._model.runtime, withheld)
 
 
 def check_sendable(update: Floats) -> None:
@@ -161,6 +165,25 @@ def protect(update: Floats, clip_norm: float, noise_multiplier: float) -> Floats
         return clipped
     rng = np.random.default_rng(int.from_bytes(os.urandom(32), "big"))
     return add_gaussian_noise(clipped, clip_norm, noise_multiplier, rng)
+
+
+def compressed(update: Floats, request: Run) -> tuple[bytes, bytes]:
+    """The update as it travels, and what is withheld of it for later rounds (b"" where nothing is).
+
+    Withheld before, request.withheld, is added first. So what is sent may be longer than this round's update; with a
+    clip_norm it is clipped again, and what that takes away is withheld, too. TrainingError on a device that adds noise:
+    the largest numbers of a noised update are mostly noise.
+    Source: Karimireddy et al. 2019 (arXiv:1901.09847), Algorithm 1 (EF-SGD), there a step's gradient times its rate.
+    """
+    form, seed = compression_of(request.plan), update_seed(request.round_id, request.device_id)
+    if form.name not in WITHHOLDING:
+        return encode(update, form, seed), b""
+    if request.noise_multiplier:
+        raise TrainingError(*NO_WITHHELD_NOISE)
+    total = update + np.frombuffer(request.withheld, "<f4") if request.withheld else update
+    data = encode(clip(total, request.clip_norm) if request.clip_norm else total, form, seed)
+    withheld = total - decode(data, form, seed, len(total))
+    return data, withheld.astype("<f4").tobytes()
 
 
 def refuse_moving_statistics(manifest: Manifest) -> None:

@@ -19,6 +19,7 @@ from typing import Optional
 import msgspec
 
 from covey_protocol.errors import BundleError, TrainingError
+from covey_protocol.forms import NONE, compression_of
 from covey_protocol.messages import TrainingPlan
 from covey_protocol.parameters import ParameterSpec, total_size
 from covey_protocol.seals import PublicKey, SealingKey
@@ -136,7 +137,7 @@ def read_bundle(data: bytes, sealed_by: Optional[PublicKey] = None) -> Bundle:
 
 
 def check_plan(manifest: Manifest, plan: TrainingPlan) -> None:
-    """TrainingError where a plan asks for what the bundle's training step has no input for."""
+    """TrainingError where a plan asks for what the bundle's training step has no input for, or cannot bear."""
     asked = (
         (plan.gradient_clip_norm, "clip_norm", "gradient clipping (gradient_clip_norm", "--clip"),
         (plan.proximal_weight, "proximal", "FedProx (proximal_weight", "--proximal"),
@@ -147,6 +148,20 @@ def check_plan(manifest: Manifest, plan: TrainingPlan) -> None:
                 f"the plan asks for {what} = {value:g}), and bundle {manifest.name!r} cannot do it",
                 f"export the model with `covey export {option}`",
             )
+    _check_compression(manifest, plan)
+
+
+def _check_compression(manifest: Manifest, plan: TrainingPlan) -> None:
+    """A rounded or delayed update of a moving variance can make it negative, and its root NaN on every device."""
+    if compression_of(plan).name == NONE:
+        return
+    moving = [spec.name for spec in manifest.parameters if not spec.trainable]
+    if moving:
+        raise TrainingError(
+            f"the plan asks for compression, and {len(moving)} tensors of bundle {manifest.name!r} are moving "
+            f"statistics ({moving[0]}, ...), which do not bear it",
+            "export the model with `--moving-statistics local`, or use GroupNormalization",
+        )
 
 
 def _encoded(manifest: Manifest) -> bytes:

@@ -16,6 +16,7 @@ from typing import Optional, Union
 
 from covey_protocol.blobs import blob_ref
 from covey_protocol.bundle import RESET_OPTIMIZER, TRAIN_INPUTS, Manifest
+from covey_protocol.forms import COMPRESSIONS
 from covey_protocol.messages import (
     Answer,
     BlobRef,
@@ -37,7 +38,7 @@ RESEND_S = 5.0  # how long an unanswered offer waits before it is sent again
 ASK_S = 30.0  # the same for an offer of a round that this device no longer works for
 MAX_OWED = 8  # updates in the outbox; a verdict that has not come over so many later rounds is not waited for
 # beside the two of the first devices, what a bundle or a plan may need and an old device would pass over in silence
-CAPABILITIES: tuple[Name, ...] = ("train", "float32", *TRAIN_INPUTS, RESET_OPTIMIZER)
+CAPABILITIES: tuple[Name, ...] = ("train", "float32", *TRAIN_INPUTS, RESET_OPTIMIZER, *COMPRESSIONS)
 
 
 def needed_capabilities(manifest: Manifest, plan: TrainingPlan) -> tuple[Name, ...]:
@@ -49,6 +50,7 @@ def needed_capabilities(manifest: Manifest, plan: TrainingPlan) -> tuple[Name, .
         needed.add("clip_norm")
     if plan.proximal_weight:
         needed.add("proximal")
+    needed.add(plan.compression)
     return tuple(name for name in CAPABILITIES if name in needed)
 
 
@@ -86,7 +88,7 @@ class BlobReady:
 
 @dataclass(frozen=True)
 class Trained:
-    """Training ended well. update: the bytes of the flat float32 update, already clipped and noised by policy."""
+    """Training ended well. update: its bytes as they travel: clipped and noised by policy, then compressed."""
 
     round_id: str
     update: bytes

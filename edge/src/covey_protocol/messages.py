@@ -65,7 +65,8 @@ class TrainingPlan(Struct, frozen=True, omit_defaults=True):
     learning_rate: of the local optimizer. shuffle_seed: with the device id it fixes the order of examples, and with the
     step's number what the model itself draws (Dropout). gradient_clip_norm: largest Euclidean norm of a batch's
     gradient over all variables together, 0 for off. proximal_weight: mu of FedProx (Li et al. 2020, arXiv:1812.06127,
-    eq. 2): every step's loss gains mu / 2 |w - w_received|^2, 0 for off.
+    eq. 2): every step's loss gains mu / 2 |w - w_received|^2, 0 for off. compression, kept_fraction: the form in which
+    the update travels, see `compression`; no Literal, so that a device declines one it does not know.
     """
 
     epochs: Annotated[int, Meta(ge=1, le=MAX_EPOCHS)]
@@ -74,6 +75,14 @@ class TrainingPlan(Struct, frozen=True, omit_defaults=True):
     shuffle_seed: Count = 0
     gradient_clip_norm: Annotated[float, Meta(ge=0, le=MAX_GRADIENT_NORM)] = 0.0
     proximal_weight: Annotated[float, Meta(ge=0, le=MAX_PROXIMAL_WEIGHT)] = 0.0
+    compression: Name = "none"
+    kept_fraction: Annotated[float, Meta(ge=0, le=1)] = 0.0
+
+    def __post_init__(self) -> None:
+        # omit_defaults leaves out what *is* the default; a 0.0 from a configuration is another 0.0
+        for info in msgspec.structs.fields(self):
+            if not info.required and getattr(self, info.name) == info.default:
+                msgspec.structs.force_setattr(self, info.name, info.default)
 
 
 # --- coordinator to devices
@@ -97,6 +106,11 @@ class Invitation(Struct, frozen=True, tag="invitation"):
     plan: TrainingPlan
     devices: Annotated[tuple[DeviceId, ...], Meta(max_length=MAX_DEVICES)] = ()
     requires: Capabilities = ()
+
+    @property
+    def dimension(self) -> int:
+        """d: the parameters are 4 d bytes."""
+        return self.parameters.size // 4
 
 
 class RoundClosed(Struct, frozen=True, tag="closed"):
@@ -158,7 +172,7 @@ class Answer(Struct, frozen=True, tag="answer"):
 
 
 class Offer(Struct, frozen=True, tag="offer"):
-    """The device has an update (trained minus received, float32 little-endian, d numbers) ready to send."""
+    """The device has an update (trained minus received, in the form the plan's compression names) ready to send."""
 
     round_id: RoundId
     update: BlobRef

@@ -18,6 +18,7 @@ from typing import Optional, Union
 
 from covey_protocol.blobs import BlobAssembly
 from covey_protocol.errors import PeerError, RuleError, UsageError
+from covey_protocol.forms import compression_of, update_sizes
 from covey_protocol.messages import (
     Answer,
     BlobRef,
@@ -67,13 +68,25 @@ FINAL = frozenset({Progress.STORED, Progress.DECLINED, Progress.FAILED, Progress
 class RoundSettings:
     """quorum: fewest stored updates that may be aggregated. answer_s: how long to wait for answers to the invitation.
     grace_s: how long a device whose connection broke is waited for.
-    update_bytes: the only size an update may have (4 d).
+    update_bytes: the size of an update, 4 d unless it is compressed. least_update_bytes: where it may also be smaller.
     """
 
     quorum: int
     answer_s: float
     grace_s: float
     update_bytes: int
+    least_update_bytes: Optional[int] = None
+
+    @classmethod
+    def of(cls, invitation: Invitation, quorum: int, answer_s: float, grace_s: float) -> RoundSettings:
+        """With the sizes that updates for this invitation may have."""
+        least, most = update_sizes(compression_of(invitation.plan), invitation.dimension)
+        return cls(quorum, answer_s, grace_s, most, least if least < most else None)
+
+    @property
+    def sizes(self) -> range:
+        least = self.update_bytes if self.least_update_bytes is None else self.least_update_bytes
+        return range(least, self.update_bytes + 1)
 
 
 @dataclass(frozen=True)
@@ -131,6 +144,14 @@ class Stored:
 
 
 @dataclass(frozen=True)
+class Malformed:
+    """The device's update is complete, but not what the plan's compression makes. Nothing of it was stored."""
+
+    device_id: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class Failed:
     device_id: str
     failure: Failure
@@ -172,6 +193,7 @@ Event = Union[
     Offered,
     ChunkArrived,
     Stored,
+    Malformed,
     Failed,
     PresenceChanged,
     Aggregated,
@@ -226,7 +248,7 @@ class Recall:
 
 @dataclass(frozen=True)
 class Store:
-    """Make the update durable, then report Stored. Only then is the device told that it was kept."""
+    """Make the update durable, then report Stored: only then is the device told that it was kept; or Malformed."""
 
     device_id: str
     offer: Offer
@@ -378,14 +400,11 @@ class RoundMachine:
             return [SendTo(event.device_id, Receipt(offer.round_id, offer.update.sha256, False, reason_text(reason)))]
         if peer.progress is Progress.STORING:
             return []
-        if offer.update.size != self.settings.update_bytes:
-            return self._refuse(
-                event.device_id,
-                peer,
-                offer,
-                f"the update has {offer.update.size} bytes, the model needs {self.settings.update_bytes}",
-                now,
-            )
+        sizes = self.settings.sizes
+        if offer.update.size not in sizes:
+            needed = f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
+            reason = f"the update has {offer.update.size} bytes, the model needs {needed}"
+            return self._refuse(event.device_id, peer, offer, reason, now)
         if peer.assembly is None or peer.offer is None or peer.offer.update != offer.update:
             peer.assembly = peer.begin(offer.update)
         accepted = [Record(event.device_id, Progress.ACCEPTED)] if peer.progress is Progress.INVITED else []
@@ -431,6 +450,12 @@ class RoundMachine:
         peer.progress, peer.acknowledged, peer.reason = Progress.STORED, True, ""
         receipt = Receipt(peer.offer.round_id, peer.offer.update.sha256, True)
         return [SendTo(event.device_id, receipt), *self._advance(now)]
+
+    def _malformed(self, event: Malformed, now: float) -> list[Effect]:
+        peer = self._devices[event.device_id]
+        if peer.progress is not Progress.STORING or peer.offer is None:
+            return []
+        return self._refuse(event.device_id, peer, peer.offer, event.reason, now)
 
     def _failed(self, event: Failed, now: float) -> list[Effect]:
         peer = self._peer(event.device_id, event.failure.round_id)
@@ -551,6 +576,7 @@ TABLE: dict[tuple[Phase, type], Action] = {
     **{(phase, Offered): _M._offered_late for phase in Phase if phase not in _OPEN},
     **{(phase, ChunkArrived): _M._chunk_arrived for phase in _OPEN},
     **{(phase, Stored): _M._stored for phase in _OPEN},
+    **{(phase, Malformed): _M._malformed for phase in _OPEN},
     **{(phase, Failed): _M._failed for phase in _OPEN},
     **{(phase, PresenceChanged): _M._presence_changed for phase in _OPEN},
     **{(phase, Tick): _M._tick for phase in _OPEN},
@@ -562,8 +588,8 @@ TABLE: dict[tuple[Phase, type], Action] = {
 # Pairs that may happen and mean nothing: talk after the doors closed, ticks while the rule runs.
 IGNORED: frozenset[tuple[Phase, type]] = frozenset(
     [(phase, Opened) for phase in Phase if phase is not Phase.INVITING]
-    + [(phase, kind) for phase in Phase if phase not in _OPEN for kind in (Answered, ChunkArrived, Stored, Failed)]
-    + [(phase, kind) for phase in Phase if phase not in _OPEN for kind in (PresenceChanged, Tick)]
+    + [(phase, kind) for phase in Phase if phase not in _OPEN for kind in (Answered, ChunkArrived, Stored, Malformed)]
+    + [(phase, kind) for phase in Phase if phase not in _OPEN for kind in (Failed, PresenceChanged, Tick)]
     + [(phase, kind) for phase in Phase if phase is not Phase.AGGREGATING for kind in (Aggregated, AggregationRefused)]
     + [(phase, Aborted) for phase in (Phase.PUBLISHED, Phase.ABANDONED)]
 )

@@ -17,6 +17,7 @@ from covey_models.tflite_file import EntryPoint, TfliteModel, called_subgraphs, 
 from covey_models.traffic import Traffic, traffic
 from covey_protocol.bundle import Bundle, Manifest, read_bundle
 from covey_protocol.errors import BundleError
+from covey_protocol.forms import ROTATED_4BIT, ROTATED_8BIT, TOP_K, TOP_K_8BIT, Compression, update_sizes
 from covey_protocol.seals import PublicKey
 
 EVERY_ROUND = ("set_parameters", "evaluate", "train", "get_parameters", "reset_optimizer")  # what the agent calls
@@ -30,6 +31,15 @@ ANDROID_TYPES = (
     "INT8",
     "BOOL",
 )  # org.tensorflow.lite.DataType's numbers
+
+
+WIRE_FORMS = {
+    "float32": Compression(),
+    ROTATED_8BIT: Compression(ROTATED_8BIT),
+    ROTATED_4BIT: Compression(ROTATED_4BIT),
+    f"{TOP_K} of 10%": Compression(TOP_K, 0.1),
+    f"{TOP_K_8BIT} of 1%": Compression(TOP_K_8BIT, 0.01),
+}
 
 
 @dataclass(frozen=True)
@@ -84,7 +94,8 @@ class Memory:
 
 @dataclass(frozen=True)
 class Inspection:
-    """problems: why the target's runtime does not take the model; empty where it does."""
+    """update_bytes: of one update, in each form that a plan can ask for (top-k at most). problems: why the target's
+    runtime does not take the model; empty where it does."""
 
     manifest: Manifest
     bundle_bytes: int
@@ -95,6 +106,7 @@ class Inspection:
     constants: Constants
     memory: Memory
     traffic: Traffic
+    update_bytes: dict[str, int]
     problems: tuple[str, ...]
 
 
@@ -116,6 +128,7 @@ def inspect(data: bytes, target: str = "edge", key: Optional[PublicKey] = None) 
         constants=_constants(model),
         memory=_memory(bundle, model, facts),
         traffic=traffic(bundle.manifest, len(data)),
+        update_bytes={name: update_sizes(form, bundle.manifest.dimension)[1] for name, form in WIRE_FORMS.items()},
         problems=tuple(_problems(model, facts, target)),
     )
 
@@ -272,6 +285,7 @@ def _cost_rows(inspection: Inspection) -> list[tuple[str, ...]]:
             f"tensors {_size(memory.arenas)}",
         ),
         ("wire, each round", f"{_size(wire.down)} down, {_size(wire.up)} up"),
+        ("one update", ", ".join(f"{_size(size)} as {name}" for name, size in inspection.update_bytes.items())),
         ("wire, once", f"{_size(wire.bundle_down)} down, {_size(wire.bundle_up)} up for the bundle"),
     ]
 

@@ -16,6 +16,7 @@ from covey_protocol.bundle import Manifest
 from covey_protocol.codec import COORDINATOR
 from covey_protocol.device import needed_capabilities
 from covey_protocol.errors import BundleError
+from covey_protocol.forms import Compression, update_sizes
 from covey_protocol.messages import (
     DEFAULT_CHUNK_BYTES,
     Answer,
@@ -34,6 +35,7 @@ from covey_protocol.seals import SealingKey
 from covey_protocol.topics import Topics
 
 PUBACK_BYTES = 4
+PLAIN = Compression()
 ROUND_ID = "living-room.12.19a1b2c3d4e"  # as long as a run's usual ones
 NUMBER = 1_800_000_000_000_000  # message numbers are microseconds of Unix time
 METRICS = {"loss_before": 1.5, "accuracy_before": 0.5, "training_loss": 1.0, "seconds": 10.5}
@@ -66,11 +68,13 @@ def traffic(
     chunk_bytes: int = DEFAULT_CHUNK_BYTES,
     fleet: str = "living-room",
     device_id: str = "kitchen-pi-2",
+    compression: Compression = PLAIN,
 ) -> Traffic:
     """Bytes per round of a device with these names, invited alone. Longer names and more invited devices cost their
-    letters more."""
+    letters more. Of a compression whose sizes differ, the largest."""
     topics, key = Topics(fleet), SealingKey.from_seed(bytes(32))
     size = 4 * manifest.dimension
+    update_size = update_sizes(compression, manifest.dimension)[1]
     try:
         bundle = BlobRef(bytes(32), bundle_bytes, chunk_bytes)
         parameters = BlobRef(bytes([1]) * 32, size, chunk_bytes)
@@ -78,13 +82,13 @@ def traffic(
         raise BundleError(
             f"the model cannot travel in chunks of {chunk_bytes} bytes ({exc})", "use larger ones"
         ) from exc
-    update = BlobRef(bytes([2]) * 32, size, chunk_bytes)
+    update = BlobRef(bytes([2]) * 32, update_size, chunk_bytes)
 
     def sealed(message: Message, topic: str, sender: str) -> int:
         return publish_bytes(topic, len(codec.encode(message, topic=topic, sender=sender, sequence=NUMBER, key=key)))
 
     down: list[tuple[str, Message]] = [
-        (topics.round, _invitation(manifest, bundle, parameters, device_id)),
+        (topics.round, _invitation(manifest, bundle, parameters, device_id, compression)),
         (topics.down(device_id), Need(ROUND_ID, update.sha256, tuple(range(update.num_chunks)))),
         (topics.down(device_id), Receipt(ROUND_ID, update.sha256, True)),
         (topics.round, RoundClosed(ROUND_ID, "published")),
@@ -111,8 +115,16 @@ def traffic(
     )
 
 
-def _invitation(manifest: Manifest, bundle: BlobRef, parameters: BlobRef, device_id: str) -> Invitation:
-    plan = TrainingPlan(epochs=1, learning_rate=0.1, shuffle_seed=12)
+def _invitation(
+    manifest: Manifest, bundle: BlobRef, parameters: BlobRef, device_id: str, compression: Compression
+) -> Invitation:
+    plan = TrainingPlan(
+        epochs=1,
+        learning_rate=0.1,
+        shuffle_seed=12,
+        compression=compression.name,
+        kept_fraction=compression.kept_fraction,
+    )
     return Invitation(
         round_id=ROUND_ID,
         number=12,

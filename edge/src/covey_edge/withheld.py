@@ -1,0 +1,62 @@
+"""What this device's updates have left out so far (top-k), kept for its next update of the same task.
+
+A task is a run and a bundle: another run, or another bundle (so another model's shape), starts with nothing. The file
+is written before the update that it belongs to is kept. After a crash between the two the round can be trained again,
+from what was withheld before it; if it is not, or where the update is rejected, what it held is lost. Nothing is sent
+twice.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+from covey_edge.files import DISK, Disk
+from covey_protocol.messages import Invitation
+
+NO_WITHHELD_NOISE = (
+    "this device adds noise, and a form that sends the largest numbers only would send mostly noise",
+    'use "rotated-8bit" or "rotated-4bit" in the coordinator\'s [wire]',
+)
+
+
+class Withheld(msgspec.Struct, frozen=True):
+    """round_id: of the update that left these numbers out. bundle: its sha256. before: what there was before it.
+
+    numbers, before: 4 d bytes, float32 little-endian; before is empty for the first update of a task.
+    """
+
+    round_id: str
+    bundle: bytes
+    numbers: bytes
+    before: bytes = b""
+
+
+class WithheldFile:
+    """One task's numbers, mode 600: they tell as much about the data as an update does."""
+
+    def __init__(self, path: Path, disk: Disk = DISK) -> None:
+        self._path, self._disk = path, disk
+
+    def load(self, invitation: Invitation) -> bytes:
+        """b"" where nothing readable is there for this round's task and size."""
+        data = self._disk.read(self._path)
+        try:
+            kept = msgspec.msgpack.decode(data or b"", type=Withheld)
+        except msgspec.MsgspecError:
+            return b""
+        numbers = kept.before if kept.round_id == invitation.round_id else kept.numbers
+        same = (_run(kept.round_id), kept.bundle) == (_run(invitation.round_id), invitation.bundle.sha256)
+        return numbers if same and len(numbers) == invitation.parameters.size else b""
+
+    def store(self, invitation: Invitation, numbers: bytes) -> None:
+        """Durable when this returns, in place of what was there. StorageError if it cannot be."""
+        kept = Withheld(invitation.round_id, invitation.bundle.sha256, numbers, self.load(invitation))
+        self._disk.write(self._path, msgspec.msgpack.encode(kept), mode=0o600)
+
+
+def _run(round_id: str) -> str:
+    """Of a round id RUN.NUMBER.TIME; a coordinator that names its rounds otherwise gets a task for each."""
+    parts = round_id.rsplit(".", 2)
+    return parts[0] if len(parts) == 3 else round_id
