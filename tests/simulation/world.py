@@ -266,6 +266,7 @@ class SimulatedClock(Clock):
 class Outcome:
     parameters: Any
     verdicts: list[records.DeviceVerdict]
+    measurements: dict[str, float] = field(default_factory=dict)
 
 
 class LedgerEngine:
