@@ -26,6 +26,7 @@ import numpy as np
 from covey_coordinator import records
 from covey_coordinator.coordinator import Clock, Coordinator
 from covey_coordinator.fleet import FromFleet
+from covey_coordinator.orders import Orders
 from covey_coordinator.serve import CoordinatorConfig, RoundSettings, run_rounds
 from covey_coordinator.store import KEEP_ROUNDS, RunStore
 from covey_edge.config import BrokerSettings
@@ -266,6 +267,7 @@ class SimulatedClock(Clock):
 class Outcome:
     parameters: Any
     verdicts: list[records.DeviceVerdict]
+    measurements: dict[str, float] = field(default_factory=dict)
 
 
 class LedgerEngine:
@@ -547,7 +549,13 @@ class World:
         while not finished:
             finished = self.coordinate(
                 lambda coordinator: run_rounds(
-                    coordinator, LedgerEngine(self), CONFIG, BUNDLE, np.zeros(D, np.float32), lambda line: None
+                    coordinator,
+                    LedgerEngine(self),
+                    CONFIG,
+                    BUNDLE,
+                    np.zeros(D, np.float32),
+                    lambda line: None,
+                    Orders(Path("no folder")),
                 )
             )
         self.calm()

@@ -69,6 +69,7 @@ class Fleet:
         self.topics = Topics(name)
         self.roster = dict(roster)
         self.refused: dict[str, int] = {}
+        self.sent_bytes = self.received_bytes = 0  # payloads of MQTT messages
         self._key = key
         self._chunk_bytes = chunk_bytes
         self._patience_s = patience_s
@@ -94,7 +95,7 @@ class Fleet:
             for sha256 in list(self._blobs):
                 self.clear_blob(sha256)
             if self._round is not None:
-                sent = self._transport.publish(self.topics.round, b"", retain=True)
+                sent = self._publish(self.topics.round, b"", retain=True)
                 self._transport.flush([sent], timeout_s=2.0)
         except TransportError as exc:
             log.warning("the broker could not be tidied: %s", exc)
@@ -108,11 +109,11 @@ class Fleet:
 
     def send(self, device_id: str, message: FromCoordinator) -> None:
         topic = self.topics.down(device_id)
-        self._transport.publish(topic, self._sealed(message, topic))
+        self._publish(topic, self._sealed(message, topic))
 
     def publish_round(self, message: Invitation | RoundClosed) -> None:
         self._round = message
-        self._transport.publish(self.topics.round, self._sealed(message, self.topics.round), retain=True)
+        self._publish(self.topics.round, self._sealed(message, self.topics.round), retain=True)
 
     def publish_blob(self, data: bytes) -> BlobRef:
         """Retain the blob's chunks on the broker; returns when the broker has them all."""
@@ -125,11 +126,15 @@ class Fleet:
     def clear_blob(self, sha256: bytes) -> None:
         ref, _ = self._blobs.pop(sha256)
         for index in range(ref.num_chunks):
-            self._transport.publish(self.topics.blob(sha256, index), b"", retain=True)
+            self._publish(self.topics.blob(sha256, index), b"", retain=True)
+
+    def _publish(self, topic: str, payload: bytes, retain: bool = False) -> int:
+        self.sent_bytes += len(payload)
+        return self._transport.publish(topic, payload, retain=retain)
 
     def _publish_chunks(self, ref: BlobRef, data: bytes) -> None:
         sent = [
-            self._transport.publish(self.topics.blob(ref.sha256, index), payload, retain=True)
+            self._publish(self.topics.blob(ref.sha256, index), payload, retain=True)
             for index, payload in chunks(data, ref)
         ]
         end = time.monotonic() + PUBLISH_TIMEOUT_S
@@ -159,6 +164,7 @@ class Fleet:
             except queue.Empty:
                 return None
             if isinstance(item, Incoming):
+                self.received_bytes += len(item.payload)
                 try:
                     received = self._verified(item)
                 except PeerError as exc:
@@ -192,7 +198,7 @@ class Fleet:
         log.info("%s is back", self.broker)
         for ref, data in self._blobs.values():
             for index, payload in chunks(data, ref):
-                self._transport.publish(self.topics.blob(ref.sha256, index), payload, retain=True)
+                self._publish(self.topics.blob(ref.sha256, index), payload, retain=True)
         if self._round is not None:
             self.publish_round(self._round)
 

@@ -46,6 +46,9 @@ class BlobAssembly:
     def missing(self) -> tuple[int, ...]:
         return tuple(index for index in range(self.ref.num_chunks) if index not in self._chunks)
 
+    def received_bytes(self) -> int:
+        return sum(len(data) for data in self._chunks.values())
+
     def add(self, index: int, data: bytes) -> Optional[bytes]:
         """Take one chunk; the whole blob when it is complete and its hash is right, else None.
 
