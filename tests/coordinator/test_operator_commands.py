@@ -114,7 +114,11 @@ def test_status_in_words_says_the_same(store: RunStore, call: Call) -> None:
 
 def test_reading_a_store_changes_no_byte_of_it(store: RunStore, call: Call) -> None:
     def files() -> dict[str, bytes]:
-        return {path.name: path.read_bytes() for path in store.folder.glob("coordinator.sqlite*") if path.suffix != ".sqlite-shm"}
+        return {
+            path.name: path.read_bytes()
+            for path in store.folder.glob("coordinator.sqlite*")
+            if path.suffix != ".sqlite-shm"
+        }
 
     before = files()
     for name in ("status", "devices", "runs"):
@@ -181,7 +185,19 @@ def test_the_newest_rejection_is_the_one_that_is_shown(store: RunStore, call: Ca
 
 def test_the_table_of_devices_has_a_line_each(store: RunStore, call: Call) -> None:
     lines = call("devices").splitlines()
-    assert lines[0].split() == "device now last heard invited delivered accepted rejected missing last rejection".split()
+    assert lines[0].split() == [
+        "device",
+        "now",
+        "last",
+        "heard",
+        "invited",
+        "delivered",
+        "accepted",
+        "rejected",
+        "missing",
+        "last",
+        "rejection",
+    ]
     assert lines[3].split() == ["c", "offline", "never", "0", "0", "0", "0", "0"]
 
 

@@ -162,7 +162,7 @@ def test_only_the_metrics_are_served(server: MetricsServer) -> None:
 
 def test_a_port_in_use_is_said(server: MetricsServer) -> None:
     listen = server.url.removeprefix("http://").removesuffix("/metrics")
-    with pytest.raises(TransportError, match="metrics cannot be served on 127.0.0.1"):
+    with pytest.raises(TransportError, match=r"metrics cannot be served on 127\.0\.0\.1:"):
         MetricsServer(listen, str)
 
 

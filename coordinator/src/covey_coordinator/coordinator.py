@@ -128,6 +128,7 @@ class _Round:
     offers: dict[str, Offer] = field(default_factory=dict)
     finished: rounds.Finished | None = None
     kept_time_at: float = 0.0
+    told_at: float = float("-inf")
 
 
 class Coordinator:
@@ -335,8 +336,11 @@ class Coordinator:
         self._tell_progress(state)
 
     def _tell_progress(self, state: _Round) -> None:
-        progress = state.machine.progress()
+        progress, now = state.machine.progress(), self._clock.monotonic_s()
         self._on_progress(progress)
+        if state.finished is None and now - state.told_at < POLL_S:
+            return  # not for every chunk of every device
+        state.told_at = now
         words = {device_id: how_far.value for device_id, how_far in progress.items()}
         self._watch(events.DevicesMoved(state.machine.invitation.round_id, words, state.machine.received()))
 

@@ -47,6 +47,11 @@ class Orders:
         """Whether no new round may be opened."""
         return self.aborted() is not None or self.paused() is not None
 
+    def abort_reason(self) -> str | None:
+        """For operator and devices; None where nobody aborted."""
+        aborted = self.aborted()
+        return aborted.told("aborted by the operator") if aborted is not None else None
+
     def pause(self, reason: str = "") -> None:
         self._refuse_aborted()
         self._write("paused", reason)

@@ -188,7 +188,7 @@ def serve(
         fleet.connect()
         stack.callback(fleet.close)
         say(f"{config.fleet}: connected to {fleet.broker}")
-        coordinator = Coordinator(fleet, store, leave_open=True, watch=watch, aborted=lambda: _abort_reason(orders))
+        coordinator = Coordinator(fleet, store, leave_open=True, watch=watch, aborted=orders.abort_reason)
         run_rounds(coordinator, engine, config, data, Model(bundle).parameters(), say, orders, watch)
     say(f"checkpoints: {store.checkpoints(config.run)}")
 
@@ -244,11 +244,6 @@ def _ending(error: BaseException) -> tuple[int, str]:
     if isinstance(error, KeyboardInterrupt):
         return EXIT_INTERRUPTED, "stopped by a signal"
     return EXIT_BUG, type(error).__name__
-
-
-def _abort_reason(orders: Orders) -> str | None:
-    aborted = orders.aborted()
-    return aborted.told("aborted by the operator") if aborted is not None else None
 
 
 def run_rounds(
@@ -309,7 +304,7 @@ def _obey(coordinator: Coordinator, run: str, say: Say, orders: Orders, watch: e
         coordinator.attend(math.inf, lambda: orders.paused() is None or orders.aborted() is not None)
         if orders.aborted() is None:
             say("resumed by the operator")
-    aborted = _abort_reason(orders)
+    aborted = orders.abort_reason()
     if aborted is not None:
         coordinator.linger(run)
         raise RunError(f"run {run} was {aborted}", "an abort is for good: give the next run another name")

@@ -41,13 +41,11 @@ class BlobAssembly:
     def __init__(self, ref: BlobRef) -> None:
         self.ref = ref
         self.corrupt = 0
+        self.received_bytes = 0
         self._chunks: dict[int, bytes] = {}
 
     def missing(self) -> tuple[int, ...]:
         return tuple(index for index in range(self.ref.num_chunks) if index not in self._chunks)
-
-    def received_bytes(self) -> int:
-        return sum(len(data) for data in self._chunks.values())
 
     def add(self, index: int, data: bytes) -> Optional[bytes]:
         """Take one chunk; the whole blob when it is complete and its hash is right, else None.
@@ -56,6 +54,7 @@ class BlobAssembly:
         """
         if not 0 <= index < self.ref.num_chunks or len(data) != self.ref.chunk_size(index):
             raise PeerError(f"chunk {index} with {len(data)} bytes does not fit a blob of {self.ref.size} bytes")
+        self.received_bytes += len(data) if index not in self._chunks else 0
         self._chunks[index] = data
         if len(self._chunks) < self.ref.num_chunks:
             return None
@@ -64,4 +63,5 @@ class BlobAssembly:
             return whole
         self.corrupt += 1
         self._chunks.clear()
+        self.received_bytes = 0
         return None

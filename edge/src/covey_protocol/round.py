@@ -334,7 +334,7 @@ class RoundMachine:
         """Bytes (received, expected) of every update that was offered, for displays."""
         return {
             device_id: (
-                peer.assembly.received_bytes() if peer.assembly else peer.offer.update.size,
+                peer.assembly.received_bytes if peer.assembly else peer.offer.update.size,
                 peer.offer.update.size,
             )
             for device_id, peer in self._devices.items()

@@ -51,7 +51,7 @@ class PhaseBegan:
 @dataclass(frozen=True)
 class DevicesMoved:
     """How far every invited device is, in the words of covey_protocol.round.Progress; bytes (received, expected) of the
-    updates that were offered. Told often, also when nothing changed."""
+    updates that were offered. Told a few times a second and at the end, also when nothing changed."""
 
     round: str
     progress: Mapping[str, str]

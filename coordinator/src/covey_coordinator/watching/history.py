@@ -153,6 +153,7 @@ class History:
         offers = [msgspec.msgpack.decode(offer, type=Offer).metrics for *_, offer in rows if offer is not None]
         losses = [metrics["training_loss"] for metrics in offers if "training_loss" in metrics]
         return {
+            "id": round_id,
             "number": number,
             "outcome": outcome,
             "reason": reason,
