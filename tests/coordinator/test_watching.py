@@ -263,14 +263,14 @@ def lines() -> Iterator[list[dict[str, object]]]:
         def emit(self, record: logging.LogRecord) -> None:
             found.append(json.loads(self.format(record)))
 
-    handler, root = Keep(), logging.getLogger()
+    handler, covey = Keep(), logging.getLogger("covey")
     handler.setFormatter(JsonLines())
-    level = root.level
-    root.addHandler(handler)
-    root.setLevel(logging.INFO)
+    level = covey.level
+    covey.addHandler(handler)
+    covey.setLevel(logging.INFO)
     yield found
-    root.removeHandler(handler)
-    root.setLevel(level)
+    covey.removeHandler(handler)
+    covey.setLevel(level)
 
 
 def test_a_json_line_says_when_what_and_whose(lines: list[dict[str, object]]) -> None:

@@ -252,7 +252,7 @@ class Coordinator:
         state = _Round(machine, parameters, parameters, engine, arrivals, opened_at, kept_time_at=now)
         self._tell_opened(state, now, resumed=True)
         reason = self._aborted()
-        if refs != (invitation.bundle, invitation.parameters):
+        if reason is None and refs != (invitation.bundle, invitation.parameters):
             reason = "the bundle, the model or chunk_bytes is not what the round was opened with"
         if reason is not None:
             return self._collect(state, machine.handle(rounds.Aborted(reason), now))
@@ -333,14 +333,17 @@ class Coordinator:
             events.RoundOpened(invitation.round_id, invitation.number, devices, quorum, max(0.0, left_s), resumed)
         )
         self._watch(events.PhaseBegan(invitation.round_id, machine.phase.value))
-        self._tell_progress(state)
+        self._tell_moves(state, machine.progress())
 
     def _tell_progress(self, state: _Round) -> None:
-        progress, now = state.machine.progress(), self._clock.monotonic_s()
+        progress = state.machine.progress()
         self._on_progress(progress)
-        if state.finished is None and now - state.told_at < POLL_S:
-            return  # not for every chunk of every device
-        state.told_at = now
+        # not for every chunk of every device
+        if state.finished is not None or self._clock.monotonic_s() - state.told_at >= POLL_S:
+            self._tell_moves(state, progress)
+
+    def _tell_moves(self, state: _Round, progress: dict[str, Progress]) -> None:
+        state.told_at = self._clock.monotonic_s()
         words = {device_id: how_far.value for device_id, how_far in progress.items()}
         self._watch(events.DevicesMoved(state.machine.invitation.round_id, words, state.machine.received()))
 

@@ -33,7 +33,7 @@ def live_status(board: Board, console: Console) -> Iterator[Callable[[str], None
         redirect_stderr=sys.stderr.isatty(),
     )
     with live:
-        yield lambda text: console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
+        yield lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def render(state: State, now: float) -> Group:
