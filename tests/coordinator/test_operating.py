@@ -140,6 +140,7 @@ def scrape(url: str) -> dict[str, float]:
     return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line[0] != "#")}
 
 
+@pytest.mark.timeout(600)
 def test_a_running_coordinator_can_be_measured_paused_stopped_and_aborted(clinic: Clinic) -> None:
     clinic.configure(rounds=1000)
     serve = clinic.serve("--log-format", "json")
@@ -219,7 +220,11 @@ def check_log(clinic: Clinic, serve: Serve) -> None:
     assert max(map(len, text.splitlines())) < 2000  # no model, no update
 
 
-@pytest.mark.parametrize("killed", [False, True], ids=["while it runs", "after a kill -9"])
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    "killed",
+    [pytest.param(False, id="while it runs"), pytest.param(True, id="after a kill -9", marks=pytest.mark.slow)],
+)
 def test_an_abort_ends_the_round_under_way_and_devices_hear_why(clinic: Clinic, killed: bool) -> None:
     clinic.configure(rounds=1000)
     serve = clinic.serve()

@@ -240,7 +240,7 @@ def _noted(store: RunStore, config: CoordinatorConfig, watch: events.Watcher) ->
 
 def _ending(error: BaseException) -> tuple[int, str]:
     if isinstance(error, CoveyError):
-        return error.exit_code, str(error)
+        return error.exit_code, error.what
     if isinstance(error, KeyboardInterrupt):
         return EXIT_INTERRUPTED, "stopped by a signal"
     return EXIT_BUG, type(error).__name__
