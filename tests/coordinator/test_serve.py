@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import signal
 import subprocess
 import sys
@@ -9,13 +10,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import paho.mqtt.client as paho
 import pytest
 from brokers import RunningBroker
+from paho.mqtt.enums import CallbackAPIVersion
 from patience import PATIENCE_S
 
 from covey_coordinator.demo.devices import Shard, make_device
 from covey_coordinator.demo.processes import AgentProcesses
 from covey_coordinator.store import RunStore
+from covey_coordinator.watching.history import opened
 from covey_edge.runtime import Model
 from covey_protocol import errors
 from covey_protocol.bundle import read_bundle
@@ -104,7 +108,7 @@ def test_a_run_goes_on_after_its_newest_readable_checkpoint(clinic: Path, digits
     assert "round 1/3" not in second.stdout
 
 
-def test_a_stop_by_the_service_manager_is_orderly(clinic: Path) -> None:
+def test_a_stop_by_the_service_manager_is_orderly(clinic: Path, mosquitto: RunningBroker) -> None:
     path = clinic / "coordinator.toml"
     path.write_text((clinic / "template").read_text().replace("{rounds}", "1000"))
     process = subprocess.Popen(
@@ -121,6 +125,26 @@ def test_a_stop_by_the_service_manager_is_orderly(clinic: Path) -> None:
     _, error = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == errors.EXIT_INTERRUPTED
     assert "Traceback" not in error
+    with opened(clinic / "runs" / "digits") as history:
+        noted = history.run()
+    assert (noted["state"], noted["code"], noted["reason"]) == ("stopped", 130, "stopped by a signal")
+    presence = [f"covey/1/clinic/device/ward-{number}/presence" for number in (1, 2, 3)]
+    assert sorted(retained(mosquitto.port)) == presence  # the round and the model are gone
+
+
+def retained(port: int) -> list[str]:
+    """Topics under which the broker keeps something: all that comes before our own message."""
+    topics: queue.SimpleQueue[str] = queue.SimpleQueue()
+    client = paho.Client(CallbackAPIVersion.VERSION2)
+    client.on_subscribe = lambda *_: client.publish("covey/1/clinic/end", b"end", qos=1)
+    client.on_connect = lambda *_: client.subscribe("covey/1/clinic/#", qos=1)
+    client.on_message = lambda client, userdata, message: topics.put(message.topic)
+    client.connect("127.0.0.1", port)
+    client.loop_start()
+    found = list(iter(lambda: topics.get(timeout=30), "covey/1/clinic/end"))
+    client.disconnect()
+    client.loop_stop()
+    return found
 
 
 BAD = {

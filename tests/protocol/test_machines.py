@@ -446,6 +446,15 @@ def test_a_second_different_update_of_one_device_is_refused() -> None:
     )
 
 
+def test_what_came_of_an_update_can_be_shown() -> None:
+    machine = opened()
+    accept(machine, "a", "b", "c")
+    deliver(machine, "a")
+    machine.handle(rounds.Offered("b", OFFER), 1.0)
+    machine.handle(rounds.ChunkArrived("b", Chunk("run.1", REF.sha256, 0, chunk(UPDATE, REF, 0))), 1.0)
+    assert machine.received() == {"a": (40, 40), "b": (16, 40)}
+
+
 def test_only_missing_chunks_are_asked_for_again() -> None:
     machine = opened()
     machine.handle(rounds.Offered("a", OFFER), 1.0)

@@ -88,6 +88,15 @@ def test_a_corrupt_blob_is_forgotten_counted_and_can_come_again() -> None:
     assert [assembly.add(i, chunk(b"abcdef", ref, i)) for i in range(3)][-1] == b"abcdef"
 
 
+def test_received_bytes_count_every_chunk_once() -> None:
+    assembly = BlobAssembly(blob_ref(b"abcde", 2))
+    for index, data in ((0, b"ab"), (0, b"ab"), (2, b"e")):
+        assembly.add(index, data)
+    assert assembly.received_bytes == 3
+    assembly.add(1, b"xx")  # not what was promised: all is forgotten
+    assert assembly.received_bytes == 0
+
+
 @pytest.mark.parametrize(("index", "data"), [(3, b"ab"), (-1, b"ab"), (0, b"a"), (2, b"ef1"), (0, b"")])
 def test_a_chunk_that_does_not_fit_is_refused(index: int, data: bytes) -> None:
     with pytest.raises(PeerError):

@@ -26,6 +26,7 @@ import numpy as np
 from covey_coordinator import records
 from covey_coordinator.coordinator import Clock, Coordinator
 from covey_coordinator.fleet import FromFleet
+from covey_coordinator.orders import Orders
 from covey_coordinator.serve import CoordinatorConfig, RoundSettings, run_rounds
 from covey_coordinator.store import KEEP_ROUNDS, RunStore
 from covey_edge.config import BrokerSettings
@@ -536,8 +537,14 @@ class World:
         self.disk = SimulatedDisk(self, self.step)
         self.fleet: SimulatedFleet | None = None
         self.devices = {name: SimulatedDevice(self, name) for name in HONEST}
+        self.orders = Orders(Path("no folder"))
+        self.rounds = ROUNDS  # that are published at the end
 
     # --- the whole run
+
+    def is_over(self) -> bool:
+        """Whether the run has ended without all its rounds, as it should."""
+        return False
 
     def run(self) -> World:
         for one in self.devices.values():
@@ -546,10 +553,19 @@ class World:
         self.at(1.0, self.mischief)
         finished = False
         while not finished:
-            finished = self.coordinate(
-                lambda coordinator: run_rounds(
-                    coordinator, LedgerEngine(self), CONFIG, BUNDLE, np.zeros(D, np.float32), lambda line: None
+            finished = (
+                self.coordinate(
+                    lambda coordinator: run_rounds(
+                        coordinator,
+                        LedgerEngine(self),
+                        CONFIG,
+                        BUNDLE,
+                        np.zeros(D, np.float32),
+                        lambda line: None,
+                        self.orders,
+                    )
                 )
+                or self.is_over()
             )
         self.calm()
         # who was away asks what became of its update
@@ -569,7 +585,8 @@ class World:
         good = False
         try:
             store = RunStore(Path("run"), disk=self.disk, database=self.database)
-            program(Coordinator(self.fleet, store, leave_open=True, clock=SimulatedClock(self)))
+            clock, aborted = SimulatedClock(self), self.orders.abort_reason
+            program(Coordinator(self.fleet, store, leave_open=True, clock=clock, aborted=aborted))
             good = True
         except Crash:
             self.crashes += 1
@@ -832,7 +849,7 @@ class World:
     def check_end(self) -> None:
         self.check_store()
         self.check_ledger()
-        self.require(self._one("SELECT count(*) FROM checkpoints")[0] >= ROUNDS, "not every round is published")
+        self.require(self._one("SELECT count(*) FROM checkpoints")[0] >= self.rounds, "not every round is published")
         for word in self.acknowledged:
             self.require(self._verdict(word[1], word[0]) in ("accepted", "rejected"), "never judged", word)
         for one in self.devices.values():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
 import click
@@ -54,14 +53,28 @@ def demo_command(broker: str | None, data: str, **options: object) -> None:
 
 @click.command(name="serve", short_help="Coordinate a fleet as a TOML file says.")
 @click.option("--config", "config_path", type=A_FILE, default=Path("coordinator.toml"), show_default=True)
-def serve_command(config_path: Path) -> None:
-    """Run the coordinator of a real fleet until its rounds are done. Started again, it goes on after the newest one."""
+@click.option(
+    "--log-format",
+    type=click.Choice(["plain", "json"]),
+    default="plain",
+    show_default=True,
+    help="Of the logs on standard error; json logs every event as an object on a line.",
+)
+@click.option("--plain", is_flag=True, help="Plain lines also on a terminal, instead of a live status.")
+def serve_command(config_path: Path, log_format: str, plain: bool) -> None:
+    """Run the coordinator of a real fleet until its rounds are done. Started again, it goes on where it was."""
     from covey_coordinator.machine import check_machine
 
     check_machine()
     prepare()
+    from rich.console import Console
+
     from covey_coordinator.serve import serve
+    from covey_coordinator.watching.logs import set_up
     from covey_edge.processes import interrupted_by_signals
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    serve(config_path, click.echo, interrupted_by_signals())
+    set_up(log_format)
+    console = Console()
+    terminal = console if console.is_terminal and not plain else None
+    check = interrupted_by_signals()
+    serve(config_path, click.echo, check, terminal=terminal, log_events=log_format == "json")

@@ -20,6 +20,7 @@ from covey_coordinator import records
 from covey_coordinator.aggregation.screening import Arrivals, Screened
 from covey_coordinator.fleet import POLL_S, FromFleet
 from covey_coordinator.store import Checkpoint, RunStore, decoded
+from covey_coordinator.watching import events
 from covey_protocol import round as rounds
 from covey_protocol.bundle import check_plan, read_bundle
 from covey_protocol.device import needed_capabilities
@@ -133,6 +134,7 @@ class _Round:
     offers: dict[str, Offer] = field(default_factory=dict)
     finished: rounds.Finished | None = None
     kept_time_at: float = 0.0
+    told_at: float = float("-inf")
 
 
 class Coordinator:
@@ -140,6 +142,8 @@ class Coordinator:
 
     leave_open: an error or Ctrl-C leaves the round as it is, for `resume_round` after a restart; else it is abandoned.
     on_progress: called with every device's progress, a few times a second and whenever something came in.
+    watch: told what happens, see watching.events.
+    aborted: looked at as often; the reason why an operator ends the round, None as long as nobody does.
     """
 
     def __init__(
@@ -150,22 +154,33 @@ class Coordinator:
         leave_open: bool = False,
         clock: Clock = CLOCK,
         on_progress: Callable[[dict[str, Progress]], None] = lambda progress: None,
+        watch: events.Watcher = events.unwatched,
+        aborted: Callable[[], str | None] = lambda: None,
     ) -> None:
         self.fleet = fleet
         self.store = store
         self._leave_open = leave_open
         self._clock = clock
         self._on_progress = on_progress
+        self._watch = watch
+        self._aborted = aborted
 
     def wait_for(
-        self, count: int, timeout_s: float, on_progress: Callable[[int], None] = lambda online: None
+        self,
+        count: int,
+        timeout_s: float,
+        on_progress: Callable[[int], None] = lambda online: None,
+        unless: Callable[[], bool] = lambda: False,
     ) -> list[str]:
-        """Wait until `count` devices are online; their ids. RunError when they do not come."""
+        """Wait until `count` devices are online, or `unless` holds; the ids of those online.
+
+        RunError when neither comes in time.
+        """
 
         def enough() -> bool:
             online = len(self.fleet.online())
             on_progress(online)
-            return online >= count
+            return online >= count or unless()
 
         if not self.attend(timeout_s, enough):
             online = self.fleet.online()
@@ -219,6 +234,7 @@ class Coordinator:
         self.store.open_round(run_id, invitation, settings, now_ms)
         now = self._clock.monotonic_s()
         state = _Round(machine, parameters, parameters, engine, arrivals, now, kept_time_at=now)
+        self._tell_opened(state, now, resumed=False)
         return self._collect(state, machine.handle(rounds.Opened(), now))
 
     def resume_round(
@@ -240,8 +256,11 @@ class Coordinator:
         arrivals = Arrivals(facts.devices, len(parameters))
         opened_at = now - facts.elapsed_s
         state = _Round(machine, parameters, parameters, engine, arrivals, opened_at, kept_time_at=now)
-        if refs != (invitation.bundle, invitation.parameters):
+        self._tell_opened(state, now, resumed=True)
+        reason = self._aborted()
+        if reason is None and refs != (invitation.bundle, invitation.parameters):
             reason = "the bundle, the model or chunk_bytes is not what the round was opened with"
+        if reason is not None:
             return self._collect(state, machine.handle(rounds.Aborted(reason), now))
         self._reload(state, facts)
         log.info(
@@ -289,8 +308,9 @@ class Coordinator:
             self._perform(state, effects)
             while state.finished is None:
                 self._take(state, self.fleet.next(POLL_S))
+                self._end_if_aborted(state)
                 self._keep_time(state)
-                self._on_progress(state.machine.progress())
+                self._tell_progress(state)
         finally:
             if state.finished is None and not self._leave_open:  # devices must not go on working for nothing
                 self._handle(state, rounds.Aborted("the coordinator stopped"))
@@ -299,9 +319,39 @@ class Coordinator:
             self.fleet.clear_blob(invitation.parameters.sha256)
         verdicts = sorted(state.verdicts, key=lambda verdict: verdict.device_id)
         seconds = self._clock.monotonic_s() - started
-        return RoundResult(
-            state.result, finished.outcome, finished.reason, verdicts, state.offers, seconds, state.measurements
+        metrics = {device_id: offer.metrics for device_id, offer in state.offers.items()}
+        outcome, reason = finished.outcome, finished.reason
+        self._watch(
+            events.RoundEnded(invitation.round_id, invitation.number, outcome, reason, verdicts, metrics, seconds)
         )
+        return RoundResult(state.result, outcome, reason, verdicts, state.offers, seconds, state.measurements)
+
+    def _end_if_aborted(self, state: _Round) -> None:
+        reason = self._aborted()
+        if reason is not None and state.finished is None:
+            self._handle(state, rounds.Aborted(reason))
+
+    def _tell_opened(self, state: _Round, now: float, resumed: bool) -> None:
+        machine, invitation = state.machine, state.machine.invitation
+        left_s = invitation.duration_ms / 1000 - (now - state.opened_at)
+        devices, quorum = invitation.devices, machine.settings.quorum
+        self._watch(
+            events.RoundOpened(invitation.round_id, invitation.number, devices, quorum, max(0.0, left_s), resumed)
+        )
+        self._watch(events.PhaseBegan(invitation.round_id, machine.phase.value))
+        self._tell_moves(state, machine.progress())
+
+    def _tell_progress(self, state: _Round) -> None:
+        progress = state.machine.progress()
+        self._on_progress(progress)
+        # not for every chunk of every device
+        if state.finished is not None or self._clock.monotonic_s() - state.told_at >= POLL_S:
+            self._tell_moves(state, progress)
+
+    def _tell_moves(self, state: _Round, progress: dict[str, Progress]) -> None:
+        state.told_at = self._clock.monotonic_s()
+        words = {device_id: how_far.value for device_id, how_far in progress.items()}
+        self._watch(events.DevicesMoved(state.machine.invitation.round_id, words, state.machine.received()))
 
     def _keep_time(self, state: _Round) -> None:
         now = self._clock.monotonic_s()
@@ -312,6 +362,9 @@ class Coordinator:
     def _take(self, state: _Round | None, received: FromFleet | None) -> None:
         """One message, or that none came."""
         message = received.message if received is not None else None
+        if received is not None:
+            online = message.online if isinstance(message, Presence) else None
+            self._watch(events.MessageCame(received.device_id, type(message).__name__, online))
         if received is not None and isinstance(message, Seen):
             self.store.seen(message.round_id, received.device_id)
         elif state is not None:
@@ -320,11 +373,14 @@ class Coordinator:
             self._recall(received.device_id, message)
 
     def _handle(self, state: _Round, event: rounds.Event) -> None:
+        phase = state.machine.phase
         try:
             effects = state.machine.handle(event, self._clock.monotonic_s())
         except PeerError as exc:
             log.warning("ignored a message: %s", exc)
             return
+        if state.machine.phase is not phase:
+            self._watch(events.PhaseBegan(state.machine.invitation.round_id, state.machine.phase.value))
         self._perform(state, effects)
 
     def _perform(self, state: _Round, effects: list[rounds.Effect]) -> None:
@@ -376,6 +432,7 @@ class Coordinator:
             outcome = state.engine.aggregate(state.parameters, screened)
         except RuleError as exc:
             return rounds.AggregationRefused(str(exc))
+        self._watch(events.RuleRan(state.machine.invitation.round_id, dict(outcome.measurements)))
         state.result = outcome.parameters
         state.verdicts, state.measurements = list(outcome.verdicts), outcome.measurements
         reasons = {

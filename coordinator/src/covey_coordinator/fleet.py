@@ -77,6 +77,7 @@ class Fleet:
         self.topics = Topics(name)
         self.roster = dict(roster)
         self.refused: dict[str, int] = {}
+        self.sent_bytes = self.received_bytes = 0  # payloads of MQTT messages
         self._key = key
         self._chunk_bytes = chunk_bytes
         self._patience_s = patience_s
@@ -119,7 +120,7 @@ class Fleet:
             for sha256 in list(self._blobs):
                 self.clear_blob(sha256)
             if self._round is not None:
-                sent = self._transport.publish(self.topics.round, b"", retain=True)
+                sent = self._publish(self.topics.round, b"", retain=True)
                 self._transport.flush([sent], timeout_s=2.0)
         except TransportError as exc:
             log.warning("the broker could not be tidied: %s", exc)
@@ -136,7 +137,7 @@ class Fleet:
         # a Need that comes late asks for chunks that a repeated Offer has brought meanwhile
         expiry_s = RESEND_S if isinstance(message, Need) else None
         try:
-            self._transport.publish(topic, self._sealed(message, topic), expiry_s=expiry_s)
+            self._publish(topic, self._sealed(message, topic), expiry_s=expiry_s)
         except TransportError as exc:  # a Need of very many chunks: that device is lost for the round, the run is not
             log.error("%s", exc)
 
@@ -144,7 +145,7 @@ class Fleet:
         self._round = message
         expiry_s = message.duration_ms / 1000 if isinstance(message, Invitation) else None
         sealed = self._sealed(message, self.topics.round)
-        self._transport.publish(self.topics.round, sealed, retain=True, expiry_s=expiry_s)
+        self._publish(self.topics.round, sealed, retain=True, expiry_s=expiry_s)
 
     def publish_blob(self, data: bytes) -> BlobRef:
         """Retain the blob's chunks on the broker; returns when the broker has them all."""
@@ -158,11 +159,15 @@ class Fleet:
     def clear_blob(self, sha256: bytes) -> None:
         ref, _ = self._blobs.pop(sha256)
         for index in range(ref.num_chunks):
-            self._transport.publish(self.topics.blob(sha256, index), b"", retain=True)
+            self._publish(self.topics.blob(sha256, index), b"", retain=True)
+
+    def _publish(self, topic: str, payload: bytes, retain: bool = False, expiry_s: float | None = None) -> int:
+        self.sent_bytes += len(payload)
+        return self._transport.publish(topic, payload, retain=retain, expiry_s=expiry_s)
 
     def _send_chunks(self, ref: BlobRef, data: bytes) -> list[int]:
         return [
-            self._transport.publish(self.topics.blob(ref.sha256, index), payload, retain=True, expiry_s=BLOB_EXPIRY_S)
+            self._publish(self.topics.blob(ref.sha256, index), payload, retain=True, expiry_s=BLOB_EXPIRY_S)
             for index, payload in chunks(data, ref)
         ]
 
@@ -225,6 +230,7 @@ class Fleet:
             except queue.Empty:
                 return None
             if isinstance(item, Incoming):
+                self.received_bytes += len(item.payload)
                 try:
                     received = self._verified(item)
                 except PeerError as exc:

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
 from msgspec import Meta, Struct, field
+from rich.console import Console
 
 from covey_coordinator.aggregation.engines import make_engine
 from covey_coordinator.aggregation.registry import rule_from_table
@@ -23,14 +25,39 @@ from covey_coordinator.aggregation.rules import Rule
 from covey_coordinator.aggregation.screening import Arrivals
 from covey_coordinator.coordinator import Coordinator, Engine, RoundResult, Timing, shuffle_seed
 from covey_coordinator.fleet import MIN_CHUNK_BYTES, Fleet
+from covey_coordinator.orders import Orders
 from covey_coordinator.records import ACCEPTED
 from covey_coordinator.store import Checkpoint, RunStore, only_one
+from covey_coordinator.watching import events
+from covey_coordinator.watching.board import Board
+from covey_coordinator.watching.display import live_status, printable
+from covey_coordinator.watching.logs import EventLog
+from covey_coordinator.watching.metrics import (
+    DEFAULT_LISTEN,
+    MetricsServer,
+    StoreSize,
+    Traffic,
+    exposition,
+    parse_listen,
+)
+from covey_coordinator.watching.presence import PresenceKeeper
 from covey_edge.config import BrokerSettings, NotNegative, Positive, read_broker, read_file, read_toml, roster_from
+from covey_edge.mqtt import Broker
 from covey_edge.outbox import NumberFile
 from covey_edge.runtime import Model
 from covey_protocol.bundle import Manifest, check_plan, read_bundle
 from covey_protocol.codec import Sequence
-from covey_protocol.errors import ConfigError, RuleError, RunError, TrainingError
+from covey_protocol.errors import (
+    EXIT_BUG,
+    EXIT_INTERRUPTED,
+    EXIT_OK,
+    ConfigError,
+    CoveyError,
+    RuleError,
+    RunError,
+    StorageError,
+    TrainingError,
+)
 from covey_protocol.messages import (
     DEFAULT_CHUNK_BYTES,
     MAX_CHUNK_BYTES,
@@ -42,7 +69,7 @@ from covey_protocol.messages import (
     TrainingPlan,
 )
 from covey_protocol.round import Phase
-from covey_protocol.seals import SealingKey
+from covey_protocol.seals import PublicKey, SealingKey
 from covey_protocol.topics import check_name
 
 AtLeastOne = Annotated[int, Meta(ge=1)]
@@ -82,6 +109,10 @@ class RoundSettings(Struct, frozen=True, forbid_unknown_fields=True):
     pause_s: NotNegative = 0.0
 
 
+class MetricsSettings(Struct, frozen=True, forbid_unknown_fields=True):
+    listen: str = DEFAULT_LISTEN
+
+
 class CoordinatorConfig(Struct, frozen=True, forbid_unknown_fields=True):
     fleet: str
     run: str
@@ -95,15 +126,27 @@ class CoordinatorConfig(Struct, frozen=True, forbid_unknown_fields=True):
     server: ServerSettings = ServerSettings()
     training: TrainingSettings = TrainingSettings()
     wire: WireSettings = WireSettings()
+    metrics: MetricsSettings | None = None
     runs_dir: str = "runs"
     chunk_bytes: Annotated[int, Meta(ge=MIN_CHUNK_BYTES, le=MAX_CHUNK_BYTES)] = DEFAULT_CHUNK_BYTES
     rule: Any = None  # what [aggregation] was called; kept to refuse it in words
 
 
-def serve(path: Path, say: Callable[[str], None], check: Callable[[], None] = lambda: None) -> None:
+Say = Callable[[str], None]
+
+
+def serve(
+    path: Path,
+    say: Say,
+    check: Callable[[], None] = lambda: None,
+    *,
+    terminal: Console | None = None,
+    log_events: bool = False,
+) -> None:
     """Run a coordinator as its file says. Raises the errors of covey_protocol.errors.
 
-    check: called a few times a second; may raise to end the run.
+    check: called a few times a second; may raise to end the run. terminal: for a live status, above which is then
+    printed what would go to `say`. log_events: log what happens, see watching.logs.
     """
     config = read_toml(path, CoordinatorConfig)
     check_name(config.run, "run")
@@ -116,6 +159,8 @@ def serve(path: Path, say: Callable[[str], None], check: Callable[[], None] = la
             f"{path}: round.devices = {config.round.devices}, but [devices] holds {len(config.devices)} keys",
             "add the missing devices' keys or lower round.devices",
         )
+    if config.metrics is not None:
+        parse_listen(config.metrics.listen)
     folder = path.parent
     key = SealingKey.from_pem(read_file(folder / config.key_file), config.key_file)
     data = read_file(folder / config.bundle)
@@ -129,6 +174,16 @@ def serve(path: Path, say: Callable[[str], None], check: Callable[[], None] = la
         stack.enter_context(only_one(runs / config.run))
         store = RunStore(runs / config.run)
         stack.callback(store.close)
+        board, keeper, orders = Board(list(config.devices)), PresenceKeeper(store), Orders(runs / config.run)
+        watch = events.all_of(board, keeper, *([EventLog()] if log_events else []))
+        stack.enter_context(_noted(store, config, watch))
+
+        def check_and_keep() -> None:
+            check()
+            keeper.keep()
+
+        if terminal is not None:
+            say = stack.enter_context(live_status(board, terminal))
         engine = make_engine(
             config.server.engine,
             rule,
@@ -137,14 +192,68 @@ def serve(path: Path, say: Callable[[str], None], check: Callable[[], None] = la
             config.server.learning_rate,
         )
         stack.callback(engine.close)
-        numbers = NumberFile(runs / f"{config.fleet}.sequence")
-        sequence = Sequence(time.time_ns(), numbers.load(), numbers.store)
-        fleet = Fleet(broker, config.fleet, key, roster, sequence=sequence, chunk_bytes=config.chunk_bytes, check=check)
+        fleet = _fleet(config, broker, roster, key, runs, check_and_keep)
+        if config.metrics is not None:
+            say(f"metrics: {_serve_metrics(stack, config.metrics, board, fleet, store)}")
         fleet.connect()
         stack.callback(fleet.close)
-        say(f"{config.fleet}: connected to {broker}")
-        run_rounds(Coordinator(fleet, store, leave_open=True), engine, config, data, Model(bundle).parameters(), say)
+        say(f"{config.fleet}: connected to {fleet.broker}")
+        coordinator = Coordinator(fleet, store, leave_open=True, watch=watch, aborted=orders.abort_reason)
+        run_rounds(coordinator, engine, config, data, Model(bundle).parameters(), say, orders, watch)
     say(f"checkpoints: {store.checkpoints(config.run)}")
+
+
+def _fleet(
+    config: CoordinatorConfig,
+    broker: Broker,
+    roster: dict[str, PublicKey],
+    key: SealingKey,
+    runs: Path,
+    check: Callable[[], None],
+) -> Fleet:
+    numbers = NumberFile(runs / f"{config.fleet}.sequence")
+    sequence = Sequence(time.time_ns(), numbers.load(), numbers.store)
+    return Fleet(broker, config.fleet, key, roster, sequence=sequence, chunk_bytes=config.chunk_bytes, check=check)
+
+
+def _serve_metrics(
+    stack: contextlib.ExitStack, settings: MetricsSettings, board: Board, fleet: Fleet, store: RunStore
+) -> str:
+    """Until the stack ends; the address."""
+    stored = StoreSize(store.folder)
+
+    def page() -> str:
+        return exposition(board.state(), Traffic(fleet.received_bytes, fleet.sent_bytes, stored()), time.monotonic())
+
+    server = MetricsServer(settings.listen, page)
+    stack.callback(server.close)
+    return server.url
+
+
+@contextlib.contextmanager
+def _noted(store: RunStore, config: CoordinatorConfig, watch: events.Watcher) -> Iterator[None]:
+    """The store says that the run goes on, and afterwards how it ended."""
+    store.started(config.run, config.rounds, time.time_ns() // 1_000_000)
+    code, why = EXIT_OK, ""
+    try:
+        yield
+    except BaseException as exc:
+        code, why = _ending(exc)
+        with contextlib.suppress(StorageError):  # what is on its way to the operator says more
+            store.ended(config.run, code, why, time.time_ns() // 1_000_000)
+        raise
+    else:
+        store.ended(config.run, code, why, time.time_ns() // 1_000_000)
+    finally:
+        watch(events.RunEnded(code, why))
+
+
+def _ending(error: BaseException) -> tuple[int, str]:
+    if isinstance(error, CoveyError):
+        return error.exit_code, error.what
+    if isinstance(error, KeyboardInterrupt):
+        return EXIT_INTERRUPTED, "stopped by a signal"
+    return EXIT_BUG, type(error).__name__
 
 
 def run_rounds(
@@ -153,27 +262,62 @@ def run_rounds(
     config: CoordinatorConfig,
     bundle: bytes,
     initial: npt.NDArray[np.float32],
-    say: Callable[[str], None],
+    say: Say,
+    orders: Orders,
+    watch: events.Watcher = events.unwatched,
 ) -> None:
     """Everything after the connection: take up what the last start left, then rounds until all are published."""
     run, store = config.run, coordinator.store
     parameters, done = _resume(store, engine, run, initial, say)
+    watch(events.RunStarted(config.fleet, run, config.rounds, done))
     coordinator.announce(run)
     abandoned = 0
     while done < config.rounds:
         result = coordinator.resume_round(run_id=run, bundle=bundle, parameters=parameters, engine=engine)
         if result is None:
-            result = _new_round(coordinator, engine, config, bundle, parameters, done + 1, say)
+            devices = _ready(coordinator, config, say, orders, watch)
+            result = _new_round(coordinator, engine, config, bundle, parameters, done + 1, devices)
         for line in _lines(done + 1, config.rounds, result):
-            say(line)
+            say(printable(line))
         if result.outcome == Phase.PUBLISHED.value:
             parameters, done, abandoned = result.parameters, done + 1, 0
         else:
             abandoned += 1
             _give_up_if_hopeless(abandoned, result.reason)
         coordinator.tidy(run)
-        coordinator.attend(config.round.pause_s if done < config.rounds else 0)
+        coordinator.attend(config.round.pause_s if done < config.rounds else 0, orders.stand)
     coordinator.linger(run)
+
+
+def _ready(
+    coordinator: Coordinator, config: CoordinatorConfig, say: Say, orders: Orders, watch: events.Watcher
+) -> list[str]:
+    """The devices of a new round: when enough are online, and nobody has ordered otherwise."""
+    settings = config.round
+    while True:
+        _obey(coordinator, config.run, say, orders, watch)
+        if len(coordinator.fleet.online()) < settings.devices:
+            say(f"waiting for {settings.devices} devices")
+            watch(events.Waits(f"waiting for {settings.devices} devices"))
+        found = coordinator.wait_for(settings.devices, settings.wait_s, unless=orders.stand)
+        if not orders.stand():
+            return found
+
+
+def _obey(coordinator: Coordinator, run: str, say: Say, orders: Orders, watch: events.Watcher) -> None:
+    """Return when there is no pause (any more). RunError where the run is aborted."""
+    paused = orders.paused()
+    if paused is not None and orders.aborted() is None:
+        reason = paused.told("paused by the operator")
+        say(reason)
+        watch(events.Waits(reason))
+        coordinator.attend(math.inf, lambda: orders.paused() is None or orders.aborted() is not None)
+        if orders.aborted() is None:
+            say("resumed by the operator")
+    aborted = orders.abort_reason()
+    if aborted is not None:
+        coordinator.linger(run)
+        raise RunError(f"run {run} was {aborted}", "an abort is for good: give the next run another name")
 
 
 def _new_round(
@@ -183,18 +327,16 @@ def _new_round(
     bundle: bytes,
     parameters: npt.NDArray[np.float32],
     number: int,
-    say: Callable[[str], None],
+    devices: list[str],
 ) -> RoundResult:
     settings = config.round
-    if len(coordinator.fleet.online()) < settings.devices:
-        say(f"waiting for {settings.devices} devices")
     return coordinator.run_round(
         run_id=config.run,
         number=number,
         bundle=bundle,
         parameters=parameters,
         plan=_plan(config, number),
-        device_ids=coordinator.wait_for(settings.devices, settings.wait_s),
+        device_ids=devices,
         quorum=settings.quorum,
         engine=engine,
         timing=Timing(settings.duration_s, settings.answer_s, settings.grace_s),
@@ -234,7 +376,7 @@ def _plan(config: CoordinatorConfig, number: int) -> TrainingPlan:
 
 
 def _resume(
-    store: RunStore, engine: Engine, run: str, initial: npt.NDArray[np.float32], say: Callable[[str], None]
+    store: RunStore, engine: Engine, run: str, initial: npt.NDArray[np.float32], say: Say
 ) -> tuple[npt.NDArray[np.float32], int]:
     """The newest readable checkpoint's parameters, with its state in the engine, and its round; else initial and 0.
 
@@ -265,7 +407,8 @@ def _mended(
     for device_id, (offer, update) in updates.items():
         arrivals.add(device_id, update, offer.num_examples)
     try:
-        parameters = engine.aggregate(before.parameters, arrivals.screened(updates)).parameters
+        screened = arrivals.screened(updates, refused_on_arrival=store.num_refused(round_id))
+        parameters = engine.aggregate(before.parameters, screened).parameters
     except RuleError:
         return None
     if hashlib.sha256(parameters.astype("<f4").tobytes()).hexdigest() != sha256:

@@ -16,8 +16,9 @@ import fcntl
 import hashlib
 import os
 import sqlite3
+import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,9 +61,19 @@ SCHEMA = (
     """,
     # told: the device has said that it knows the verdict
     "ALTER TABLE devices ADD COLUMN told INTEGER NOT NULL DEFAULT 0",
+    # for those who read along (watching.history); nothing a coordinator does depends on them
+    """
+    CREATE TABLE runs (
+        run TEXT PRIMARY KEY, rounds INTEGER NOT NULL,
+        started_ms INTEGER NOT NULL,            -- the newest start
+        ended_ms INTEGER, code INTEGER, why TEXT  -- its end; NULL while it runs, and for ever if it was killed
+    ) WITHOUT ROWID;
+    CREATE TABLE presence (id TEXT PRIMARY KEY, online INTEGER NOT NULL, seen_ms INTEGER NOT NULL) WITHOUT ROWID;
+    """,
 )
 RETENTION_MS = 30 * 24 * 3600 * 1000
 KEEP_ROUNDS = 10
+LOCK_PATIENCE_S = 1.0
 OPEN_PHASES = (Phase.INVITING.value, Phase.AGGREGATING.value)  # what a row says of a round that is not over
 
 Floats = npt.NDArray[np.float32]
@@ -89,6 +100,30 @@ class RunStore:
 
     def close(self) -> None:
         self._database.close()
+
+    # --- for those who read along
+
+    def started(self, run_id: str, rounds: int, now_ms: int) -> None:
+        """Of the devices nothing is known until they are heard again."""
+        with self._transaction() as database:
+            database.execute("INSERT OR REPLACE INTO runs VALUES (?, ?, ?, NULL, NULL, NULL)", (run_id, rounds, now_ms))
+            database.execute("UPDATE presence SET online = 0")
+
+    def ended(self, run_id: str, code: int, why: str, now_ms: int) -> None:
+        with self._transaction() as database:
+            row = (now_ms, code, why, run_id)
+            database.execute("UPDATE runs SET ended_ms = ?, code = ?, why = ? WHERE run = ?", row)
+            database.execute("UPDATE presence SET online = 0")
+
+    def keep_presence(self, seen: Mapping[str, tuple[bool, int]]) -> None:
+        """device -> (online, when it was last heard, Unix time in ms; 0 where it is only said to be away)."""
+        with self._transaction() as database:
+            rows = [(device_id, online, seen_ms) for device_id, (online, seen_ms) in seen.items()]
+            database.executemany(
+                "INSERT INTO presence VALUES (?, ?, ?) ON CONFLICT (id) DO UPDATE"
+                " SET online = excluded.online, seen_ms = max(seen_ms, excluded.seen_ms)",
+                rows,
+            )
 
     # --- a round that is under way
 
@@ -334,6 +369,11 @@ class RunStore:
                 found[device_id] = (offer, decoded(invitation, device_id, data))
         return found
 
+    def num_refused(self, round_id: str) -> int:
+        """How many devices sent what could not even be stored."""
+        rows = self._all("SELECT id FROM devices WHERE round = ? AND progress = ?", round_id, Progress.REFUSED.value)
+        return len(rows)
+
     def mend_checkpoint(self, run_id: str, checkpoint: Checkpoint) -> None:
         """Write the files of a checkpoint again that its row still names."""
         self._write_checkpoint(run_id, checkpoint)
@@ -423,22 +463,46 @@ def decoded(invitation: Invitation, device_id: str, data: bytes) -> Floats:
 def only_one(folder: Path) -> Iterator[None]:
     """Hold the run's folder: two coordinators of one run would each count the other's rounds as their own.
 
-    Raises StorageError where another process holds it. A process that dies lets go.
+    Raises StorageError where another process holds it for LOCK_PATIENCE_S (`is_held` does, for an instant). A process
+    that dies lets go.
     """
     try:
         make_folder(folder)
         descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
     except OSError as exc:
         raise StorageError(f"cannot lock {folder} ({exc.strerror or exc})", "check its permissions") from exc
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as exc:
-        os.close(descriptor)
-        raise StorageError(f"another covey serve uses {folder}", "stop it first") from exc
+    end = time.monotonic() + LOCK_PATIENCE_S
+    while not _locked(descriptor, fcntl.LOCK_EX):
+        if time.monotonic() > end:
+            os.close(descriptor)
+            raise StorageError(f"another covey serve uses {folder}", "stop it first")
+        time.sleep(LOCK_PATIENCE_S / 20)
     try:
         yield
     finally:
         os.close(descriptor)
+
+
+def is_held(folder: Path) -> bool:
+    """Whether a coordinator runs on this folder now."""
+    try:
+        descriptor = os.open(folder / "lock", os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    except OSError as exc:
+        raise StorageError(f"cannot read {folder / 'lock'} ({exc.strerror})", "check its permissions") from exc
+    try:
+        return not _locked(descriptor, fcntl.LOCK_SH)
+    finally:
+        os.close(descriptor)
+
+
+def _locked(descriptor: int, how: int) -> bool:
+    try:
+        fcntl.flock(descriptor, how | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def open_database(path: Path) -> sqlite3.Connection:

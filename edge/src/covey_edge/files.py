@@ -30,7 +30,7 @@ def write_atomic(path: Path, data: bytes, mode: int = 0o644) -> None:
             if os.path.exists(temporary):
                 os.unlink(temporary)
             raise
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except OSError as exc:
         raise StorageError(
             f"cannot write {path} ({exc.strerror or exc})", "free some space or check the folder's permissions"
@@ -112,11 +112,11 @@ def make_folder(folder: Path) -> None:
     except FileExistsError:
         if not os.path.isdir(folder):
             raise
-    _sync_folder(folder.parent)
+    sync_folder(folder.parent)
 
 
-def _sync_folder(folder: Path) -> None:
-    # the rename itself is only durable once the folder is
+def sync_folder(folder: Path) -> None:
+    """Make durable which names the folder holds: a rename, or a removal, is only then."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -41,6 +41,7 @@ class BlobAssembly:
     def __init__(self, ref: BlobRef) -> None:
         self.ref = ref
         self.corrupt = 0
+        self.received_bytes = 0
         self._chunks: dict[int, bytes] = {}
 
     def missing(self) -> tuple[int, ...]:
@@ -53,6 +54,7 @@ class BlobAssembly:
         """
         if not 0 <= index < self.ref.num_chunks or len(data) != self.ref.chunk_size(index):
             raise PeerError(f"chunk {index} with {len(data)} bytes does not fit a blob of {self.ref.size} bytes")
+        self.received_bytes += len(data) if index not in self._chunks else 0
         self._chunks[index] = data
         if len(self._chunks) < self.ref.num_chunks:
             return None
@@ -61,4 +63,5 @@ class BlobAssembly:
             return whole
         self.corrupt += 1
         self._chunks.clear()
+        self.received_bytes = 0
         return None

@@ -352,6 +352,17 @@ class RoundMachine:
             for device_id, peer in self._devices.items()
         }
 
+    def received(self) -> dict[str, tuple[int, int]]:
+        """Bytes (received, expected) of every update that was offered, for displays."""
+        return {
+            device_id: (
+                peer.assembly.received_bytes if peer.assembly else peer.offer.update.size,
+                peer.offer.update.size,
+            )
+            for device_id, peer in self._devices.items()
+            if peer.offer is not None and peer.progress is not Progress.REFUSED
+        }
+
     def offer_of(self, device_id: str) -> Offer:
         offer = self._devices[device_id].offer
         if offer is None:

@@ -1,0 +1,216 @@
+"""`covey status`, `devices`, `runs`, `pause`, `resume`, `abort`. They need no broker and import no TensorFlow.
+
+Which run: that of coordinator.toml, or with --runs-dir any. The first three only read.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+from msgspec import Struct
+
+from covey_coordinator.orders import Orders
+from covey_coordinator.store import is_held
+from covey_coordinator.watching.display import duration, printable
+from covey_coordinator.watching.history import Facts, opened, run_folders
+from covey_edge.config import read_toml
+from covey_protocol.errors import ConfigError
+
+A_PATH = click.Path(path_type=Path)
+Command = Callable[..., None]
+
+
+class _Place(Struct):
+    """What of coordinator.toml says where its store is; `covey serve` checks the rest."""
+
+    run: str
+    runs_dir: str = "runs"
+    devices: dict[str, str] = {}
+
+
+def _which_run(command: Command) -> Command:
+    """The options that name a run."""
+    for option in (
+        click.option("--run", help="Name of the run [default: that of the file, or the only one in --runs-dir]."),
+        click.option("--runs-dir", type=A_PATH, help="Where runs are kept, instead of a configuration file."),
+        click.option("--config", "config_path", type=A_PATH, default=Path("coordinator.toml"), show_default=True),
+    ):
+        command = option(command)
+    return command
+
+
+as_json_option = click.option("--json", "as_json", is_flag=True, help="As JSON.")
+reason_option = click.option("--reason", default="", help="Why; shown to whoever asks, and after an abort to devices.")
+
+
+@click.command(name="status", short_help="Say what a coordinator is doing now.")
+@_which_run
+@as_json_option
+def status_command(config_path: Path, runs_dir: Path | None, run: str | None, as_json: bool) -> None:
+    """Say what is going on in a run, from its store; also while its coordinator runs, and when none does."""
+    folder, _ = _find(config_path, runs_dir, run)
+    with opened(folder) as history:
+        facts = history.status()
+    _print(facts, as_json, _status_lines)
+
+
+@click.command(name="devices", short_help="List the devices of a run with what became of their updates.")
+@_which_run
+@as_json_option
+def devices_command(config_path: Path, runs_dir: Path | None, run: str | None, as_json: bool) -> None:
+    """List every device that a run knows: when it was last heard, its rounds and its verdicts."""
+    folder, roster = _find(config_path, runs_dir, run)
+    with opened(folder) as history:
+        found = history.devices(roster)
+    _print(found, as_json, _device_lines)
+
+
+@click.command(name="runs", short_help="List all runs with their outcome.")
+@click.option("--config", "config_path", type=A_PATH, default=Path("coordinator.toml"), show_default=True)
+@click.option("--runs-dir", type=A_PATH, help="Where runs are kept, instead of a configuration file.")
+@as_json_option
+def runs_command(config_path: Path, runs_dir: Path | None, as_json: bool) -> None:
+    """List the runs that are kept beside each other, with how far they are and how they ended."""
+    found = []
+    for folder in run_folders(runs_dir if runs_dir is not None else _place(config_path)[0]):
+        with opened(folder) as history:
+            found.append(history.run())
+    _print(found, as_json, _run_lines)
+
+
+@click.command(name="pause", short_help="Let a run open no new round.")
+@_which_run
+@reason_option
+def pause_command(config_path: Path, runs_dir: Path | None, run: str | None, reason: str) -> None:
+    """Let a run open no new round until `covey resume`. The round under way ends. Holds over a restart."""
+    folder = _run_to_order(config_path, runs_dir, run)
+    Orders(folder).pause(reason)
+    click.echo(f"{folder.name} is paused: no new round is opened{_when(folder)}")
+
+
+@click.command(name="resume", short_help="Lift a pause.")
+@_which_run
+def resume_command(config_path: Path, runs_dir: Path | None, run: str | None) -> None:
+    """Lift a pause."""
+    folder = _run_to_order(config_path, runs_dir, run)
+    lifted = Orders(folder).resume()
+    click.echo(f"{folder.name} goes on{_when(folder)}" if lifted else f"{folder.name} was not paused")
+
+
+@click.command(name="abort", short_help="Abandon the round under way and end the run for good.")
+@_which_run
+@reason_option
+def abort_command(config_path: Path, runs_dir: Path | None, run: str | None, reason: str) -> None:
+    """Abandon the round under way and end the run for good: `covey serve` ends with code 8, also when started again."""
+    folder = _run_to_order(config_path, runs_dir, run)
+    Orders(folder).abort(reason)
+    click.echo(f"{folder.name} is aborted{_when(folder)}")
+
+
+def _when(folder: Path) -> str:
+    return "" if is_held(folder) else "; no coordinator runs now, so this holds from its next start"
+
+
+# --- which run
+
+
+def _place(config_path: Path) -> tuple[Path, _Place]:
+    """Where its runs are kept, and the file's settings."""
+    place = read_toml(config_path, _Place)
+    return config_path.parent / place.runs_dir, place
+
+
+def _find(config_path: Path, runs_dir: Path | None, run: str | None) -> tuple[Path, list[str]]:
+    """The run's folder, and the roster where a configuration file is read for its own run."""
+    if runs_dir is None:
+        kept, place = _place(config_path)
+        own = run is None or run == place.run
+        return kept / (run or place.run), list(place.devices) if own else []
+    if run is not None:
+        return runs_dir / run, []
+    folders = run_folders(runs_dir)
+    if len(folders) > 1:
+        raise ConfigError(f"{runs_dir} holds {len(folders)} runs", f"add --run: {', '.join(f.name for f in folders)}")
+    return folders[0], []
+
+
+def _run_to_order(config_path: Path, runs_dir: Path | None, run: str | None) -> Path:
+    """The folder of a run that exists: an order for a mistyped name would wait for ever."""
+    folder, _ = _find(config_path, runs_dir, run)
+    with opened(folder):
+        return folder
+
+
+# --- lines
+
+
+def _print(facts: Any, as_json: bool, lines: Callable[[Any], list[str]]) -> None:
+    click.echo(json.dumps(facts, indent=2) if as_json else "\n".join(printable(line) for line in lines(facts)))
+
+
+def _status_lines(facts: Facts) -> list[str]:
+    asked = f" of {facts['rounds_asked']}" if facts["rounds_asked"] is not None else ""
+    lines = [f"{facts['run']}: {facts['state']}, {facts['rounds_published']}{asked} rounds published"]
+    for word in ("paused", "aborted"):
+        order = facts[word]
+        if order is not None:
+            lines.append(f"  {word} {_ago(order['asked_ms'])}{_because(order['reason'])}")
+    if not facts["running"] and facts["ended_ms"] is not None:
+        lines.append(f"  ended {_ago(facts['ended_ms'])} with code {facts['code']}{_because(facts['reason'])}")
+    if facts["running"]:
+        lines.append(f"  online: {', '.join(facts['devices_online']) or 'no device'}")
+    lines += _round_lines(facts["round"]) if facts["round"] is not None else []
+    return lines + [line for ended in facts["last_rounds"] for line in _ended_lines(ended)]
+
+
+def _round_lines(facts: Facts) -> list[str]:
+    left_s = max(0.0, facts["deadline_ms"] / 1000 - time.time())
+    head = f"round {facts['number']} {facts['phase']}, {duration(left_s)} left, quorum {facts['quorum']}"
+    return [head, *(f"  {one['device']} {one['progress']}{_because(one['reason'])}" for one in facts["devices"])]
+
+
+def _ended_lines(facts: Facts) -> list[str]:
+    loss = facts["median_training_loss"]
+    shown = f", median training loss {loss:.4f}" if loss is not None else ""
+    head = f"round {facts['number']} {facts['outcome']}: {facts['accepted']} of {facts['invited']} updates{shown}"
+    why = f" ({facts['reason']})" if facts["reason"] else ""
+    return [head + why, *(f"  {d['device']} {d['status']}{_because(d['reason'])}" for d in facts["not_used"])]
+
+
+def _device_lines(found: list[Facts]) -> list[str]:
+    names = ("invited", "delivered", "accepted", "rejected", "missing")
+    rows = [("device", "now", "last heard", *names, "last rejection")]
+    for one in found:
+        seen = _ago(one["last_seen_ms"]) if one["last_seen_ms"] is not None else "never"
+        now = "online" if one["online"] else "offline"
+        rows.append((one["device"], now, seen, *(str(one[name]) for name in names), one["last_rejection"]))
+    return _aligned(rows)
+
+
+def _run_lines(found: list[Facts]) -> list[str]:
+    rows = [("run", "state", "published", "abandoned", "started", "end")]
+    for one in found:
+        published = str(one["rounds_published"])
+        published += f"/{one['rounds_asked']}" if one["rounds_asked"] is not None else ""
+        started = _ago(one["started_ms"]) if one["started_ms"] is not None else ""
+        end = f"code {one['code']}{_because(one['reason'])}" if one["code"] is not None else ""
+        rows.append((one["run"], one["state"], published, str(one["rounds_abandoned"]), started, end))
+    return _aligned(rows)
+
+
+def _because(reason: str) -> str:
+    return f": {reason}" if reason else ""
+
+
+def _ago(unix_ms: int) -> str:
+    return f"{duration(max(0.0, time.time() - unix_ms / 1000))} ago"
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
