@@ -11,13 +11,14 @@ import pytest
 
 from covey_coordinator.aggregation.engines import make_engine
 from covey_coordinator.aggregation.registry import make_rule
+from covey_coordinator.aggregation.screening import Arrivals
 from covey_coordinator.records import ACCEPTED, DeviceVerdict
 from covey_coordinator.serve import _resume
 from covey_coordinator.store import Checkpoint, RunStore
 from covey_protocol.blobs import blob_ref
 from covey_protocol.messages import Invitation, Offer, TrainingPlan
 from covey_protocol.parameters import ParameterSpec
-from covey_protocol.round import Phase, RoundSettings
+from covey_protocol.round import Phase, Progress, RoundSettings
 
 D = 8
 IDS = ("a", "b", "c")
@@ -95,3 +96,27 @@ def test_a_sound_run_is_not_computed_again(
     monkeypatch.setattr(RunStore, "kept_updates", refuse)
     parameters, done = _resume(store, engine(), "run", START, lambda line: None)
     assert (done, parameters.tobytes()) == (3, models[2].tobytes())
+
+
+def test_a_round_with_a_refused_device_is_computed_again_with_one_byzantine_device_fewer(
+    tmp_path: Path,
+) -> None:
+    store = RunStore(tmp_path / "run")
+    made = make_engine("direct", make_rule("trimmed-mean", 1), (ParameterSpec("dense", (D,)),))
+    blob, ids = blob_ref(START.tobytes()), (*IDS, "d")
+    invitation = Invitation("run.1.a", 1, 1000, 1000, blob, blob, TrainingPlan(1, 0.1), ids)
+    store.open_round("run", invitation, RoundSettings(3, 1.0, 1.0, 4 * D), 1000)
+    updates = np.random.default_rng(4).normal(size=(3, D)).astype("<f4")
+    arrivals = Arrivals(ids, D)
+    for name, update in zip(IDS, updates):
+        store.store_update(name, Offer("run.1.a", blob_ref(update.tobytes()), 5), update.tobytes())
+        arrivals.add(name, update, 5.0)
+    store.record("run.1.a", "d", Progress.REFUSED, "an update of the wrong size")
+    outcome = made.aggregate(START, arrivals.screened(IDS, refused_on_arrival=1))
+    np.testing.assert_allclose(outcome.parameters, updates.mean(axis=0), rtol=1e-6)  # with f = 1 it were the median
+    checkpoint = Checkpoint(1, outcome.parameters, made.saved_state())
+    store.conclude("run.1.a", Phase.PUBLISHED, "", list(outcome.verdicts), checkpoint)
+    spoil(store, 1)
+    again = make_engine("direct", make_rule("trimmed-mean", 1), (ParameterSpec("dense", (D,)),))
+    parameters, done = _resume(store, again, "run", START, lambda line: None)
+    assert (done, parameters.tobytes()) == (1, outcome.parameters.tobytes())
