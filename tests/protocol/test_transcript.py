@@ -28,6 +28,7 @@ from covey_protocol.messages import (
     Presence,
     Receipt,
     RoundClosed,
+    Seen,
     Verdict,
 )
 from covey_protocol.seals import PublicKey
@@ -66,6 +67,12 @@ def test_a_real_round_breaks_nothing() -> None:
     assert said <= kinds, "the golden round says everything but a failure"
 
 
+def test_a_device_may_say_that_it_has_seen_its_verdict() -> None:
+    offer = GOOD[at(Offer)]
+    seen = MADE.resealed(offer, Seen(ROUND.round_id), extra=500)
+    assert judge([*GOOD, msgspec.structs.replace(seen, time_s=GOOD[-1].time_s)]) == []
+
+
 FIRST = {
     "a-forged-message": (11, 3, "not sealed by the key known for attic-pi"),
     "a-future-version": (13, 9, "speaks protocol 2"),
@@ -73,7 +80,7 @@ FIRST = {
     "a-second-verdict": (21, 6, "gets another verdict than before"),
     "an-offer-without-an-answer": (10, 5, "offers an update without having accepted"),
     "an-update-kept-too-early": (15, 6, "kept before it is whole"),
-    "an-update-of-another-size": (11, 4, "offers 40 bytes, the model has 36"),
+    "an-update-of-another-size": (11, 4, "offers 40 bytes, not 36 to 36 as this round asks"),
 }
 
 
@@ -131,6 +138,7 @@ ROUND = MADE.message_of(GOOD[at(Invitation)])
 
 CLEARED = next(i for i, r in enumerate(GOOD) if ROUND.parameters.sha256.hex() in r.topic and not r.payload)
 CHANGES: dict[str, tuple[list[Record], int, str]] = {
+    "a verdict seen that nobody gave": (added(Offer, Seen(ROUND.round_id)), 5, "nobody gave"),
     "time that runs backwards": (changed(5, time_s=0.0), 11, "backwards"),
     "a topic of nobody": (changed(at(Answer), topic="covey/1/golden/device/a b/up"), 2, "no topic"),
     "a topic of another fleet": (changed(at(Answer), topic="covey/1/other/device/a/up"), 2, "no topic"),

@@ -19,6 +19,7 @@ from msgspec import Meta, Struct
 from covey_protocol import codec
 from covey_protocol.codec import COORDINATOR, ReplayGuard
 from covey_protocol.errors import PeerError
+from covey_protocol.forms import compression_of, update_sizes
 from covey_protocol.messages import (
     Answer,
     BlobRef,
@@ -31,6 +32,7 @@ from covey_protocol.messages import (
     Presence,
     Receipt,
     RoundClosed,
+    Seen,
     Verdict,
 )
 from covey_protocol.seals import PublicKey
@@ -287,12 +289,15 @@ class Judge:
             self._offer(device_id, device, message, known)
         elif isinstance(message, Chunk):
             self._chunk(device_id, device, message)
+        elif isinstance(message, Seen):
+            _require(device.verdict is not None, 5, f"{device_id} has seen a verdict that nobody gave it")
 
     def _offer(self, device_id: str, device: _Device, offer: Offer, known: _Round) -> None:
         restarted = bool(device.offers)  # from its outbox, without another answer
         _require(device.answer is True or restarted, 5, f"{device_id} offers an update without having accepted")
-        size = known.invitation.parameters.size
-        _require(offer.update.size == size, 4, f"{device_id} offers {offer.update.size} bytes, the model has {size}")
+        least, most = update_sizes(compression_of(known.invitation.plan), known.invitation.dimension)
+        right = least <= offer.update.size <= most
+        _require(right, 4, f"{device_id} offers {offer.update.size} bytes, not {least} to {most} as this round asks")
         device.offers[offer.update.sha256] = offer
 
     def _chunk(self, device_id: str, device: _Device, chunk: Chunk) -> None:
