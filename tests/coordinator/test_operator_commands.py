@@ -52,6 +52,8 @@ def deliver(store: RunStore, round_id: str, device_id: str, loss: float) -> None
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[RunStore]:
     """A round that is over, one under way, a device that was only heard."""
+    global NOW_MS
+    NOW_MS = time.time_ns() // 1_000_000  # not that of the import: minutes may have passed since
     (tmp_path / "coordinator.toml").write_text(CONFIG)
     made = RunStore(tmp_path / "runs" / "bell")
     made.started("bell", 20, NOW_MS - 60_000)
