@@ -146,7 +146,7 @@ def run_with_kills(clinic: Clinic, rounds: int, epochs: int, seed: int, most_kil
         if len(invitations(clinic)) > opened:  # a few kills for each round that was opened
             opened, due = len(invitations(clinic)), rng.choice([1, 2, 3])
         if victims and due and connected(clinic):
-            time.sleep(rng.uniform(0.0, 1.0))
+            time.sleep(rng.uniform(0.0, rng.choice([0.5, 3.0])))
             if clinic.running[victims[0]].poll() is None:
                 clinic.kill(victims.pop(0))
                 due -= 1
