@@ -5,8 +5,8 @@ of `Kernels.sum_rows`, and sums of whole numbers that no order changes. Threads 
 column's result does not depend on its neighbours.
 
 An `Updates` may have *stages*: new rows that are weighted sums of rows, made for a few columns at a time, so that the
-mixed matrix never exists as a whole. Memory beyond the updates: under 1 MB per thread; for inner products and norms
-of updates with stages two blocks of GRAM_COLUMNS columns per thread, and in `gram` a few (n, n) matrices.
+mixed matrix never exists as a whole. Memory beyond the updates: under 1 MB per thread; for inner products and norms a
+block of GRAM_COLUMNS columns per thread, with stages two, and in `gram` a few (n, n) matrices.
 
 All numbers must be finite; that is not checked here.
 """
