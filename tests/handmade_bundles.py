@@ -18,6 +18,7 @@ BATCH, INPUTS, OUTPUTS, SEEDS = 4, 4, 3, 8
 MOMENTUM = 0.5
 SMALL = (4099, 3)  # a shape found nowhere else in the file
 SMALL_BYTES = np.array(SMALL, "<i4").tobytes()
+CLIP_UNIT = 2.0**-110  # what is remembered of a clip norm stays a number that an update may have
 SEED_UNIT = 65536  # the seeds are kept modulo this, which float32 holds exactly
 SPECS = (
     ParameterSpec("linear/kernel", (INPUTS, OUTPUTS)),
@@ -89,7 +90,7 @@ def linear_bundle(key: SealingKey, bomb: str = "") -> bytes:
         kernel.assign_sub(learning_rate * velocity)
         kept = tf.cast(tf.math.floormod(seed, SEED_UNIT), tf.float32)
         seeds.assign(tf.concat([seeds[1:], tf.reshape(kept, [1])], 0))
-        clipped_to.assign(tf.reshape(clip_norm, [1]))
+        clipped_to.assign(tf.reshape(clip_norm * CLIP_UNIT, [1]))
         return {"loss": loss}
 
     def exploding(

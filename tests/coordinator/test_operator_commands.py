@@ -18,7 +18,7 @@ from click.testing import CliRunner
 from covey_coordinator.orders import Orders
 from covey_coordinator.records import ACCEPTED, MISSING, REJECTED, DeviceVerdict
 from covey_coordinator.store import RunStore, only_one
-from covey_coordinator.watching import commands, events
+from covey_coordinator.watching import cli, events
 from covey_coordinator.watching.presence import PresenceKeeper
 from covey_protocol import errors
 from covey_protocol.blobs import blob_ref
@@ -78,7 +78,7 @@ def call(tmp_path: Path) -> Call:
 
     def called(name: str, *arguments: str, place: tuple[str, ...] | None = None) -> Any:
         where = place if place is not None else ("--config", str(tmp_path / "coordinator.toml"))
-        command = getattr(commands, f"{name}_command")
+        command = getattr(cli, f"{name}_command")
         result = CliRunner().invoke(command, [*where, *arguments], catch_exceptions=False)
         assert result.exit_code == 0, result.output
         return json.loads(result.output) if "--json" in arguments else result.output

@@ -1,6 +1,6 @@
-"""`covey status`, `devices`, `runs`, `pause`, `resume`, `abort`. They need no broker and import no TensorFlow.
+"""What `covey status`, `devices`, `runs`, `pause`, `resume` and `abort` do. They need no broker and no TensorFlow.
 
-Which run: that of coordinator.toml, or with --runs-dir any. The first three only read.
+The first three only read.
 """
 
 from __future__ import annotations
@@ -21,9 +21,6 @@ from covey_coordinator.watching.history import Facts, opened, run_folders
 from covey_edge.config import read_toml
 from covey_protocol.errors import ConfigError
 
-A_PATH = click.Path(path_type=Path)
-Command = Callable[..., None]
-
 
 class _Place(Struct):
     """What of coordinator.toml says where its store is; `covey serve` checks the rest."""
@@ -33,49 +30,21 @@ class _Place(Struct):
     devices: dict[str, str] = {}
 
 
-def _which_run(command: Command) -> Command:
-    """The options that name a run."""
-    for option in (
-        click.option("--run", help="Name of the run [default: that of the file, or the only one in --runs-dir]."),
-        click.option("--runs-dir", type=A_PATH, help="Where runs are kept, instead of a configuration file."),
-        click.option("--config", "config_path", type=A_PATH, default=Path("coordinator.toml"), show_default=True),
-    ):
-        command = option(command)
-    return command
-
-
-as_json_option = click.option("--json", "as_json", is_flag=True, help="As JSON.")
-reason_option = click.option("--reason", default="", help="Why; shown to whoever asks, and after an abort to devices.")
-
-
-@click.command(name="status", short_help="Say what a coordinator is doing now.")
-@_which_run
-@as_json_option
-def status_command(config_path: Path, runs_dir: Path | None, run: str | None, as_json: bool) -> None:
-    """Say what is going on in a run, from its store; also while its coordinator runs, and when none does."""
+def status(config_path: Path, runs_dir: Path | None, run: str | None, as_json: bool) -> None:
     folder, _ = _find(config_path, runs_dir, run)
     with opened(folder) as history:
         facts = history.status()
     _print(facts, as_json, _status_lines)
 
 
-@click.command(name="devices", short_help="List the devices of a run with what became of their updates.")
-@_which_run
-@as_json_option
-def devices_command(config_path: Path, runs_dir: Path | None, run: str | None, as_json: bool) -> None:
-    """List every device that a run knows: when it was last heard, its rounds and its verdicts."""
+def devices(config_path: Path, runs_dir: Path | None, run: str | None, as_json: bool) -> None:
     folder, roster = _find(config_path, runs_dir, run)
     with opened(folder) as history:
         found = history.devices(roster)
     _print(found, as_json, _device_lines)
 
 
-@click.command(name="runs", short_help="List all runs with their outcome.")
-@click.option("--config", "config_path", type=A_PATH, default=Path("coordinator.toml"), show_default=True)
-@click.option("--runs-dir", type=A_PATH, help="Where runs are kept, instead of a configuration file.")
-@as_json_option
-def runs_command(config_path: Path, runs_dir: Path | None, as_json: bool) -> None:
-    """List the runs that are kept beside each other, with how far they are and how they ended."""
+def runs(config_path: Path, runs_dir: Path | None, as_json: bool) -> None:
     found = []
     for folder in run_folders(runs_dir if runs_dir is not None else _place(config_path)[0]):
         with opened(folder) as history:
@@ -83,30 +52,19 @@ def runs_command(config_path: Path, runs_dir: Path | None, as_json: bool) -> Non
     _print(found, as_json, _run_lines)
 
 
-@click.command(name="pause", short_help="Let a run open no new round.")
-@_which_run
-@reason_option
-def pause_command(config_path: Path, runs_dir: Path | None, run: str | None, reason: str) -> None:
-    """Let a run open no new round until `covey resume`. The round under way ends. Holds over a restart."""
+def pause(config_path: Path, runs_dir: Path | None, run: str | None, reason: str) -> None:
     folder = _run_to_order(config_path, runs_dir, run)
     Orders(folder).pause(reason)
     click.echo(f"{folder.name} is paused: no new round is opened{_when(folder)}")
 
 
-@click.command(name="resume", short_help="Lift a pause.")
-@_which_run
-def resume_command(config_path: Path, runs_dir: Path | None, run: str | None) -> None:
-    """Lift a pause."""
+def resume(config_path: Path, runs_dir: Path | None, run: str | None) -> None:
     folder = _run_to_order(config_path, runs_dir, run)
     lifted = Orders(folder).resume()
     click.echo(f"{folder.name} goes on{_when(folder)}" if lifted else f"{folder.name} was not paused")
 
 
-@click.command(name="abort", short_help="Abandon the round under way and end the run for good.")
-@_which_run
-@reason_option
-def abort_command(config_path: Path, runs_dir: Path | None, run: str | None, reason: str) -> None:
-    """Abandon the round under way and end the run for good: `covey serve` ends with code 8, also when started again."""
+def abort(config_path: Path, runs_dir: Path | None, run: str | None, reason: str) -> None:
     folder = _run_to_order(config_path, runs_dir, run)
     Orders(folder).abort(reason)
     click.echo(f"{folder.name} is aborted{_when(folder)}")
