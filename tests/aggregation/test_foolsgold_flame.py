@@ -73,7 +73,7 @@ def test_cosine_distances_are_right_where_cosines_are_all_but_one(spread: float)
     np.testing.assert_array_equal(found[3], [1, 1, 1, 0, 1, 1, 1, 1, 1])
     np.testing.assert_allclose(norms, np.linalg.norm(rows.astype(np.float64), axis=1), rtol=3e-6)
     naive = 1 - cosines_between(NumpyKernels(), Updates(rows[rest]))[0]
-    assert np.allclose(naive, expected, rtol=5e-5, atol=1e-12) == (spread > 1e-4)
+    assert np.allclose(naive, expected, rtol=5e-5, atol=1e-14) == (spread > 1e-4)
 
 
 # ---- FoolsGold
