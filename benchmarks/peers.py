@@ -68,7 +68,7 @@ class Peers:
         self.stop()
 
     def load(self, path: Path) -> None:
-        """Have the process map this .npy file; it is the input of all that runs until the next."""
+        """Have the process read this .npy file; it is the input of all that runs until the next."""
         self._path = path
         self._ask({"do": "load", "path": str(path)}, START_S)
 
