@@ -24,6 +24,7 @@ MAX_LEARNING_RATE = 1000.0
 MAX_GRADIENT_NORM = 1e9  # far above the norm of any gradient worth a step; keeps the product with it finite in float32
 MAX_PROXIMAL_WEIGHT = 1000.0  # FedProx's mu; with learning_rate * mu above 1 a step already overshoots its centre
 MAX_DURATION_MS = 30 * 24 * 3600 * 1000  # a month
+MAX_STALENESS = 100  # rounds; and as many earlier rounds an invitation can name
 
 DeviceId = Annotated[str, Meta(pattern=r"\A[A-Za-z0-9][A-Za-z0-9_-]{0,62}\Z")]
 RoundId = Annotated[str, Meta(pattern=r"\A[A-Za-z0-9][A-Za-z0-9._-]{0,94}\Z")]
@@ -88,13 +89,16 @@ class TrainingPlan(Struct, frozen=True, omit_defaults=True):
 # --- coordinator to devices
 
 
-class Invitation(Struct, frozen=True, tag="invitation"):
+class Invitation(Struct, frozen=True, tag="invitation", omit_defaults=True):
     """The current round, retained on `fleet/round`.
 
     duration_ms: how long the round accepts updates; each side counts it from when it sent or got this, by its own
     clock. issued_at_ms: Unix time, for logs only; devices' clocks are not trusted.
     devices: who is invited, empty for everyone. requires: capabilities a device must have to take part, so that later
     kinds of rounds are declined by old devices.
+    max_staleness: this round's updates may also be taken by rounds whose number is at most so much larger, 0 for none:
+    a device goes on with its work when the round is closed. earlier: the rounds whose updates this one takes, too,
+    the newest first.
     """
 
     round_id: RoundId
@@ -104,8 +108,11 @@ class Invitation(Struct, frozen=True, tag="invitation"):
     bundle: BlobRef
     parameters: BlobRef
     plan: TrainingPlan
-    devices: Annotated[tuple[DeviceId, ...], Meta(max_length=MAX_DEVICES)] = ()
-    requires: Capabilities = ()
+    # a factory's value is never left out; the first devices' invitations held both
+    devices: Annotated[tuple[DeviceId, ...], Meta(max_length=MAX_DEVICES)] = msgspec.field(default_factory=lambda: ())
+    requires: Capabilities = msgspec.field(default_factory=lambda: ())
+    max_staleness: Annotated[int, Meta(ge=0, le=MAX_STALENESS)] = 0
+    earlier: Annotated[tuple[RoundId, ...], Meta(max_length=MAX_STALENESS)] = ()
 
     @property
     def dimension(self) -> int:
