@@ -22,13 +22,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from msgspec.structs import replace
 
 from covey_coordinator import records
+from covey_coordinator.aggregation.staleness import staleness_weight
 from covey_coordinator.coordinator import Clock, Coordinator
 from covey_coordinator.fleet import FromFleet
 from covey_coordinator.orders import Orders
 from covey_coordinator.serve import CoordinatorConfig, RoundSettings, run_rounds
-from covey_coordinator.store import KEEP_ROUNDS, RunStore
+from covey_coordinator.store import KEEP_ROUNDS, SCHEMA, RunStore
 from covey_edge.config import BrokerSettings
 from covey_edge.files import Disk
 from covey_edge.outbox import Outbox
@@ -72,11 +74,16 @@ CONFIG = CoordinatorConfig(
     key_file="",
     rounds=ROUNDS,
     broker=BrokerSettings(url="mqtt://nowhere"),
-    devices={},
+    devices=dict.fromkeys((*HONEST, HOSTILE), ""),
     round=RoundSettings(
         devices=2, quorum=2, duration_s=DURATION_S, answer_s=ANSWER_S, grace_s=GRACE_S, wait_s=30.0, pause_s=0.5
     ),
 )
+KINDS = {  # of rounds
+    "for everyone": CONFIG,
+    "until the goal": replace(CONFIG, round=replace(CONFIG.round, goal=2)),
+    "asynchronous": replace(CONFIG, rounds=2 * ROUNDS, round=replace(CONFIG.round, goal=2, max_staleness=2)),
+}
 MANIFEST = Manifest(
     format=1,
     name="ledger",
@@ -91,6 +98,7 @@ MANIFEST = Manifest(
     optimizer="sgd",
 )
 BUNDLE = write_bundle(MANIFEST, b"model", SealingKey.from_seed(bytes(32)))
+STORED = "SELECT id, coalesce(origin, round), sha256, staleness FROM devices WHERE sha256 IS NOT NULL"
 TO_DEVICE = {
     Invitation: device.Invited,
     RoundClosed: device.Closed,
@@ -530,6 +538,8 @@ class World:
     def __post_init__(self) -> None:
         self.rng = random.Random(self.seed)
         self.trouble = Trouble.drawn(self.rng)
+        self.kind = self.rng.choice(list(KINDS))
+        self.config = KINDS[self.kind]
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._counter = 0
         self._last_check = 0.0
@@ -538,7 +548,7 @@ class World:
         self.fleet: SimulatedFleet | None = None
         self.devices = {name: SimulatedDevice(self, name) for name in HONEST}
         self.orders = Orders(Path("no folder"))
-        self.rounds = ROUNDS  # that are published at the end
+        self.rounds = self.config.rounds  # that are published at the end
 
     # --- the whole run
 
@@ -558,7 +568,7 @@ class World:
                     lambda coordinator: run_rounds(
                         coordinator,
                         LedgerEngine(self),
-                        CONFIG,
+                        self.config,
                         BUNDLE,
                         np.zeros(D, np.float32),
                         lambda line: None,
@@ -637,7 +647,7 @@ class World:
         """Rounds end, and so does the run."""
         if self.troubled and self.now > TROUBLE_S:
             self.calm()
-        self.require(self.now < PATIENCE_S, f"{ROUNDS} rounds are not published after {PATIENCE_S} s")
+        self.require(self.now < PATIENCE_S, f"{self.rounds} rounds are not published after {PATIENCE_S} s")
         passed, self._last_check = self.now - self._last_check, self.now
         current = self.fleet.round if self.fleet is not None else None
         if isinstance(current, Invitation) and passed < 5.0:
@@ -807,6 +817,8 @@ class World:
         self.require(round_id is not None, "aggregates before the decision is durable")
         names = frozenset(screened.device_ids) | frozenset(screened.reasons)
         self.seen["aggregated again after a crash"] += round_id[0] in self.decided
+        goal = self.config.round.goal
+        self.require(goal == 0 or len(names) <= goal, "more updates than the goal", names)
         before = self.decided.setdefault(round_id[0], names)
         self.require(before == names, "another set of updates for a round that was decided", before, names)
         newest = self._one("SELECT max(number) FROM checkpoints")[0] or 0
@@ -820,22 +832,33 @@ class World:
         data = self.disk.files.get(f"run/checkpoints/run/round-{row[0]:05d}.f32")
         self.require(data is not None and hashlib.sha256(data).hexdigest() == row[1], "a checkpoint without its file")
         ledger = np.frombuffer(data or b"", "<f4")
-        self.require(bool(np.isin(ledger, (0.0, 1.0)).all()), "an update is counted more than once", ledger.max())
-        accepted = set(self._all("SELECT id, round, sha256 FROM devices WHERE status = 'accepted'"))
+        accepted = {tuple(word): stale for *word, stale in self._all(f"{STORED} AND status = 'accepted'")}
         for slot, word in self.slots.items():
-            self.require(bool(ledger[slot]) == (word in accepted), "model and verdict disagree", word)
+            weight = np.float32(staleness_weight(accepted[word])) if word in accepted else 0.0
+            self.require(ledger[slot] == weight, "model and verdict disagree", word, ledger[slot], weight)
 
     def check_store(self) -> None:
         """What was acknowledged is on its way, or has a verdict; and nothing grows without end."""
-        if self._one("SELECT count(*) FROM sqlite_master WHERE name = 'devices'")[0] == 0:
+        if self._one("PRAGMA user_version")[0] < len(SCHEMA):
             return
         for word in self.acknowledged:
             self.require(self._is_durable(*word), "an acknowledged update is gone", word)
-        judged = "SELECT d.id, d.round, d.sha256, d.status, d.why FROM devices d JOIN rounds r ON r.id = d.round"
+        judged = (
+            "SELECT d.id, coalesce(d.origin, d.round), d.sha256, d.status, d.why"
+            " FROM devices d JOIN rounds r ON r.id = d.round"
+        )
         for *word, status, why in self._all(f"{judged} WHERE r.phase IN ('published', 'abandoned')"):
             if tuple(word) in self.acknowledged:
                 good = status == "accepted" or (status == "rejected" and bool(why))
                 self.require(good, "no verdict, or none with a reason", word, status, why)
+        words = [tuple(word[:2]) for word in self._all(STORED)]
+        self.require(len(words) == len(set(words)), "an update was taken by two rounds", words)
+        stale = self._all(
+            "SELECT d.staleness, taker.number - trained.number FROM devices d JOIN rounds taker ON taker.id = d.round"
+            " JOIN rounds trained ON trained.id = d.origin"
+        )
+        right = all(said == is_so <= self.config.round.max_staleness for said, is_so in stale)
+        self.require(right, "the staleness of an update is wrong", stale)
         updates = [name for name in self.disk.files if name.startswith("run/updates/")]
         partial = [name for name in self.disk.files if name.startswith("run/partial/")]
         everyone = len(HONEST) + 1
@@ -850,6 +873,8 @@ class World:
         self.check_store()
         self.check_ledger()
         self.require(self._one("SELECT count(*) FROM checkpoints")[0] >= self.rounds, "not every round is published")
+        for (stale,) in self._all("SELECT staleness FROM devices WHERE origin IS NOT NULL AND status = 'accepted'"):
+            self.seen[f"accepted late, staleness {stale}"] += 1
         for word in self.acknowledged:
             self.require(self._verdict(word[1], word[0]) in ("accepted", "rejected"), "never judged", word)
         for one in self.devices.values():
@@ -857,7 +882,12 @@ class World:
             self.require(one.performer.machine.owed == () and not left, f"{one.name} never hears", left)
 
     def _is_durable(self, name: str, round_id: str, sha256: str) -> bool:
-        row = self._one("SELECT offer FROM devices WHERE round = ? AND id = ? AND sha256 = ?", round_id, name, sha256)
+        row = self._one(
+            "SELECT offer FROM devices WHERE coalesce(origin, round) = ? AND id = ? AND sha256 = ?",
+            round_id,
+            name,
+            sha256,
+        )
         path = f"run/updates/{sha256}.f32"
         over = self._verdict(round_id, name) is not None  # then the file may have gone after KEEP_ROUNDS
         data = self.disk.files.get(path)
@@ -865,7 +895,11 @@ class World:
         return row is not None and not self.database.in_transaction and (whole or over)
 
     def _verdict(self, round_id: str, name: str) -> str | None:
-        row = self._one("SELECT status FROM devices WHERE round = ? AND id = ?", round_id, name)
+        row = self._one(
+            "SELECT status FROM devices WHERE coalesce(origin, round) = ? AND id = ? AND sha256 IS NOT NULL",
+            round_id,
+            name,
+        )
         return row[0] if row is not None else None
 
     def _one(self, query: str, *values: Any) -> Any:

@@ -13,17 +13,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from covey_coordinator import records
 from covey_coordinator.aggregation.screening import Arrivals, Screened
+from covey_coordinator.aggregation.staleness import weighted
 from covey_coordinator.fleet import POLL_S, FromFleet
 from covey_coordinator.store import Checkpoint, RunStore, decoded
 from covey_coordinator.watching import events
 from covey_protocol import round as rounds
 from covey_protocol.bundle import check_plan, read_bundle
-from covey_protocol.device import needed_capabilities
+from covey_protocol.device import LATE, needed_capabilities
 from covey_protocol.errors import PeerError, RuleError, RunError
 from covey_protocol.messages import (
     Answer,
@@ -164,6 +166,8 @@ class Coordinator:
         self._on_progress = on_progress
         self._watch = watch
         self._aborted = aborted
+        self._window: frozenset[str] = frozenset()  # rounds whose updates a later one may take
+        self._models: list[bytes] = []  # of ended rounds for which devices may still work, the oldest first
 
     def wait_for(
         self,
@@ -213,8 +217,14 @@ class Coordinator:
         quorum: int,
         engine: Engine | None,
         timing: Timing = Timing(),
+        goal: int = 0,
+        max_staleness: int = 0,
     ) -> RoundResult:
         """One round with these devices. engine None collects the updates and leaves the model as it is (for audits).
+
+        goal: the round ends when so many updates are stored (over-selection, where more devices are invited); 0 waits
+        for everyone. max_staleness: above 0, the round is one filling of a buffer of `goal` updates (FedBuff): it takes
+        updates for rounds that are behind by at most so many models, and later rounds take what comes too late for it.
 
         Raises, before anything is published, TrainingError for a plan that the bundle cannot follow and RuleError where
         the updates of so many devices would not fit.
@@ -228,12 +238,19 @@ class Coordinator:
         refs = self._publish(bundle, parameters)
         requires = needed_capabilities(manifest, plan)
         now_ms = self._clock.unix_ms()
-        invitation = _invitation(run_id, number, *refs, plan, device_ids, requires, timing, now_ms)
-        settings = RoundSettings.of(invitation, quorum, timing.answer_s, timing.grace_s)
+        if max_staleness:
+            requires = (*requires, LATE)
+        invitation = _invitation(run_id, number, *refs, plan, device_ids, requires, timing, now_ms, max_staleness)
+        if max_staleness:
+            earlier = self.store.window(invitation, run_id, max_staleness)
+            invitation = msgspec.structs.replace(invitation, earlier=earlier)
+        earlier_rounds = self.store.earlier(invitation)
+        settings = RoundSettings.of(invitation, quorum, timing.answer_s, timing.grace_s, goal, earlier_rounds)
         machine = RoundMachine(invitation, device_ids, settings)
         self.store.open_round(run_id, invitation, settings, now_ms)
         now = self._clock.monotonic_s()
         state = _Round(machine, parameters, parameters, engine, arrivals, now, kept_time_at=now)
+        self._await_late_ones(invitation)
         self._tell_opened(state, now, resumed=False)
         return self._collect(state, machine.handle(rounds.Opened(), now))
 
@@ -256,6 +273,7 @@ class Coordinator:
         arrivals = Arrivals(facts.devices, len(parameters))
         opened_at = now - facts.elapsed_s
         state = _Round(machine, parameters, parameters, engine, arrivals, opened_at, kept_time_at=now)
+        self._await_late_ones(invitation)
         self._tell_opened(state, now, resumed=True)
         reason = self._aborted()
         if reason is None and refs != (invitation.bundle, invitation.parameters):
@@ -270,6 +288,7 @@ class Coordinator:
 
     def announce(self, run_id: str) -> None:
         """After a start: say again how the newest round ended, and the verdicts on it that no device has read."""
+        self._window = frozenset(self.store.next_window(run_id))
         closed = self.store.newest_end(run_id)
         if closed is None:
             return
@@ -282,10 +301,26 @@ class Coordinator:
         self.store.prune(run_id, self._clock.unix_ms())
 
     def linger(self, run_id: str) -> None:
-        """Before the end: until every device that is online has read its verdicts, or LINGER_S."""
+        """Before the end: until every device that is online has read its verdicts, or LINGER_S.
+
+        There is no later round that could take an update.
+        """
+        self._window = frozenset()
         self.attend(LINGER_S, lambda: self.store.untold_devices(run_id).isdisjoint(self.fleet.online()))
 
     # --- one round
+
+    def _await_late_ones(self, invitation: Invitation) -> None:
+        own = (invitation.round_id, *invitation.earlier) if invitation.max_staleness else ()
+        self._window = frozenset(own)
+
+    def _clear_models(self, invitation: Invitation) -> None:
+        """Take off the broker what no device works with any more."""
+        sha256 = invitation.parameters.sha256
+        if sha256 != invitation.bundle.sha256 and sha256 not in self._models:
+            self._models.append(sha256)
+        while len(self._models) > invitation.max_staleness:
+            self.fleet.clear_blob(self._models.pop(0))
 
     def _publish(self, bundle: bytes, parameters: Floats) -> tuple[BlobRef, BlobRef]:
         return self.fleet.publish_blob(bundle), self.fleet.publish_blob(parameters.astype("<f4").tobytes())
@@ -315,8 +350,7 @@ class Coordinator:
             if state.finished is None and not self._leave_open:  # devices must not go on working for nothing
                 self._handle(state, rounds.Aborted("the coordinator stopped"))
         invitation, finished = state.machine.invitation, state.finished
-        if invitation.parameters.sha256 != invitation.bundle.sha256:
-            self.fleet.clear_blob(invitation.parameters.sha256)
+        self._clear_models(invitation)
         verdicts = sorted(state.verdicts, key=lambda verdict: verdict.device_id)
         seconds = self._clock.monotonic_s() - started
         metrics = {device_id: offer.metrics for device_id, offer in state.offers.items()}
@@ -393,7 +427,8 @@ class Coordinator:
                 round_id = state.machine.invitation.round_id
                 self.store.record(round_id, effect.device_id, effect.progress, effect.reason)
             elif isinstance(effect, rounds.SaveChunk):
-                self.store.save_chunk(effect.device_id, effect.offer, effect.index, effect.data)
+                taker = state.machine.invitation.round_id
+                self.store.save_chunk(effect.device_id, effect.offer, effect.index, effect.data, taken_by=taker)
             elif isinstance(effect, rounds.Recall):
                 self._recall(effect.device_id, effect.offer)
             elif isinstance(effect, rounds.Store):
@@ -407,17 +442,26 @@ class Coordinator:
 
     def _store(self, state: _Round, effect: rounds.Store) -> None:
         try:
-            update = decoded(state.machine.invitation, effect.device_id, effect.data)
+            update = self._decoded(state.machine.invitation, effect)
         except PeerError as exc:
             self._handle(state, rounds.Malformed(effect.device_id, str(exc)))
             return
-        self.store.store_update(effect.device_id, effect.offer, effect.data)
+        taker, staleness = state.machine.invitation.round_id, effect.staleness
+        self.store.store_update(effect.device_id, effect.offer, effect.data, taken_by=taker, staleness=staleness)
         state.offers[effect.device_id] = effect.offer
         state.arrivals.add(effect.device_id, update, effect.offer.num_examples)
         self._handle(state, rounds.Stored(effect.device_id))
 
+    def _decoded(self, invitation: Invitation, effect: rounds.Store) -> Floats:
+        """The update as it enters the rule. PeerError where its bytes are malformed."""
+        origin = effect.offer.round_id
+        asked = invitation if origin == invitation.round_id else self.store.invitation(origin)
+        return weighted(decoded(asked, effect.device_id, effect.data), effect.staleness)
+
     def _recall(self, device_id: str, offer: Offer) -> None:
         """An offer of a round that is not open: its device has not heard what became of it."""
+        if offer.round_id in self._window and device_id not in self.store.taken(offer.round_id):
+            return  # the next round takes it, when the device offers it again
         verdict = self.store.verdict(offer.round_id, device_id, offer.update.sha256)
         over = Receipt(offer.round_id, offer.update.sha256, False, "that round is over")
         self.fleet.send(device_id, verdict if verdict is not None else over)
@@ -468,6 +512,7 @@ def _invitation(
     requires: tuple[str, ...],
     timing: Timing,
     now_ms: int,
+    max_staleness: int,
 ) -> Invitation:
     return Invitation(
         round_id=f"{run_id}.{number}.{now_ms:x}",  # the time keeps a restarted run's rounds apart from earlier ones
@@ -479,6 +524,7 @@ def _invitation(
         plan=plan,
         devices=tuple(sorted(device_ids)),
         requires=requires,
+        max_staleness=max_staleness,
     )
 
 

@@ -66,6 +66,7 @@ from covey_protocol.messages import (
     MAX_GRADIENT_NORM,
     MAX_LEARNING_RATE,
     MAX_PROXIMAL_WEIGHT,
+    MAX_STALENESS,
     TrainingPlan,
 )
 from covey_protocol.round import Phase
@@ -98,10 +99,15 @@ class WireSettings(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class RoundSettings(Struct, frozen=True, forbid_unknown_fields=True):
-    """devices: how many must be online before a round starts. quorum: fewest updates that may be aggregated."""
+    """devices: how many must be online before a round starts. quorum: fewest updates that may be aggregated.
+
+    goal: so many updates end the round, 0 for waiting for everyone. max_staleness: above 0, rounds are asynchronous.
+    """
 
     devices: AtLeastOne
     quorum: AtLeastOne
+    goal: Annotated[int, Meta(ge=0)] = 0
+    max_staleness: Annotated[int, Meta(ge=0, le=MAX_STALENESS)] = 0
     duration_s: Annotated[float, Meta(ge=1, le=MAX_DURATION_MS / 1000)] = 600.0
     answer_s: Positive = 20.0
     grace_s: NotNegative = 3.0
@@ -159,6 +165,7 @@ def serve(
             f"{path}: round.devices = {config.round.devices}, but [devices] holds {len(config.devices)} keys",
             "add the missing devices' keys or lower round.devices",
         )
+    _check_goal(path, config.round)
     if config.metrics is not None:
         parse_listen(config.metrics.listen)
     folder = path.parent
@@ -336,10 +343,13 @@ def _new_round(
         bundle=bundle,
         parameters=parameters,
         plan=_plan(config, number),
-        device_ids=devices,
+        # in an asynchronous round who comes later may take part, too
+        device_ids=sorted({*config.devices, *devices}) if settings.max_staleness else devices,
         quorum=settings.quorum,
         engine=engine,
         timing=Timing(settings.duration_s, settings.answer_s, settings.grace_s),
+        goal=settings.goal,
+        max_staleness=settings.max_staleness,
     )
 
 
@@ -360,6 +370,20 @@ def _check_plan(path: Path, config: CoordinatorConfig, manifest: Manifest) -> No
         check_plan(manifest, _plan(config, 1))
     except (ConfigError, TrainingError) as exc:
         raise ConfigError(f"{path}: {exc.what}", f"{exc.remedy}, or leave the setting out") from exc
+
+
+def _check_goal(path: Path, settings: RoundSettings) -> None:
+    if settings.max_staleness and not settings.goal:
+        raise ConfigError(
+            f"{path}: round.max_staleness = {settings.max_staleness} without a round.goal",
+            "say with round.goal how many updates are aggregated at once",
+        )
+    if settings.goal and not settings.quorum <= settings.goal <= settings.devices:
+        raise ConfigError(
+            f"{path}: round.goal = {settings.goal} is not between round.quorum = {settings.quorum} and"
+            f" round.devices = {settings.devices}",
+            "choose one between them",
+        )
 
 
 def _plan(config: CoordinatorConfig, number: int) -> TrainingPlan:

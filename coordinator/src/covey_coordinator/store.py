@@ -26,12 +26,13 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from covey_coordinator.aggregation.staleness import weighted
 from covey_coordinator.records import DeviceVerdict
 from covey_edge.files import DISK, Disk, make_folder
 from covey_protocol.compression import decode_update
 from covey_protocol.errors import StorageError, UsageError
-from covey_protocol.messages import Invitation, Offer, RoundClosed, Verdict, reason_text
-from covey_protocol.round import DeviceFacts, Phase, Progress, RoundFacts, RoundSettings
+from covey_protocol.messages import MAX_STALENESS, Invitation, Offer, RoundClosed, Verdict, reason_text
+from covey_protocol.round import DeviceFacts, Earlier, Phase, Progress, RoundFacts, RoundSettings
 
 # PRAGMA user_version counts how many of these were applied. An entry is never changed, only added.
 SCHEMA = (
@@ -69,6 +70,13 @@ SCHEMA = (
         ended_ms INTEGER, code INTEGER, why TEXT  -- its end; NULL while it runs, and for ever if it was killed
     ) WITHOUT ROWID;
     CREATE TABLE presence (id TEXT PRIMARY KEY, online INTEGER NOT NULL, seen_ms INTEGER NOT NULL) WITHOUT ROWID;
+    """,
+    # origin: the earlier round for which the stored update was trained; NULL where it is this one
+    """
+    ALTER TABLE rounds ADD COLUMN goal INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE devices ADD COLUMN origin TEXT;
+    ALTER TABLE devices ADD COLUMN staleness INTEGER NOT NULL DEFAULT 0;
+    CREATE INDEX devices_by_origin ON devices (origin) WHERE origin IS NOT NULL;
     """,
 )
 RETENTION_MS = 30 * 24 * 3600 * 1000
@@ -138,11 +146,12 @@ class RunStore:
             settings.grace_s,
             Phase.INVITING.value,
             opened_ms,
+            settings.goal,
         )
         with self._transaction() as database:
             database.execute(
-                "INSERT INTO rounds (id, run, number, invitation, quorum, answer_s, grace_s, phase, opened_ms)"
-                " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                "INSERT INTO rounds (id, run, number, invitation, quorum, answer_s, grace_s, phase, opened_ms, goal)"
+                " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 row,
             )
             database.executemany(
@@ -158,16 +167,28 @@ class RunStore:
                 (progress.value, reason, round_id, device_id),
             )
 
-    def store_update(self, device_id: str, offer: Offer, data: bytes) -> None:
-        """After this the device may be told that its update is kept."""
+    def store_update(
+        self, device_id: str, offer: Offer, data: bytes, *, taken_by: str = "", staleness: int = 0
+    ) -> None:
+        """After this the device may be told that its update is kept. taken_by: the round, if not the offer's own."""
+        round_id = taken_by or offer.round_id
         sha256 = offer.update.sha256.hex()
         self._disk.write(self._update_path(sha256), data, mode=0o600)  # an update can be inverted
         with self._transaction() as database:
             database.execute(
-                "UPDATE devices SET progress = ?, reason = '', offer = ?, sha256 = ? WHERE round = ? AND id = ?",
-                (Progress.STORED.value, msgspec.msgpack.encode(offer), sha256, offer.round_id, device_id),
+                "UPDATE devices SET progress = ?, reason = '', offer = ?, sha256 = ?, origin = nullif(?, round),"
+                " staleness = ? WHERE round = ? AND id = ?",
+                (
+                    Progress.STORED.value,
+                    msgspec.msgpack.encode(offer),
+                    sha256,
+                    offer.round_id,
+                    staleness,
+                    round_id,
+                    device_id,
+                ),
             )
-        self._disk.remove_tree(self._partial(offer.round_id) / device_id)
+        self._disk.remove_tree(self._partial(round_id) / device_id)
 
     def decided(self, round_id: str) -> None:
         """The stored updates are those that will be aggregated; no other comes in."""
@@ -209,23 +230,23 @@ class RunStore:
         A device whose stored update cannot be read any more has the progress LOST.
         """
         row = self._one(
-            "SELECT id, invitation, quorum, answer_s, grace_s, phase, elapsed_ms FROM rounds"
+            "SELECT id, invitation, quorum, answer_s, grace_s, phase, elapsed_ms, goal FROM rounds"
             " WHERE run = ? AND phase IN (?, ?) ORDER BY rowid DESC",
             run_id,
             *OPEN_PHASES,
         )
         if row is None:
             return None
-        round_id, encoded, quorum, answer_s, grace_s, phase, elapsed_ms = row
+        round_id, encoded, quorum, answer_s, grace_s, phase, elapsed_ms, goal = row
         invitation = msgspec.msgpack.decode(encoded, type=Invitation)
-        settings = RoundSettings.of(invitation, quorum, answer_s, grace_s)
+        settings = RoundSettings.of(invitation, quorum, answer_s, grace_s, goal, self.earlier(invitation))
         return RoundFacts(invitation, settings, Phase(phase), self._devices(round_id), elapsed_ms / 1000)
 
     # --- chunks of updates that are coming in
 
-    def save_chunk(self, device_id: str, offer: Offer, index: int, data: bytes) -> None:
+    def save_chunk(self, device_id: str, offer: Offer, index: int, data: bytes, *, taken_by: str = "") -> None:
         """So that a restart need not ask for it again. Not synced: the name holds a checksum of the content."""
-        folder = self._partial(offer.round_id) / device_id
+        folder = self._partial(taken_by or offer.round_id) / device_id
         sha256 = offer.update.sha256.hex()
         if any(name != sha256 for name in self._disk.names(folder)):
             self._disk.remove_tree(folder)  # of an offer that was replaced
@@ -242,15 +263,78 @@ class RunStore:
                     found.setdefault(bytes.fromhex(sha256), {})[int(index)] = data
         return found
 
+    # --- rounds whose updates later rounds take
+
+    def invitation(self, round_id: str) -> Invitation:
+        """Of a round that is in the store."""
+        row = self._one("SELECT invitation FROM rounds WHERE id = ?", round_id)
+        return msgspec.msgpack.decode(row[0], type=Invitation)
+
+    def next_window(self, run_id: str) -> tuple[str, ...]:
+        """The rounds whose updates the run's next round may take, as far as is known before it."""
+        row = self._one(
+            "SELECT invitation, phase FROM rounds WHERE run = ? AND phase NOT IN (?, ?) ORDER BY rowid DESC",
+            run_id,
+            *OPEN_PHASES,
+        )
+        if row is None:
+            return ()
+        newest = msgspec.msgpack.decode(row[0], type=Invitation)
+        number = newest.number + (row[1] == Phase.PUBLISHED.value)
+        following = msgspec.structs.replace(newest, number=number, round_id="")
+        return self.window(following, run_id, newest.max_staleness)
+
+    def window(self, invitation: Invitation, run_id: str, max_staleness: int) -> tuple[str, ...]:
+        """The ended rounds that are behind this one by at most max_staleness models, the newest first.
+
+        Not those of another bundle, or whose updates have another form.
+        """
+        rows = self._all(
+            "SELECT id, invitation FROM rounds WHERE run = ? AND number >= ? AND number <= ? AND phase NOT IN (?, ?)"
+            " AND id != ? ORDER BY rowid DESC LIMIT ?",
+            run_id,
+            invitation.number - max_staleness,
+            invitation.number,
+            *OPEN_PHASES,
+            invitation.round_id,
+            MAX_STALENESS,
+        )
+        before = [(round_id, msgspec.msgpack.decode(encoded, type=Invitation)) for round_id, encoded in rows]
+        return tuple(round_id for round_id, one in before if one.max_staleness and _same_form(one, invitation))
+
+    def earlier(self, invitation: Invitation) -> dict[str, Earlier]:
+        """What must be known of the rounds that the invitation names."""
+        found: dict[str, Earlier] = {}
+        for round_id in invitation.earlier:
+            row = self._one("SELECT number FROM rounds WHERE id = ?", round_id)
+            if row is not None:
+                found[round_id] = Earlier(invitation.number - row[0], self.taken(round_id, invitation.round_id))
+        return found
+
+    def taken(self, round_id: str, but_by: str = "") -> frozenset[str]:
+        """The devices whose update for this round was stored by any round, but for one."""
+        rows = self._all(
+            "SELECT id FROM devices WHERE sha256 IS NOT NULL AND round != ?"
+            " AND (origin = ? OR (round = ? AND origin IS NULL))",
+            but_by,
+            round_id,
+            round_id,
+        )
+        return frozenset(device_id for (device_id,) in rows)
+
     # --- updates and verdicts of rounds that may be over
 
     def read_update(self, round_id: str, device_id: str) -> Floats:
-        """StorageError where there is none, or not the one that was stored."""
-        row = self._one("SELECT sha256 FROM devices WHERE round = ? AND id = ?", round_id, device_id)
+        """As it enters the rule. StorageError where there is none, or not the one that was stored."""
+        row = self._one(
+            "SELECT sha256, coalesce(origin, round), staleness FROM devices WHERE round = ? AND id = ?",
+            round_id,
+            device_id,
+        )
         data = self._read_update(row[0]) if row is not None and row[0] else None
         if data is None:
             raise StorageError(f"no readable update of {device_id} for round {round_id} in {self.folder}")
-        return decoded(self._invitation(round_id), device_id, data)
+        return weighted(decoded(self.invitation(row[1]), device_id, data), row[2])
 
     def newest_end(self, run_id: str) -> RoundClosed | None:
         """How the newest round of the run that is over ended."""
@@ -264,7 +348,8 @@ class RunStore:
     def verdict(self, round_id: str, device_id: str, sha256: bytes) -> Verdict | None:
         """What became of a stored update; None where it was not stored, or nothing is decided."""
         row = self._one(
-            "SELECT status, why FROM devices WHERE round = ? AND id = ? AND sha256 = ? AND status IS NOT NULL",
+            "SELECT status, why FROM devices"
+            " WHERE coalesce(origin, round) = ? AND id = ? AND sha256 = ? AND status IS NOT NULL",
             round_id,
             device_id,
             sha256.hex(),
@@ -274,11 +359,11 @@ class RunStore:
     def untold(self, round_id: str) -> list[tuple[str, Verdict]]:
         """(device, verdict) of the stored updates whose device has not said that it knows."""
         rows = self._all(
-            "SELECT id, status, why FROM devices"
+            "SELECT id, status, why, coalesce(origin, round) FROM devices"
             " WHERE round = ? AND sha256 IS NOT NULL AND status IS NOT NULL AND NOT told ORDER BY id",
             round_id,
         )
-        return [(device_id, Verdict(round_id, status, reason_text(why))) for device_id, status, why in rows]
+        return [(device_id, Verdict(origin, status, reason_text(why))) for device_id, status, why, origin in rows]
 
     def untold_devices(self, run_id: str) -> set[str]:
         """Devices that have not said that they know the verdict on a stored update, of any round of the run."""
@@ -290,12 +375,18 @@ class RunStore:
         return {row[0] for row in rows}
 
     def seen(self, round_id: str, device_id: str) -> None:
-        """The device has read its verdict. Nothing happens where it has none."""
-        untold = "SELECT 1 FROM devices WHERE round = ? AND id = ? AND status IS NOT NULL AND NOT told"
-        if self._one(untold, round_id, device_id) is None:
+        """The device has read the verdict on its update for this round. Nothing happens where it has none."""
+        row = self._one(
+            "SELECT round FROM devices WHERE id = ? AND sha256 IS NOT NULL AND status IS NOT NULL AND NOT told"
+            " AND (origin = ? OR (round = ? AND origin IS NULL))",
+            device_id,
+            round_id,
+            round_id,
+        )
+        if row is None:
             return  # a commit costs a sync; a device could ask for many
         with self._transaction() as database:
-            database.execute("UPDATE devices SET told = 1 WHERE round = ? AND id = ?", (round_id, device_id))
+            database.execute("UPDATE devices SET told = 1 WHERE round = ? AND id = ?", (row[0], device_id))
 
     def prune(self, run_id: str, now_ms: int) -> None:
         """Keep what a restart and late devices need, not everything for ever.
@@ -356,17 +447,17 @@ class RunStore:
         )
 
     def kept_updates(self, round_id: str) -> dict[str, tuple[Offer, Floats]]:
-        """Device -> its stored update, of those that can still be read."""
-        rows = self._all("SELECT id, offer, sha256 FROM devices WHERE round = ? AND sha256 IS NOT NULL", round_id)
+        """Device -> its stored update as it enters the rule, of those that can still be read."""
+        rows = self._all(
+            "SELECT id, offer, sha256, staleness FROM devices WHERE round = ? AND sha256 IS NOT NULL", round_id
+        )
         found: dict[str, tuple[Offer, Floats]] = {}
-        if not rows:
-            return found
-        invitation = self._invitation(round_id)
-        for device_id, encoded, sha256 in rows:
+        for device_id, encoded, sha256, staleness in rows:
             data = self._read_update(sha256)
             if data is not None:
                 offer = msgspec.msgpack.decode(encoded, type=Offer)
-                found[device_id] = (offer, decoded(invitation, device_id, data))
+                update = decoded(self.invitation(offer.round_id), device_id, data)
+                found[device_id] = (offer, weighted(update, staleness))
         return found
 
     def num_refused(self, round_id: str) -> int:
@@ -415,10 +506,6 @@ class RunStore:
     def _read_update(self, sha256: str) -> bytes | None:
         return self._verified(self._update_path(sha256), sha256)
 
-    def _invitation(self, round_id: str) -> Invitation:
-        row = self._one("SELECT invitation FROM rounds WHERE id = ?", round_id)
-        return msgspec.msgpack.decode(row[0], type=Invitation)
-
     def _partial(self, round_id: str) -> Path:
         return self.folder / "partial" / round_id
 
@@ -452,6 +539,12 @@ class RunStore:
         """Committed and synced at the end of the with block, or nothing of it."""
         with _translated(self.folder), transaction(self._database):
             yield self._database
+
+
+def _same_form(one: Invitation, another: Invitation) -> bool:
+    """Whether updates for the two rounds can stand side by side."""
+    forms = [(of.bundle, of.dimension, of.plan.compression, of.plan.kept_fraction) for of in (one, another)]
+    return forms[0] == forms[1]
 
 
 def decoded(invitation: Invitation, device_id: str, data: bytes) -> Floats:

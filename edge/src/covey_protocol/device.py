@@ -5,6 +5,9 @@ reports what came of them as further events. Every (state, event) pair is in `TA
 
 Beside the one round it works for, a device *owes* updates: those in its outbox. An update is owed from before it is
 offered until the coordinator's verdict, or its word that it will never be taken.
+
+Where later rounds may take a round's update, too (Invitation.max_staleness), the device goes on with its work when the
+round is closed. The newest invitation *waits* until it is free.
 """
 
 from __future__ import annotations
@@ -38,7 +41,8 @@ RESEND_S = 5.0  # how long an unanswered offer waits before it is sent again
 ASK_S = 30.0  # the same for an offer of a round that this device no longer works for
 MAX_OWED = 8  # updates in the outbox; a verdict that has not come over so many later rounds is not waited for
 # beside the two of the first devices, what a bundle or a plan may need and an old device would pass over in silence
-CAPABILITIES: tuple[Name, ...] = ("train", "float32", *TRAIN_INPUTS, RESET_OPTIMIZER, *COMPRESSIONS)
+LATE = "late"  # goes on with its work when the round is closed, where later rounds may take the update
+CAPABILITIES: tuple[Name, ...] = ("train", "float32", *TRAIN_INPUTS, RESET_OPTIMIZER, *COMPRESSIONS, LATE)
 
 
 def needed_capabilities(manifest: Manifest, plan: TrainingPlan) -> tuple[Name, ...]:
@@ -243,6 +247,7 @@ class DeviceMachine:
         self.capabilities = capabilities
         self.state = State.IDLE
         self.invitation: Optional[Invitation] = None
+        self._waiting: Optional[Invitation] = None  # to be taken up when the round in progress is over
         self._awaited: set[bytes] = set()
         self._owed: dict[str, _Owed] = {}  # round id -> what is in the outbox, the oldest first
         self._deadline = 0.0
@@ -264,7 +269,11 @@ class DeviceMachine:
 
     def handle(self, event: Event, now: float) -> list[Effect]:
         action = TABLE.get((self.state, type(event)))
-        return action(self, event, now) if action else []
+        effects = action(self, event, now) if action else []
+        if self.invitation is not None or self._waiting is None:
+            return effects
+        waiting, self._waiting = self._waiting, None
+        return [*effects, *self._invited(Invited(waiting), now)]
 
     # --- transitions
 
@@ -272,9 +281,15 @@ class DeviceMachine:
         invitation = event.invitation
         if invitation.round_id in (self._settled_round, self.round_id) or invitation.round_id in self._owed:
             return []
-        if invitation.devices and self.device_id not in invitation.devices:
-            return []
-        effects: list[Effect] = [Discard(self.round_id)] if self.invitation else []
+        offers = self._offer_again(now, [owed for name, owed in self._owed.items() if name in invitation.earlier])
+        named = not invitation.devices or self.device_id in invitation.devices
+        if self.state in _WORKING and self.round_id in invitation.earlier:
+            self._waiting = invitation if named else None
+            return offers
+        if not named:
+            return offers
+        effects: list[Effect] = [*offers, *([Discard(self.round_id)] if self.invitation else [])]
+        self._waiting = None
         self._reset()
         self.invitation = invitation
         self._deadline = now + invitation.duration_ms / 1000
@@ -347,8 +362,12 @@ class DeviceMachine:
 
     def _closed(self, event: Closed, now: float) -> list[Effect]:
         """An update that is owed stays so: what became of it, the coordinator says when it is offered again."""
+        if self._waiting is not None and event.closed.round_id == self._waiting.round_id:
+            self._waiting = None
         if event.closed.round_id != self.round_id:
             return []
+        if self.state in _WORKING and self.invitation is not None and self.invitation.max_staleness:
+            return []  # a later round may take the update
         return self._settle(f"closed ({event.closed.outcome})")
 
     def _lost(self, event: Lost, now: float) -> list[Effect]:
@@ -431,6 +450,7 @@ class DeviceMachine:
 
 Action = Callable[..., "list[Effect]"]  # each takes the machine, the one event type of its row, and the time
 _BUSY = (State.INVITED, State.FETCHING, State.TRAINING, State.REPORTING)
+_WORKING = (State.FETCHING, State.TRAINING)  # later its update is owed, whatever else it does
 _M = DeviceMachine
 
 TABLE: dict[tuple[State, type], Action] = {

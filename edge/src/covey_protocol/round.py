@@ -65,10 +65,24 @@ FINAL = frozenset({Progress.STORED, Progress.DECLINED, Progress.FAILED, Progress
 
 
 @dataclass(frozen=True)
+class Earlier:
+    """An earlier round whose updates a round takes, too.
+
+    staleness: by how many published models it is behind. taken: the devices whose update of it was stored before, in
+    whichever round: of each round a device's update is taken once.
+    """
+
+    staleness: int
+    taken: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
 class RoundSettings:
     """quorum: fewest stored updates that may be aggregated. answer_s: how long to wait for answers to the invitation.
     grace_s: how long a device whose connection broke is waited for.
     update_bytes: the size of an update, 4 d unless it is compressed. least_update_bytes: where it may also be smaller.
+    goal: so many stored updates end the round at once, 0 for waiting for everyone.
+    earlier: the invitation's earlier rounds, with what must be known of them.
     """
 
     quorum: int
@@ -76,12 +90,22 @@ class RoundSettings:
     grace_s: float
     update_bytes: int
     least_update_bytes: Optional[int] = None
+    goal: int = 0
+    earlier: Mapping[str, Earlier] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, invitation: Invitation, quorum: int, answer_s: float, grace_s: float) -> RoundSettings:
+    def of(
+        cls,
+        invitation: Invitation,
+        quorum: int,
+        answer_s: float,
+        grace_s: float,
+        goal: int = 0,
+        earlier: Optional[Mapping[str, Earlier]] = None,
+    ) -> RoundSettings:
         """With the sizes that updates for this invitation may have."""
         least, most = update_sizes(compression_of(invitation.plan), invitation.dimension)
-        return cls(quorum, answer_s, grace_s, most, least if least < most else None)
+        return cls(quorum, answer_s, grace_s, most, least if least < most else None, goal, earlier or {})
 
     @property
     def sizes(self) -> range:
@@ -253,6 +277,7 @@ class Store:
     device_id: str
     offer: Offer
     data: bytes
+    staleness: int = 0
 
 
 @dataclass(frozen=True)
@@ -284,11 +309,11 @@ Effect = Union[PublishRound, SendTo, Record, SaveChunk, Recall, Store, Aggregate
 class _Participant:
     progress: Progress = Progress.INVITED
     reason: str = ""
-    offer: Optional[Offer] = None
+    offer: Optional[Offer] = None  # of this round or of an earlier one that it takes
     assembly: Optional[BlobAssembly] = None
     gone: bool = False
     gone_at: float = 0.0
-    acknowledged: bool = False  # told that its update is kept, so it is owed a verdict
+    acknowledged: Optional[str] = None  # told that its update of this round is kept, so it is owed a verdict
     chunks: Mapping[bytes, Mapping[int, bytes]] = field(default_factory=dict)  # from before a restart
 
     def begin(self, ref: BlobRef) -> BlobAssembly:
@@ -299,6 +324,11 @@ class _Participant:
                 assembly.add(index, data)
         self.chunks = {}
         return assembly
+
+
+def _is_same(stored: Optional[Offer], offer: Offer) -> bool:
+    known = (stored.round_id, stored.update.sha256) if stored is not None else None
+    return known == (offer.round_id, offer.update.sha256)
 
 
 class RoundMachine:
@@ -312,6 +342,11 @@ class RoundMachine:
             raise RuleError(
                 f"a quorum of {settings.quorum} cannot be met by {len(device_ids)} invited devices",
                 "lower the quorum or wait for more devices",
+            )
+        if settings.goal and settings.goal < settings.quorum:
+            raise RuleError(
+                f"a goal of {settings.goal} updates is below the quorum of {settings.quorum}",
+                "lower the quorum or raise the goal",
             )
         self.invitation = invitation
         self.settings = settings
@@ -331,7 +366,7 @@ class RoundMachine:
                 known.progress,
                 known.reason,
                 known.offer if known.progress is Progress.STORED else None,
-                acknowledged=known.offer is not None,
+                acknowledged=known.offer.round_id if known.offer is not None else None,
                 chunks=known.chunks,
             )
         lost = any(known.progress is Progress.LOST for known in facts.devices.values())
@@ -373,6 +408,16 @@ class RoundMachine:
         action = TABLE.get((self.phase, type(event)))
         return action(self, event, now) if action else []
 
+    @property
+    def asynchronous(self) -> bool:
+        """Whether later rounds may take this one's updates. Then nobody is waited for, but for the goal."""
+        return self.invitation.max_staleness > 0
+
+    def staleness(self, offer: Offer) -> int:
+        """By how many published models the update is behind this round's."""
+        earlier = self.settings.earlier.get(offer.round_id)
+        return earlier.staleness if earlier is not None else 0
+
     def _peer(self, device_id: str, round_id: str) -> Optional[_Participant]:
         """The participant, None for talk about another round, PeerError for somebody who was not invited."""
         if round_id != self.invitation.round_id:
@@ -380,6 +425,29 @@ class RoundMachine:
         if device_id not in self._devices:
             raise PeerError(f"{device_id} was not invited to round {round_id}")
         return self._devices[device_id]
+
+    def _taker(self, device_id: str, round_id: str) -> Optional[_Participant]:
+        """The participant where this round takes an update that the device trained for `round_id`; else as `_peer`."""
+        earlier = self.settings.earlier.get(round_id)
+        if earlier is None:
+            return self._peer(device_id, round_id)
+        return self._devices.get(device_id) if device_id not in earlier.taken else None
+
+    def _is_for_a_later_round(self, peer: _Participant, offer: Offer) -> bool:
+        """A round takes one update of each device, and the one that it acknowledged before any other."""
+        if peer.acknowledged is not None:
+            return peer.acknowledged != offer.round_id
+        another = peer.offer is not None and peer.offer.round_id != offer.round_id
+        return another and peer.progress in (Progress.UPLOADING, Progress.STORED, Progress.REFUSED)
+
+    def _sends_an_earlier_one(self, peer: _Participant) -> bool:
+        """What such a device says of this round changes nothing: it takes part."""
+        another = peer.offer is not None and peer.offer.round_id != self.invitation.round_id
+        return another and peer.progress is Progress.UPLOADING
+
+    def _comes_all_the_same(self, peer: _Participant, offer: Offer) -> bool:
+        """An earlier round's update, of a device that does not work for this one."""
+        return offer.round_id != self.invitation.round_id and peer.progress in (Progress.DECLINED, Progress.FAILED)
 
     # --- transitions while updates come in
 
@@ -392,6 +460,8 @@ class RoundMachine:
         if peer is None or peer.progress in FINAL:
             return []
         peer.gone = False
+        if self._sends_an_earlier_one(peer):
+            return []
         if not event.answer.accept and not peer.acknowledged:
             return self._settle(event.device_id, Progress.DECLINED, f"declined: {event.answer.reason}", now)
         if peer.progress is Progress.INVITED:
@@ -400,13 +470,15 @@ class RoundMachine:
 
     def _offered(self, event: Offered, now: float) -> list[Effect]:
         offer = event.offer
-        peer = self._peer(event.device_id, offer.round_id)
+        peer = self._taker(event.device_id, offer.round_id)
         if peer is None:
             return [Recall(event.device_id, offer)]
         peer.gone = False
-        if peer.progress is Progress.STORED and peer.offer and peer.offer.update.sha256 == offer.update.sha256:
+        if peer.progress is Progress.STORED and _is_same(peer.offer, offer):
             return [SendTo(event.device_id, Receipt(offer.round_id, offer.update.sha256, True))]
-        if peer.progress in FINAL:
+        if self.asynchronous and self._is_for_a_later_round(peer, offer):
+            return []  # the device offers it again
+        if peer.progress in FINAL and not self._comes_all_the_same(peer, offer):
             reason = peer.reason or "an update of this device is already stored for this round"
             return [SendTo(event.device_id, Receipt(offer.round_id, offer.update.sha256, False, reason_text(reason)))]
         if peer.progress is Progress.STORING:
@@ -428,16 +500,17 @@ class RoundMachine:
         offer = event.offer
         peer = self._devices.get(event.device_id)
         stored = peer.offer if peer is not None and peer.progress is Progress.STORED else None
-        if self.phase is Phase.AGGREGATING and stored is not None and stored.update.sha256 == offer.update.sha256:
+        if self.phase is Phase.AGGREGATING and _is_same(stored, offer):
             return [SendTo(event.device_id, Receipt(offer.round_id, offer.update.sha256, True))]
         return [Recall(event.device_id, offer)]
 
     def _chunk_arrived(self, event: ChunkArrived, now: float) -> list[Effect]:
         chunk = event.chunk
-        peer = self._peer(event.device_id, chunk.round_id)
+        peer = self._taker(event.device_id, chunk.round_id)
         if peer is None or peer.progress in FINAL or peer.progress is Progress.STORING:
             return []
-        if peer.assembly is None or peer.offer is None or chunk.sha256 != peer.offer.update.sha256:
+        offered = (peer.offer.round_id, peer.offer.update.sha256) if peer.offer is not None else None
+        if peer.assembly is None or peer.offer is None or offered != (chunk.round_id, chunk.sha256):
             raise PeerError(f"{event.device_id} sent a chunk of an update it has not offered")
         corrupt = peer.assembly.corrupt
         whole = peer.assembly.add(chunk.index, chunk.data)
@@ -452,13 +525,13 @@ class RoundMachine:
         if whole is None:
             return [SaveChunk(event.device_id, peer.offer, chunk.index, chunk.data)]
         peer.progress, peer.assembly = Progress.STORING, None
-        return [Store(event.device_id, peer.offer, whole)]
+        return [Store(event.device_id, peer.offer, whole, self.staleness(peer.offer))]
 
     def _stored(self, event: Stored, now: float) -> list[Effect]:
         peer = self._devices[event.device_id]
         if peer.progress is not Progress.STORING or peer.offer is None:
             return []
-        peer.progress, peer.acknowledged, peer.reason = Progress.STORED, True, ""
+        peer.progress, peer.acknowledged, peer.reason = Progress.STORED, peer.offer.round_id, ""
         receipt = Receipt(peer.offer.round_id, peer.offer.update.sha256, True)
         return [SendTo(event.device_id, receipt), *self._advance(now)]
 
@@ -469,8 +542,13 @@ class RoundMachine:
         return self._refuse(event.device_id, peer, peer.offer, event.reason, now)
 
     def _failed(self, event: Failed, now: float) -> list[Effect]:
-        peer = self._peer(event.device_id, event.failure.round_id)
+        peer = self._taker(event.device_id, event.failure.round_id)
         if peer is None or peer.progress in FINAL or peer.progress is Progress.STORING:
+            return []
+        if peer.offer is not None and peer.offer.round_id == event.failure.round_id != self.invitation.round_id:
+            peer.progress, peer.offer, peer.assembly = Progress.ACCEPTED, None, None
+            return []  # it may still deliver for this round
+        if event.failure.round_id != self.invitation.round_id or self._sends_an_earlier_one(peer):
             return []
         return self._settle(event.device_id, Progress.FAILED, f"failed: {event.failure.reason}", now)
 
@@ -499,15 +577,16 @@ class RoundMachine:
     # --- moving on
 
     def _advance(self, now: float) -> list[Effect]:
+        reached = 0 < self.settings.goal <= len(self._stored_devices())
         awaited = [peer for peer in self._devices.values() if self._still_waited_for(peer, now)]
-        over = now - self._opened_at >= self.invitation.duration_ms / 1000
+        over = reached or now - self._opened_at >= self.invitation.duration_ms / 1000
         if self.phase is Phase.INVITING and (over or not any(p.progress is Progress.INVITED for p in awaited)):
             self.phase = Phase.COLLECTING
         if self.phase is not Phase.COLLECTING:
             return []
         if any(peer.progress is Progress.STORING for peer in self._devices.values()):
             return []  # never decide over the head of an update that is being made durable
-        if awaited and not over:
+        if (awaited or self.asynchronous) and not over:
             return []
         return self._decide()
 
@@ -549,14 +628,14 @@ class RoundMachine:
     def _finish(self, phase: Phase, reason: str, rejected: dict[str, str]) -> list[Effect]:
         """Every acknowledged update gets its verdict."""
         self.phase = phase
-        round_id, missing = self.invitation.round_id, self._missing()
-        owed = [name for name, peer in self._devices.items() if peer.acknowledged]
+        missing = self._missing()
+        owed = {name: peer.acknowledged for name, peer in self._devices.items() if peer.acknowledged is not None}
         rejected = {**rejected, **{name: missing[name] for name in owed if name in missing}}
         verdicts: list[Effect] = [
             SendTo(name, Verdict(round_id, "rejected" if name in rejected else "accepted", reason_text(why)))
-            for name, why in ((name, rejected.get(name, "")) for name in owed)
+            for name, round_id, why in ((name, round_id, rejected.get(name, "")) for name, round_id in owed.items())
         ]
-        closed = PublishRound(RoundClosed(round_id, phase.value, reason_text(reason)))
+        closed = PublishRound(RoundClosed(self.invitation.round_id, phase.value, reason_text(reason)))
         return [Finished(phase.value, reason, missing, rejected), closed, *verdicts]
 
     def _missing(self) -> dict[str, str]:
@@ -571,9 +650,16 @@ class RoundMachine:
                 return "the stored update was damaged and did not come again"
             if peer.gone and peer.progress not in FINAL:
                 return "connection lost"
+            if enough and peer.progress in why:
+                return f"{enough} updates came before its own"
             return why.get(peer.progress, peer.reason)
 
-        return {name: reason(peer) for name, peer in self._devices.items() if peer.progress is not Progress.STORED}
+        goal = self.settings.goal
+        enough = goal if 0 < goal <= len(self._stored_devices()) else 0
+        left = {name: peer for name, peer in self._devices.items() if peer.progress is not Progress.STORED}
+        if self.asynchronous:  # who is not done yet may deliver to a later round
+            left = {name: peer for name, peer in left.items() if peer.acknowledged or peer.progress in FINAL}
+        return {name: reason(peer) for name, peer in left.items()}
 
 
 Action = Callable[..., "list[Effect]"]  # each takes the machine, the one event type of its row, and the time
