@@ -196,9 +196,8 @@ def check(clinic: Clinic, bundle: bytes, rounds: int) -> None:
 
 def told_by_devices(clinic: Clinic) -> None:
     """What an agent logged as delivered is stored; what it logged as accepted is accepted."""
-    facts = {
-        (row[0], row[1]): row[2] for row in rows(clinic, "SELECT id, round, status FROM devices WHERE sha256 NOTNULL")
-    }
+    stored = "SELECT id, coalesce(origin, round), status FROM devices WHERE sha256 NOTNULL"
+    facts = {(row[0], row[1]): row[2] for row in rows(clinic, stored)}
     for name in IDS:
         log = (clinic.folder / f"{name}.log").read_text()
         for round_id in re.findall(r"round (\S+): update delivered", log):

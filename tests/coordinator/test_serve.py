@@ -196,6 +196,13 @@ BAD = {
         errors.EXIT_CONFIG,
         "kept_fraction = 0",
     ),
+    "asynchronous rounds without a goal": (
+        "quorum = 3",
+        "quorum = 3\nmax_staleness = 2",
+        errors.EXIT_CONFIG,
+        "max_staleness = 2 without a round.goal",
+    ),
+    "a goal below the quorum": ("quorum = 3", "quorum = 3\ngoal = 2", errors.EXIT_CONFIG, "goal = 2 is not between"),
     "an unknown optimizer": ('"adam"', '"adamw"', errors.EXIT_CONFIG, "adam"),
 }
 

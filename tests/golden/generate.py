@@ -75,6 +75,21 @@ FROM_COORDINATOR: dict[str, tuple[str, Message]] = {
             requires=("train", "float32", "clip_norm", "proximal"),
         ),
     ),
+    "invitation-asynchronous": (
+        TOPICS.round,
+        Invitation(
+            round_id="run.3.abe",
+            number=3,
+            issued_at_ms=1_700_001_200_000,
+            duration_ms=600_000,
+            bundle=BlobRef(HASH, 100_000),
+            parameters=BlobRef(OTHER, 15_272, 4096),
+            plan=TrainingPlan(epochs=1, learning_rate=0.5),
+            requires=("train", "float32", "late"),
+            max_staleness=2,
+            earlier=("run.2.abd", "run.1.abc"),
+        ),
+    ),
 }
 FROM_DEVICE: dict[str, tuple[str, Message]] = {
     "presence-online": (

@@ -9,6 +9,8 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+from msgspec.structs import replace
+
 from covey_coordinator import coordinator, serve
 from covey_coordinator.coordinator import Coordinator
 from covey_coordinator.store import RunStore
@@ -57,11 +59,11 @@ def _(patch: Patch) -> None:
 
 @mutation("a stored update is written without a sync")
 def _(patch: Patch) -> None:
-    def store(original: Any, self: RunStore, device_id: str, offer: Any, data: bytes) -> None:
+    def store(original: Any, self: RunStore, device_id: str, offer: Any, data: bytes, **more: Any) -> None:
         write = self._disk.write
         self._disk.write = lambda path, data, mode=0: self._disk.write_scratch(path, data)  # type: ignore[method-assign]
         try:
-            original(self, device_id, offer, data)
+            original(self, device_id, offer, data, **more)
         finally:
             self._disk.write = write  # type: ignore[method-assign]
 
@@ -70,7 +72,7 @@ def _(patch: Patch) -> None:
 
 @mutation("the row of a stored update is forgotten")
 def _(patch: Patch) -> None:
-    def store(original: Any, self: RunStore, device_id: str, offer: Any, data: bytes) -> None:
+    def store(original: Any, self: RunStore, device_id: str, offer: Any, data: bytes, **more: Any) -> None:
         self._disk.write(self._update_path(offer.update.sha256.hex()), data)
 
     wrapped(patch, RunStore, "store_update", store)
@@ -200,6 +202,64 @@ def _(patch: Patch) -> None:
         "_advance",
         lambda original, self, now: original(self, min(now, self._opened_at + self.invitation.duration_ms / 1000 - 1)),
     )
+
+
+# --- rounds with a goal, asynchronous rounds
+
+
+@mutation("a round with a goal goes on after it is reached")
+def _(patch: Patch) -> None:
+    original = round.RoundMachine.__init__
+
+    def init(self: Any, invitation: Any, device_ids: Any, settings: Any) -> None:
+        original(self, invitation, device_ids, dataclasses.replace(settings, goal=0))
+
+    patch.setattr(round.RoundMachine, "__init__", init)
+
+
+@mutation("a later round takes an update that an earlier one has taken")
+def _(patch: Patch) -> None:
+    patch.setattr(RunStore, "taken", lambda self, round_id, but_by="": frozenset())
+
+
+@mutation("a restart forgets for which round a stored update was trained")
+def _(patch: Patch) -> None:
+    def store(original: Any, self: RunStore, device_id: str, offer: Any, data: bytes, **more: Any) -> None:
+        original(self, device_id, offer, data, **more)
+        with self._transaction() as database:
+            database.execute("UPDATE devices SET origin = NULL, staleness = 0 WHERE id = ?", (device_id,))
+
+    wrapped(patch, RunStore, "store_update", store)
+
+
+@mutation("the verdict on a late update names the round that took it")
+def _(patch: Patch) -> None:
+    def finish(original: Any, self: Any, *arguments: Any) -> Any:
+        effects = original(self, *arguments)
+        round_id = self.invitation.round_id
+        return [
+            round.SendTo(one.device_id, replace(one.message, round_id=round_id)) if type(one) is round.SendTo else one
+            for one in effects
+        ]
+
+    wrapped(patch, round.RoundMachine, "_finish", finish)
+
+
+@mutation("a late update counts in full")
+def _(patch: Patch) -> None:
+    patch.setattr(coordinator, "weighted", lambda update, staleness: update)
+
+
+@mutation("another update of a device takes the name of the one that was stored")
+def _(patch: Patch) -> None:
+    def taker(original: Any, self: Any, device_id: str, round_id: str) -> Any:
+        peer = original(self, device_id, round_id)
+        if peer is not None and peer.progress is round.Progress.STORED and peer.offer.round_id != round_id:
+            peer.offer = replace(peer.offer, round_id=round_id)
+            peer.acknowledged = round_id
+        return peer
+
+    wrapped(patch, round.RoundMachine, "_taker", taker)
 
 
 # --- the device

@@ -1,7 +1,7 @@
 """Does what the device machine wants, in order, and reports what came of it. Everything it uses is passed in.
 
-The agent gives it MQTT, a training child and the disk; the simulation in tests/simulation gives it others. An effect
-that fails keeps those after it from happening: nothing is said about an update that is not in the outbox.
+The agent gives it MQTT, a training child and the disk; the simulation in tests/simulation gives it others. Nothing is
+said about an update that is not in the outbox.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from covey_edge.outbox import Entry, Outbox
 from covey_protocol import device
 from covey_protocol.blobs import chunk
 from covey_protocol.errors import StorageError
-from covey_protocol.messages import BlobRef, Chunk, FromDevice, Invitation
+from covey_protocol.messages import BlobRef, Chunk, FromDevice, Invitation, Offer
 
 log = logging.getLogger("covey.agent")
 
@@ -57,9 +57,11 @@ class Performer:
         self._perform(self.machine.handle(event, self._clock()))
 
     def _perform(self, effects: list[device.Effect]) -> None:
+        lost = ""  # the round whose update could not be kept
         for effect in effects:
             if isinstance(effect, device.Send):
-                self._surroundings.say(effect.message)
+                if not (isinstance(effect.message, Offer) and effect.message.round_id == lost):
+                    self._surroundings.say(effect.message)
             elif isinstance(effect, device.CheckConditions):
                 self.handle(self._surroundings.conditions(effect.invitation))
             elif isinstance(effect, device.Fetch):
@@ -67,8 +69,7 @@ class Performer:
             elif isinstance(effect, device.Train):
                 self._surroundings.train(effect.invitation)
             elif isinstance(effect, device.Keep):
-                if not self._keep(effect):
-                    return
+                lost = lost if self._keep(effect) else effect.round_id
             elif isinstance(effect, device.SendChunks):
                 self._send_chunks(effect)
             elif isinstance(effect, device.Forget):

@@ -7,7 +7,7 @@ Beside the one round it works for, a device *owes* updates: those in its outbox.
 offered until the coordinator's verdict, or its word that it will never be taken.
 
 Where later rounds may take a round's update, too (Invitation.max_staleness), the device goes on with its work when the
-round is closed. The newest invitation *waits* until it is free.
+round is closed. The newest invitation *waits* until it has trained.
 """
 
 from __future__ import annotations
@@ -247,7 +247,7 @@ class DeviceMachine:
         self.capabilities = capabilities
         self.state = State.IDLE
         self.invitation: Optional[Invitation] = None
-        self._waiting: Optional[Invitation] = None  # to be taken up when the round in progress is over
+        self._waiting: Optional[Invitation] = None  # to be taken up when the training in progress is over
         self._awaited: set[bytes] = set()
         self._owed: dict[str, _Owed] = {}  # round id -> what is in the outbox, the oldest first
         self._deadline = 0.0
@@ -270,7 +270,7 @@ class DeviceMachine:
     def handle(self, event: Event, now: float) -> list[Effect]:
         action = TABLE.get((self.state, type(event)))
         effects = action(self, event, now) if action else []
-        if self.invitation is not None or self._waiting is None:
+        if self._waiting is None or self.state in _WORKING:
             return effects
         waiting, self._waiting = self._waiting, None
         return [*effects, *self._invited(Invited(waiting), now)]
@@ -281,7 +281,8 @@ class DeviceMachine:
         invitation = event.invitation
         if invitation.round_id in (self._settled_round, self.round_id) or invitation.round_id in self._owed:
             return []
-        offers = self._offer_again(now, [owed for name, owed in self._owed.items() if name in invitation.earlier])
+        wanted = [self._owed[name] for name in invitation.earlier if name in self._owed]
+        offers = self._offer_again(now, [owed for owed in wanted if owed.last_sent < now])
         named = not invitation.devices or self.device_id in invitation.devices
         if self.state in _WORKING and self.round_id in invitation.earlier:
             self._waiting = invitation if named else None

@@ -198,10 +198,18 @@ class Judge:
             _require(known.invitation == invitation, 6, f"round {invitation.round_id} is invited to in another form")
             _require(known.closed is None, 6, f"round {invitation.round_id} was closed before")
         else:
+            self._earlier(invitation)
             self._rounds[invitation.round_id] = _Round(invitation, live=not record.retained)
         self._current = invitation.round_id
         for ref in () if record.retained else (invitation.bundle, invitation.parameters):
             self._check_blob(ref)
+
+    def _earlier(self, invitation: Invitation) -> None:
+        for round_id in invitation.earlier:
+            known = self._rounds.get(round_id)
+            behind = invitation.number - known.invitation.number if known is not None else 0
+            allowed = known is None or 0 <= behind <= known.invitation.max_staleness
+            _require(allowed, 6, f"round {invitation.round_id} takes updates of {round_id}, which does not let it")
 
     def _closed(self, closed: RoundClosed) -> None:
         known = self._rounds.get(closed.round_id)
@@ -246,7 +254,9 @@ class Judge:
     def _verdict(self, device_id: str, device: _Device, verdict: Verdict, known: _Round) -> None:
         _require(verdict.status in ("accepted", "rejected"), 4, f"a verdict cannot be {verdict.status!r}")
         _require(known.closed is not None, 6, f"{device_id} gets a verdict before the round is closed")
-        used = known.closed is not None and known.closed.outcome == "published"
+        # a later round may have taken the update
+        asynchronous = known.invitation.max_staleness > 0
+        used = asynchronous or (known.closed is not None and known.closed.outcome == "published")
         _require(used or verdict.status == "rejected", 6, f"{device_id} is accepted in a round that was not published")
         _require(True in device.kept.values(), 6, f"{device_id} gets a verdict on an update that was not kept")
         _require(device.verdict in (None, verdict), 6, f"{device_id} gets another verdict than before")
@@ -331,9 +341,14 @@ class Judge:
             self._blobs.setdefault(sha256, {})[index] = record.payload
             return
         current = self._rounds.get(self._current)
-        in_use = current is not None and current.closed is None and sha256 == current.invitation.parameters.sha256
+        in_use = current is not None and current.closed is None and sha256 in self._models_of(current)
         _require(not in_use, 8, "a chunk of the parameters is cleared while their round is under way")
         self._blobs.get(sha256, {}).pop(index, None)
+
+    def _models_of(self, current: _Round) -> set[bytes]:
+        """Of the round and of those that it takes updates of."""
+        earlier = [self._rounds[name] for name in current.invitation.earlier if name in self._rounds]
+        return {known.invitation.parameters.sha256 for known in (current, *earlier)}
 
     def _check_blob(self, ref: BlobRef) -> None:
         chunks = self._blobs.get(ref.sha256, {})
