@@ -207,9 +207,14 @@ class Judge:
     def _earlier(self, invitation: Invitation) -> None:
         for round_id in invitation.earlier:
             known = self._rounds.get(round_id)
-            behind = invitation.number - known.invitation.number if known is not None else 0
-            allowed = known is None or 0 <= behind <= known.invitation.max_staleness
-            _require(allowed, 6, f"round {invitation.round_id} takes updates of {round_id}, which does not let it")
+            if known is None:
+                continue
+            limit, behind = known.invitation.max_staleness, invitation.number - known.invitation.number
+            _require(
+                limit > 0 and 0 <= behind <= limit,
+                6,
+                f"round {invitation.round_id} takes updates of {round_id}, which does not let it",
+            )
 
     def _closed(self, closed: RoundClosed) -> None:
         known = self._rounds.get(closed.round_id)
