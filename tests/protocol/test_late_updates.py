@@ -165,6 +165,14 @@ def test_a_chunk_for_another_round_than_the_offered_one_breaks_the_protocol() ->
         machine.handle(rounds.ChunkArrived("a", Chunk("run.1", REF.sha256, 0, chunk(UPDATE, REF, 0))), 1.0)
 
 
+def test_a_chunk_that_an_earlier_round_asked_for_is_ignored() -> None:
+    machine = buffer()
+    piece = Chunk("run.0", REF.sha256, 0, chunk(UPDATE, REF, 0))
+    assert machine.handle(rounds.ChunkArrived("a", piece), 1.0) == []
+    machine.handle(rounds.Offered("a", OFFER), 1.0)
+    assert machine.handle(rounds.ChunkArrived("a", piece), 1.0) == []
+
+
 def test_an_asynchronous_round_waits_for_its_goal_though_nobody_is_awaited() -> None:
     machine = buffer()
     deliver(machine, "a")

@@ -511,6 +511,8 @@ class RoundMachine:
             return []
         offered = (peer.offer.round_id, peer.offer.update.sha256) if peer.offer is not None else None
         if peer.assembly is None or peer.offer is None or offered != (chunk.round_id, chunk.sha256):
+            if chunk.round_id != self.invitation.round_id:
+                return []  # that round asked for it and ended meanwhile; the device offers it again
             raise PeerError(f"{event.device_id} sent a chunk of an update it has not offered")
         corrupt = peer.assembly.corrupt
         whole = peer.assembly.add(chunk.index, chunk.data)
