@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -12,13 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from brokers import RunningBroker
-from coordinator.test_rounds import PLAN, Setup, shards, statuses  # noqa: F401 - a fixture
+from brokers import RunningBroker, start_mosquitto, stop_broker
+from coordinator.test_rounds import Setup, during, shards, statuses  # noqa: F401 - a fixture
 from patience import PATIENCE_S
 from protocol import clean_room_device
 
+from covey_coordinator.coordinator import RoundResult, Timing
 from covey_coordinator.demo.devices import Shard
-from covey_coordinator.records import ACCEPTED
+from covey_coordinator.records import ACCEPTED, MISSING
 from covey_protocol.messages import TrainingPlan
 from covey_protocol.seals import SealingKey
 
@@ -39,7 +39,10 @@ def until(condition: Callable[[], bool], what: str) -> None:
 class Place(Setup):
     """A coordinator, two agents, the device of another make, and a recording of all they say."""
 
-    def open(self) -> None:
+    broker: RunningBroker
+    started: list[subprocess.Popen[bytes]]
+
+    def open(self, *options: str) -> None:
         self.key_file = self.folder / "clean.pem"
         device_key = SealingKey.from_seed(CLEAN.encode().ljust(32, b"."))
         self.key_file.write_bytes(device_key.pem())
@@ -49,8 +52,9 @@ class Place(Setup):
         self.record = self.folder / "record.jsonl"
         recording = [*COVEY, "record", "--broker", self.url, "--fleet", "test", "--output", str(self.record)]
         self.recorder = subprocess.Popen(recording)
+        self.started.append(self.recorder)
         until(self.record.exists, "the recording began")
-        self.start_device()
+        self.start_device(*options)
         assert self.start(AGENTS, roster={CLEAN: device_key.public})
         assert self.coordinator is not None
         self.coordinator.wait_for(len(ALL), PATIENCE_S)
@@ -70,6 +74,7 @@ class Place(Setup):
         with self.device_log.open("ab") as log:
             command = [sys.executable, clean_room_device.__file__, *words, *options]
             self.device = subprocess.Popen(command, stdout=log, stderr=log)
+        self.started.append(self.device)
 
     def stop_device(self, how: signal.Signals = signal.SIGTERM) -> None:
         self.device.send_signal(how)
@@ -86,11 +91,19 @@ class Place(Setup):
         assert self.fleet is not None
         keys = {name: key.hex() for name, key in self.fleet.roster.items()}
         roster.write_text("[devices]\n" + "".join(f'{name} = "{key}"\n' for name, key in keys.items()))
-        command = [*COVEY, "check", str(self.record), "--coordinator-key", self.key.public.hex(), "--roster", str(roster)]
+        command = [
+            *COVEY,
+            "check",
+            str(self.record),
+            "--coordinator-key",
+            self.key.public.hex(),
+            "--roster",
+            str(roster),
+        ]
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout
 
     def shut(self) -> None:
-        for process in (self.device, self.recorder):
+        for process in self.started:
             if process.poll() is None:
                 process.kill()
                 process.wait()
@@ -102,37 +115,109 @@ def place(
     tmp_path: Path,
     digits_bundle: bytes,
     coordinator_key: SealingKey,
-    mosquitto: RunningBroker,
     shards: list[Shard],  # noqa: F811
 ) -> Iterator[Place]:
-    made = Place(tmp_path, digits_bundle, coordinator_key, mosquitto.url, shards)
+    broker = start_mosquitto(tmp_path)
+    made = Place(tmp_path, digits_bundle, coordinator_key, broker.url, shards)
+    made.broker, made.started = broker, []
     try:
-        made.open()
         yield made
     finally:
         made.shut()
+        stop_broker(made.broker)
 
 
 def expected_update(parameters: np.ndarray) -> np.ndarray:
     return np.array(clean_room_device.make_update(parameters.astype("<f4").tobytes(), CLEAN), "<f4")
 
 
+def stored_update(place: Place, round_id: str) -> np.ndarray:
+    assert place.coordinator is not None
+    return place.coordinator.store.read_update(round_id, CLEAN)
+
+
 def test_its_updates_are_taken_plain_and_compressed_and_nobody_breaks_the_protocol(place: Place) -> None:
+    place.open()
     plain = place.run(device_ids=ALL, quorum=3)
     assert statuses(plain) == dict.fromkeys(ALL, ACCEPTED)
-    assert place.coordinator is not None
     expected = expected_update(place.parameters())
-    stored = place.coordinator.store.read_update(plain.offers[CLEAN].round_id, CLEAN)
-    np.testing.assert_array_equal(stored, expected)
-    compressed = place.run(
-        TrainingPlan(epochs=1, learning_rate=0.1, compression="rotated-8bit"), number=2, device_ids=ALL, quorum=3
-    )
+    np.testing.assert_array_equal(stored_update(place, plain.offers[CLEAN].round_id), expected)
+
+    rotated = TrainingPlan(epochs=1, learning_rate=0.1, compression="rotated-8bit")
+    compressed = place.run(rotated, number=2, device_ids=ALL, quorum=3)
     assert statuses(compressed) == dict.fromkeys(ALL, ACCEPTED)
     assert compressed.offers[CLEAN].update.size < len(expected) * 1.02
-    stored = place.coordinator.store.read_update(compressed.offers[CLEAN].round_id, CLEAN)
+    stored = stored_update(place, compressed.offers[CLEAN].round_id)
     np.testing.assert_allclose(stored, expected, atol=0.02 * np.abs(expected).max())
     assert np.any(stored != expected)
+
+    top_k = TrainingPlan(epochs=1, learning_rate=0.1, compression="top-k", kept_fraction=0.1)
+    foreign = place.run(top_k, number=3, device_ids=ALL)
+    assert statuses(foreign) == {"a": ACCEPTED, "b": ACCEPTED, CLEAN: MISSING}
+    assert "this device cannot top-k" in next(v for v in foreign.verdicts if v.device_id == CLEAN).reason
+
     until(lambda: place.device_log.read_text().count("accepted") == 2, "the device heard both verdicts")
     place.stop_device()
     assert place.device.returncode == 0
-    assert "0 violations" in place.judged()
+    assert place.judged().endswith(", 0 violations\n")
+
+
+def test_an_update_that_is_on_its_disk_survives_kill_9_and_is_delivered_after_a_restart(place: Place) -> None:
+    place.open("--hold-after-keeping")
+
+    def kill_and_restart() -> None:
+        place.stop_device(signal.SIGKILL)
+        assert len(list((place.state / "outbox").iterdir())) == 1
+        place.start_device()
+
+    killer = during(kill_and_restart, lambda: place.said("holding"))
+    patient = Timing(duration_s=PATIENCE_S, answer_s=PATIENCE_S, grace_s=PATIENCE_S)
+    result = place.run(device_ids=ALL, quorum=3, timing=patient)
+    killer.join()
+    assert statuses(result) == dict.fromkeys(ALL, ACCEPTED)
+    assert place.device_log.read_text().count("training") == 1  # the restarted device only delivered
+    until(lambda: place.said("verdict"), "the device heard its verdict")
+    until(lambda: not list((place.state / "outbox").iterdir()), "the outbox is empty")
+    place.stop_device()
+    assert place.judged().endswith(", 0 violations\n")
+
+
+def test_it_goes_on_when_an_asynchronous_round_is_closed_and_a_later_round_takes_its_update(place: Place) -> None:
+    trained = place.folder / "trained"
+    place.open("--training-waits-for", str(trained))
+    options = {"device_ids": ALL, "max_staleness": 5}
+
+    def run(number: int, goal: int, parameters: np.ndarray) -> RoundResult:
+        return place.run(number=number, goal=goal, parameters=parameters, **options)
+
+    first = run(1, 2, place.parameters())
+    until(lambda: place.said("training"), "it trains for the first round")
+    until(lambda: place.said("goes on"), "it heard that the first round is closed")
+    finisher = during(trained.touch, lambda: place.said("waits"))
+    second = run(2, 3, first.parameters)
+    finisher.join()
+    late = second.offers[CLEAN]
+    assert statuses(second) == dict.fromkeys(ALL, ACCEPTED)
+    assert late.round_id == first.offers["a"].round_id
+    third = run(3, 3, second.parameters)
+    assert statuses(third) == dict.fromkeys(ALL, ACCEPTED)
+    until(lambda: place.device_log.read_text().count("accepted") >= 2, "it heard two verdicts")
+    place.stop_device()
+    assert place.judged().endswith(", 0 violations\n")
+
+
+def test_it_comes_back_after_a_broker_that_restarted_and_forgot(place: Place) -> None:
+    trained = place.folder / "trained"
+    place.open("--training-waits-for", str(trained))
+
+    def restart_broker() -> None:
+        stop_broker(place.broker)
+        place.broker = start_mosquitto(place.folder, port=place.broker.port)
+        trained.touch()
+
+    restarter = during(restart_broker, lambda: place.said("training"))
+    patient = Timing(duration_s=PATIENCE_S, answer_s=PATIENCE_S, grace_s=PATIENCE_S)
+    result = place.run(device_ids=ALL, quorum=3, timing=patient)
+    restarter.join()
+    assert statuses(result) == dict.fromkeys(ALL, ACCEPTED)
+    assert place.device_log.read_text().count("training") == 1

@@ -337,7 +337,9 @@ def encode_body(message: Message) -> bytes:
             del whole_message[name]
     if "plan" in whole_message:
         plan = whole_message["plan"]
-        whole_message["plan"] = {name: plan[name] for name, (_, default) in PLAN_FIELDS.items() if plan[name] != default}
+        whole_message["plan"] = {
+            name: plan[name] for name, (_, default) in PLAN_FIELDS.items() if plan[name] != default
+        }
     return pack(whole_message)
 
 
@@ -504,7 +506,7 @@ def encode_rotated(update: array[float], seed: bytes, bits: int) -> bytes:
     sizes = block_sizes(len(update))
     padded = [*update, *[0.0] * (sum(sizes) - len(update))]
     turned = array("f", (value * sign for value, sign in zip(padded, signs(seed, len(padded)))))
-    draws = random.Random(seed)  # noqa: S311 (rounding: unbiased is enough, and the same again after a crash)
+    draws = random.Random(seed)
     scales, codes, start = [], [], 0
     for size in sizes:
         block = turned[start : start + size]
@@ -694,7 +696,7 @@ class Device:
         self.coordinator_key = Ed25519PublicKey.from_public_bytes(bytes.fromhex(settings.coordinator_key))
         self.window = Window()
         self.state, self.round, self.waiting = IDLE, Message(), Message()
-        self.settled, self.deadline, self.training_ends, self.last_chunk = "", 0.0, 0.0, 0.0
+        self.settled, self.deadline, self.last_chunk = "", 0.0, 0.0
         self.fetches: dict[str, Fetch] = {}
         self.owed = {offer["round_id"]: offer for offer in self.outbox.offers()}
         self.touched = dict.fromkeys(self.owed, -math.inf)  # when an Offer, a Need or a Receipt was last sent or heard
@@ -735,6 +737,7 @@ class Device:
         invited = not message["devices"] or self.id in message["devices"]
         if self.state in (FETCHING, TRAINING) and self.round["round_id"] in message["earlier"]:
             self.waiting = message if invited else Message()
+            log("waits", round_id)
             return
         if not invited:
             return
@@ -798,14 +801,16 @@ class Device:
     def train_if_all_is_here(self) -> None:
         """D3."""
         if not self.fetches:
-            self.state, self.training_ends = TRAINING, time.monotonic() + self.settings.training_s
+            self.state = TRAINING
             log("training", self.round["round_id"])
 
     def train(self) -> None:
         """D4 and D5."""
         round_id, plan = self.round["round_id"], self.round["plan"]
         try:
-            manifest = open_bundle((self.blobs / self.round["bundle"]["sha256"].hex()).read_bytes(), self.coordinator_key)
+            manifest = open_bundle(
+                (self.blobs / self.round["bundle"]["sha256"].hex()).read_bytes(), self.coordinator_key
+            )
             for field, name in (("gradient_clip_norm", "clip_norm"), ("proximal_weight", "proximal")):
                 if plan[field] and name not in manifest.get("train_inputs", []):
                     raise Refused(f"the bundle takes no {name}")
@@ -833,7 +838,7 @@ class Device:
             self.forget(next(iter(self.owed)))
         size = self.round["parameters"]["chunk_bytes"]
         update = {"sha256": hashlib.sha256(data).digest(), "size": len(data), "chunk_bytes": size}
-        offer = {"round_id": round_id, "update": update, "num_examples": 10, "metrics": {"seconds": self.settings.training_s}}
+        offer = {"round_id": round_id, "update": update, "num_examples": 10, "metrics": {"seconds": 0.5}}
         self.outbox.keep(offer, data)
         self.owed[round_id] = offer
 
@@ -903,7 +908,7 @@ class Device:
     def tick(self) -> None:
         """D11, the end of training, and chunks that do not come."""
         now = time.monotonic()
-        if self.state == TRAINING and now >= self.training_ends:
+        if self.state == TRAINING and self.settings.training_waits_for.exists():
             self.train()
         if self.round and now >= self.deadline:
             if self.state != REPORTING:
@@ -1022,7 +1027,7 @@ class Connection:
     def _try(self, now: float) -> None:
         if not self.since and now > self.first_by:
             raise SystemExit("no connection within 10 s")
-        self.next_try = now + random.uniform(self.wait_s / 2, self.wait_s)  # noqa: S311
+        self.next_try = now + random.uniform(self.wait_s / 2, self.wait_s)
         self.wait_s = min(2 * self.wait_s, 60.0)
         self.client.will_set(*self.envelope("presence", self.presence(False)), qos=1, retain=True)
         try:
@@ -1049,8 +1054,12 @@ def main() -> None:
         parser.add_argument(name, required=True)
     parser.add_argument("--port", type=int, default=1883)
     parser.add_argument("--max-message-bytes", type=int, default=0, help="what the broker takes, where it is known")
-    parser.add_argument("--training-s", type=float, default=0.0, help="how long to act as if training")
-    parser.add_argument("--hold-after-keeping", action="store_true", help="stop after an update is on disk, to be killed")
+    parser.add_argument(
+        "--training-waits-for", type=Path, default=Path("/"), help="training lasts until this file exists"
+    )
+    parser.add_argument(
+        "--hold-after-keeping", action="store_true", help="stop after an update is on disk, to be killed"
+    )
     device = Device(parser.parse_args())
 
     def stop(*_: Any) -> None:

@@ -89,7 +89,9 @@ def same(data: bytes, golden: str) -> bool:
     return golden in (data.hex(), "sha256:" + hashlib.sha256(data).hexdigest())
 
 
-@pytest.mark.parametrize("name", [n for n in FORMS["vectors"] if not FORMS["vectors"][n]["encoded"].startswith("sha256:")])
+@pytest.mark.parametrize(
+    "name", [n for n in FORMS["vectors"] if not FORMS["vectors"][n]["encoded"].startswith("sha256:")]
+)
 def test_a_golden_update_stands_for_the_same_numbers(name: str) -> None:
     vector = FORMS["vectors"][name]
     data, seed = bytes.fromhex(vector["encoded"]), FORMS["seed"].encode()
