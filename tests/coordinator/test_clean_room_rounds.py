@@ -1,4 +1,7 @@
-"""Rounds of a real coordinator, real agents and a device that was written from docs/protocol.md alone, judged by `covey protocol check`."""
+"""Rounds of a real coordinator, real agents and a device that was written from docs/protocol.md alone.
+
+What they all say is recorded and judged by `covey protocol check`.
+"""
 
 from __future__ import annotations
 

@@ -92,10 +92,12 @@ def _collection(size: int, fixed: int, two: int) -> bytes:
 
 
 NUMBERS = {
-    0xCA: ">f", 0xCB: ">d", 0xCC: ">B", 0xCD: ">H", 0xCE: ">I", 0xCF: ">Q", 0xD0: ">b", 0xD1: ">h", 0xD2: ">i", 0xD3: ">q",
+    0xCA: ">f", 0xCB: ">d", 0xCC: ">B", 0xCD: ">H", 0xCE: ">I",
+    0xCF: ">Q", 0xD0: ">b", 0xD1: ">h", 0xD2: ">i", 0xD3: ">q",
 }  # fmt: skip
 LENGTHS = {
-    0xC4: (bytes, ">B"), 0xC5: (bytes, ">H"), 0xC6: (bytes, ">I"), 0xD9: (str, ">B"), 0xDA: (str, ">H"), 0xDB: (str, ">I"),
+    0xC4: (bytes, ">B"), 0xC5: (bytes, ">H"), 0xC6: (bytes, ">I"),
+    0xD9: (str, ">B"), 0xDA: (str, ">H"), 0xDB: (str, ">I"),
     0xDC: (list, ">H"), 0xDD: (list, ">I"), 0xDE: (dict, ">H"), 0xDF: (dict, ">I"),
 }  # fmt: skip
 
@@ -223,6 +225,8 @@ def structure(fields: Fields) -> Check:
     def check(value: Any) -> Message:
         if type(value) is not dict:
             raise Refused("not a map")
+        if any(type(key) is not str for key in value):
+            raise Refused("a key that is no text")
         for name, (_, default) in fields.items():
             if default is REQUIRED and name not in value:
                 raise Refused(f"{name} is missing")
@@ -681,7 +685,6 @@ def make_update(parameters: bytes, device_id: str) -> array[float]:
 IDLE, FETCHING, TRAINING, REPORTING = "idle", "fetching", "training", "reporting"
 CAN = ["train", "float32", "rotated-8bit", "rotated-4bit", "late"]
 REPEAT_S, SLOW_REPEAT_S, FETCH_AGAIN_S, OWED_MOST = 5.0, 30.0, 10.0, 8
-JUST_NOW_S = 1.0
 
 
 class Device:
@@ -697,6 +700,7 @@ class Device:
         self.window = Window()
         self.state, self.round, self.waiting = IDLE, Message(), Message()
         self.settled, self.deadline, self.last_chunk = "", 0.0, 0.0
+        self.now = time.monotonic()  # the same for all that one step does
         self.fetches: dict[str, Fetch] = {}
         self.owed = {offer["round_id"]: offer for offer in self.outbox.offers()}
         self.touched = dict.fromkeys(self.owed, -math.inf)  # when an Offer, a Need or a Receipt was last sent or heard
@@ -732,7 +736,7 @@ class Device:
         if round_id == self.settled or self.works_for(round_id) or round_id in self.owed:
             return
         for earlier in message["earlier"]:
-            if earlier in self.owed and time.monotonic() - self.touched[earlier] > JUST_NOW_S:
+            if earlier in self.owed and self.touched[earlier] < self.now:
                 self.send_offer(earlier)
         invited = not message["devices"] or self.id in message["devices"]
         if self.state in (FETCHING, TRAINING) and self.round["round_id"] in message["earlier"]:
@@ -748,7 +752,7 @@ class Device:
             self.send("answer", round_id=round_id, accept=False, reason=reason)
             return
         self.round, self.state = message, FETCHING
-        self.deadline = time.monotonic() + message["duration_ms"] / 1000
+        self.deadline = self.now + message["duration_ms"] / 1000
         self.send("answer", round_id=round_id, accept=True)
         self.start_fetching()
 
@@ -772,7 +776,7 @@ class Device:
         self.train_if_all_is_here()
 
     def subscribe_missing(self) -> None:
-        self.last_chunk = time.monotonic()
+        self.last_chunk = self.now
         topics = [f"blob/{sha}/{i}" for sha, fetch in self.fetches.items() for i in fetch.missing()]
         for start in range(0, len(topics), 64):
             self.connection.subscribe(topics[start : start + 64])
@@ -787,13 +791,12 @@ class Device:
         sha, index = topic.split("/")[-2:]
         if sha not in self.fetches or not self.fetches[sha].take(int(index), payload):
             return
-        self.last_chunk = time.monotonic()
+        self.last_chunk = self.now
         fetch = self.fetches[sha]
         if fetch.missing():
             return
         if (data := fetch.whole()) is None:
-            self.subscribe_missing()
-            return
+            return  # all of it is missing again, and is subscribed again when no chunk has come for 10 s
         self.leave(sha)
         write_durably(self.blobs / sha, data)
         self.train_if_all_is_here()
@@ -847,7 +850,7 @@ class Device:
         if not self.owes(message):
             return
         round_id, ref = message["round_id"], self.owed[message["round_id"]]["update"]
-        self.touched[round_id] = time.monotonic()
+        self.touched[round_id] = self.now
         try:
             update = self.outbox.update(self.owed[round_id])
         except (Refused, OSError) as exc:
@@ -867,7 +870,7 @@ class Device:
         round_id = message["round_id"]
         if not self.owes(message):
             return
-        self.touched[round_id] = time.monotonic()
+        self.touched[round_id] = self.now
         if not message["kept"]:
             log("not kept", round_id, message["reason"])
             self.forget(round_id)
@@ -907,17 +910,16 @@ class Device:
 
     def tick(self) -> None:
         """D11, the end of training, and chunks that do not come."""
-        now = time.monotonic()
         if self.state == TRAINING and self.settings.training_waits_for.exists():
             self.train()
-        if self.round and now >= self.deadline:
+        if self.round and self.now >= self.deadline:
             if self.state != REPORTING:
                 self.send("failure", round_id=self.round["round_id"], reason="the round's time is over")
             self.settle(self.round["round_id"])
         for round_id in self.owed:
-            if now - self.touched[round_id] >= (REPEAT_S if self.works_for(round_id) else SLOW_REPEAT_S):
+            if self.now - self.touched[round_id] >= (REPEAT_S if self.works_for(round_id) else SLOW_REPEAT_S):
                 self.send_offer(round_id)
-        if self.state == FETCHING and now - self.last_chunk >= FETCH_AGAIN_S:
+        if self.state == FETCHING and self.now - self.last_chunk >= FETCH_AGAIN_S:
             self.subscribe_missing()
         self.admit_the_waiting()
 
@@ -939,7 +941,7 @@ class Device:
             self.settle(round_id)
 
     def send_offer(self, round_id: str) -> None:
-        self.touched[round_id] = time.monotonic()
+        self.touched[round_id] = self.now
         self.send("offer", **self.owed[round_id])
 
     def send(self, kind: str, **fields: Any) -> None:
@@ -949,14 +951,18 @@ class Device:
 
     def run(self) -> None:
         while not self.connection.stopping:
-            if self.connection.turn():
+            fresh = self.connection.turn()
+            self.now = time.monotonic()
+            if fresh:
                 self.connected()
             while self.connection.inbox:
                 topic, payload = self.connection.inbox.popleft()
+                self.now = time.monotonic()
                 try:
                     self.hear(topic, payload)
                 except Refused as exc:
                     log("dropped", topic, str(exc))
+            self.now = time.monotonic()
             self.tick()
         self.connection.goodbye()
 

@@ -1,6 +1,7 @@
 """A device that was written from the documents alone meets the golden vectors.
 
-`clean_room_device.py` shares no code with covey, so these tests hold docs/protocol.md against the bytes, not covey against itself.
+`clean_room_device.py` shares no code with covey, so these tests hold docs/protocol.md against the bytes, not covey
+against itself.
 """
 
 from __future__ import annotations
