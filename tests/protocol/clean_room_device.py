@@ -690,7 +690,7 @@ REPEAT_S, SLOW_REPEAT_S, FETCH_AGAIN_S, OWED_MOST = 5.0, 30.0, 10.0, 8
 class Device:
     """The table of section 5 with its effects. INVITED is no state here: the policy answers at once."""
 
-    def __init__(self, settings: argparse.Namespace) -> None:
+    def __init__(self, settings: argparse.Namespace, connection: Any = None) -> None:
         self.settings, self.id = settings, settings.id
         state = Path(settings.state)
         self.outbox = Outbox(state / "outbox")
@@ -704,7 +704,7 @@ class Device:
         self.fetches: dict[str, Fetch] = {}
         self.owed = {offer["round_id"]: offer for offer in self.outbox.offers()}
         self.touched = dict.fromkeys(self.owed, -math.inf)  # when an Offer, a Need or a Receipt was last sent or heard
-        self.connection = Connection(settings, state)
+        self.connection = connection or Connection(settings, state)
 
     # what comes in
 
@@ -719,8 +719,11 @@ class Device:
             message = decode_body(body, FROM_COORDINATOR)
             if message["type"] not in (ON_ROUND if topic == prefix + "fleet/round" else ON_DOWN):
                 raise Refused(f"{message['type']} on {topic}")
-            getattr(self, message["type"])(message)
-            self.admit_the_waiting()
+            self.take(message)
+
+    def take(self, message: Message) -> None:
+        getattr(self, message["type"])(message)
+        self.admit_the_waiting()
 
     def admit_the_waiting(self) -> None:
         if self.waiting and self.state not in (FETCHING, TRAINING):
@@ -851,15 +854,18 @@ class Device:
             return
         round_id, ref = message["round_id"], self.owed[message["round_id"]]["update"]
         self.touched[round_id] = self.now
+        known = [index for index in dict.fromkeys(message["indices"]) if index < chunk_count(ref)]
+        if not known:
+            return
         try:
             update = self.outbox.update(self.owed[round_id])
         except (Refused, OSError) as exc:
             self.send("failure", round_id=round_id, reason=f"the update is lost: {exc}"[:500])
             self.forget(round_id)
             return
-        for index in dict.fromkeys(message["indices"]):
-            if data := update[index * ref["chunk_bytes"] :][: ref["chunk_bytes"]]:
-                self.send("chunk", round_id=round_id, sha256=ref["sha256"], index=index, data=data)
+        for index in known:
+            data = update[index * ref["chunk_bytes"] :][: ref["chunk_bytes"]]
+            self.send("chunk", round_id=round_id, sha256=ref["sha256"], index=index, data=data)
 
     def owes(self, message: Message) -> bool:
         offer = self.owed.get(message["round_id"])
