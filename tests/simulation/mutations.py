@@ -9,6 +9,9 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
+import numpy as np
+
 from covey_coordinator import coordinator, serve
 from covey_coordinator.coordinator import Coordinator
 from covey_coordinator.store import RunStore
@@ -16,6 +19,7 @@ from covey_edge.outbox import Outbox
 from covey_edge.performer import Performer
 from covey_protocol import device, round
 from covey_protocol.blobs import BlobAssembly
+from covey_protocol.errors import PeerError
 from covey_protocol.messages import Receipt
 
 Patch = Any  # pytest.MonkeyPatch
@@ -200,6 +204,46 @@ def _(patch: Patch) -> None:
         "_advance",
         lambda original, self, now: original(self, min(now, self._opened_at + self.invitation.duration_ms / 1000 - 1)),
     )
+
+
+# --- encrypted rounds
+
+
+@mutation("a round's key is written without a sync")
+def _(patch: Patch) -> None:
+    def opened(original: Any, self: RunStore, *arguments: Any) -> None:
+        write = self._disk.write
+        self._disk.write = lambda path, data, mode=0: self._disk.write_scratch(path, data)  # type: ignore[method-assign]
+        try:
+            original(self, *arguments)
+        finally:
+            self._disk.write = write  # type: ignore[method-assign]
+
+    wrapped(patch, RunStore, "open_round", opened)
+
+
+@mutation("a round's key is not kept at all")
+def _(patch: Patch) -> None:
+    wrapped(patch, RunStore, "open_round", lambda original, self, *arguments: original(self, *arguments[:4]))
+
+
+@mutation("a restart takes the number of examples from the offer that is not encrypted")
+def _(patch: Patch) -> None:
+    def store(original: Any, self: RunStore, device_id: str, offer: Any, data: bytes) -> None:
+        original(self, device_id, msgspec.structs.replace(offer, num_examples=1), data)
+
+    wrapped(patch, RunStore, "store_update", store)
+
+
+@mutation("what does not decrypt is stored all the same")
+def _(patch: Patch) -> None:
+    def opened(original: Any, self: RunStore, invitation: Any, device_id: str, offer: Any, data: bytes) -> Any:
+        try:
+            return original(self, invitation, device_id, offer, data)
+        except PeerError:
+            return offer, np.ones(invitation.dimension, np.float32)
+
+    wrapped(patch, RunStore, "opened", opened)
 
 
 # --- the device

@@ -8,6 +8,7 @@ keeps those after it from happening; what is durable then is what `resume_round`
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,15 +16,17 @@ from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
+from msgspec import UNSET
 
 from covey_coordinator import records
 from covey_coordinator.aggregation.screening import Arrivals, Screened
 from covey_coordinator.fleet import POLL_S, FromFleet
-from covey_coordinator.store import Checkpoint, RunStore, decoded
+from covey_coordinator.store import Checkpoint, RunStore
 from covey_coordinator.watching import events
 from covey_protocol import round as rounds
 from covey_protocol.bundle import check_plan, read_bundle
 from covey_protocol.device import needed_capabilities
+from covey_protocol.encryption import Entropy, KeyPair
 from covey_protocol.errors import PeerError, RuleError, RunError
 from covey_protocol.messages import (
     Answer,
@@ -144,6 +147,7 @@ class Coordinator:
     on_progress: called with every device's progress, a few times a second and whenever something came in.
     watch: told what happens, see watching.events.
     aborted: looked at as often; the reason why an operator ends the round, None as long as nobody does.
+    entropy: of the keys of encrypted rounds.
     """
 
     def __init__(
@@ -156,6 +160,7 @@ class Coordinator:
         on_progress: Callable[[dict[str, Progress]], None] = lambda progress: None,
         watch: events.Watcher = events.unwatched,
         aborted: Callable[[], str | None] = lambda: None,
+        entropy: Entropy = os.urandom,
     ) -> None:
         self.fleet = fleet
         self.store = store
@@ -164,6 +169,7 @@ class Coordinator:
         self._on_progress = on_progress
         self._watch = watch
         self._aborted = aborted
+        self._entropy = entropy
 
     def wait_for(
         self,
@@ -213,8 +219,10 @@ class Coordinator:
         quorum: int,
         engine: Engine | None,
         timing: Timing = Timing(),
+        encrypt: bool = False,
     ) -> RoundResult:
         """One round with these devices. engine None collects the updates and leaves the model as it is (for audits).
+        encrypt: updates come encrypted to a key pair that is this round's alone.
 
         Raises, before anything is published, TrainingError for a plan that the bundle cannot follow and RuleError where
         the updates of so many devices would not fit.
@@ -226,12 +234,12 @@ class Coordinator:
         check_plan(manifest, plan)
         arrivals = Arrivals(device_ids, len(parameters))
         refs = self._publish(bundle, parameters)
-        requires = needed_capabilities(manifest, plan)
-        now_ms = self._clock.unix_ms()
-        invitation = _invitation(run_id, number, *refs, plan, device_ids, requires, timing, now_ms)
+        requires = needed_capabilities(manifest, plan, encrypt=encrypt)
+        now_ms, key = self._clock.unix_ms(), KeyPair.made(self._entropy) if encrypt else None
+        invitation = _invitation(run_id, number, *refs, plan, device_ids, requires, timing, now_ms, key)
         settings = RoundSettings.of(invitation, quorum, timing.answer_s, timing.grace_s)
         machine = RoundMachine(invitation, device_ids, settings)
-        self.store.open_round(run_id, invitation, settings, now_ms)
+        self.store.open_round(run_id, invitation, settings, now_ms, key)
         now = self._clock.monotonic_s()
         state = _Round(machine, parameters, parameters, engine, arrivals, now, kept_time_at=now)
         self._tell_opened(state, now, resumed=False)
@@ -242,8 +250,8 @@ class Coordinator:
     ) -> RoundResult | None:
         """Go on with the round that was under way when the last coordinator of this run ended; None if none was.
 
-        Its deadline is what it was. It is abandoned where bundle or parameters are not what it was opened with. The
-        engine must be in the state of the checkpoint that holds these parameters.
+        Its deadline is what it was. It is abandoned where bundle or parameters are not what it was opened with, or the
+        key that opens its updates is gone. The engine must be in the state of the checkpoint that holds these parameters.
         """
         facts = self.store.unfinished(run_id)
         if facts is None:
@@ -260,6 +268,8 @@ class Coordinator:
         reason = self._aborted()
         if reason is None and refs != (invitation.bundle, invitation.parameters):
             reason = "the bundle, the model or chunk_bytes is not what the round was opened with"
+        if reason is None and not self.store.has_key(invitation):
+            reason = "the key that opens the round's updates cannot be read any more"
         if reason is not None:
             return self._collect(state, machine.handle(rounds.Aborted(reason), now))
         self._reload(state, facts)
@@ -407,13 +417,13 @@ class Coordinator:
 
     def _store(self, state: _Round, effect: rounds.Store) -> None:
         try:
-            update = decoded(state.machine.invitation, effect.device_id, effect.data)
+            offer, update = self.store.opened(state.machine.invitation, effect.device_id, effect.offer, effect.data)
         except PeerError as exc:
             self._handle(state, rounds.Malformed(effect.device_id, str(exc)))
             return
-        self.store.store_update(effect.device_id, effect.offer, effect.data)
-        state.offers[effect.device_id] = effect.offer
-        state.arrivals.add(effect.device_id, update, effect.offer.num_examples)
+        self.store.store_update(effect.device_id, offer, effect.data)
+        state.offers[effect.device_id] = offer
+        state.arrivals.add(effect.device_id, update, offer.num_examples)
         self._handle(state, rounds.Stored(effect.device_id))
 
     def _recall(self, device_id: str, offer: Offer) -> None:
@@ -468,6 +478,7 @@ def _invitation(
     requires: tuple[str, ...],
     timing: Timing,
     now_ms: int,
+    key: KeyPair | None,
 ) -> Invitation:
     return Invitation(
         round_id=f"{run_id}.{number}.{now_ms:x}",  # the time keeps a restarted run's rounds apart from earlier ones
@@ -479,6 +490,7 @@ def _invitation(
         plan=plan,
         devices=tuple(sorted(device_ids)),
         requires=requires,
+        encryption_key=key.public if key is not None else UNSET,
     )
 
 

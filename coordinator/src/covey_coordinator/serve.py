@@ -91,10 +91,11 @@ class TrainingSettings(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class WireSettings(Struct, frozen=True, forbid_unknown_fields=True):
-    """compression, kept_fraction: as in the training plan."""
+    """compression, kept_fraction: as in the training plan. encryption: of updates, to a key of each round."""
 
     compression: str = "none"
     kept_fraction: Annotated[float, Meta(ge=0, le=1)] = 0.0
+    encryption: bool = False
 
 
 class RoundSettings(Struct, frozen=True, forbid_unknown_fields=True):
@@ -340,6 +341,7 @@ def _new_round(
         quorum=settings.quorum,
         engine=engine,
         timing=Timing(settings.duration_s, settings.answer_s, settings.grace_s),
+        encrypt=config.wire.encryption,
     )
 
 

@@ -2,6 +2,7 @@
 
     coordinator.sqlite                    facts: see SCHEMA
     updates/SHA256.f32                    a stored update in the form in which it came, named by its content, mode 600
+    keys/ROUND.x25519                     private half of an encrypted round's key; goes with its updates; mode 600
     partial/ROUND/DEVICE/SHA256/          chunks of updates that are still coming; not synced, nothing depends on them
     checkpoints/RUN/round-NNNNN.f32       the model after a published round; .state beside it: rule and server optimizer
 
@@ -29,6 +30,7 @@ import numpy.typing as npt
 from covey_coordinator.records import DeviceVerdict
 from covey_edge.files import DISK, Disk, make_folder
 from covey_protocol.compression import decode_update
+from covey_protocol.encryption import KeyPair, decrypted
 from covey_protocol.errors import StorageError, UsageError
 from covey_protocol.messages import Invitation, Offer, RoundClosed, Verdict, reason_text
 from covey_protocol.round import DeviceFacts, Phase, Progress, RoundFacts, RoundSettings
@@ -74,6 +76,7 @@ SCHEMA = (
 RETENTION_MS = 30 * 24 * 3600 * 1000
 KEEP_ROUNDS = 10
 LOCK_PATIENCE_S = 1.0
+NO_KEY_REMEDY = "started again, the coordinator abandons that round"
 OPEN_PHASES = (Phase.INVITING.value, Phase.AGGREGATING.value)  # what a row says of a round that is not over
 
 Floats = npt.NDArray[np.float32]
@@ -97,6 +100,7 @@ class RunStore:
         with _translated(folder):
             migrate(self._database)
         self._disk.sweep(self.folder / "updates")
+        self._disk.sweep(self.folder / "keys")
 
     def close(self) -> None:
         self._database.close()
@@ -127,7 +131,17 @@ class RunStore:
 
     # --- a round that is under way
 
-    def open_round(self, run_id: str, invitation: Invitation, settings: RoundSettings, opened_ms: int) -> None:
+    def open_round(
+        self,
+        run_id: str,
+        invitation: Invitation,
+        settings: RoundSettings,
+        opened_ms: int,
+        key: KeyPair | None = None,
+    ) -> None:
+        """After this its invitation may go out. key: whose public half the invitation carries."""
+        if key is not None:
+            self._disk.write(self._key_path(invitation.round_id), key.private, mode=0o600)
         row = (
             invitation.round_id,
             run_id,
@@ -242,15 +256,48 @@ class RunStore:
                     found.setdefault(bytes.fromhex(sha256), {})[int(index)] = data
         return found
 
+    # --- encrypted rounds
+
+    def has_key(self, invitation: Invitation) -> bool:
+        """Whether updates for this invitation can be read; always where they are not encrypted."""
+        return not invitation.encryption_key or self._key(invitation) is not None
+
+    def opened(self, invitation: Invitation, device_id: str, offer: Offer, data: bytes) -> tuple[Offer, Floats]:
+        """The offer and the (d,) update that a device sent for this round, from its bytes. Of an encrypted one the
+        offer says what was hidden: number of examples and metrics.
+
+        PeerError where they are malformed, StorageError where the round's key is gone.
+        """
+        if invitation.encryption_key:
+            key = self._key(invitation)
+            if key is None:
+                raise StorageError(f"no readable key of round {invitation.round_id} in {self.folder}", NO_KEY_REMEDY)
+            header, data = decrypted(key, invitation.round_id, device_id, data)
+            offer = msgspec.structs.replace(offer, num_examples=header.num_examples, metrics=header.metrics)
+        update = decode_update(data, invitation.plan, invitation.round_id, device_id, invitation.dimension)
+        return offer, update
+
+    def _key(self, invitation: Invitation) -> bytes | None:
+        """None where it is not here as it was written."""
+        data = self._disk.read(self._key_path(invitation.round_id))
+        try:
+            return data if data is not None and KeyPair.of(data).public == invitation.encryption_key else None
+        except ValueError:
+            return None
+
+    def _key_path(self, round_id: str) -> Path:
+        return self.folder / "keys" / f"{round_id}.x25519"
+
     # --- updates and verdicts of rounds that may be over
 
     def read_update(self, round_id: str, device_id: str) -> Floats:
         """StorageError where there is none, or not the one that was stored."""
-        row = self._one("SELECT sha256 FROM devices WHERE round = ? AND id = ?", round_id, device_id)
+        row = self._one("SELECT sha256, offer FROM devices WHERE round = ? AND id = ?", round_id, device_id)
         data = self._read_update(row[0]) if row is not None and row[0] else None
         if data is None:
             raise StorageError(f"no readable update of {device_id} for round {round_id} in {self.folder}")
-        return decoded(self._invitation(round_id), device_id, data)
+        offer = msgspec.msgpack.decode(row[1], type=Offer)
+        return self.opened(self._invitation(round_id), device_id, offer, data)[1]
 
     def newest_end(self, run_id: str) -> RoundClosed | None:
         """How the newest round of the run that is over ended."""
@@ -300,8 +347,8 @@ class RunStore:
     def prune(self, run_id: str, now_ms: int) -> None:
         """Keep what a restart and late devices need, not everything for ever.
 
-        Rounds are forgotten RETENTION_MS after they were opened, updates and states of a checkpoint after KEEP_ROUNDS
-        rounds; the models (.f32) stay. The newest KEEP_ROUNDS rounds lose nothing.
+        Rounds are forgotten RETENTION_MS after they were opened; updates, the keys that open them and states of a
+        checkpoint after KEEP_ROUNDS rounds; the models (.f32) stay. The newest KEEP_ROUNDS rounds lose nothing.
         """
         older = "(SELECT id FROM rounds WHERE run = ? ORDER BY rowid DESC LIMIT -1 OFFSET ?)"
         rows = self._all(
@@ -326,6 +373,11 @@ class RunStore:
         for name in self._disk.names(self.folder / "updates"):
             if name not in names:
                 self._disk.remove(self.folder / "updates" / name)
+        newest = self._all("SELECT id FROM rounds WHERE run = ? ORDER BY rowid DESC LIMIT ?", run_id, KEEP_ROUNDS)
+        keys = {self._key_path(round_id).name for (round_id,) in newest}
+        for name in self._disk.names(self.folder / "keys"):
+            if name not in keys:
+                self._disk.remove(self.folder / "keys" / name)
 
     # --- checkpoints
 
@@ -362,11 +414,13 @@ class RunStore:
         if not rows:
             return found
         invitation = self._invitation(round_id)
+        if not self.has_key(invitation):
+            return found
         for device_id, encoded, sha256 in rows:
             data = self._read_update(sha256)
             if data is not None:
                 offer = msgspec.msgpack.decode(encoded, type=Offer)
-                found[device_id] = (offer, decoded(invitation, device_id, data))
+                found[device_id] = self.opened(invitation, device_id, offer, data)
         return found
 
     def num_refused(self, round_id: str) -> int:
@@ -452,11 +506,6 @@ class RunStore:
         """Committed and synced at the end of the with block, or nothing of it."""
         with _translated(self.folder), transaction(self._database):
             yield self._database
-
-
-def decoded(invitation: Invitation, device_id: str, data: bytes) -> Floats:
-    """The (d,) update that a device sent for this round, from its bytes. PeerError where they are malformed."""
-    return decode_update(data, invitation.plan, invitation.round_id, device_id, invitation.dimension)
 
 
 @contextlib.contextmanager

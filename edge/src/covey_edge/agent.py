@@ -25,6 +25,7 @@ from covey_edge.withheld import NO_WITHHELD_NOISE, WithheldFile
 from covey_protocol import codec, device, errors
 from covey_protocol.blobs import BlobAssembly
 from covey_protocol.codec import CHUNK_ROOM_BYTES, ReplayGuard, Sequence
+from covey_protocol.encryption import encrypted, refusal
 from covey_protocol.forms import NONE, WITHHOLDING
 from covey_protocol.messages import (
     BlobRef,
@@ -184,11 +185,18 @@ class AgentProgram:
         try:
             if frame.withheld and invitation is not None:
                 self._withheld.store(invitation, frame.withheld)
-        except errors.StorageError as exc:
+            trained = self._trained(round_id, frame, invitation)
+        except (errors.StorageError, errors.ConfigError, errors.PeerError) as exc:
             log.error("%s", exc)
             self._handle(device.TrainingFailed(round_id, str(exc)))
             return
-        self._handle(device.Trained(round_id, frame.update, frame.num_examples, frame.metrics))
+        self._handle(trained)
+
+    def _trained(self, round_id: str, frame: Done, invitation: Optional[Invitation]) -> device.Trained:
+        if invitation is None or not invitation.encryption_key:
+            return device.Trained(round_id, frame.update, frame.num_examples, frame.metrics)
+        data = encrypted(invitation, self._config.device_id, frame.update, frame.num_examples, frame.metrics)
+        return device.Trained(round_id, data, 1)
 
     # --- what the performer uses
 
@@ -216,6 +224,8 @@ class AgentProgram:
         elif limit is not None and chunk_bytes + CHUNK_ROOM_BYTES > limit:
             reason = f"chunks of {chunk_bytes} bytes do not fit this device's broker (messages up to {limit} bytes)"
             reason += "; set a smaller chunk_bytes"
+        else:
+            reason = refusal(invitation, self._config.privacy.require_encryption)
         return device.ConditionsChecked(invitation.round_id, not reason, reason)
 
     def fetch(self, blobs: tuple[BlobRef, ...]) -> None:

@@ -69,13 +69,14 @@ class PrivacySettings(Struct, frozen=True, forbid_unknown_fields=True):
 
     clip_norm: largest L2 norm of an update. noise_multiplier: Gaussian noise of this many clip_norms per coordinate.
     noise_moving_statistics: train models whose moving statistics (BatchNorm) would be noised too; without it such a
-    round is refused.
+    round is refused. require_encryption: rounds whose updates are not encrypted to the coordinator are declined.
     """
 
     clip_norm: NotNegative = 0.0
     noise_multiplier: NotNegative = 0.0
     min_examples: Annotated[int, Meta(ge=1)] = 1
     noise_moving_statistics: bool = False
+    require_encryption: bool = False
 
 
 class WireSettings(Struct, frozen=True, forbid_unknown_fields=True):

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Annotated, Union
 
 import msgspec
-from msgspec import Meta, Struct
+from msgspec import UNSET, Meta, Struct, UnsetType
 
 MAX_REASON_CHARS = 500  # a sentence or two for an operator; longer text is cut by the sender
 MAX_METRICS = 32
@@ -33,6 +33,7 @@ Count = Annotated[int, Meta(ge=0, le=2**53)]
 Index = Annotated[int, Meta(ge=0, lt=MAX_CHUNKS)]
 Sha256 = Annotated[bytes, Meta(min_length=32, max_length=32)]
 Capabilities = Annotated[tuple[Name, ...], Meta(max_length=64)]
+EncryptionKey = Annotated[bytes, Meta(min_length=32, max_length=32)]  # X25519
 
 
 class BlobRef(Struct, frozen=True):
@@ -95,6 +96,8 @@ class Invitation(Struct, frozen=True, tag="invitation"):
     clock. issued_at_ms: Unix time, for logs only; devices' clocks are not trusted.
     devices: who is invited, empty for everyone. requires: capabilities a device must have to take part, so that later
     kinds of rounds are declined by old devices.
+    encryption_key: of the round, where updates are to be encrypted to it (see `encryption`). Unset it is not on the
+    wire at all, so that the bytes of the first invitations stay as they are.
     """
 
     round_id: RoundId
@@ -106,6 +109,7 @@ class Invitation(Struct, frozen=True, tag="invitation"):
     plan: TrainingPlan
     devices: Annotated[tuple[DeviceId, ...], Meta(max_length=MAX_DEVICES)] = ()
     requires: Capabilities = ()
+    encryption_key: Union[EncryptionKey, UnsetType] = UNSET
 
     @property
     def dimension(self) -> int:

@@ -18,7 +18,7 @@ from typing import Optional, Union
 
 from covey_protocol.blobs import BlobAssembly
 from covey_protocol.errors import PeerError, RuleError, UsageError
-from covey_protocol.forms import compression_of, update_sizes
+from covey_protocol.forms import offered_sizes
 from covey_protocol.messages import (
     Answer,
     BlobRef,
@@ -68,7 +68,8 @@ FINAL = frozenset({Progress.STORED, Progress.DECLINED, Progress.FAILED, Progress
 class RoundSettings:
     """quorum: fewest stored updates that may be aggregated. answer_s: how long to wait for answers to the invitation.
     grace_s: how long a device whose connection broke is waited for.
-    update_bytes: the size of an update, 4 d unless it is compressed. least_update_bytes: where it may also be smaller.
+    update_bytes: the size of an update as it travels, 4 d unless it is compressed or encrypted. least_update_bytes:
+    where it may also be smaller.
     """
 
     quorum: int
@@ -80,7 +81,7 @@ class RoundSettings:
     @classmethod
     def of(cls, invitation: Invitation, quorum: int, answer_s: float, grace_s: float) -> RoundSettings:
         """With the sizes that updates for this invitation may have."""
-        least, most = update_sizes(compression_of(invitation.plan), invitation.dimension)
+        least, most = offered_sizes(invitation)
         return cls(quorum, answer_s, grace_s, most, least if least < most else None)
 
     @property
@@ -145,7 +146,8 @@ class Stored:
 
 @dataclass(frozen=True)
 class Malformed:
-    """The device's update is complete, but not what the plan's compression makes. Nothing of it was stored."""
+    """The device's update is complete, but does not decrypt, or is not what the plan's compression makes. Nothing of it
+    was stored."""
 
     device_id: str
     reason: str

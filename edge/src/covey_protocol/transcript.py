@@ -19,7 +19,7 @@ from msgspec import Meta, Struct
 from covey_protocol import codec
 from covey_protocol.codec import COORDINATOR, ReplayGuard
 from covey_protocol.errors import PeerError
-from covey_protocol.forms import compression_of, update_sizes
+from covey_protocol.forms import offered_sizes
 from covey_protocol.messages import (
     Answer,
     BlobRef,
@@ -295,9 +295,11 @@ class Judge:
     def _offer(self, device_id: str, device: _Device, offer: Offer, known: _Round) -> None:
         restarted = bool(device.offers)  # from its outbox, without another answer
         _require(device.answer is True or restarted, 5, f"{device_id} offers an update without having accepted")
-        least, most = update_sizes(compression_of(known.invitation.plan), known.invitation.dimension)
+        least, most = offered_sizes(known.invitation)
         right = least <= offer.update.size <= most
         _require(right, 4, f"{device_id} offers {offer.update.size} bytes, not {least} to {most} as this round asks")
+        bare = not known.invitation.encryption_key or (offer.num_examples == 1 and not offer.metrics)
+        _require(bare, 4, f"{device_id} offers an encrypted update and says beside it what is to be hidden")
         device.offers[offer.update.sha256] = offer
 
     def _chunk(self, device_id: str, device: _Device, chunk: Chunk) -> None:
