@@ -17,7 +17,7 @@ import logging
 import random
 import sqlite3
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -550,6 +550,9 @@ class World:
 
     # --- the whole run
 
+    def revoked(self) -> Mapping[str, str]:
+        return {}
+
     def is_over(self) -> bool:
         """Whether the run has ended without all its rounds, as it should."""
         return False
@@ -594,7 +597,17 @@ class World:
         try:
             store = RunStore(Path("run"), disk=self.disk, database=self.database)
             clock, aborted = SimulatedClock(self), self.orders.abort_reason
-            program(Coordinator(self.fleet, store, leave_open=True, clock=clock, aborted=aborted, entropy=self.entropy))
+            program(
+                Coordinator(
+                    self.fleet,
+                    store,
+                    leave_open=True,
+                    clock=clock,
+                    aborted=aborted,
+                    revoked=self.revoked,
+                    entropy=self.entropy,
+                )
+            )
             good = True
         except Crash:
             self.crashes += 1

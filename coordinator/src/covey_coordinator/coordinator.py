@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -135,6 +136,7 @@ class _Round:
     verdicts: list[records.DeviceVerdict] = field(default_factory=list)
     measurements: Mapping[str, float] = field(default_factory=dict)
     offers: dict[str, Offer] = field(default_factory=dict)
+    revoked: set[str] = field(default_factory=set)  # of whom the machine has heard
     finished: rounds.Finished | None = None
     kept_time_at: float = 0.0
     told_at: float = float("-inf")
@@ -147,6 +149,7 @@ class Coordinator:
     on_progress: called with every device's progress, a few times a second and whenever something came in.
     watch: told what happens, see watching.events.
     aborted: looked at as often; the reason why an operator ends the round, None as long as nobody does.
+    revoked: looked at as often; the devices of which nothing is taken, and why.
     entropy: of the keys of encrypted rounds.
     """
 
@@ -160,6 +163,7 @@ class Coordinator:
         on_progress: Callable[[dict[str, Progress]], None] = lambda progress: None,
         watch: events.Watcher = events.unwatched,
         aborted: Callable[[], str | None] = lambda: None,
+        revoked: Callable[[], Mapping[str, str]] = dict,
         entropy: Entropy = os.urandom,
     ) -> None:
         self.fleet = fleet
@@ -169,7 +173,10 @@ class Coordinator:
         self._on_progress = on_progress
         self._watch = watch
         self._aborted = aborted
+        self._revoked = revoked
+        self._known_revoked: Mapping[str, str] = {}
         self._entropy = entropy
+        self.refused: Counter[str] = Counter()  # messages of revoked devices
 
     def wait_for(
         self,
@@ -184,18 +191,23 @@ class Coordinator:
         """
 
         def enough() -> bool:
-            online = len(self.fleet.online())
+            online = len(self.online())
             on_progress(online)
             return online >= count or unless()
 
         if not self.attend(timeout_s, enough):
-            online = self.fleet.online()
+            online = self.online()
             raise RunError(
                 f"only {len(online)} of {count} devices came online within {timeout_s:g} s"
                 + (f" ({', '.join(online)})" if online else ""),
                 "look at the agents' logs, or ask for fewer devices",
             )
-        return self.fleet.online()
+        return self.online()
+
+    def online(self) -> list[str]:
+        """The ids of the devices that are connected now and not revoked, sorted."""
+        revoked = self._look()
+        return [device_id for device_id in self.fleet.online() if device_id not in revoked]
 
     def attend(self, timeout_s: float, until: Callable[[], bool] = lambda: False) -> bool:
         """Between rounds: answer devices, until the condition holds (True) or the time is over (False)."""
@@ -251,9 +263,10 @@ class Coordinator:
         """Go on with the round that was under way when the last coordinator of this run ended; None if none was.
 
         Its deadline is what it was. It is abandoned where bundle or parameters are not what it was opened with, or the
-        key that opens its updates is gone. The engine must be in the state of the checkpoint that holds these parameters.
+        key that opens its updates is gone. The engine must be in the state of the checkpoint that holds these
+        parameters.
         """
-        facts = self.store.unfinished(run_id)
+        facts = self._unfinished(run_id)
         if facts is None:
             return None
         facts = replace(facts, elapsed_s=self._elapsed_s(facts))
@@ -293,7 +306,41 @@ class Coordinator:
 
     def linger(self, run_id: str) -> None:
         """Before the end: until every device that is online has read its verdicts, or LINGER_S."""
-        self.attend(LINGER_S, lambda: self.store.untold_devices(run_id).isdisjoint(self.fleet.online()))
+        self.attend(LINGER_S, lambda: self.store.untold_devices(run_id).isdisjoint(self.online()))
+
+    # --- revoked devices
+
+    def _look(self) -> Mapping[str, str]:
+        """The revoked devices, after telling who watches what is different."""
+        known, now = self._known_revoked, self._revoked()
+        if now == known:
+            return known
+        self._known_revoked = dict(now)
+        for device_id in sorted(now.keys() - known.keys()):
+            log.warning("%s is %s: nothing of it is taken", device_id, now[device_id])
+            self._watch(events.DeviceRevoked(device_id, now[device_id]))
+        for device_id in sorted(known.keys() - now.keys()):
+            log.warning("%s is readmitted; %d of its messages were ignored", device_id, self.refused.pop(device_id, 0))
+            self._watch(events.DeviceReadmitted(device_id, device_id in self.fleet.online()))
+        return self._known_revoked
+
+    def _unfinished(self, run_id: str) -> RoundFacts | None:
+        """The facts of the round under way, after what was revoked meanwhile is among them."""
+        facts = self.store.unfinished(run_id)
+        if facts is None:
+            return None
+        for device_id, reason in self._look().items():
+            known = facts.devices.get(device_id)
+            if known is not None and rounds.is_revocable(known.progress):
+                self.store.record(facts.invitation.round_id, device_id, Progress.REVOKED, reason)
+        return self.store.unfinished(run_id)
+
+    def _revoke(self, state: _Round) -> None:
+        for device_id, reason in self._look().items():
+            if device_id not in state.revoked and state.finished is None:
+                state.revoked.add(device_id)
+                state.offers.pop(device_id, None)
+                self._handle(state, rounds.Revoked(device_id, reason))
 
     # --- one round
 
@@ -317,7 +364,9 @@ class Coordinator:
         try:
             self._perform(state, effects)
             while state.finished is None:
-                self._take(state, self.fleet.next(POLL_S))
+                received = self.fleet.next(POLL_S)
+                self._revoke(state)
+                self._take(state, received)
                 self._end_if_aborted(state)
                 self._keep_time(state)
                 self._tell_progress(state)
@@ -370,14 +419,17 @@ class Coordinator:
             self.store.keep_time(state.machine.invitation.round_id, int((now - state.opened_at) * 1000))
 
     def _take(self, state: _Round | None, received: FromFleet | None) -> None:
-        """One message, or that none came."""
+        """One message, or that none came. One of a revoked device is counted as none."""
+        if received is not None and received.device_id in self._look():
+            self.refused[received.device_id] += 1
+            received = None
         message = received.message if received is not None else None
         if received is not None:
             online = message.online if isinstance(message, Presence) else None
             self._watch(events.MessageCame(received.device_id, type(message).__name__, online))
         if received is not None and isinstance(message, Seen):
             self.store.seen(message.round_id, received.device_id)
-        elif state is not None:
+        elif state is not None and state.finished is None:
             self._handle(state, _event(received) if received is not None else rounds.Tick())
         elif received is not None and isinstance(message, Offer):
             self._recall(received.device_id, message)

@@ -25,7 +25,7 @@ from covey_coordinator.aggregation.rules import Rule
 from covey_coordinator.aggregation.screening import Arrivals
 from covey_coordinator.coordinator import Coordinator, Engine, RoundResult, Timing, shuffle_seed
 from covey_coordinator.fleet import MIN_CHUNK_BYTES, Fleet
-from covey_coordinator.orders import Orders
+from covey_coordinator.orders import Orders, Revocations
 from covey_coordinator.records import ACCEPTED
 from covey_coordinator.store import Checkpoint, RunStore, only_one
 from covey_coordinator.watching import events
@@ -199,7 +199,14 @@ def serve(
         fleet.connect()
         stack.callback(fleet.close)
         say(f"{config.fleet}: connected to {fleet.broker}")
-        coordinator = Coordinator(fleet, store, leave_open=True, watch=watch, aborted=orders.abort_reason)
+        coordinator = Coordinator(
+            fleet,
+            store,
+            leave_open=True,
+            watch=watch,
+            aborted=orders.abort_reason,
+            revoked=Revocations(runs, config.fleet).reasons,
+        )
         run_rounds(coordinator, engine, config, data, Model(bundle).parameters(), say, orders, watch)
     say(f"checkpoints: {store.checkpoints(config.run)}")
 
@@ -297,7 +304,7 @@ def _ready(
     settings = config.round
     while True:
         _obey(coordinator, config.run, say, orders, watch)
-        if len(coordinator.fleet.online()) < settings.devices:
+        if len(coordinator.online()) < settings.devices:
             say(f"waiting for {settings.devices} devices")
             watch(events.Waits(f"waiting for {settings.devices} devices"))
         found = coordinator.wait_for(settings.devices, settings.wait_s, unless=orders.stand)

@@ -408,8 +408,10 @@ class RunStore:
         )
 
     def kept_updates(self, round_id: str) -> dict[str, tuple[Offer, Floats]]:
-        """Device -> its stored update, of those that can still be read."""
-        rows = self._all("SELECT id, offer, sha256 FROM devices WHERE round = ? AND sha256 IS NOT NULL", round_id)
+        """Device -> its stored update, of those that can still be read and were not revoked."""
+        rows = self._all(
+            "SELECT id, offer, sha256 FROM devices WHERE round = ? AND progress = ?", round_id, Progress.STORED.value
+        )
         found: dict[str, tuple[Offer, Floats]] = {}
         if not rows:
             return found

@@ -47,6 +47,7 @@ class Progress(Enum):
     """How far one invited device is. Those in FINAL stay for the round; a device that is GONE may return.
 
     LOST: its update was stored and acknowledged, but the disk did not keep it; the device still has it.
+    REVOKED: the operator wants nothing of it any more; what was stored of it does not enter the model.
     """
 
     INVITED = "invited"
@@ -58,10 +59,16 @@ class Progress(Enum):
     DECLINED = "declined"
     FAILED = "failed"
     REFUSED = "refused"
+    REVOKED = "revoked"
     GONE = "gone"
 
 
-FINAL = frozenset({Progress.STORED, Progress.DECLINED, Progress.FAILED, Progress.REFUSED})
+FINAL = frozenset({Progress.STORED, Progress.DECLINED, Progress.FAILED, Progress.REFUSED, Progress.REVOKED})
+
+
+def is_revocable(progress: Progress) -> bool:
+    """Whether there is something of the device that a revocation takes away: an update, or one that may come."""
+    return progress is Progress.STORED or progress not in FINAL
 
 
 @dataclass(frozen=True)
@@ -185,6 +192,14 @@ class Aborted:
 
 
 @dataclass(frozen=True)
+class Revoked:
+    """The operator wants nothing of this device any more. reason: for operator and device."""
+
+    device_id: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class Tick:
     """Time passed."""
 
@@ -201,6 +216,7 @@ Event = Union[
     Aggregated,
     AggregationRefused,
     Aborted,
+    Revoked,
     Tick,
 ]
 
@@ -344,7 +360,7 @@ class RoundMachine:
     def resume(self, now: float) -> list[Effect]:
         """What to do first after `restored`: the invitation may never have gone out, the rule may not have run."""
         if self.phase is Phase.AGGREGATING:
-            return [Aggregate(self._stored_devices())]
+            return self._decide()  # as before, but for devices that were revoked meanwhile
         return [PublishRound(self.invitation), *self._advance(now)]
 
     def progress(self) -> dict[str, Progress]:
@@ -408,6 +424,8 @@ class RoundMachine:
         peer.gone = False
         if peer.progress is Progress.STORED and peer.offer and peer.offer.update.sha256 == offer.update.sha256:
             return [SendTo(event.device_id, Receipt(offer.round_id, offer.update.sha256, True))]
+        if peer.progress is Progress.REVOKED and peer.acknowledged:
+            return []  # readmitted; its verdict comes when the round ends
         if peer.progress in FINAL:
             reason = peer.reason or "an update of this device is already stored for this round"
             return [SendTo(event.device_id, Receipt(offer.round_id, offer.update.sha256, False, reason_text(reason)))]
@@ -458,6 +476,8 @@ class RoundMachine:
 
     def _stored(self, event: Stored, now: float) -> list[Effect]:
         peer = self._devices[event.device_id]
+        if peer.progress is Progress.REVOKED:  # while it was being made durable
+            return [Record(event.device_id, peer.progress, peer.reason)]
         if peer.progress is not Progress.STORING or peer.offer is None:
             return []
         peer.progress, peer.acknowledged, peer.reason = Progress.STORED, True, ""
@@ -484,6 +504,13 @@ class RoundMachine:
             peer.gone_at = now
         peer.gone = not event.online
         return self._advance(now)
+
+    def _revoked(self, event: Revoked, now: float) -> list[Effect]:
+        peer = self._devices.get(event.device_id)
+        if peer is None or not is_revocable(peer.progress):
+            return []
+        peer.assembly = None
+        return self._settle(event.device_id, Progress.REVOKED, event.reason, now)
 
     def _tick(self, event: Tick, now: float) -> list[Effect]:
         return self._advance(now)
@@ -569,7 +596,7 @@ class RoundMachine:
         }
 
         def reason(peer: _Participant) -> str:
-            if peer.acknowledged:
+            if peer.acknowledged and peer.progress is not Progress.REVOKED:
                 return "the stored update was damaged and did not come again"
             if peer.gone and peer.progress not in FINAL:
                 return "connection lost"
@@ -592,6 +619,7 @@ TABLE: dict[tuple[Phase, type], Action] = {
     **{(phase, Malformed): _M._malformed for phase in _OPEN},
     **{(phase, Failed): _M._failed for phase in _OPEN},
     **{(phase, PresenceChanged): _M._presence_changed for phase in _OPEN},
+    **{(phase, Revoked): _M._revoked for phase in _OPEN},
     **{(phase, Tick): _M._tick for phase in _OPEN},
     (Phase.AGGREGATING, Aggregated): _M._aggregated,
     (Phase.AGGREGATING, AggregationRefused): _M._aggregation_refused,
@@ -602,7 +630,7 @@ TABLE: dict[tuple[Phase, type], Action] = {
 IGNORED: frozenset[tuple[Phase, type]] = frozenset(
     [(phase, Opened) for phase in Phase if phase is not Phase.INVITING]
     + [(phase, kind) for phase in Phase if phase not in _OPEN for kind in (Answered, ChunkArrived, Stored, Malformed)]
-    + [(phase, kind) for phase in Phase if phase not in _OPEN for kind in (Failed, PresenceChanged, Tick)]
+    + [(phase, kind) for phase in Phase if phase not in _OPEN for kind in (Failed, PresenceChanged, Revoked, Tick)]
     + [(phase, kind) for phase in Phase if phase is not Phase.AGGREGATING for kind in (Aggregated, AggregationRefused)]
     + [(phase, Aborted) for phase in (Phase.PUBLISHED, Phase.ABANDONED)]
 )
