@@ -20,6 +20,7 @@ from covey_protocol import codec
 from covey_protocol.codec import COORDINATOR, ReplayGuard
 from covey_protocol.errors import PeerError
 from covey_protocol.forms import offered_sizes
+from covey_protocol.keys import KeyRing, Keys
 from covey_protocol.messages import (
     Answer,
     BlobRef,
@@ -98,15 +99,17 @@ class Judge:
     """Takes the records of one fleet in order. `keys`: of the devices; a device without one has its seals unchecked."""
 
     def __init__(
-        self, fleet: str, coordinator: Optional[PublicKey] = None, keys: Optional[Mapping[str, PublicKey]] = None
+        self, fleet: str, coordinator: Optional[Keys] = None, keys: Optional[Mapping[str, Keys]] = None
     ) -> None:
         self.messages = 0
         self.unchecked: dict[str, int] = {}  # sender -> messages whose seal nobody could check
         self._topics = Topics(fleet)
-        self._coordinator = coordinator
-        self._keys = None if keys is None else dict(keys)
+        self._coordinator = None if coordinator is None else KeyRing(coordinator)
+        self._keys = None if keys is None else {device_id: KeyRing(one) for device_id, one in keys.items()}
+        self._sealed_by: dict[str, PublicKey] = {}
         self._guards: dict[str, ReplayGuard] = {}
-        self._said: dict[tuple[str, int], bytes] = {}  # (sender, sequence) -> digest of topic and payload
+        # (sender, its key, sequence) -> digest of topic and payload
+        self._said: dict[tuple[str, Optional[PublicKey], int], bytes] = {}
         self._sessions: dict[str, int] = {}
         self._rounds: dict[str, _Round] = {}
         self._current = ""
@@ -171,18 +174,27 @@ class Judge:
         elif not self._is_copy(place.device_id, sequence, record):
             self._said_by(place.device_id, message)
 
-    def _decode(self, record: Record, sender: str, key: Optional[PublicKey]) -> tuple[Message, int]:
-        if key is None:
+    def _decode(self, record: Record, sender: str, ring: Optional[KeyRing]) -> tuple[Message, int]:
+        if ring is None:
             self.unchecked[sender] = self.unchecked.get(sender, 0) + 1
             return codec.decode_unverified(record.payload, topic=record.topic, sender=sender)
-        if sender == COORDINATOR:
-            return codec.decode_from_coordinator(record.payload, topic=record.topic, key=key)
-        return codec.decode_from_device(record.payload, topic=record.topic, sender=sender, key=key)
+
+        def decode(key: PublicKey) -> tuple[Message, int]:
+            if sender == COORDINATOR:
+                return codec.decode_from_coordinator(record.payload, topic=record.topic, key=key)
+            return codec.decode_from_device(record.payload, topic=record.topic, sender=sender, key=key)
+
+        taken = ring.take(decode)
+        if self._sealed_by.setdefault(sender, taken.key) != taken.key:  # numbers and sessions begin anew with it
+            self._sealed_by[sender] = taken.key
+            self._guards.pop(sender, None)
+            self._sessions.pop(sender, None)
+        return taken.message, taken.sequence
 
     def _is_copy(self, sender: str, sequence: int, record: Record) -> bool:
         """True for the broker's own copy of a retained message that was said before."""
         digest = hashlib.sha256(record.topic.encode() + b"\0" + record.payload).digest()
-        first = self._said.setdefault((sender, sequence), digest)
+        first = self._said.setdefault((sender, self._sealed_by.get(sender), sequence), digest)
         if self._guards.setdefault(sender, ReplayGuard()).accept(sequence):
             return False
         if first == digest and record.retained:
