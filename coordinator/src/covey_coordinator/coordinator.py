@@ -329,11 +329,13 @@ class Coordinator:
         facts = self.store.unfinished(run_id)
         if facts is None:
             return None
+        devices = dict(facts.devices)
         for device_id, reason in self._look().items():
-            known = facts.devices.get(device_id)
+            known = devices.get(device_id)
             if known is not None and rounds.is_revocable(known.progress):
                 self.store.record(facts.invitation.round_id, device_id, Progress.REVOKED, reason)
-        return self.store.unfinished(run_id)
+                devices[device_id] = replace(known, progress=Progress.REVOKED, reason=reason)
+        return replace(facts, devices=devices)
 
     def _revoke(self, state: _Round) -> None:
         for device_id, reason in self._look().items():
