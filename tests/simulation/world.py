@@ -58,8 +58,6 @@ from covey_protocol.messages import (
 from covey_protocol.parameters import ParameterSpec
 from covey_protocol.seals import SealingKey
 
-logging.getLogger("covey").setLevel(logging.CRITICAL)  # what happens is in the trace
-
 HONEST = ("a", "b", "c")
 HOSTILE = "m"
 SLOTS = 60  # updates one device can train in a run
@@ -76,7 +74,7 @@ CONFIG = CoordinatorConfig(
     key_file="",
     rounds=ROUNDS,
     broker=BrokerSettings(url="mqtt://nowhere"),
-    devices=dict.fromkeys((*HONEST, HOSTILE), ""),
+    devices={},
     round=RoundSettings(
         devices=2, quorum=2, duration_s=DURATION_S, answer_s=ANSWER_S, grace_s=GRACE_S, wait_s=30.0, pause_s=0.5
     ),
@@ -322,6 +320,9 @@ class SimulatedFleet:
         self.blobs: dict[bytes, bytes] = {}
         self.round: Invitation | RoundClosed | None = None
         self.inbox: list[FromFleet] = [FromFleet(name, Presence(up, 1)) for name, up in world.retained_presence.items()]
+
+    def known(self) -> list[str]:
+        return sorted((*HONEST, HOSTILE))
 
     def online(self) -> list[str]:
         return sorted(name for name, up in self._presence.items() if up)
@@ -569,6 +570,15 @@ class World:
         return False
 
     def run(self) -> World:
+        logger = logging.getLogger("covey")
+        before = logger.level
+        logger.setLevel(logging.CRITICAL)  # what happens is in the trace
+        try:
+            return self._run()
+        finally:
+            logger.setLevel(before)
+
+    def _run(self) -> World:
         for one in self.devices.values():
             one.start()
         self.at(1.0, self.hostile)

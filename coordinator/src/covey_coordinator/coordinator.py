@@ -78,6 +78,7 @@ class Engine(Protocol):
 class Devices(Protocol):
     """See fleet.Fleet."""
 
+    def known(self) -> list[str]: ...
     def online(self) -> list[str]: ...
     def send(self, device_id: str, message: FromCoordinator) -> None: ...
     def publish_round(self, message: Invitation | RoundClosed) -> None: ...
@@ -212,6 +213,11 @@ class Coordinator:
         """The ids of the devices that are connected now and not revoked, sorted."""
         revoked = self._look()
         return [device_id for device_id in self.fleet.online() if device_id not in revoked]
+
+    def admitted(self) -> list[str]:
+        """The ids of the devices of the roster that are not revoked, sorted."""
+        revoked = self._look()
+        return [device_id for device_id in self.fleet.known() if device_id not in revoked]
 
     def attend(self, timeout_s: float, until: Callable[[], bool] = lambda: False) -> bool:
         """Between rounds: answer devices, until the condition holds (True) or the time is over (False)."""

@@ -132,6 +132,10 @@ class Fleet:
         here = [device_id for device_id, (presence, _) in self._presence.items() if presence.online]
         return sorted(device_id for device_id in here if device_id in self.roster)
 
+    def known(self) -> list[str]:
+        """The ids of all devices of the roster, sorted."""
+        return self.roster.ids()
+
     # --- sending
 
     def send(self, device_id: str, message: FromCoordinator) -> None:

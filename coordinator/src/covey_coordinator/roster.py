@@ -28,6 +28,9 @@ class Roster:
     def __contains__(self, device_id: object) -> bool:
         return device_id in self._rings
 
+    def ids(self) -> list[str]:
+        return sorted(self._rings)
+
     def ring(self, device_id: str) -> KeyRing | None:
         return self._rings.get(device_id)
 

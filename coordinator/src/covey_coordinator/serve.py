@@ -359,7 +359,7 @@ def _new_round(
         parameters=parameters,
         plan=_plan(config, number),
         # in an asynchronous round who comes later may take part, too
-        device_ids=sorted({*config.devices, *devices}) if settings.max_staleness else devices,
+        device_ids=coordinator.admitted() if settings.max_staleness else devices,
         quorum=settings.quorum,
         engine=engine,
         timing=Timing(settings.duration_s, settings.answer_s, settings.grace_s),
