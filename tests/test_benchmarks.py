@@ -87,3 +87,11 @@ def test_the_benchmark_of_compression_measures_every_form() -> None:
     assert ended.returncode == 0, ended.stderr[-2000:]
     for form in ("float32", "rotated-8bit", "rotated-4bit", "top-k 10%", "top-k 1%", "top-k-8bit 1%"):
         assert ended.stdout.count(f"\n| {form} |") == 2
+
+
+def test_the_benchmark_of_encryption_says_what_it_costs() -> None:
+    command = [sys.executable, "benchmarks/encryption.py", "--quick"]
+    ended = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    assert "| float32 | 100,000 | 400,000 | 400,560 | 0.14% |" in ended.stdout
+    assert len(ended.stdout.splitlines()) == 2 + 6

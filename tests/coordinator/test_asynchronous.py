@@ -37,6 +37,11 @@ def configure(clinic: Clinic, rounds: int, epochs: int, *more: str) -> None:  # 
     (clinic.folder / "coordinator.toml").write_text(text.replace("quorum = 2", lines))
 
 
+def add_table(clinic: Clinic, table: str) -> None:  # noqa: F811
+    path = clinic.folder / "coordinator.toml"
+    path.write_text(path.read_text().replace("[devices]", f"{table}\n[devices]"))
+
+
 def run_to_the_end(clinic: Clinic, kill_at: int = 0) -> None:  # noqa: F811
     for name in ("broker", "ward-1", "ward-2", "ward-3", "serve"):
         if name not in clinic.running:
@@ -71,8 +76,10 @@ def test_a_slow_device_takes_part_in_asynchronous_rounds_also_over_a_restart(
     coordinator_key: SealingKey,
     tmp_path: Path,
 ) -> None:
+    """Updates travel compressed and encrypted: each is read by its own round's seed and key."""
     give_most_data_to(clinic, SLOW)
     configure(clinic, 15, 60, "goal = 2", "max_staleness = 15", "pause_s = 0.3")
+    add_table(clinic, '[wire]\nencryption = true\ncompression = "rotated-8bit"')
     record = tmp_path / "rounds.jsonl"
     covey = [sys.executable, "-m", "covey_edge", "protocol"]
     clinic.start("broker")

@@ -242,3 +242,13 @@ def test_fifty_rounds_survive_kills_of_everything(clinic: Clinic, digits_bundle:
     run_with_kills(clinic, rounds=50, epochs=100, seed=2, most_kills=90)
     assert min(clinic.kills[name] for name in ("serve", "broker", *IDS)) >= 3
     check(clinic, digits_bundle, 50)
+
+
+@pytest.mark.timeout(900)
+def test_an_encrypted_round_survives_a_kill_of_the_coordinator(clinic: Clinic, digits_bundle: bytes) -> None:
+    template = clinic.folder / "template"
+    wire = '[wire]\nencryption = true\ncompression = "rotated-8bit"\n[devices]'
+    template.write_text(template.read_text().replace("[devices]", wire))
+    run_with_kills(clinic, rounds=1, epochs=100, seed=3, most_kills=1)
+    assert clinic.kills["serve"] == 1
+    check(clinic, digits_bundle, 1)

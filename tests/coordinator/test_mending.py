@@ -12,7 +12,7 @@ import pytest
 from covey_coordinator.aggregation.engines import make_engine
 from covey_coordinator.aggregation.registry import make_rule
 from covey_coordinator.aggregation.screening import Arrivals
-from covey_coordinator.records import ACCEPTED, DeviceVerdict
+from covey_coordinator.records import ACCEPTED, REJECTED, DeviceVerdict
 from covey_coordinator.serve import _resume
 from covey_coordinator.store import Checkpoint, RunStore
 from covey_protocol.blobs import blob_ref
@@ -120,3 +120,20 @@ def test_a_round_with_a_refused_device_is_computed_again_with_one_byzantine_devi
     again = make_engine("direct", make_rule("trimmed-mean", 1), (ParameterSpec("dense", (D,)),))
     parameters, done = _resume(store, again, "run", START, lambda line: None)
     assert (done, parameters.tobytes()) == (1, outcome.parameters.tobytes())
+
+
+def test_a_round_in_which_a_device_was_revoked_after_it_delivered_is_computed_again_without_it(tmp_path: Path) -> None:
+    store, made, ids = RunStore(tmp_path / "run"), engine(), (*IDS, "stolen")
+    blob = blob_ref(START.tobytes())
+    invitation = Invitation("run.1.a", 1, 1000, 1000, blob, blob, TrainingPlan(1, 0.1), ids)
+    store.open_round("run", invitation, RoundSettings(2, 1.0, 1.0, 4 * D), 1000)
+    updates = np.random.default_rng(5).normal(size=(len(ids), D)).astype("<f4")
+    for name, update in zip(ids, updates):
+        store.store_update(name, Offer("run.1.a", blob_ref(update.tobytes()), 5), update.tobytes())
+    store.record("run.1.a", "stolen", Progress.REVOKED, "revoked")
+    parameters = made.step(START, updates[:3], [5.0] * 3, IDS).parameters
+    verdicts = [*(DeviceVerdict(name, ACCEPTED) for name in IDS), DeviceVerdict("stolen", REJECTED, "revoked")]
+    store.conclude("run.1.a", Phase.PUBLISHED, "", verdicts, Checkpoint(1, parameters, made.saved_state()))
+    spoil(store, 1)
+    again, done = _resume(store, engine(), "run", START, lambda line: None)
+    assert (done, again.tobytes()) == (1, parameters.tobytes())

@@ -1,4 +1,4 @@
-"""`covey status`, `devices`, `runs`, `pause`, `resume`, `abort` on stores that were made by the real RunStore."""
+"""`covey status`, `devices`, `runs`, and the orders: on stores that were made by the real RunStore."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from covey_coordinator.orders import Orders
+from covey_coordinator.orders import LOOK_S, Orders, Revocations
 from covey_coordinator.records import ACCEPTED, MISSING, REJECTED, DeviceVerdict
 from covey_coordinator.store import RunStore, only_one
 from covey_coordinator.watching import cli, events
@@ -170,6 +170,7 @@ def test_devices_have_their_history(store: RunStore, call: Call) -> None:
         "rejected": 0,
         "missing": 0,
         "last_rejection": "",
+        "revoked": None,
     }
     assert (found["b"]["rejected"], found["b"]["last_rejection"]) == (1, "too far from the others")
     assert (found["c"]["invited"], found["c"]["last_seen_ms"]) == (0, None)
@@ -311,6 +312,50 @@ def test_a_damaged_order_still_stands(store: RunStore) -> None:
 def test_an_endless_reason_is_refused(store: RunStore) -> None:
     with pytest.raises(errors.ConfigError, match="a reason of 201 characters"):
         Orders(store.folder).pause("x" * 201)
+
+
+# --- revoking
+
+
+def test_a_revocation_is_of_the_fleet_and_listed_with_its_reason(store: RunStore, tmp_path: Path, call: Call) -> None:
+    said = call("revoke", "b", "--reason", "stolen\n on Monday")
+    assert said == "b is revoked; no coordinator runs now, so this holds from its next start\n"
+    call("revoke", "b", "--reason", "another reason")  # the first stays
+    revocations = Revocations(tmp_path / "runs", "home")
+    assert revocations.reasons() == {"b": "revoked: stolen on Monday"}
+    found = {facts["device"]: facts["revoked"] for facts in call("devices", "--json")}
+    assert {name for name, order in found.items() if order is not None} == {"b"}
+    assert found["b"]["reason"] == "stolen on Monday"
+    (line,) = (line for line in call("devices").splitlines() if line.startswith("b "))
+    assert " revoked " in line
+    assert line.endswith("ago: stolen on Monday")
+    assert call("readmit", "b").startswith("b is readmitted")
+    assert call("readmit", "b") == "b was not revoked\n"
+    assert revocations.standing() == {}
+
+
+def test_a_mistyped_device_is_not_revoked(store: RunStore, tmp_path: Path, call: Call) -> None:
+    with pytest.raises(errors.ConfigError, match="did you mean 'b'"):
+        call("revoke", "bb")
+    assert not (tmp_path / "runs" / "home.revoked").exists()
+
+
+def test_a_damaged_revocation_still_stands(tmp_path: Path) -> None:
+    revocations = Revocations(tmp_path, "home")
+    revocations.revoke("b")
+    (tmp_path / "home.revoked" / "b.json").write_bytes(b"{")
+    assert revocations.reasons() == {"b": "revoked: b.json cannot be read"}
+
+
+def test_a_running_coordinator_sees_a_revocation_after_an_instant(tmp_path: Path) -> None:
+    running, operator = Revocations(tmp_path, "home"), Revocations(tmp_path, "home")
+    assert running.reasons() == {}
+    operator.revoke("b", "stolen")
+    time.sleep(1.5 * LOOK_S)
+    assert running.reasons() == {"b": "revoked: stolen"}
+    operator.readmit("b")
+    time.sleep(1.5 * LOOK_S)
+    assert running.reasons() == {}
 
 
 def test_the_commands_import_no_tensorflow() -> None:

@@ -109,6 +109,7 @@ def test_a_round_is_counted_by_outcome_verdict_phase_and_score(board: Board, tim
         'covey_updates_rejected_total{reason="rule"}': 1,
         'covey_updates_rejected_total{reason="screening"}': 1,
         'covey_updates_rejected_total{reason="round_abandoned"}': 0,
+        'covey_updates_rejected_total{reason="revoked"}': 0,
         'covey_updates_missing_total{reason="declined"}': 1,
         "covey_received_bytes_total": 1000,
         "covey_sent_bytes_total": 2000,
@@ -131,6 +132,20 @@ def test_an_abandoned_round_rejects_for_that_reason(board: Board, time: Time) ->
     assert page['covey_updates_rejected_total{reason="round_abandoned"}'] == 2
     assert page['covey_updates_rejected_total{reason="rule"}'] == 0
     assert page["covey_rounds_published"] == 6
+
+
+def test_the_update_of_a_revoked_device_is_counted_as_that(board: Board, time: Time) -> None:
+    board(events.MessageCame("a", "Presence", True))
+    board(events.RoundOpened("r1", 7, "ab", 1, 60.0, False))
+    board(moved(a="stored", b="stored"))
+    board(events.DeviceRevoked("a", "revoked: stolen"))
+    board(moved(a="revoked", b="stored"))
+    board(events.RoundEnded("r1", 7, "published", "", [DeviceVerdict("a", REJECTED, "revoked: stolen")], {}, 6.0))
+    page = samples(exposition(board.state(), TRAFFIC, time.now))
+    assert page['covey_updates_rejected_total{reason="revoked"}'] == 1
+    assert page["covey_devices_online"] == 0
+    board(events.DeviceReadmitted("a", True))
+    assert samples(exposition(board.state(), TRAFFIC, time.now))["covey_devices_online"] == 1
 
 
 def test_what_was_acknowledged_before_a_restart_is_not_counted_again(board: Board, time: Time) -> None:

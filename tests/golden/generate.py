@@ -14,6 +14,7 @@ import msgspec
 from covey_protocol import codec
 from covey_protocol.bundle import TRAIN_INPUTS, Manifest, Proof, TensorSpec, write_bundle
 from covey_protocol.codec import COORDINATOR
+from covey_protocol.encryption import KeyPair
 from covey_protocol.messages import (
     Answer,
     BlobRef,
@@ -88,6 +89,20 @@ FROM_COORDINATOR: dict[str, tuple[str, Message]] = {
             requires=("train", "float32", "late"),
             max_staleness=2,
             earlier=("run.2.abd", "run.1.abc"),
+        ),
+    ),
+    "invitation-encrypted": (
+        TOPICS.round,
+        Invitation(
+            round_id="run.3.abe",
+            number=3,
+            issued_at_ms=1_700_001_200_000,
+            duration_ms=600_000,
+            bundle=BlobRef(HASH, 100_000),
+            parameters=BlobRef(OTHER, 800, 4096),
+            plan=TrainingPlan(epochs=1, learning_rate=0.5),
+            requires=("train", "float32", "encryption"),
+            encryption_key=KeyPair.of(bytes(range(64, 96))).public,
         ),
     ),
 }

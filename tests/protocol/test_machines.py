@@ -610,3 +610,111 @@ def test_an_update_that_does_not_decode_is_refused_and_the_round_goes_on() -> No
         rounds.Aggregate(("b", "c")),
     ]
     assert machine.handle(rounds.Malformed("a", "again"), 3.0) == []
+
+
+# --- devices that are revoked
+
+WHY = "revoked: stolen"
+GONE_FOR_GOOD = rounds.DeviceFacts(Progress.REVOKED, WHY, OFFER)
+
+
+def revoke(machine: RoundMachine, name: str, now: float = 2.0) -> list[rounds.Effect]:
+    return machine.handle(rounds.Revoked(name, WHY), now)
+
+
+def test_what_a_revoked_device_delivered_is_rejected_with_the_reason() -> None:
+    machine = opened()
+    for name in "ab":
+        deliver(machine, name)
+    assert revoke(machine, "a") == [rounds.Record("a", Progress.REVOKED, WHY)]
+    assert deliver(machine, "c")[-1] == rounds.Aggregate(("b", "c"))
+    finished, _, *verdicts = machine.handle(rounds.Aggregated({"b": "", "c": ""}), 3.0)
+    assert isinstance(finished, rounds.Finished)
+    assert finished.rejected == {"a": WHY}
+    assert verdicts[0] == rounds.SendTo("a", Verdict("run.1", "rejected", WHY))
+
+
+def test_a_revoked_device_that_has_not_delivered_is_not_waited_for_and_is_missing() -> None:
+    machine = opened()
+    accept(machine, "a")
+    deliver(machine, "b")
+    deliver(machine, "c")
+    record, aggregate = revoke(machine, "a")
+    assert (record, aggregate) == (rounds.Record("a", Progress.REVOKED, WHY), rounds.Aggregate(("b", "c")))
+    finished, _, *verdicts = machine.handle(rounds.Aggregated({"b": "", "c": ""}), 3.0)
+    assert isinstance(finished, rounds.Finished)
+    assert (finished.rejected, finished.missing) == ({}, {"a": WHY})
+    assert [one.device_id for one in verdicts if isinstance(one, rounds.SendTo)] == ["b", "c"]
+
+
+def test_a_revocation_can_cost_the_round_its_quorum() -> None:
+    machine = opened()
+    deliver(machine, "a")
+    deliver(machine, "b")
+    revoke(machine, "a")
+    finished, *_ = machine.handle(rounds.Tick(), 60.0)
+    assert isinstance(finished, rounds.Finished)
+    assert (finished.outcome, finished.reason) == ("abandoned", "1 updates came, the quorum is 2")
+
+
+def test_an_update_that_is_being_made_durable_when_its_device_is_revoked_is_not_acknowledged() -> None:
+    machine = opened()
+    machine.handle(rounds.Offered("a", OFFER), 1.0)
+    for index in range(REF.num_chunks):
+        machine.handle(rounds.ChunkArrived("a", Chunk("run.1", REF.sha256, index, chunk(UPDATE, REF, index))), 1.0)
+    record = rounds.Record("a", Progress.REVOKED, WHY)
+    assert revoke(machine, "a") == [record]
+    assert machine.handle(rounds.Stored("a"), 2.0) == [record]  # over the row that says stored
+
+
+def test_who_had_declined_or_was_refused_stays_so() -> None:
+    """What was refused on arrival counts against f; a revocation later takes nothing back."""
+    machine = opened()
+    machine.handle(rounds.Answered("a", Answer("run.1", False, "busy")), 1.0)
+    machine.handle(rounds.Offered("b", Offer("run.1", blob_ref(b"short"), 5)), 1.0)
+    assert (revoke(machine, "a"), revoke(machine, "b"), revoke(machine, "stranger")) == ([], [], [])
+    assert machine.progress()["b"] is Progress.REFUSED
+
+
+def test_a_readmitted_device_delivers_again_only_in_the_next_round() -> None:
+    machine = opened()
+    deliver(machine, "a")
+    revoke(machine, "a")
+    revoke(machine, "b")
+    assert machine.handle(rounds.Answered("b", Answer("run.1", True)), 3.0) == []
+    assert machine.handle(rounds.Offered("b", OFFER), 3.0) == [
+        rounds.SendTo("b", Receipt("run.1", REF.sha256, False, WHY))
+    ]
+    assert machine.handle(rounds.Offered("a", OFFER), 3.0) == []  # was acknowledged: its verdict comes
+
+
+def test_a_round_that_was_decided_is_decided_again_without_who_was_revoked_before_the_rule_ran() -> None:
+    machine = restored(0.0, Phase.AGGREGATING, a=GONE_FOR_GOOD, b=STORED, c=STORED)
+    assert machine.resume(0.0) == [rounds.Aggregate(("b", "c"))]
+    _, _, *verdicts = machine.handle(rounds.Aggregated({"b": "", "c": ""}), 1.0)
+    assert rounds.SendTo("a", Verdict("run.1", "rejected", WHY)) in verdicts
+    alone = restored(0.0, Phase.AGGREGATING, a=GONE_FOR_GOOD, b=STORED)
+    finished, *_ = alone.resume(0.0)
+    assert isinstance(finished, rounds.Finished)
+    assert finished.outcome == "abandoned"
+
+
+# --- encrypted rounds
+
+
+def test_an_encrypted_round_is_declined_by_name_by_a_device_that_cannot() -> None:
+    invited = device.Invited(invitation(requires=("train", "encryption"), encryption_key=bytes([9]) * 32))
+    (answer, _) = walk(DeviceMachine("a", ("train", "float32")), invited)
+    assert answer == device.Send(Answer("run.1", False, "this device cannot encryption; update its agent"))
+    assert walk(DeviceMachine("a"), invited) == [device.CheckConditions(invited.invitation)]
+
+
+def test_an_encrypted_update_has_one_size_and_a_plain_one_is_refused() -> None:
+    invited = invitation(encryption_key=bytes([9]) * 32)
+    settings = RoundSettings.of(invited, 1, 10.0, 3.0)
+    assert settings.sizes == range(40 + 560, 40 + 561)
+    machine = RoundMachine(invited, ["a"], settings)
+    machine.handle(rounds.Opened(), 0.0)
+    _, refused, *_ = machine.handle(rounds.Offered("a", OFFER), 1.0)
+    assert isinstance(refused, rounds.SendTo)
+    assert refused.message == Receipt("run.1", REF.sha256, False, "the update has 40 bytes, the model needs 600")

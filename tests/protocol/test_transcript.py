@@ -17,10 +17,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from covey_edge.config import read_roster
+from covey_protocol import codec
 from covey_protocol.errors import PeerError
 from covey_protocol.messages import (
     Answer,
+    BlobRef,
     Chunk,
+    Envelope,
     Failure,
     Invitation,
     Need,
@@ -31,7 +34,7 @@ from covey_protocol.messages import (
     Seen,
     Verdict,
 )
-from covey_protocol.seals import PublicKey
+from covey_protocol.seals import PublicKey, SealingKey
 from covey_protocol.transcript import Judge, Record, Violation, fleet_of, violations, write_record
 
 FOLDER = Path(__file__).parent.parent / "golden" / "transcripts"
@@ -225,6 +228,78 @@ def test_one_change_is_found(what: str) -> None:
     found = judge(records)
     assert found, "nothing was found"
     assert any(violation.section == section and words in violation.what for violation in found), found
+
+
+# --- encrypted updates
+
+
+def encrypted(**offer: Any) -> list[Record]:
+    """The good ones as if their round was encrypted; `offer` changes the first Offer."""
+    records = said(Invitation, encryption_key=bytes([9]) * 32)
+    return [
+        MADE.resealed(record, msgspec.structs.replace(message, **offer)) if isinstance(message, Offer) else record
+        for record, message in ((record, MADE.message_of(record)) for record in records)
+    ]
+
+
+def encrypted_ref(more: int) -> BlobRef:
+    return BlobRef(bytes(32), MADE.message_of(GOOD[at(Offer)]).update.size + more)
+
+
+def test_a_plain_update_in_an_encrypted_round_is_found_by_its_size() -> None:
+    first, *_ = judge(encrypted())
+    assert (first.section, "offers 36 bytes, not 596 to 596" in first.what) == (4, True)
+
+
+def test_an_encrypted_update_beside_which_something_is_said_is_found() -> None:
+    loud = [one for one in judge(encrypted(update=encrypted_ref(560))) if "is to be hidden" in one.what]
+    assert {one.section for one in loud} == {4}
+    metrics_only = judge(encrypted(update=encrypted_ref(560), num_examples=1))
+    assert any("is to be hidden" in one.what for one in metrics_only)
+    silent = judge(encrypted(update=encrypted_ref(560), num_examples=1, metrics={}))
+    assert not any(isinstance(one, Violation) and one.section == 4 for one in silent)
+
+
+# --- keys that change
+
+NEXT = SealingKey.from_seed(bytes([77]) * 32)
+
+
+def moved_keys(sender: str, start: int, stop: int | None = None) -> list[Record]:
+    """From line `start` to `stop` this sender seals with its next key."""
+    records = list(GOOD)
+    for index in range(start, len(GOOD) if stop is None else stop):
+        record, message = GOOD[index], MADE.message_of(GOOD[index])
+        if message is None:
+            continue
+        envelope = msgspec.msgpack.decode(record.payload, type=Envelope)
+        if envelope.sender == sender:
+            payload = codec.encode(message, topic=record.topic, sender=sender, sequence=envelope.sequence, key=NEXT)
+            records[index] = msgspec.structs.replace(record, payload=payload)
+    return records
+
+
+def judge_two(records: list[Record], sender: str) -> list[Violation]:
+    roster: dict[str, Any] = dict(read_roster(ROSTER))
+    coordinator: Any = KEY
+    if sender == codec.COORDINATOR:
+        coordinator = (KEY, NEXT.public)
+    else:
+        roster[sender] = (*roster[sender], NEXT.public)
+    return list(violations(Judge("golden", coordinator, roster), map(write_record, records)))
+
+
+@pytest.mark.parametrize("sender", ["attic-pi", codec.COORDINATOR])
+def test_a_sender_may_move_to_its_next_key_once(sender: str) -> None:
+    middle = len(GOOD) // 2
+    assert judge_two(moved_keys(sender, middle), sender) == []
+    assert judge_two(GOOD, sender) == []
+    assert judge(moved_keys(sender, middle)) != []  # for who does not know the next key
+    one = next(i for i in range(middle, len(GOOD)) if moved_keys(sender, i, i + 1) != GOOD)
+    back = judge_two(moved_keys(sender, one, one + 1), sender)
+    assert back
+    assert {one.section for one in back} >= {3}
+    assert f"not sealed by the key known for {sender}" in back[0].what
 
 
 # --- what is no violation

@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from msgspec.structs import replace
 
 from covey_coordinator import coordinator, serve
@@ -18,15 +19,19 @@ from covey_edge.outbox import Outbox
 from covey_edge.performer import Performer
 from covey_protocol import device, round
 from covey_protocol.blobs import BlobAssembly
+from covey_protocol.errors import PeerError
 from covey_protocol.messages import Receipt
 
 Patch = Any  # pytest.MonkeyPatch
 MUTATIONS: dict[str, Callable[[Patch], None]] = {}
+REVOKED_MUTATIONS: dict[str, Callable[[Patch], None]] = {}  # for worlds in which a device is revoked
 
 
-def mutation(sentence: str) -> Callable[[Callable[[Patch], None]], Callable[[Patch], None]]:
+def mutation(
+    sentence: str, table: dict[str, Callable[[Patch], None]] = MUTATIONS
+) -> Callable[[Callable[[Patch], None]], Callable[[Patch], None]]:
     def keep(function: Callable[[Patch], None]) -> Callable[[Patch], None]:
-        MUTATIONS[sentence] = function
+        table[sentence] = function
         return function
 
     return keep
@@ -262,6 +267,46 @@ def _(patch: Patch) -> None:
     wrapped(patch, round.RoundMachine, "_taker", taker)
 
 
+# --- encrypted rounds
+
+
+@mutation("a round's key is written without a sync")
+def _(patch: Patch) -> None:
+    def opened(original: Any, self: RunStore, *arguments: Any) -> None:
+        write = self._disk.write
+        self._disk.write = lambda path, data, mode=0: self._disk.write_scratch(path, data)  # type: ignore[method-assign]
+        try:
+            original(self, *arguments)
+        finally:
+            self._disk.write = write  # type: ignore[method-assign]
+
+    wrapped(patch, RunStore, "open_round", opened)
+
+
+@mutation("a round's key is not kept at all")
+def _(patch: Patch) -> None:
+    wrapped(patch, RunStore, "open_round", lambda original, self, *arguments: original(self, *arguments[:4]))
+
+
+@mutation("a restart takes the number of examples from the offer that is not encrypted")
+def _(patch: Patch) -> None:
+    def store(original: Any, self: RunStore, device_id: str, offer: Any, data: bytes, **more: Any) -> None:
+        original(self, device_id, replace(offer, num_examples=1), data, **more)
+
+    wrapped(patch, RunStore, "store_update", store)
+
+
+@mutation("what does not decrypt is stored all the same")
+def _(patch: Patch) -> None:
+    def opened(original: Any, self: RunStore, invitation: Any, device_id: str, offer: Any, data: bytes) -> Any:
+        try:
+            return original(self, invitation, device_id, offer, data)
+        except PeerError:
+            return offer, np.ones(invitation.dimension, np.float32)
+
+    wrapped(patch, RunStore, "opened", opened)
+
+
 # --- the device
 
 
@@ -323,3 +368,73 @@ def _(patch: Patch) -> None:
         return action(self, device.Received(receipt), now)
 
     row(patch, device.TABLE, "_received", received)
+
+
+# --- revoked devices
+
+
+@mutation("what a revoked device has delivered enters the model", REVOKED_MUTATIONS)
+def _(patch: Patch) -> None:
+    def revoked(action: Any, self: Any, event: Any, now: float) -> Any:
+        peer = self._devices.get(event.device_id)
+        stored = peer is not None and peer.progress is round.Progress.STORED
+        return [] if stored else action(self, event, now)
+
+    row(patch, round.TABLE, "_revoked", revoked)
+
+
+@mutation("a restart does not ask who was revoked meanwhile", REVOKED_MUTATIONS)
+def _(patch: Patch) -> None:
+    patch.setattr(Coordinator, "_unfinished", lambda self, run_id: self.store.unfinished(run_id))
+
+
+@mutation("a revocation is not durable", REVOKED_MUTATIONS)
+def _(patch: Patch) -> None:
+    def record(original: Any, self: RunStore, round_id: str, device_id: str, progress: Any, reason: str) -> None:
+        if progress is not round.Progress.REVOKED:
+            original(self, round_id, device_id, progress, reason)
+
+    wrapped(patch, RunStore, "record", record)
+
+
+@mutation("a revoked device is still heard", REVOKED_MUTATIONS)
+def _(patch: Patch) -> None:
+    def take(original: Any, self: Coordinator, state: Any, received: Any) -> None:
+        look, self._look = self._look, dict  # type: ignore[method-assign,assignment]
+        try:
+            original(self, state, received)
+        finally:
+            self._look = look  # type: ignore[method-assign]
+
+    wrapped(patch, Coordinator, "_take", take)
+
+
+@mutation("a revoked device is invited", REVOKED_MUTATIONS)
+def _(patch: Patch) -> None:
+    patch.setattr(Coordinator, "online", lambda self: self.fleet.online())
+
+
+@mutation("a revoked device hears no verdict on what it delivered", REVOKED_MUTATIONS)
+def _(patch: Patch) -> None:
+    def revoked(action: Any, self: Any, event: Any, now: float) -> Any:
+        effects = action(self, event, now)
+        if event.device_id in self._devices:
+            self._devices[event.device_id].acknowledged = False
+        return effects
+
+    row(patch, round.TABLE, "_revoked", revoked)
+
+
+@mutation("a readmitted device is told that what it delivered was refused", REVOKED_MUTATIONS)
+def _(patch: Patch) -> None:
+    def offered(action: Any, self: Any, event: Any, now: float) -> Any:
+        peer = self._devices.get(event.device_id)
+        if peer is None or peer.progress is not round.Progress.REVOKED:
+            return action(self, event, now)
+        acknowledged, peer.acknowledged = peer.acknowledged, False
+        try:
+            return action(self, event, now)
+        finally:
+            peer.acknowledged = acknowledged
+
+    row(patch, round.TABLE, "_offered", offered)

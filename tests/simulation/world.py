@@ -1,8 +1,9 @@
 """A fleet on a virtual clock: the production machines, performers and stores, with everything around them made up.
 
 Real: RoundMachine, DeviceMachine, `serve.run_rounds`, Coordinator, RunStore with its SQL (on SQLite in memory), the
-device's Performer and Outbox. Made up, and driven by one seed: time, the broker, the disks, training, the engine, and
-when whom the power leaves. A crash can come before and after every effect; what a disk has then is what was synced.
+device's Performer and Outbox, and in every third world the encryption of updates. Made up, and driven by one seed:
+time, the broker, the disks, training, the engine, and when whom the power leaves. A crash can come before and after
+every effect; what a disk has then is what was synced.
 
 Every honest update has one number of the model for itself: an update is a 1 there and 0 elsewhere, and the engine adds.
 So the model is a ledger: it says of every update ever trained how often it was counted.
@@ -16,7 +17,7 @@ import logging
 import random
 import sqlite3
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from covey_coordinator.aggregation.staleness import staleness_weight
 from covey_coordinator.coordinator import Clock, Coordinator
 from covey_coordinator.fleet import FromFleet
 from covey_coordinator.orders import Orders
-from covey_coordinator.serve import CoordinatorConfig, RoundSettings, run_rounds
+from covey_coordinator.serve import CoordinatorConfig, RoundSettings, WireSettings, run_rounds
 from covey_coordinator.store import KEEP_ROUNDS, SCHEMA, RunStore
 from covey_edge.config import BrokerSettings
 from covey_edge.files import Disk
@@ -38,6 +39,7 @@ from covey_edge.performer import Performer
 from covey_protocol import device
 from covey_protocol.blobs import blob_ref, chunks
 from covey_protocol.bundle import REQUIRED_SIGNATURES, Manifest, TensorSpec, write_bundle
+from covey_protocol.encryption import ENCRYPTION_BYTES, KeyPair, encrypted
 from covey_protocol.errors import CoveyError, RuleError, StorageError
 from covey_protocol.messages import (
     Answer,
@@ -56,8 +58,6 @@ from covey_protocol.messages import (
 from covey_protocol.parameters import ParameterSpec
 from covey_protocol.seals import SealingKey
 
-logging.getLogger("covey").setLevel(logging.CRITICAL)  # what happens is in the trace
-
 HONEST = ("a", "b", "c")
 HOSTILE = "m"
 SLOTS = 60  # updates one device can train in a run
@@ -74,16 +74,18 @@ CONFIG = CoordinatorConfig(
     key_file="",
     rounds=ROUNDS,
     broker=BrokerSettings(url="mqtt://nowhere"),
-    devices=dict.fromkeys((*HONEST, HOSTILE), ""),
+    devices={},
     round=RoundSettings(
         devices=2, quorum=2, duration_s=DURATION_S, answer_s=ANSWER_S, grace_s=GRACE_S, wait_s=30.0, pause_s=0.5
     ),
 )
+NUM_EXAMPLES = 5
 KINDS = {  # of rounds
     "for everyone": CONFIG,
     "until the goal": replace(CONFIG, round=replace(CONFIG.round, goal=2)),
     "asynchronous": replace(CONFIG, rounds=2 * ROUNDS, round=replace(CONFIG.round, goal=2, max_staleness=2)),
 }
+ENCRYPTED = WireSettings(encryption=True)
 MANIFEST = Manifest(
     format=1,
     name="ledger",
@@ -319,6 +321,9 @@ class SimulatedFleet:
         self.round: Invitation | RoundClosed | None = None
         self.inbox: list[FromFleet] = [FromFleet(name, Presence(up, 1)) for name, up in world.retained_presence.items()]
 
+    def known(self) -> list[str]:
+        return sorted((*HONEST, HOSTILE))
+
     def online(self) -> list[str]:
         return sorted(name for name, up in self._presence.items() if up)
 
@@ -484,9 +489,10 @@ class SimulatedDevice:
             if self.trained >= SLOTS:
                 event: device.Event = device.TrainingFailed(invitation.round_id, "no slot is left")
             else:
-                update = self.world.new_update(self.name, self.trained, invitation.round_id)
+                update = self.world.new_update(self.name, self.trained, invitation)
                 self.trained += 1
-                event = device.Trained(invitation.round_id, update, 5)
+                said = 1 if invitation.encryption_key else NUM_EXAMPLES
+                event = device.Trained(invitation.round_id, update, said)
             self.run(lambda: self.performer.handle(event))
 
         self.later(self.world.rng.uniform(0.3, 3.0), done)
@@ -548,15 +554,31 @@ class World:
         self.fleet: SimulatedFleet | None = None
         self.devices = {name: SimulatedDevice(self, name) for name in HONEST}
         self.orders = Orders(Path("no folder"))
+        self.encrypted = self.seed % 3 == 0
+        self.entropy = random.Random(f"keys {self.seed}").randbytes
+        if self.encrypted:
+            self.config = replace(self.config, wire=ENCRYPTED)
         self.rounds = self.config.rounds  # that are published at the end
 
     # --- the whole run
+
+    def revoked(self) -> Mapping[str, str]:
+        return {}
 
     def is_over(self) -> bool:
         """Whether the run has ended without all its rounds, as it should."""
         return False
 
     def run(self) -> World:
+        logger = logging.getLogger("covey")
+        before = logger.level
+        logger.setLevel(logging.CRITICAL)  # what happens is in the trace
+        try:
+            return self._run()
+        finally:
+            logger.setLevel(before)
+
+    def _run(self) -> World:
         for one in self.devices.values():
             one.start()
         self.at(1.0, self.hostile)
@@ -596,7 +618,17 @@ class World:
         try:
             store = RunStore(Path("run"), disk=self.disk, database=self.database)
             clock, aborted = SimulatedClock(self), self.orders.abort_reason
-            program(Coordinator(self.fleet, store, leave_open=True, clock=clock, aborted=aborted))
+            program(
+                Coordinator(
+                    self.fleet,
+                    store,
+                    leave_open=True,
+                    clock=clock,
+                    aborted=aborted,
+                    revoked=self.revoked,
+                    entropy=self.entropy,
+                )
+            )
             good = True
         except Crash:
             self.crashes += 1
@@ -712,7 +744,8 @@ class World:
     def _nonsense(self, invitation: Invitation) -> list[Any]:
         rng = self.rng
         round_id = rng.choice([invitation.round_id, invitation.round_id, "run.0.0", "another"])
-        data = bytes([rng.randrange(1, 4)]) * rng.choice([4 * D, 4 * D, 8])
+        size = 4 * D + (ENCRYPTION_BYTES if self.encrypted else 0)
+        data = bytes([rng.randrange(1, 4)]) * rng.choice([size, size, 8])
         ref = blob_ref(data, CHUNK_BYTES)
         sha256 = rng.choice(
             [ref.sha256, bytes(32), *(bytes.fromhex(sha) for _, _, sha in list(self.slots.values())[-2:])]
@@ -756,6 +789,8 @@ class World:
 
     def device_says(self, name: str, message: Any) -> None:
         self.log(name, "says", message)
+        if self.encrypted and name in HONEST and isinstance(message, Offer):
+            self.require(message.num_examples == 1 and not message.metrics, "an offer says what is to be hidden")
         if self.broker_up:
             self._fly(lambda: self._to_coordinator(name, message))
 
@@ -772,6 +807,8 @@ class World:
         if isinstance(message, Invitation):
             phase = self._one("SELECT phase FROM rounds WHERE id = ?", message.round_id)
             self.require(phase is not None and phase[0] in ("inviting", "aggregating"), "invites to a closed round")
+            if message.encryption_key:
+                self.require(self._has_key(message), "invites with a key that is not durable", message)
         if self.broker_up:
             self.retained_round = message
             for name in self.devices:
@@ -784,6 +821,8 @@ class World:
             word = (name, message.round_id, message.sha256.hex())
             if message.kept:
                 self.require(self._is_durable(*word), "acknowledges what is not durable", word)
+                nonsense = self.encrypted and name == HOSTILE
+                self.require(not nonsense, "acknowledges what does not decrypt", word)
                 self.acknowledged.add(word)
             else:
                 self.require(word not in self.acknowledged, "refuses what it acknowledged", word)
@@ -798,12 +837,14 @@ class World:
 
     # --- training
 
-    def new_update(self, name: str, number: int, round_id: str) -> bytes:
+    def new_update(self, name: str, number: int, invitation: Invitation) -> bytes:
         slot = HONEST.index(name) * SLOTS + number
         update = np.zeros(D, "<f4")
         update[slot] = 1.0
         data = update.tobytes()
-        self.slots[slot] = (name, round_id, hashlib.sha256(data).hexdigest())
+        if invitation.encryption_key:
+            data = encrypted(invitation, name, data, NUM_EXAMPLES, {"loss": 0.5}, self.entropy)
+        self.slots[slot] = (name, invitation.round_id, hashlib.sha256(data).hexdigest())
         return data
 
     # --- invariants
@@ -821,6 +862,9 @@ class World:
         self.require(goal == 0 or len(names) <= goal, "more updates than the goal", names)
         before = self.decided.setdefault(round_id[0], names)
         self.require(before == names, "another set of updates for a round that was decided", before, names)
+        said = dict(zip(screened.device_ids, screened.num_examples))
+        wrong = [name for name, count in said.items() if name in HONEST and count != NUM_EXAMPLES]
+        self.require(not wrong, "the rule hears another number of examples than the device said", wrong)
         newest = self._one("SELECT max(number) FROM checkpoints")[0] or 0
         self.require(count == newest, f"an engine that has seen {count} rounds with the model of round {newest}")
 
@@ -866,6 +910,9 @@ class World:
         rounds = self._one("SELECT count(*) FROM rounds WHERE phase NOT IN ('published', 'abandoned')")[0]
         self.require(rounds <= 1, "more than one round is open", rounds)
         self.require(len(partial) <= 4 * everyone, "chunks pile up", len(partial))
+        keys = [name for name in self.disk.files if name.startswith("run/keys/")]
+        self.require(len(keys) <= KEEP_ROUNDS + 2, "keys pile up", len(keys))
+        self.require(bool(keys) <= self.encrypted, "a key that nobody asked for", keys)
         for one in self.devices.values():
             self.require(len(one.disk.files) <= device.MAX_OWED + 2, f"{one.name}'s outbox grows")
 
@@ -893,6 +940,12 @@ class World:
         data = self.disk.files.get(path)
         whole = data is not None and path not in self.disk.scratch and hashlib.sha256(data).hexdigest() == sha256
         return row is not None and not self.database.in_transaction and (whole or over)
+
+    def _has_key(self, invitation: Invitation) -> bool:
+        path = f"run/keys/{invitation.round_id}.x25519"
+        data = self.disk.files.get(path)
+        right = data is not None and KeyPair.of(data).public == invitation.encryption_key
+        return right and path not in self.disk.scratch
 
     def _verdict(self, round_id: str, name: str) -> str | None:
         row = self._one(

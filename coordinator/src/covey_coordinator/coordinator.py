@@ -8,7 +8,9 @@ keeps those after it from happening; what is durable then is what `resume_round`
 from __future__ import annotations
 
 import logging
+import os
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -16,16 +18,18 @@ from typing import Protocol
 import msgspec
 import numpy as np
 import numpy.typing as npt
+from msgspec import UNSET
 
 from covey_coordinator import records
 from covey_coordinator.aggregation.screening import Arrivals, Screened
 from covey_coordinator.aggregation.staleness import weighted
 from covey_coordinator.fleet import POLL_S, FromFleet
-from covey_coordinator.store import Checkpoint, RunStore, decoded
+from covey_coordinator.store import Checkpoint, RunStore
 from covey_coordinator.watching import events
 from covey_protocol import round as rounds
 from covey_protocol.bundle import check_plan, read_bundle
 from covey_protocol.device import LATE, needed_capabilities
+from covey_protocol.encryption import Entropy, KeyPair
 from covey_protocol.errors import PeerError, RuleError, RunError
 from covey_protocol.messages import (
     Answer,
@@ -74,6 +78,7 @@ class Engine(Protocol):
 class Devices(Protocol):
     """See fleet.Fleet."""
 
+    def known(self) -> list[str]: ...
     def online(self) -> list[str]: ...
     def send(self, device_id: str, message: FromCoordinator) -> None: ...
     def publish_round(self, message: Invitation | RoundClosed) -> None: ...
@@ -134,6 +139,7 @@ class _Round:
     verdicts: list[records.DeviceVerdict] = field(default_factory=list)
     measurements: Mapping[str, float] = field(default_factory=dict)
     offers: dict[str, Offer] = field(default_factory=dict)
+    revoked: set[str] = field(default_factory=set)  # of whom the machine has heard
     finished: rounds.Finished | None = None
     kept_time_at: float = 0.0
     told_at: float = float("-inf")
@@ -146,6 +152,8 @@ class Coordinator:
     on_progress: called with every device's progress, a few times a second and whenever something came in.
     watch: told what happens, see watching.events.
     aborted: looked at as often; the reason why an operator ends the round, None as long as nobody does.
+    revoked: looked at as often; the devices of which nothing is taken, and why.
+    entropy: of the keys of encrypted rounds.
     """
 
     def __init__(
@@ -158,6 +166,8 @@ class Coordinator:
         on_progress: Callable[[dict[str, Progress]], None] = lambda progress: None,
         watch: events.Watcher = events.unwatched,
         aborted: Callable[[], str | None] = lambda: None,
+        revoked: Callable[[], Mapping[str, str]] = dict,
+        entropy: Entropy = os.urandom,
     ) -> None:
         self.fleet = fleet
         self.store = store
@@ -168,6 +178,10 @@ class Coordinator:
         self._aborted = aborted
         self._window: frozenset[str] = frozenset()  # rounds whose updates a later one may take
         self._models: list[bytes] = []  # of ended rounds for which devices may still work, the oldest first
+        self._revoked = revoked
+        self._known_revoked: Mapping[str, str] = {}
+        self._entropy = entropy
+        self.refused: Counter[str] = Counter()  # messages of revoked devices
 
     def wait_for(
         self,
@@ -182,18 +196,28 @@ class Coordinator:
         """
 
         def enough() -> bool:
-            online = len(self.fleet.online())
+            online = len(self.online())
             on_progress(online)
             return online >= count or unless()
 
         if not self.attend(timeout_s, enough):
-            online = self.fleet.online()
+            online = self.online()
             raise RunError(
                 f"only {len(online)} of {count} devices came online within {timeout_s:g} s"
                 + (f" ({', '.join(online)})" if online else ""),
                 "look at the agents' logs, or ask for fewer devices",
             )
-        return self.fleet.online()
+        return self.online()
+
+    def online(self) -> list[str]:
+        """The ids of the devices that are connected now and not revoked, sorted."""
+        revoked = self._look()
+        return [device_id for device_id in self.fleet.online() if device_id not in revoked]
+
+    def admitted(self) -> list[str]:
+        """The ids of the devices of the roster that are not revoked, sorted."""
+        revoked = self._look()
+        return [device_id for device_id in self.fleet.known() if device_id not in revoked]
 
     def attend(self, timeout_s: float, until: Callable[[], bool] = lambda: False) -> bool:
         """Between rounds: answer devices, until the condition holds (True) or the time is over (False)."""
@@ -219,8 +243,10 @@ class Coordinator:
         timing: Timing = Timing(),
         goal: int = 0,
         max_staleness: int = 0,
+        encrypt: bool = False,
     ) -> RoundResult:
         """One round with these devices. engine None collects the updates and leaves the model as it is (for audits).
+        encrypt: updates come encrypted to a key pair that is this round's alone.
 
         goal: the round ends when so many updates are stored (over-selection, where more devices are invited); 0 waits
         for everyone. max_staleness: above 0, the round is one filling of a buffer of `goal` updates (FedBuff): it takes
@@ -236,18 +262,18 @@ class Coordinator:
         check_plan(manifest, plan)
         arrivals = Arrivals(device_ids, len(parameters))
         refs = self._publish(bundle, parameters)
-        requires = needed_capabilities(manifest, plan)
-        now_ms = self._clock.unix_ms()
+        requires = needed_capabilities(manifest, plan, encrypt=encrypt)
         if max_staleness:
             requires = (*requires, LATE)
-        invitation = _invitation(run_id, number, *refs, plan, device_ids, requires, timing, now_ms, max_staleness)
+        now_ms, key = self._clock.unix_ms(), KeyPair.made(self._entropy) if encrypt else None
+        invitation = _invitation(run_id, number, *refs, plan, device_ids, requires, timing, now_ms, max_staleness, key)
         if max_staleness:
             earlier = self.store.window(invitation, run_id, max_staleness)
             invitation = msgspec.structs.replace(invitation, earlier=earlier)
         earlier_rounds = self.store.earlier(invitation)
         settings = RoundSettings.of(invitation, quorum, timing.answer_s, timing.grace_s, goal, earlier_rounds)
         machine = RoundMachine(invitation, device_ids, settings)
-        self.store.open_round(run_id, invitation, settings, now_ms)
+        self.store.open_round(run_id, invitation, settings, now_ms, key)
         now = self._clock.monotonic_s()
         state = _Round(machine, parameters, parameters, engine, arrivals, now, kept_time_at=now)
         self._await_late_ones(invitation)
@@ -259,10 +285,11 @@ class Coordinator:
     ) -> RoundResult | None:
         """Go on with the round that was under way when the last coordinator of this run ended; None if none was.
 
-        Its deadline is what it was. It is abandoned where bundle or parameters are not what it was opened with. The
-        engine must be in the state of the checkpoint that holds these parameters.
+        Its deadline is what it was. It is abandoned where bundle or parameters are not what it was opened with, or the
+        key that opens its updates is gone. The engine must be in the state of the checkpoint that holds these
+        parameters.
         """
-        facts = self.store.unfinished(run_id)
+        facts = self._unfinished(run_id)
         if facts is None:
             return None
         facts = replace(facts, elapsed_s=self._elapsed_s(facts))
@@ -278,6 +305,8 @@ class Coordinator:
         reason = self._aborted()
         if reason is None and refs != (invitation.bundle, invitation.parameters):
             reason = "the bundle, the model or chunk_bytes is not what the round was opened with"
+        if reason is None and not self.store.has_key(invitation):
+            reason = "the key that opens the round's updates cannot be read any more"
         if reason is not None:
             return self._collect(state, machine.handle(rounds.Aborted(reason), now))
         self._reload(state, facts)
@@ -306,7 +335,43 @@ class Coordinator:
         There is no later round that could take an update.
         """
         self._window = frozenset()
-        self.attend(LINGER_S, lambda: self.store.untold_devices(run_id).isdisjoint(self.fleet.online()))
+        self.attend(LINGER_S, lambda: self.store.untold_devices(run_id).isdisjoint(self.online()))
+
+    # --- revoked devices
+
+    def _look(self) -> Mapping[str, str]:
+        """The revoked devices, after telling who watches what is different."""
+        known, now = self._known_revoked, self._revoked()
+        if now == known:
+            return known
+        self._known_revoked = dict(now)
+        for device_id in sorted(now.keys() - known.keys()):
+            log.warning("%s is %s: nothing of it is taken", device_id, now[device_id])
+            self._watch(events.DeviceRevoked(device_id, now[device_id]))
+        for device_id in sorted(known.keys() - now.keys()):
+            log.warning("%s is readmitted; %d of its messages were ignored", device_id, self.refused.pop(device_id, 0))
+            self._watch(events.DeviceReadmitted(device_id, device_id in self.fleet.online()))
+        return self._known_revoked
+
+    def _unfinished(self, run_id: str) -> RoundFacts | None:
+        """The facts of the round under way, after what was revoked meanwhile is among them."""
+        facts = self.store.unfinished(run_id)
+        if facts is None:
+            return None
+        devices = dict(facts.devices)
+        for device_id, reason in self._look().items():
+            known = devices.get(device_id)
+            if known is not None and rounds.is_revocable(known.progress):
+                self.store.record(facts.invitation.round_id, device_id, Progress.REVOKED, reason)
+                devices[device_id] = replace(known, progress=Progress.REVOKED, reason=reason)
+        return replace(facts, devices=devices)
+
+    def _revoke(self, state: _Round) -> None:
+        for device_id, reason in self._look().items():
+            if device_id not in state.revoked and state.finished is None:
+                state.revoked.add(device_id)
+                state.offers.pop(device_id, None)
+                self._handle(state, rounds.Revoked(device_id, reason))
 
     # --- one round
 
@@ -342,7 +407,9 @@ class Coordinator:
         try:
             self._perform(state, effects)
             while state.finished is None:
-                self._take(state, self.fleet.next(POLL_S))
+                received = self.fleet.next(POLL_S)
+                self._revoke(state)
+                self._take(state, received)
                 self._end_if_aborted(state)
                 self._keep_time(state)
                 self._tell_progress(state)
@@ -394,14 +461,17 @@ class Coordinator:
             self.store.keep_time(state.machine.invitation.round_id, int((now - state.opened_at) * 1000))
 
     def _take(self, state: _Round | None, received: FromFleet | None) -> None:
-        """One message, or that none came."""
+        """One message, or that none came. One of a revoked device is counted as none."""
+        if received is not None and received.device_id in self._look():
+            self.refused[received.device_id] += 1
+            received = None
         message = received.message if received is not None else None
         if received is not None:
             online = message.online if isinstance(message, Presence) else None
             self._watch(events.MessageCame(received.device_id, type(message).__name__, online))
         if received is not None and isinstance(message, Seen):
             self.store.seen(message.round_id, received.device_id)
-        elif state is not None:
+        elif state is not None and state.finished is None:
             self._handle(state, _event(received) if received is not None else rounds.Tick())
         elif received is not None and isinstance(message, Offer):
             self._recall(received.device_id, message)
@@ -442,21 +512,20 @@ class Coordinator:
 
     def _store(self, state: _Round, effect: rounds.Store) -> None:
         try:
-            update = self._decoded(state.machine.invitation, effect)
+            asked = self._asked(state.machine.invitation, effect.offer)
+            offer, update = self.store.opened(asked, effect.device_id, effect.offer, effect.data)
         except PeerError as exc:
             self._handle(state, rounds.Malformed(effect.device_id, str(exc)))
             return
         taker, staleness = state.machine.invitation.round_id, effect.staleness
-        self.store.store_update(effect.device_id, effect.offer, effect.data, taken_by=taker, staleness=staleness)
-        state.offers[effect.device_id] = effect.offer
-        state.arrivals.add(effect.device_id, update, effect.offer.num_examples)
+        self.store.store_update(effect.device_id, offer, effect.data, taken_by=taker, staleness=staleness)
+        state.offers[effect.device_id] = offer
+        state.arrivals.add(effect.device_id, weighted(update, staleness), offer.num_examples)
         self._handle(state, rounds.Stored(effect.device_id))
 
-    def _decoded(self, invitation: Invitation, effect: rounds.Store) -> Floats:
-        """The update as it enters the rule. PeerError where its bytes are malformed."""
-        origin = effect.offer.round_id
-        asked = invitation if origin == invitation.round_id else self.store.invitation(origin)
-        return weighted(decoded(asked, effect.device_id, effect.data), effect.staleness)
+    def _asked(self, invitation: Invitation, offer: Offer) -> Invitation:
+        """To the round that the update was trained for."""
+        return invitation if offer.round_id == invitation.round_id else self.store.invitation(offer.round_id)
 
     def _recall(self, device_id: str, offer: Offer) -> None:
         """An offer of a round that is not open: its device has not heard what became of it."""
@@ -513,6 +582,7 @@ def _invitation(
     timing: Timing,
     now_ms: int,
     max_staleness: int,
+    key: KeyPair | None,
 ) -> Invitation:
     return Invitation(
         round_id=f"{run_id}.{number}.{now_ms:x}",  # the time keeps a restarted run's rounds apart from earlier ones
@@ -525,6 +595,7 @@ def _invitation(
         devices=tuple(sorted(device_ids)),
         requires=requires,
         max_staleness=max_staleness,
+        encryption_key=key.public if key is not None else UNSET,
     )
 
 

@@ -13,12 +13,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from covey_coordinator.roster import Roster
 from covey_edge.mqtt import Broker, ConnectionDown, ConnectionUp, Incoming, MqttTransport, Refused
 from covey_protocol import codec
 from covey_protocol.blobs import blob_ref, chunks
-from covey_protocol.codec import CHUNK_ROOM_BYTES, COORDINATOR, ReplayGuard
+from covey_protocol.codec import CHUNK_ROOM_BYTES, COORDINATOR
 from covey_protocol.device import RESEND_S
 from covey_protocol.errors import PeerError, TransportError
+from covey_protocol.keys import Keys
 from covey_protocol.messages import (
     DEFAULT_CHUNK_BYTES,
     BlobRef,
@@ -54,7 +56,7 @@ class FromFleet:
 class Fleet:
     """Devices as the coordinator sees them.
 
-    roster: the public key of every device that may take part; everybody else is ignored and counted in `refused`.
+    roster: the public keys of every device that may take part; everybody else is ignored and counted in `refused`.
     chunk_bytes: of models on the wire; less where the broker says that it takes less.
     sequence: the coordinator's message numbers; without it they come from the clock alone.
     patience_s: how long the broker may be away before waiting for it raises TransportError.
@@ -66,7 +68,7 @@ class Fleet:
         broker: Broker,
         name: str,
         key: SealingKey,
-        roster: Mapping[str, PublicKey],
+        roster: Mapping[str, Keys] | Roster,
         *,
         sequence: codec.Sequence | None = None,
         chunk_bytes: int = DEFAULT_CHUNK_BYTES,
@@ -75,7 +77,7 @@ class Fleet:
     ) -> None:
         self.broker = broker
         self.topics = Topics(name)
-        self.roster = dict(roster)
+        self.roster = roster if isinstance(roster, Roster) else Roster(roster)
         self.refused: dict[str, int] = {}
         self.sent_bytes = self.received_bytes = 0  # payloads of MQTT messages
         self._key = key
@@ -86,8 +88,7 @@ class Fleet:
         self._held: deque[Any] = deque()  # taken from the inbox while we waited for something else
         self._transport = MqttTransport(broker, f"covey-{name}-{COORDINATOR}", self._inbox)
         self._sequence = sequence if sequence is not None else codec.Sequence(time.time_ns())
-        self._guards: dict[str, ReplayGuard] = {}
-        self._presence: dict[str, Presence] = {}
+        self._presence: dict[str, tuple[Presence, PublicKey]] = {}  # with the key that sealed it
         self._blobs: dict[bytes, tuple[BlobRef, bytes]] = {}
         self._renew_at = 0.0
         self._confirmed_bytes = 0
@@ -128,7 +129,12 @@ class Fleet:
 
     def online(self) -> list[str]:
         """The ids of the devices that are connected now, sorted."""
-        return sorted(device_id for device_id, presence in self._presence.items() if presence.online)
+        here = [device_id for device_id, (presence, _) in self._presence.items() if presence.online]
+        return sorted(device_id for device_id in here if device_id in self.roster)
+
+    def known(self) -> list[str]:
+        """The ids of all devices of the roster, sorted."""
+        return self.roster.ids()
 
     # --- sending
 
@@ -286,19 +292,22 @@ class Fleet:
         place = self.topics.parse_device(item.topic)
         if place is None or not item.payload:
             return None
-        key = self.roster.get(place.device_id)
-        if key is None:
+        ring = self.roster.ring(place.device_id)
+        if ring is None:
             self._refuse(place.device_id, f"{place.device_id} is not in the roster")
             return None
-        message, sequence = codec.decode_from_device(item.payload, topic=item.topic, sender=place.device_id, key=key)
+        taken = ring.take(
+            lambda key: codec.decode_from_device(item.payload, topic=item.topic, sender=place.device_id, key=key)
+        )
+        message = taken.message
         if isinstance(message, Presence) != (place.channel == "presence"):
             raise PeerError(f"{place.device_id} sent {type(message).__name__} on {place.channel}")
         if isinstance(message, Presence):
-            known = self._presence.get(place.device_id)
-            if known is not None and message.session < known.session:
+            known, sealed_by = self._presence.get(place.device_id, (message, taken.key))
+            if sealed_by == taken.key and message.session < known.session:
                 return None  # an older start's last will, or a replay
-            self._presence[place.device_id] = message
-        elif not self._guards.setdefault(place.device_id, ReplayGuard()).accept(sequence):
+            self._presence[place.device_id] = (message, taken.key)
+        elif not ring.is_new(taken):
             return None
         return FromFleet(place.device_id, message)
 

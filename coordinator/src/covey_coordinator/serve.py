@@ -25,8 +25,9 @@ from covey_coordinator.aggregation.rules import Rule
 from covey_coordinator.aggregation.screening import Arrivals
 from covey_coordinator.coordinator import Coordinator, Engine, RoundResult, Timing, shuffle_seed
 from covey_coordinator.fleet import MIN_CHUNK_BYTES, Fleet
-from covey_coordinator.orders import Orders
+from covey_coordinator.orders import Orders, Revocations
 from covey_coordinator.records import ACCEPTED
+from covey_coordinator.roster import Roster, RosterFile
 from covey_coordinator.store import Checkpoint, RunStore, only_one
 from covey_coordinator.watching import events
 from covey_coordinator.watching.board import Board
@@ -41,9 +42,11 @@ from covey_coordinator.watching.metrics import (
     parse_listen,
 )
 from covey_coordinator.watching.presence import PresenceKeeper
+from covey_edge import config as edge_config
 from covey_edge.config import BrokerSettings, NotNegative, Positive, read_broker, read_file, read_toml, roster_from
 from covey_edge.mqtt import Broker
 from covey_edge.outbox import NumberFile
+from covey_edge.retired import RetiredKeys
 from covey_edge.runtime import Model
 from covey_protocol.bundle import Manifest, check_plan, read_bundle
 from covey_protocol.codec import Sequence
@@ -92,10 +95,11 @@ class TrainingSettings(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class WireSettings(Struct, frozen=True, forbid_unknown_fields=True):
-    """compression, kept_fraction: as in the training plan."""
+    """compression, kept_fraction: as in the training plan. encryption: of updates, to a key of each round."""
 
     compression: str = "none"
     kept_fraction: Annotated[float, Meta(ge=0, le=1)] = 0.0
+    encryption: bool = False
 
 
 class RoundSettings(Struct, frozen=True, forbid_unknown_fields=True):
@@ -126,7 +130,7 @@ class CoordinatorConfig(Struct, frozen=True, forbid_unknown_fields=True):
     key_file: str
     rounds: AtLeastOne
     broker: BrokerSettings
-    devices: dict[str, str]
+    devices: edge_config.Roster
     round: RoundSettings
     aggregation: dict[str, Any] = field(default_factory=lambda: {"rule": "multi-krum"})
     server: ServerSettings = ServerSettings()
@@ -134,6 +138,7 @@ class CoordinatorConfig(Struct, frozen=True, forbid_unknown_fields=True):
     wire: WireSettings = WireSettings()
     metrics: MetricsSettings | None = None
     runs_dir: str = "runs"
+    bundle_key: str | None = None  # whose seal the bundle has, where that is not key_file's
     chunk_bytes: Annotated[int, Meta(ge=MIN_CHUNK_BYTES, le=MAX_CHUNK_BYTES)] = DEFAULT_CHUNK_BYTES
     rule: Any = None  # what [aggregation] was called; kept to refuse it in words
 
@@ -154,6 +159,7 @@ def serve(
     check: called a few times a second; may raise to end the run. terminal: for a live status, above which is then
     printed what would go to `say`. log_events: log what happens, see watching.logs.
     """
+    file = RosterFile(path)
     config = read_toml(path, CoordinatorConfig)
     check_name(config.run, "run")
     if config.round.quorum > config.round.devices:
@@ -171,16 +177,17 @@ def serve(
     folder = path.parent
     key = SealingKey.from_pem(read_file(folder / config.key_file), config.key_file)
     data = read_file(folder / config.bundle)
-    bundle = read_bundle(data, key.public)
+    bundle = read_bundle(data, PublicKey.from_hex(config.bundle_key) if config.bundle_key else key.public)
     _check_plan(path, config, bundle.manifest)
     rule = _rule(path, config)
     rule.check(config.round.quorum)
-    roster, broker = roster_from(config.devices), read_broker(config.broker, folder)
+    keys, broker = roster_from(config.devices), read_broker(config.broker, folder)
     runs = folder / config.runs_dir
     with contextlib.ExitStack() as stack:
         stack.enter_context(only_one(runs / config.run))
         store = RunStore(runs / config.run)
         stack.callback(store.close)
+        roster = Roster(keys, RetiredKeys(runs / f"{config.fleet}.retired.json"))
         board, keeper, orders = Board(list(config.devices)), PresenceKeeper(store), Orders(runs / config.run)
         watch = events.all_of(board, keeper, *([EventLog()] if log_events else []))
         stack.enter_context(_noted(store, config, watch))
@@ -188,6 +195,7 @@ def serve(
         def check_and_keep() -> None:
             check()
             keeper.keep()
+            file.renew(roster)
 
         if terminal is not None:
             say = stack.enter_context(live_status(board, terminal))
@@ -205,7 +213,14 @@ def serve(
         fleet.connect()
         stack.callback(fleet.close)
         say(f"{config.fleet}: connected to {fleet.broker}")
-        coordinator = Coordinator(fleet, store, leave_open=True, watch=watch, aborted=orders.abort_reason)
+        coordinator = Coordinator(
+            fleet,
+            store,
+            leave_open=True,
+            watch=watch,
+            aborted=orders.abort_reason,
+            revoked=Revocations(runs, config.fleet).reasons,
+        )
         run_rounds(coordinator, engine, config, data, Model(bundle).parameters(), say, orders, watch)
     say(f"checkpoints: {store.checkpoints(config.run)}")
 
@@ -213,7 +228,7 @@ def serve(
 def _fleet(
     config: CoordinatorConfig,
     broker: Broker,
-    roster: dict[str, PublicKey],
+    roster: Roster,
     key: SealingKey,
     runs: Path,
     check: Callable[[], None],
@@ -303,7 +318,7 @@ def _ready(
     settings = config.round
     while True:
         _obey(coordinator, config.run, say, orders, watch)
-        if len(coordinator.fleet.online()) < settings.devices:
+        if len(coordinator.online()) < settings.devices:
             say(f"waiting for {settings.devices} devices")
             watch(events.Waits(f"waiting for {settings.devices} devices"))
         found = coordinator.wait_for(settings.devices, settings.wait_s, unless=orders.stand)
@@ -344,12 +359,13 @@ def _new_round(
         parameters=parameters,
         plan=_plan(config, number),
         # in an asynchronous round who comes later may take part, too
-        device_ids=sorted({*config.devices, *devices}) if settings.max_staleness else devices,
+        device_ids=coordinator.admitted() if settings.max_staleness else devices,
         quorum=settings.quorum,
         engine=engine,
         timing=Timing(settings.duration_s, settings.answer_s, settings.grace_s),
         goal=settings.goal,
         max_staleness=settings.max_staleness,
+        encrypt=config.wire.encryption,
     )
 
 

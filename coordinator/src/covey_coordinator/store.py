@@ -2,6 +2,7 @@
 
     coordinator.sqlite                    facts: see SCHEMA
     updates/SHA256.f32                    a stored update in the form in which it came, named by its content, mode 600
+    keys/ROUND.x25519                     private half of an encrypted round's key; goes with its updates; mode 600
     partial/ROUND/DEVICE/SHA256/          chunks of updates that are still coming; not synced, nothing depends on them
     checkpoints/RUN/round-NNNNN.f32       the model after a published round; .state beside it: rule and server optimizer
 
@@ -30,6 +31,7 @@ from covey_coordinator.aggregation.staleness import weighted
 from covey_coordinator.records import DeviceVerdict
 from covey_edge.files import DISK, Disk, make_folder
 from covey_protocol.compression import decode_update
+from covey_protocol.encryption import KeyPair, decrypted
 from covey_protocol.errors import StorageError, UsageError
 from covey_protocol.messages import MAX_STALENESS, Invitation, Offer, RoundClosed, Verdict, reason_text
 from covey_protocol.round import DeviceFacts, Earlier, Phase, Progress, RoundFacts, RoundSettings
@@ -82,6 +84,7 @@ SCHEMA = (
 RETENTION_MS = 30 * 24 * 3600 * 1000
 KEEP_ROUNDS = 10
 LOCK_PATIENCE_S = 1.0
+NO_KEY_REMEDY = "started again, the coordinator abandons that round"
 OPEN_PHASES = (Phase.INVITING.value, Phase.AGGREGATING.value)  # what a row says of a round that is not over
 
 Floats = npt.NDArray[np.float32]
@@ -105,6 +108,7 @@ class RunStore:
         with _translated(folder):
             migrate(self._database)
         self._disk.sweep(self.folder / "updates")
+        self._disk.sweep(self.folder / "keys")
 
     def close(self) -> None:
         self._database.close()
@@ -135,7 +139,17 @@ class RunStore:
 
     # --- a round that is under way
 
-    def open_round(self, run_id: str, invitation: Invitation, settings: RoundSettings, opened_ms: int) -> None:
+    def open_round(
+        self,
+        run_id: str,
+        invitation: Invitation,
+        settings: RoundSettings,
+        opened_ms: int,
+        key: KeyPair | None = None,
+    ) -> None:
+        """After this its invitation may go out. key: whose public half the invitation carries."""
+        if key is not None:
+            self._disk.write(self._key_path(invitation.round_id), key.private, mode=0o600)
         row = (
             invitation.round_id,
             run_id,
@@ -287,7 +301,7 @@ class RunStore:
     def window(self, invitation: Invitation, run_id: str, max_staleness: int) -> tuple[str, ...]:
         """The ended rounds that are behind this one by at most max_staleness models, the newest first.
 
-        Not those of another bundle, or whose updates have another form.
+        Not those of another bundle, or whose updates have another form or cannot be read.
         """
         rows = self._all(
             "SELECT id, invitation FROM rounds WHERE run = ? AND number >= ? AND number <= ? AND phase NOT IN (?, ?)"
@@ -300,14 +314,18 @@ class RunStore:
             MAX_STALENESS,
         )
         before = [(round_id, msgspec.msgpack.decode(encoded, type=Invitation)) for round_id, encoded in rows]
-        return tuple(round_id for round_id, one in before if one.max_staleness and _same_form(one, invitation))
+        return tuple(
+            round_id
+            for round_id, one in before
+            if one.max_staleness and _same_form(one, invitation) and self.has_key(one)
+        )
 
     def earlier(self, invitation: Invitation) -> dict[str, Earlier]:
         """What must be known of the rounds that the invitation names."""
         found: dict[str, Earlier] = {}
         for round_id in invitation.earlier:
-            row = self._one("SELECT number FROM rounds WHERE id = ?", round_id)
-            if row is not None:
+            row = self._one("SELECT number, invitation FROM rounds WHERE id = ?", round_id)
+            if row is not None and self.has_key(msgspec.msgpack.decode(row[1], type=Invitation)):
                 found[round_id] = Earlier(invitation.number - row[0], self.taken(round_id, invitation.round_id))
         return found
 
@@ -322,19 +340,48 @@ class RunStore:
         )
         return frozenset(device_id for (device_id,) in rows)
 
+    # --- encrypted rounds
+
+    def has_key(self, invitation: Invitation) -> bool:
+        """Whether updates for this invitation can be read; always where they are not encrypted."""
+        return not invitation.encryption_key or self._key(invitation) is not None
+
+    def opened(self, invitation: Invitation, device_id: str, offer: Offer, data: bytes) -> tuple[Offer, Floats]:
+        """The offer and the (d,) update that a device sent for this round, from its bytes. Of an encrypted one the
+        offer says what was hidden: number of examples and metrics.
+
+        PeerError where they are malformed, StorageError where the round's key is gone.
+        """
+        if invitation.encryption_key:
+            key = self._key(invitation)
+            if key is None:
+                raise StorageError(f"no readable key of round {invitation.round_id} in {self.folder}", NO_KEY_REMEDY)
+            header, data = decrypted(key, invitation.round_id, device_id, data)
+            offer = msgspec.structs.replace(offer, num_examples=header.num_examples, metrics=header.metrics)
+        update = decode_update(data, invitation.plan, invitation.round_id, device_id, invitation.dimension)
+        return offer, update
+
+    def _key(self, invitation: Invitation) -> bytes | None:
+        """None where it is not here as it was written."""
+        data = self._disk.read(self._key_path(invitation.round_id))
+        try:
+            return data if data is not None and KeyPair.of(data).public == invitation.encryption_key else None
+        except ValueError:
+            return None
+
+    def _key_path(self, round_id: str) -> Path:
+        return self.folder / "keys" / f"{round_id}.x25519"
+
     # --- updates and verdicts of rounds that may be over
 
     def read_update(self, round_id: str, device_id: str) -> Floats:
         """As it enters the rule. StorageError where there is none, or not the one that was stored."""
-        row = self._one(
-            "SELECT sha256, coalesce(origin, round), staleness FROM devices WHERE round = ? AND id = ?",
-            round_id,
-            device_id,
-        )
+        row = self._one("SELECT sha256, offer, staleness FROM devices WHERE round = ? AND id = ?", round_id, device_id)
         data = self._read_update(row[0]) if row is not None and row[0] else None
         if data is None:
             raise StorageError(f"no readable update of {device_id} for round {round_id} in {self.folder}")
-        return weighted(decoded(self.invitation(row[1]), device_id, data), row[2])
+        offer = msgspec.msgpack.decode(row[1], type=Offer)
+        return weighted(self.opened(self.invitation(offer.round_id), device_id, offer, data)[1], row[2])
 
     def newest_end(self, run_id: str) -> RoundClosed | None:
         """How the newest round of the run that is over ended."""
@@ -391,8 +438,8 @@ class RunStore:
     def prune(self, run_id: str, now_ms: int) -> None:
         """Keep what a restart and late devices need, not everything for ever.
 
-        Rounds are forgotten RETENTION_MS after they were opened, updates and states of a checkpoint after KEEP_ROUNDS
-        rounds; the models (.f32) stay. The newest KEEP_ROUNDS rounds lose nothing.
+        Rounds are forgotten RETENTION_MS after they were opened; updates, the keys that open them and states of a
+        checkpoint after KEEP_ROUNDS rounds; the models (.f32) stay. The newest KEEP_ROUNDS rounds lose nothing.
         """
         older = "(SELECT id FROM rounds WHERE run = ? ORDER BY rowid DESC LIMIT -1 OFFSET ?)"
         rows = self._all(
@@ -417,6 +464,16 @@ class RunStore:
         for name in self._disk.names(self.folder / "updates"):
             if name not in names:
                 self._disk.remove(self.folder / "updates" / name)
+        newest = self._all(
+            f"SELECT id FROM rounds WHERE id NOT IN {older} UNION SELECT origin FROM devices"  # noqa: S608 - fixed
+            f" WHERE origin IS NOT NULL AND round NOT IN {older}",
+            *(run_id, KEEP_ROUNDS) * 2,
+        )
+        needed = {round_id for (round_id,) in newest} | set(self.next_window(run_id))
+        keys = {self._key_path(round_id).name for round_id in needed}
+        for name in self._disk.names(self.folder / "keys"):
+            if name not in keys:
+                self._disk.remove(self.folder / "keys" / name)
 
     # --- checkpoints
 
@@ -447,16 +504,19 @@ class RunStore:
         )
 
     def kept_updates(self, round_id: str) -> dict[str, tuple[Offer, Floats]]:
-        """Device -> its stored update as it enters the rule, of those that can still be read."""
+        """Device -> its stored update as it enters the rule, of those that can still be read and were not revoked."""
         rows = self._all(
-            "SELECT id, offer, sha256, staleness FROM devices WHERE round = ? AND sha256 IS NOT NULL", round_id
+            "SELECT id, offer, sha256, staleness FROM devices WHERE round = ? AND progress = ?",
+            round_id,
+            Progress.STORED.value,
         )
         found: dict[str, tuple[Offer, Floats]] = {}
         for device_id, encoded, sha256, staleness in rows:
             data = self._read_update(sha256)
-            if data is not None:
-                offer = msgspec.msgpack.decode(encoded, type=Offer)
-                update = decoded(self.invitation(offer.round_id), device_id, data)
+            offer = msgspec.msgpack.decode(encoded, type=Offer)
+            asked = self.invitation(offer.round_id)
+            if data is not None and self.has_key(asked):
+                offer, update = self.opened(asked, device_id, offer, data)
                 found[device_id] = (offer, weighted(update, staleness))
         return found
 
@@ -542,14 +602,12 @@ class RunStore:
 
 
 def _same_form(one: Invitation, another: Invitation) -> bool:
-    """Whether updates for the two rounds can stand side by side."""
-    forms = [(of.bundle, of.dimension, of.plan.compression, of.plan.kept_fraction) for of in (one, another)]
+    """Whether updates for the two rounds can stand side by side, and travel in the same form."""
+    forms = [
+        (of.bundle, of.dimension, of.plan.compression, of.plan.kept_fraction, bool(of.encryption_key))
+        for of in (one, another)
+    ]
     return forms[0] == forms[1]
-
-
-def decoded(invitation: Invitation, device_id: str, data: bytes) -> Floats:
-    """The (d,) update that a device sent for this round, from its bytes. PeerError where they are malformed."""
-    return decode_update(data, invitation.plan, invitation.round_id, device_id, invitation.dimension)
 
 
 @contextlib.contextmanager

@@ -36,12 +36,6 @@ def provision_command() -> None:
 @click.argument("path", type=click.Path(path_type=Path))
 def make_key(path: Path) -> None:
     """Write a new Ed25519 private key to PATH (mode 600) and print its public key."""
-    from covey_edge.files import write_atomic
-    from covey_protocol.errors import ConfigError
-    from covey_protocol.seals import SealingKey
+    from covey_edge.key_files import make_key as make
 
-    if path.exists():
-        raise ConfigError(f"{path} exists", "choose another name; a lost key cannot be made again")
-    key = SealingKey.generate()
-    write_atomic(path, key.pem(), mode=0o600)
-    click.echo(key.public.hex())
+    click.echo(make(path).hex())

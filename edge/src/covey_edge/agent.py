@@ -20,12 +20,15 @@ from covey_edge.frames import Done, Frame, Open, Probe, Problem, Run
 from covey_edge.mqtt import ConnectionDown, ConnectionUp, Incoming, MqttTransport, Refused
 from covey_edge.outbox import NumberFile, Outbox
 from covey_edge.performer import Performer
+from covey_edge.retired import RetiredKeys
 from covey_edge.training_process import TrainingProcess
 from covey_edge.withheld import NO_WITHHELD_NOISE, WithheldFile
 from covey_protocol import codec, device, errors
 from covey_protocol.blobs import BlobAssembly
-from covey_protocol.codec import CHUNK_ROOM_BYTES, ReplayGuard, Sequence
+from covey_protocol.codec import CHUNK_ROOM_BYTES, COORDINATOR, Sequence
+from covey_protocol.encryption import encrypted, refusal
 from covey_protocol.forms import NONE, WITHHOLDING
+from covey_protocol.keys import KeyRing
 from covey_protocol.messages import (
     BlobRef,
     FromDevice,
@@ -59,7 +62,8 @@ class AgentProgram:
         self._numbers = NumberFile(agent.state_dir / "sequence")
         self._sequence = Sequence(time.time_ns(), self._numbers.load(), self._numbers.store)
         self._session = self._sequence.next()
-        self._guard = ReplayGuard()
+        retired = RetiredKeys(agent.state_dir / "retired.json")
+        self._keys = KeyRing(agent.coordinators, retired.of(COORDINATOR), retired.retire(COORDINATOR))
         self._cache = BlobCache(agent.state_dir / "blobs")
         self._withheld = WithheldFile(agent.state_dir / "withheld.msgpack")
         self._performer = Performer(self._machine, Outbox(agent.state_dir), self, time.monotonic)
@@ -136,13 +140,15 @@ class AgentProgram:
             if blob is not None:
                 self._take_chunk(blob.sha256, blob.chunk, item.payload)
             elif item.payload:
-                message, sequence = codec.decode_from_coordinator(
-                    item.payload, topic=item.topic, key=self._agent.coordinator
+                taken = self._keys.take(
+                    lambda key: codec.decode_from_coordinator(item.payload, topic=item.topic, key=key)
                 )
-                if self._guard.accept(sequence):
-                    self._handle(_event(message))
+                if self._keys.is_new(taken):
+                    self._handle(_event(taken.message))
         except errors.PeerError as exc:
             log.warning("ignored a message: %s", exc)
+        except errors.StorageError as exc:  # a key that cannot be retired for good must not be followed by a newer one
+            log.error("ignored a message: %s", exc)
 
     def _take_chunk(self, sha256: bytes, index: int, payload: bytes) -> None:
         assembly = self._assemblies.get(sha256)
@@ -184,11 +190,18 @@ class AgentProgram:
         try:
             if frame.withheld and invitation is not None:
                 self._withheld.store(invitation, frame.withheld)
-        except errors.StorageError as exc:
+            trained = self._trained(round_id, frame, invitation)
+        except (errors.StorageError, errors.ConfigError, errors.PeerError) as exc:
             log.error("%s", exc)
             self._handle(device.TrainingFailed(round_id, str(exc)))
             return
-        self._handle(device.Trained(round_id, frame.update, frame.num_examples, frame.metrics))
+        self._handle(trained)
+
+    def _trained(self, round_id: str, frame: Done, invitation: Optional[Invitation]) -> device.Trained:
+        if invitation is None or not invitation.encryption_key:
+            return device.Trained(round_id, frame.update, frame.num_examples, frame.metrics)
+        data = encrypted(invitation, self._config.device_id, frame.update, frame.num_examples, frame.metrics)
+        return device.Trained(round_id, data, 1)
 
     # --- what the performer uses
 
@@ -216,6 +229,8 @@ class AgentProgram:
         elif limit is not None and chunk_bytes + CHUNK_ROOM_BYTES > limit:
             reason = f"chunks of {chunk_bytes} bytes do not fit this device's broker (messages up to {limit} bytes)"
             reason += "; set a smaller chunk_bytes"
+        else:
+            reason = refusal(invitation, self._config.privacy.require_encryption)
         return device.ConditionsChecked(invitation.round_id, not reason, reason)
 
     def fetch(self, blobs: tuple[BlobRef, ...]) -> None:
@@ -232,9 +247,11 @@ class AgentProgram:
         request = Open(
             str(self._cache.path(invitation.bundle.sha256)),
             invitation.bundle.sha256,
-            self._agent.coordinator.hex(),
+            self._agent.coordinators[-1].hex(),
             data.source,
             str(self._agent.data_path),
+            # also a retired key: the invitation, under a key that is not, names the bundle's hash
+            tuple(key.hex() for key in self._agent.coordinators[:-1]),
         )
         self._child.request(invitation.round_id, request, self._config.training.timeout_s)
 

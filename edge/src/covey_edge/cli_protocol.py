@@ -18,23 +18,26 @@ def protocol() -> None:
 @click.argument("transcript", type=click.Path(path_type=Path))
 @click.option("--fleet", help="The fleet's name, if not that of the first line.")
 @click.option(
-    "--coordinator-key", metavar="HEX", help="The coordinator's public key; without it its seals are not checked."
+    "--coordinator-key",
+    metavar="HEX",
+    multiple=True,
+    help="The coordinator's public key; without it its seals are not checked. While it changes: twice, the next last.",
 )
 @click.option(
     "--roster",
     type=click.Path(path_type=Path),
     help="A coordinator.toml, or any TOML file with the devices' public keys in [devices].",
 )
-def check(transcript: Path, fleet: Optional[str], coordinator_key: Optional[str], roster: Optional[Path]) -> None:
+def check(transcript: Path, fleet: Optional[str], coordinator_key: tuple[str, ...], roster: Optional[Path]) -> None:
     """Judge a recording: seals, versions, bounds, order, repeats.
 
     Prints each violation with its line and the section of docs/protocol.md it breaks. Ends with code 1 if there is one.
     """
     from covey_edge.config import read_roster
     from covey_edge.recording import check_file
-    from covey_protocol.seals import PublicKey
+    from covey_protocol.keys import keys_from
 
-    key = PublicKey.from_hex(coordinator_key) if coordinator_key else None
+    key = keys_from(coordinator_key, "the coordinator") if coordinator_key else None
     keys = read_roster(roster) if roster else None
     sys.exit(1 if check_file(transcript, fleet, key, keys, click.echo) else 0)
 

@@ -6,9 +6,8 @@ import dataclasses
 import difflib
 import re
 import sys
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Optional, TypeVar
+from typing import Annotated, Any, Literal, Optional, TypeVar, Union
 
 import msgspec
 from msgspec import Meta, Struct
@@ -16,6 +15,7 @@ from msgspec import Meta, Struct
 from covey_edge.mqtt import Broker, parse_broker
 from covey_protocol.errors import ConfigError
 from covey_protocol.forms import COMPRESSIONS
+from covey_protocol.keys import keys_from
 from covey_protocol.seals import PublicKey, SealingKey
 from covey_protocol.topics import check_device_id, check_name
 
@@ -27,6 +27,7 @@ else:
 T = TypeVar("T", bound=Struct)
 Positive = Annotated[float, Meta(gt=0)]
 NotNegative = Annotated[float, Meta(ge=0)]
+Roster = dict[str, Union[str, tuple[str, ...]]]  # device -> hex digits of its key, or of the current and the next
 
 
 class BrokerSettings(Struct, frozen=True, forbid_unknown_fields=True):
@@ -43,10 +44,11 @@ class BrokerSettings(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class IdentitySettings(Struct, frozen=True, forbid_unknown_fields=True):
-    """key_file: this device's private key. coordinator_key: the coordinator's public key, 64 hex digits, pinned."""
+    """key_file: this device's private key. coordinator_key: the coordinator's public key, 64 hex digits, pinned; or two
+    of them, the current and the next."""
 
     key_file: str
-    coordinator_key: str
+    coordinator_key: Union[str, tuple[str, ...]]
 
 
 class DataSettings(Struct, frozen=True, forbid_unknown_fields=True):
@@ -69,13 +71,14 @@ class PrivacySettings(Struct, frozen=True, forbid_unknown_fields=True):
 
     clip_norm: largest L2 norm of an update. noise_multiplier: Gaussian noise of this many clip_norms per coordinate.
     noise_moving_statistics: train models whose moving statistics (BatchNorm) would be noised too; without it such a
-    round is refused.
+    round is refused. require_encryption: rounds whose updates are not encrypted to the coordinator are declined.
     """
 
     clip_norm: NotNegative = 0.0
     noise_multiplier: NotNegative = 0.0
     min_examples: Annotated[int, Meta(ge=1)] = 1
     noise_moving_statistics: bool = False
+    require_encryption: bool = False
 
 
 class WireSettings(Struct, frozen=True, forbid_unknown_fields=True):
@@ -103,7 +106,7 @@ class Agent(Struct, frozen=True):
     folder: Path
     broker: Broker
     key: SealingKey
-    coordinator: PublicKey
+    coordinators: tuple[PublicKey, ...]  # the newest last
 
     @property
     def data_path(self) -> Path:
@@ -129,7 +132,7 @@ def load_agent(path: Path) -> Agent:
         path.parent.resolve(),
         read_broker(config.broker, path.parent),
         SealingKey.from_pem(read_file(path.parent / config.identity.key_file), config.identity.key_file),
-        PublicKey.from_hex(config.identity.coordinator_key),
+        keys_from(config.identity.coordinator_key, "the coordinator"),
     )
 
 
@@ -155,17 +158,17 @@ def read_broker(settings: BrokerSettings, folder: Path) -> Broker:
 
 
 class _Roster(Struct, frozen=True):
-    devices: dict[str, str]
+    devices: Roster
 
 
-def read_roster(path: Path) -> dict[str, PublicKey]:
+def read_roster(path: Path) -> dict[str, tuple[PublicKey, ...]]:
     """The devices' public keys in a coordinator.toml; its other settings are not looked at."""
     return roster_from(read_toml(path, _Roster).devices)
 
 
-def roster_from(keys: Mapping[str, str]) -> dict[str, PublicKey]:
-    """Device ids to public keys, from hex digits."""
-    return {check_device_id(device_id): PublicKey.from_hex(key) for device_id, key in keys.items()}
+def roster_from(keys: Roster) -> dict[str, tuple[PublicKey, ...]]:
+    """Device ids to public keys, the newest last, from hex digits."""
+    return {check_device_id(device_id): keys_from(key, device_id) for device_id, key in keys.items()}
 
 
 def read_toml(path: Path, kind: type[T]) -> T:

@@ -14,13 +14,15 @@ _LENGTH = struct.Struct("<I")
 
 
 class Open(msgspec.Struct, frozen=True, tag="open"):
-    """Load this bundle (already in the cache) and these data. sealed_by: the coordinator's public key, hex."""
+    """Load this bundle (already in the cache) and these data. sealed_by: the coordinator's public key, hex; or by one
+    of or_by, while it has two."""
 
     bundle_path: str
     bundle_sha256: bytes
     sealed_by: str
     data_source: str
     data_path: str
+    or_by: tuple[str, ...] = ()
 
 
 class Run(msgspec.Struct, frozen=True, tag="run"):

@@ -16,7 +16,7 @@ from typing import Any, Optional
 
 from covey_edge.mqtt import Broker, ConnectionDown, Incoming, MqttTransport, Refused
 from covey_protocol.errors import ConfigError, PeerError, StorageError
-from covey_protocol.seals import PublicKey
+from covey_protocol.keys import Keys
 from covey_protocol.topics import Topics, check_name
 from covey_protocol.transcript import Judge, Record, fleet_of, violations, write_record
 
@@ -24,8 +24,8 @@ from covey_protocol.transcript import Judge, Record, fleet_of, violations, write
 def check_file(
     path: Path,
     fleet: Optional[str],
-    coordinator: Optional[PublicKey],
-    keys: Optional[Mapping[str, PublicKey]],
+    coordinator: Optional[Keys],
+    keys: Optional[Mapping[str, Keys]],
     say: Callable[[str], None],
 ) -> int:
     """Say each violation of a transcript, and what was not checked; how many there are. ConfigError if it is empty."""

@@ -62,7 +62,8 @@ class Trainer:
             data = Path(request.bundle_path).read_bytes()
             if hashlib.sha256(data).digest() != request.bundle_sha256:
                 raise BundleError(f"{request.bundle_path} does not have the announced hash", "it is fetched again")
-            self._model = Model(read_bundle(data, PublicKey.from_hex(request.sealed_by)))
+            keys = [PublicKey.from_hex(text) for text in (request.sealed_by, *request.or_by)]
+            self._model = Model(read_bundle(data, keys))
             self._bundle_sha256, self._examples = request.bundle_sha256, None
         self._load_data(request.data_source, Path(request.data_path))
         return Done(runtime=self._model.runtime)

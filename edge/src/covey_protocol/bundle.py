@@ -13,8 +13,8 @@ from __future__ import annotations
 import hashlib
 import io
 import zipfile
-from collections.abc import Mapping
-from typing import Optional
+from collections.abc import Mapping, Sequence
+from typing import Optional, Union
 
 import msgspec
 
@@ -118,17 +118,19 @@ def write_bundle(manifest: Manifest, model: bytes, key: Optional[SealingKey] = N
     return _zip(entries)
 
 
-def read_bundle(data: bytes, sealed_by: Optional[PublicKey] = None) -> Bundle:
+def read_bundle(data: bytes, sealed_by: Union[PublicKey, Sequence[PublicKey], None] = None) -> Bundle:
     """Check and open a bundle.
 
-    sealed_by: the key whose seal is required; None accepts an unsealed bundle (and ignores any seal).
+    sealed_by: the key whose seal is required, or several of which one must have sealed it; None accepts an unsealed
+    bundle (and ignores any seal).
     Raises BundleError naming what is wrong; never loads the model.
     """
     entries = _unzip(data)
     if sealed_by is not None:  # first, so that nobody else's manifest is even parsed
         if SEAL_NAME not in entries:
             raise BundleError("the bundle carries no seal", "export it with the coordinator's key")
-        if not sealed_by.verifies(entries[SEAL_NAME], SEAL_CONTEXT + entries[MANIFEST_NAME]):
+        keys = (sealed_by,) if isinstance(sealed_by, PublicKey) else sealed_by
+        if not any(key.verifies(entries[SEAL_NAME], SEAL_CONTEXT + entries[MANIFEST_NAME]) for key in keys):
             raise BundleError("the bundle's seal is not the expected coordinator's", "fetch it again or pin its key")
     manifest, model = _manifest(entries[MANIFEST_NAME]), entries[MODEL_NAME]
     if len(model) != manifest.model_bytes or hashlib.sha256(model).hexdigest() != manifest.model_sha256:

@@ -13,7 +13,7 @@ from typing import Any, Union
 import msgspec
 
 from covey_protocol import PROTOCOL_VERSION
-from covey_protocol.errors import PeerError
+from covey_protocol.errors import NotSealed, PeerError
 from covey_protocol.messages import Envelope, FromCoordinator, FromDevice, Message
 from covey_protocol.seals import PublicKey, SealingKey
 from covey_protocol.topics import RESERVED_ID
@@ -60,7 +60,7 @@ def _decode(
     envelope = _open(data, topic, sender)
     sealed = _sealed_bytes(envelope.version, topic, envelope.sender, envelope.sequence, envelope.body)
     if not key.verifies(envelope.seal, sealed):
-        raise PeerError(f"a message on {topic} is not sealed by the key known for {sender}", section=3)
+        raise NotSealed(f"a message on {topic} is not sealed by the key known for {sender}", section=3)
     return _body(envelope, decoder), envelope.sequence
 
 

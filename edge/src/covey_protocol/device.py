@@ -19,6 +19,7 @@ from typing import Optional, Union
 
 from covey_protocol.blobs import blob_ref
 from covey_protocol.bundle import RESET_OPTIMIZER, TRAIN_INPUTS, Manifest
+from covey_protocol.encryption import ENCRYPTION
 from covey_protocol.forms import COMPRESSIONS
 from covey_protocol.messages import (
     Answer,
@@ -42,10 +43,18 @@ ASK_S = 30.0  # the same for an offer of a round that this device no longer work
 MAX_OWED = 8  # updates in the outbox; a verdict that has not come over so many later rounds is not waited for
 # beside the two of the first devices, what a bundle or a plan may need and an old device would pass over in silence
 LATE = "late"  # goes on with its work when the round is closed, where later rounds may take the update
-CAPABILITIES: tuple[Name, ...] = ("train", "float32", *TRAIN_INPUTS, RESET_OPTIMIZER, *COMPRESSIONS, LATE)
+CAPABILITIES: tuple[Name, ...] = (
+    "train",
+    "float32",
+    *TRAIN_INPUTS,
+    RESET_OPTIMIZER,
+    *COMPRESSIONS,
+    LATE,
+    ENCRYPTION,
+)
 
 
-def needed_capabilities(manifest: Manifest, plan: TrainingPlan) -> tuple[Name, ...]:
+def needed_capabilities(manifest: Manifest, plan: TrainingPlan, *, encrypt: bool = False) -> tuple[Name, ...]:
     """What an invitation to train this bundle by this plan must name in `requires`, in the order of CAPABILITIES."""
     needed = {"train", "float32", *manifest.train_inputs}
     if RESET_OPTIMIZER in manifest.signatures:
@@ -55,6 +64,8 @@ def needed_capabilities(manifest: Manifest, plan: TrainingPlan) -> tuple[Name, .
     if plan.proximal_weight:
         needed.add("proximal")
     needed.add(plan.compression)
+    if encrypt:
+        needed.add(ENCRYPTION)
     return tuple(name for name in CAPABILITIES if name in needed)
 
 
@@ -92,7 +103,8 @@ class BlobReady:
 
 @dataclass(frozen=True)
 class Trained:
-    """Training ended well. update: its bytes as they travel: clipped and noised by policy, then compressed."""
+    """Training ended well. update: its bytes as they travel: clipped and noised by policy, then compressed, then
+    encrypted; then num_examples is 1 and metrics is empty, since the offer is not encrypted."""
 
     round_id: str
     update: bytes

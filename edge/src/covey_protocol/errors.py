@@ -115,3 +115,7 @@ class PeerError(CoveyError):
     def __init__(self, what: str, remedy: str = "", *, section: int = 0) -> None:
         super().__init__(what, remedy)
         self.section = section
+
+
+class NotSealed(PeerError):
+    """Not sealed by the key that it was held against; perhaps by another one of the same peer."""

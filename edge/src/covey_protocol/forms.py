@@ -9,8 +9,9 @@ from __future__ import annotations
 import difflib
 from typing import NamedTuple
 
+from covey_protocol.encryption import ENCRYPTION_BYTES
 from covey_protocol.errors import ConfigError
-from covey_protocol.messages import TrainingPlan
+from covey_protocol.messages import Invitation, TrainingPlan
 
 NONE, ROTATED_8BIT, ROTATED_4BIT, TOP_K, TOP_K_8BIT = "none", "rotated-8bit", "rotated-4bit", "top-k", "top-k-8bit"
 COMPRESSIONS = (ROTATED_8BIT, ROTATED_4BIT, TOP_K, TOP_K_8BIT)  # their names are capabilities, too
@@ -62,6 +63,13 @@ def update_sizes(compression: Compression, d: int) -> tuple[int, int]:
     k = compression.kept(d)
     bitmap, values = -(-d // 8), 1 + value_bytes(compression.name, k)
     return values + min(k, bitmap), values + min(LARGEST_VARINT * k, bitmap)
+
+
+def offered_sizes(invitation: Invitation) -> tuple[int, int]:
+    """The fewest and the most bytes that an update offered for this invitation may have, encryption included."""
+    least, most = update_sizes(compression_of(invitation.plan), invitation.dimension)
+    more = ENCRYPTION_BYTES if invitation.encryption_key else 0
+    return least + more, most + more
 
 
 def bits(name: str) -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Annotated, Union
 
 import msgspec
-from msgspec import Meta, Struct
+from msgspec import UNSET, Meta, Struct, UnsetType
 
 MAX_REASON_CHARS = 500  # a sentence or two for an operator; longer text is cut by the sender
 MAX_METRICS = 32
@@ -34,6 +34,7 @@ Count = Annotated[int, Meta(ge=0, le=2**53)]
 Index = Annotated[int, Meta(ge=0, lt=MAX_CHUNKS)]
 Sha256 = Annotated[bytes, Meta(min_length=32, max_length=32)]
 Capabilities = Annotated[tuple[Name, ...], Meta(max_length=64)]
+EncryptionKey = Annotated[bytes, Meta(min_length=32, max_length=32)]  # X25519
 
 
 class BlobRef(Struct, frozen=True):
@@ -99,6 +100,7 @@ class Invitation(Struct, frozen=True, tag="invitation", omit_defaults=True):
     max_staleness: this round's updates may also be taken by rounds whose number is at most so much larger, 0 for none:
     a device goes on with its work when the round is closed. earlier: the rounds whose updates this one takes, too,
     the newest first.
+    encryption_key: of the round, where updates are to be encrypted to it (see `encryption`).
     """
 
     round_id: RoundId
@@ -113,6 +115,7 @@ class Invitation(Struct, frozen=True, tag="invitation", omit_defaults=True):
     requires: Capabilities = msgspec.field(default_factory=lambda: ())
     max_staleness: Annotated[int, Meta(ge=0, le=MAX_STALENESS)] = 0
     earlier: Annotated[tuple[RoundId, ...], Meta(max_length=MAX_STALENESS)] = ()
+    encryption_key: Union[EncryptionKey, UnsetType] = UNSET
 
     @property
     def dimension(self) -> int:

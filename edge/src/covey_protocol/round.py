@@ -18,7 +18,7 @@ from typing import Optional, Union
 
 from covey_protocol.blobs import BlobAssembly
 from covey_protocol.errors import PeerError, RuleError, UsageError
-from covey_protocol.forms import compression_of, update_sizes
+from covey_protocol.forms import offered_sizes
 from covey_protocol.messages import (
     Answer,
     BlobRef,
@@ -47,6 +47,7 @@ class Progress(Enum):
     """How far one invited device is. Those in FINAL stay for the round; a device that is GONE may return.
 
     LOST: its update was stored and acknowledged, but the disk did not keep it; the device still has it.
+    REVOKED: the operator wants nothing of it any more; what was stored of it does not enter the model.
     """
 
     INVITED = "invited"
@@ -58,10 +59,16 @@ class Progress(Enum):
     DECLINED = "declined"
     FAILED = "failed"
     REFUSED = "refused"
+    REVOKED = "revoked"
     GONE = "gone"
 
 
-FINAL = frozenset({Progress.STORED, Progress.DECLINED, Progress.FAILED, Progress.REFUSED})
+FINAL = frozenset({Progress.STORED, Progress.DECLINED, Progress.FAILED, Progress.REFUSED, Progress.REVOKED})
+
+
+def is_revocable(progress: Progress) -> bool:
+    """Whether there is something of the device that a revocation takes away: an update, or one that may come."""
+    return progress is Progress.STORED or progress not in FINAL
 
 
 @dataclass(frozen=True)
@@ -80,7 +87,8 @@ class Earlier:
 class RoundSettings:
     """quorum: fewest stored updates that may be aggregated. answer_s: how long to wait for answers to the invitation.
     grace_s: how long a device whose connection broke is waited for.
-    update_bytes: the size of an update, 4 d unless it is compressed. least_update_bytes: where it may also be smaller.
+    update_bytes: the size of an update as it travels, 4 d unless it is compressed or encrypted. least_update_bytes:
+    where it may also be smaller.
     goal: so many stored updates end the round at once, 0 for waiting for everyone.
     earlier: the invitation's earlier rounds, with what must be known of them.
     """
@@ -104,7 +112,7 @@ class RoundSettings:
         earlier: Optional[Mapping[str, Earlier]] = None,
     ) -> RoundSettings:
         """With the sizes that updates for this invitation may have."""
-        least, most = update_sizes(compression_of(invitation.plan), invitation.dimension)
+        least, most = offered_sizes(invitation)
         return cls(quorum, answer_s, grace_s, most, least if least < most else None, goal, earlier or {})
 
     @property
@@ -169,7 +177,8 @@ class Stored:
 
 @dataclass(frozen=True)
 class Malformed:
-    """The device's update is complete, but not what the plan's compression makes. Nothing of it was stored."""
+    """The device's update is complete, but does not decrypt, or is not what the plan's compression makes. Nothing of it
+    was stored."""
 
     device_id: str
     reason: str
@@ -207,6 +216,14 @@ class Aborted:
 
 
 @dataclass(frozen=True)
+class Revoked:
+    """The operator wants nothing of this device any more. reason: for operator and device."""
+
+    device_id: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class Tick:
     """Time passed."""
 
@@ -223,6 +240,7 @@ Event = Union[
     Aggregated,
     AggregationRefused,
     Aborted,
+    Revoked,
     Tick,
 ]
 
@@ -377,7 +395,7 @@ class RoundMachine:
     def resume(self, now: float) -> list[Effect]:
         """What to do first after `restored`: the invitation may never have gone out, the rule may not have run."""
         if self.phase is Phase.AGGREGATING:
-            return [Aggregate(self._stored_devices())]
+            return self._decide()  # as before, but for devices that were revoked meanwhile
         return [PublishRound(self.invitation), *self._advance(now)]
 
     def progress(self) -> dict[str, Progress]:
@@ -478,6 +496,8 @@ class RoundMachine:
             return [SendTo(event.device_id, Receipt(offer.round_id, offer.update.sha256, True))]
         if self.asynchronous and self._is_for_a_later_round(peer, offer):
             return []  # the device offers it again
+        if peer.progress is Progress.REVOKED and peer.acknowledged:
+            return []  # readmitted; its verdict comes when the round ends
         if peer.progress in FINAL and not self._comes_all_the_same(peer, offer):
             reason = peer.reason or "an update of this device is already stored for this round"
             return [SendTo(event.device_id, Receipt(offer.round_id, offer.update.sha256, False, reason_text(reason)))]
@@ -531,6 +551,8 @@ class RoundMachine:
 
     def _stored(self, event: Stored, now: float) -> list[Effect]:
         peer = self._devices[event.device_id]
+        if peer.progress is Progress.REVOKED:  # while it was being made durable
+            return [Record(event.device_id, peer.progress, peer.reason)]
         if peer.progress is not Progress.STORING or peer.offer is None:
             return []
         peer.progress, peer.acknowledged, peer.reason = Progress.STORED, peer.offer.round_id, ""
@@ -562,6 +584,13 @@ class RoundMachine:
             peer.gone_at = now
         peer.gone = not event.online
         return self._advance(now)
+
+    def _revoked(self, event: Revoked, now: float) -> list[Effect]:
+        peer = self._devices.get(event.device_id)
+        if peer is None or not is_revocable(peer.progress):
+            return []
+        peer.assembly = None
+        return self._settle(event.device_id, Progress.REVOKED, event.reason, now)
 
     def _tick(self, event: Tick, now: float) -> list[Effect]:
         return self._advance(now)
@@ -648,7 +677,7 @@ class RoundMachine:
         }
 
         def reason(peer: _Participant) -> str:
-            if peer.acknowledged:
+            if peer.acknowledged and peer.progress is not Progress.REVOKED:
                 return "the stored update was damaged and did not come again"
             if peer.gone and peer.progress not in FINAL:
                 return "connection lost"
@@ -678,6 +707,7 @@ TABLE: dict[tuple[Phase, type], Action] = {
     **{(phase, Malformed): _M._malformed for phase in _OPEN},
     **{(phase, Failed): _M._failed for phase in _OPEN},
     **{(phase, PresenceChanged): _M._presence_changed for phase in _OPEN},
+    **{(phase, Revoked): _M._revoked for phase in _OPEN},
     **{(phase, Tick): _M._tick for phase in _OPEN},
     (Phase.AGGREGATING, Aggregated): _M._aggregated,
     (Phase.AGGREGATING, AggregationRefused): _M._aggregation_refused,
@@ -688,7 +718,7 @@ TABLE: dict[tuple[Phase, type], Action] = {
 IGNORED: frozenset[tuple[Phase, type]] = frozenset(
     [(phase, Opened) for phase in Phase if phase is not Phase.INVITING]
     + [(phase, kind) for phase in Phase if phase not in _OPEN for kind in (Answered, ChunkArrived, Stored, Malformed)]
-    + [(phase, kind) for phase in Phase if phase not in _OPEN for kind in (Failed, PresenceChanged, Tick)]
+    + [(phase, kind) for phase in Phase if phase not in _OPEN for kind in (Failed, PresenceChanged, Revoked, Tick)]
     + [(phase, kind) for phase in Phase if phase is not Phase.AGGREGATING for kind in (Aggregated, AggregationRefused)]
     + [(phase, Aborted) for phase in (Phase.PUBLISHED, Phase.ABANDONED)]
 )

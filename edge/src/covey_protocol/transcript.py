@@ -19,7 +19,8 @@ from msgspec import Meta, Struct
 from covey_protocol import codec
 from covey_protocol.codec import COORDINATOR, ReplayGuard
 from covey_protocol.errors import PeerError
-from covey_protocol.forms import compression_of, update_sizes
+from covey_protocol.forms import offered_sizes
+from covey_protocol.keys import KeyRing, Keys
 from covey_protocol.messages import (
     Answer,
     BlobRef,
@@ -98,15 +99,17 @@ class Judge:
     """Takes the records of one fleet in order. `keys`: of the devices; a device without one has its seals unchecked."""
 
     def __init__(
-        self, fleet: str, coordinator: Optional[PublicKey] = None, keys: Optional[Mapping[str, PublicKey]] = None
+        self, fleet: str, coordinator: Optional[Keys] = None, keys: Optional[Mapping[str, Keys]] = None
     ) -> None:
         self.messages = 0
         self.unchecked: dict[str, int] = {}  # sender -> messages whose seal nobody could check
         self._topics = Topics(fleet)
-        self._coordinator = coordinator
-        self._keys = None if keys is None else dict(keys)
+        self._coordinator = None if coordinator is None else KeyRing(coordinator)
+        self._keys = None if keys is None else {device_id: KeyRing(one) for device_id, one in keys.items()}
+        self._sealed_by: dict[str, PublicKey] = {}
         self._guards: dict[str, ReplayGuard] = {}
-        self._said: dict[tuple[str, int], bytes] = {}  # (sender, sequence) -> digest of topic and payload
+        # (sender, its key, sequence) -> digest of topic and payload
+        self._said: dict[tuple[str, Optional[PublicKey], int], bytes] = {}
         self._sessions: dict[str, int] = {}
         self._rounds: dict[str, _Round] = {}
         self._current = ""
@@ -171,18 +174,27 @@ class Judge:
         elif not self._is_copy(place.device_id, sequence, record):
             self._said_by(place.device_id, message)
 
-    def _decode(self, record: Record, sender: str, key: Optional[PublicKey]) -> tuple[Message, int]:
-        if key is None:
+    def _decode(self, record: Record, sender: str, ring: Optional[KeyRing]) -> tuple[Message, int]:
+        if ring is None:
             self.unchecked[sender] = self.unchecked.get(sender, 0) + 1
             return codec.decode_unverified(record.payload, topic=record.topic, sender=sender)
-        if sender == COORDINATOR:
-            return codec.decode_from_coordinator(record.payload, topic=record.topic, key=key)
-        return codec.decode_from_device(record.payload, topic=record.topic, sender=sender, key=key)
+
+        def decode(key: PublicKey) -> tuple[Message, int]:
+            if sender == COORDINATOR:
+                return codec.decode_from_coordinator(record.payload, topic=record.topic, key=key)
+            return codec.decode_from_device(record.payload, topic=record.topic, sender=sender, key=key)
+
+        taken = ring.take(decode)
+        if self._sealed_by.setdefault(sender, taken.key) != taken.key:  # numbers and sessions begin anew with it
+            self._sealed_by[sender] = taken.key
+            self._guards.pop(sender, None)
+            self._sessions.pop(sender, None)
+        return taken.message, taken.sequence
 
     def _is_copy(self, sender: str, sequence: int, record: Record) -> bool:
         """True for the broker's own copy of a retained message that was said before."""
         digest = hashlib.sha256(record.topic.encode() + b"\0" + record.payload).digest()
-        first = self._said.setdefault((sender, sequence), digest)
+        first = self._said.setdefault((sender, self._sealed_by.get(sender), sequence), digest)
         if self._guards.setdefault(sender, ReplayGuard()).accept(sequence):
             return False
         if first == digest and record.retained:
@@ -310,9 +322,11 @@ class Judge:
     def _offer(self, device_id: str, device: _Device, offer: Offer, known: _Round) -> None:
         restarted = bool(device.offers)  # from its outbox, without another answer
         _require(device.answer is True or restarted, 5, f"{device_id} offers an update without having accepted")
-        least, most = update_sizes(compression_of(known.invitation.plan), known.invitation.dimension)
+        least, most = offered_sizes(known.invitation)
         right = least <= offer.update.size <= most
         _require(right, 4, f"{device_id} offers {offer.update.size} bytes, not {least} to {most} as this round asks")
+        bare = not known.invitation.encryption_key or (offer.num_examples == 1 and not offer.metrics)
+        _require(bare, 4, f"{device_id} offers an encrypted update and says beside it what is to be hidden")
         device.offers[offer.update.sha256] = offer
 
     def _chunk(self, device_id: str, device: _Device, chunk: Chunk) -> None:

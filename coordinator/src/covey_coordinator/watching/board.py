@@ -87,6 +87,8 @@ class Board:
             events.PhaseBegan: self._phase_began,
             events.DevicesMoved: self._devices_moved,
             events.MessageCame: self._message_came,
+            events.DeviceRevoked: self._device_revoked,
+            events.DeviceReadmitted: self._device_readmitted,
             events.RuleRan: self._rule_ran,
             events.RoundEnded: self._round_ended,
         }
@@ -145,6 +147,12 @@ class Board:
         if event.online is not False:  # the last will is the broker's word
             line.heard_at = self._clock()
 
+    def _device_revoked(self, event: events.DeviceRevoked) -> None:
+        self._state.devices.setdefault(event.device, DeviceLine()).online = False
+
+    def _device_readmitted(self, event: events.DeviceReadmitted) -> None:
+        self._state.devices.setdefault(event.device, DeviceLine()).online = event.online
+
     def _rule_ran(self, event: events.RuleRan) -> None:
         self._state.measurements = dict(event.measurements)
 
@@ -155,11 +163,12 @@ class Board:
         state.outcomes[event.outcome] += 1
         state.done += published
         for verdict in event.verdicts:
+            line = state.devices.get(verdict.device_id)
             if verdict.status == REJECTED:
                 by_rule = "rule" if verdict.score is not None else "screening"
-                state.rejected[by_rule if published else "round_abandoned"] += 1
+                revoked = line is not None and line.progress == Progress.REVOKED.value
+                state.rejected["revoked" if revoked else by_rule if published else "round_abandoned"] += 1
             elif verdict.status != ACCEPTED:
-                line = state.devices.get(verdict.device_id)
                 state.missing[line.progress if line is not None and line.progress else "unknown"] += 1
         scores = [verdict.score for verdict in event.verdicts if verdict.score is not None]
         if scores:

@@ -87,3 +87,32 @@ def abort_command(config_path: Path, runs_dir: Path | None, run: str | None, rea
     from covey_coordinator.watching import commands
 
     commands.abort(config_path, runs_dir, run, reason)
+
+
+of_fleet_option = click.option(
+    "--config", "config_path", type=A_PATH, default=Path("coordinator.toml"), show_default=True, help="Says the fleet."
+)
+
+
+@click.command(name="revoke", short_help="Take nothing of a device any more: stolen, broken, hostile.")
+@click.argument("device_id", metavar="DEVICE")
+@of_fleet_option
+@click.option("--reason", default="", help="Why; shown to whoever asks, and to the device.")
+def revoke_command(config_path: Path, device_id: str, reason: str) -> None:
+    """Take nothing of DEVICE any more, in all runs of the fleet, until `covey readmit`.
+
+    In the round under way its update does not enter the model, also when it was delivered before.
+    """
+    from covey_coordinator.watching import commands
+
+    commands.revoke(config_path, device_id, reason)
+
+
+@click.command(name="readmit", short_help="Lift a revocation.")
+@click.argument("device_id", metavar="DEVICE")
+@of_fleet_option
+def readmit_command(config_path: Path, device_id: str) -> None:
+    """Lift the revocation of DEVICE; it is invited again from the next round on."""
+    from covey_coordinator.watching import commands
+
+    commands.readmit(config_path, device_id)

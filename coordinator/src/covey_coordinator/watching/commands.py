@@ -1,10 +1,11 @@
-"""What `covey status`, `devices`, `runs`, `pause`, `resume` and `abort` do. They need no broker and no TensorFlow.
+"""What `covey status`, `devices`, `runs`, `pause`, `resume`, `abort`, `revoke` and `readmit` do.
 
-The first three only read.
+They need no broker and no TensorFlow. The first three only read.
 """
 
 from __future__ import annotations
 
+import difflib
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -14,20 +15,22 @@ from typing import Any
 import click
 from msgspec import Struct
 
-from covey_coordinator.orders import Orders
+from covey_coordinator.orders import Orders, Revocations
 from covey_coordinator.store import is_held
 from covey_coordinator.watching.display import duration, printable
 from covey_coordinator.watching.history import Facts, opened, run_folders
 from covey_edge.config import read_toml
 from covey_protocol.errors import ConfigError
+from covey_protocol.topics import check_name
 
 
 class _Place(Struct):
     """What of coordinator.toml says where its store is; `covey serve` checks the rest."""
 
     run: str
+    fleet: str = ""
     runs_dir: str = "runs"
-    devices: dict[str, str] = {}
+    devices: dict[str, Any] = {}
 
 
 def status(config_path: Path, runs_dir: Path | None, run: str | None, as_json: bool) -> None:
@@ -41,6 +44,10 @@ def devices(config_path: Path, runs_dir: Path | None, run: str | None, as_json: 
     folder, roster = _find(config_path, runs_dir, run)
     with opened(folder) as history:
         found = history.devices(roster)
+    revoked = _revocations(config_path).standing() if runs_dir is None else {}
+    for one in found:
+        order = revoked.get(one["device"])
+        one["revoked"] = {"asked_ms": order.asked_ms, "reason": order.reason} if order is not None else None
     _print(found, as_json, _device_lines)
 
 
@@ -68,6 +75,30 @@ def abort(config_path: Path, runs_dir: Path | None, run: str | None, reason: str
     folder = _run_to_order(config_path, runs_dir, run)
     Orders(folder).abort(reason)
     click.echo(f"{folder.name} is aborted{_when(folder)}")
+
+
+def revoke(config_path: Path, device_id: str, reason: str) -> None:
+    runs, place = _place(config_path)
+    if device_id not in place.devices:
+        close = difflib.get_close_matches(device_id, place.devices, n=1, cutoff=0.0)
+        raise ConfigError(
+            f"{device_id!r} is not in [devices] of {config_path}",
+            f"did you mean {close[0]!r}?" if close else "it is ignored anyway",
+        )
+    _revocations(config_path).revoke(device_id, reason)
+    click.echo(f"{device_id} is revoked{_when(runs / place.run)}")
+
+
+def readmit(config_path: Path, device_id: str) -> None:
+    runs, place = _place(config_path)
+    lifted = _revocations(config_path).readmit(device_id)
+    click.echo(f"{device_id} is readmitted{_when(runs / place.run)}" if lifted else f"{device_id} was not revoked")
+
+
+def _revocations(config_path: Path) -> Revocations:
+    """Of the fleet that the file names."""
+    runs, place = _place(config_path)
+    return Revocations(runs, check_name(place.fleet, "fleet"))
 
 
 def _when(folder: Path) -> str:
@@ -145,8 +176,11 @@ def _device_lines(found: list[Facts]) -> list[str]:
     rows = [("device", "now", "last heard", *names, "last rejection")]
     for one in found:
         seen = _ago(one["last_seen_ms"]) if one["last_seen_ms"] is not None else "never"
-        now = "online" if one["online"] else "offline"
-        rows.append((one["device"], now, seen, *(str(one[name]) for name in names), one["last_rejection"]))
+        now, last = "online" if one["online"] else "offline", one["last_rejection"]
+        order = one["revoked"]
+        if order is not None:
+            now, last = "revoked", f"revoked {_ago(order['asked_ms'])}{_because(order['reason'])}"
+        rows.append((one["device"], now, seen, *(str(one[name]) for name in names), last))
     return _aligned(rows)
 
 

@@ -68,6 +68,22 @@ class MessageCame:
 
 
 @dataclass(frozen=True)
+class DeviceRevoked:
+    """By the operator: nothing of it is taken. reason: for people."""
+
+    device: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class DeviceReadmitted:
+    """online: whether it is connected now."""
+
+    device: str
+    online: bool
+
+
+@dataclass(frozen=True)
 class RuleRan:
     """measurements: the rule's own numbers."""
 
@@ -96,7 +112,19 @@ class RunEnded:
     reason: str
 
 
-Event = Union[RunStarted, Waits, RoundOpened, PhaseBegan, DevicesMoved, MessageCame, RuleRan, RoundEnded, RunEnded]
+Event = Union[
+    RunStarted,
+    Waits,
+    RoundOpened,
+    PhaseBegan,
+    DevicesMoved,
+    MessageCame,
+    DeviceRevoked,
+    DeviceReadmitted,
+    RuleRan,
+    RoundEnded,
+    RunEnded,
+]
 Watcher = Callable[[Event], None]
 
 

@@ -66,6 +66,10 @@ class EventLog:
             self._moved(event)
         elif isinstance(event, events.MessageCame) and event.online is not None:
             _log("device_online" if event.online else "device_offline", device=event.device)
+        elif isinstance(event, events.DeviceRevoked):
+            _log("device_revoked", device=event.device, reason=event.reason)
+        elif isinstance(event, events.DeviceReadmitted):
+            _log("device_readmitted", device=event.device)
         elif isinstance(event, events.RuleRan):
             _log("rule_ran", event.round, measurements=dict(event.measurements))
         elif isinstance(event, events.RoundEnded):

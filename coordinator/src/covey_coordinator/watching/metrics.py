@@ -72,7 +72,7 @@ def metrics(state: State, traffic: Traffic, now: float) -> list[Metric]:
 
 
 ENDINGS = ("published", "abandoned")
-REASONS = ("rule", "screening", "round_abandoned")
+REASONS = ("rule", "screening", "round_abandoned", "revoked")
 
 
 def _one(value: float) -> Samples:

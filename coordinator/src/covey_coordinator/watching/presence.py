@@ -21,6 +21,9 @@ class PresenceKeeper:
         self._kept_at = float("-inf")
 
     def __call__(self, event: events.Event) -> None:
+        if isinstance(event, (events.DeviceRevoked, events.DeviceReadmitted)):
+            self._online[event.device] = isinstance(event, events.DeviceReadmitted) and event.online
+            self._changed.add(event.device)
         if not isinstance(event, events.MessageCame):
             return
         device_id = event.device
