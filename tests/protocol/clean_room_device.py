@@ -30,6 +30,10 @@ from typing import Any
 import paho.mqtt.client as paho
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
+from cryptography.hazmat.primitives.hashes import SHA256 as Sha256Hash
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 Message = dict[str, Any]
@@ -280,6 +284,7 @@ FROM_COORDINATOR: dict[str, Fields] = {
         "plan": (structure(PLAN_FIELDS), REQUIRED),
         "devices": (listing(DEVICE_ID, 0, 10_000), []),
         "requires": (CAPABILITIES, []),
+        "encryption_key": (binary(32, 32), None),
         "max_staleness": (whole(0, 100), 0),
         "earlier": (listing(ROUND_ID, 0, 100), []),
     },
@@ -322,7 +327,7 @@ FROM_DEVICE: dict[str, Fields] = {
     "seen": {"round_id": (ROUND_ID, REQUIRED)},
 }
 ON_ROUND, ON_DOWN = ("invitation", "closed"), ("need", "receipt", "verdict")
-LEFT_OUT_AT_DEFAULT = ("max_staleness", "earlier")
+LEFT_OUT_AT_DEFAULT = ("encryption_key", "max_staleness", "earlier")
 
 
 def decode_body(body: bytes, kinds: dict[str, Fields]) -> Message:
@@ -335,7 +340,8 @@ def decode_body(body: bytes, kinds: dict[str, Fields]) -> Message:
 def encode_body(message: Message) -> bytes:
     """All fields in the order of section 4, but of a plan only those that differ from their defaults."""
     fields = {**FROM_COORDINATOR, **FROM_DEVICE}[message["type"]]
-    whole_message = {"type": message["type"], **structure(fields)(message)}
+    said = {name: value for name, value in message.items() if value is not None}
+    whole_message = {"type": message["type"], **structure(fields)(said)}
     for name in LEFT_OUT_AT_DEFAULT:
         if name in whole_message and whole_message[name] == fields[name][1]:
             del whole_message[name]
@@ -375,11 +381,17 @@ def unwrap(data: bytes, topic: str, sender: str, key: Ed25519PublicKey) -> tuple
         raise Refused(f"version {version}")
     if said != sender:
         raise Refused(f"sender {said}")
-    try:
-        key.verify(seal, sealed_bytes(topic, sender, sequence, body))
-    except InvalidSignature:
-        raise Refused("wrong seal") from None
+    if not sealed_by(key, seal, sealed_bytes(topic, sender, sequence, body)):
+        raise Refused("wrong seal")
     return sequence, body
+
+
+def sealed_by(key: Ed25519PublicKey, seal: bytes, data: bytes) -> bool:
+    try:
+        key.verify(seal, data)
+    except InvalidSignature:
+        return False
+    return True
 
 
 class Window:
@@ -441,8 +453,8 @@ MANIFEST_KEYS = {
 }  # fmt: skip
 
 
-def open_bundle(data: bytes, key: Ed25519PublicKey) -> Message:
-    """The manifest of a sealed bundle whose model has the right hash. Raises Refused."""
+def open_bundle(data: bytes, keys: Iterable[Ed25519PublicKey]) -> Message:
+    """The manifest of a bundle that one of the keys sealed and whose model has the right hash. Raises Refused."""
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             entries = archive.infolist()
@@ -451,9 +463,10 @@ def open_bundle(data: bytes, key: Ed25519PublicKey) -> Message:
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
                 raise Refused("an entry of the bundle is compressed")
             model, manifest, seal = (archive.read(name) for name in ("model.tflite", "manifest.json", "seal"))
-        key.verify(seal, b"covey bundle 1\0" + manifest)
-    except (zipfile.BadZipFile, InvalidSignature) as exc:
-        raise Refused(f"the bundle is damaged or not sealed by the coordinator: {exc!r}") from exc
+    except zipfile.BadZipFile as exc:
+        raise Refused(f"the bundle is damaged: {exc}") from exc
+    if not any(sealed_by(key, seal, b"covey bundle 1\0" + manifest) for key in keys):
+        raise Refused("the bundle is not sealed by the coordinator")
     if len(manifest) > 4_194_304:
         raise Refused("the manifest is too long")
     said: Message = json.loads(manifest)
@@ -609,6 +622,73 @@ def read_gaps(data: bytes, k: int) -> tuple[list[int], int]:
     return indices, at
 
 
+# --- encryption (section 8.2)
+
+HEADER_BYTES = 512
+
+
+def encrypt(
+    update: bytes, num_examples: int, metrics: dict[str, float], invitation: Message, device_id: str, private: bytes
+) -> bytes:
+    """What travels in place of the update. private: 32 random bytes, for this update alone. Raises Refused."""
+    header = pack({"num_examples": num_examples, "metrics": metrics})
+    if len(header) > HEADER_BYTES - 2:
+        raise Refused("the metrics do not fit into an encrypted update")
+    framed = (struct.pack("<H", len(header)) + header).ljust(HEADER_BYTES, b"\0")
+    pair = X25519PrivateKey.from_private_bytes(private)
+    public = pair.public_key().public_bytes_raw()
+    parts = [1, invitation["encryption_key"], public, invitation["round_id"], device_id]
+    info = b"covey encrypted update\0" + pack(parts)
+    secret = shared_secret(pair, invitation["encryption_key"])
+    key = HKDF(Sha256Hash(), 32, None, info).derive(secret)
+    return public + ChaCha20Poly1305(key).encrypt(bytes(12), framed + update, None)
+
+
+def shared_secret(pair: X25519PrivateKey, public: bytes) -> bytes:
+    try:
+        return pair.exchange(X25519PublicKey.from_public_bytes(public))
+    except ValueError:  # all zeros
+        raise Refused("the round's encryption key is a point of low order") from None
+
+
+# --- the coordinator's keys (section 3.1)
+
+
+class PinnedKeys:
+    """One key, or the current and the next, each with a window. A message under the next retires the current."""
+
+    def __init__(self, hexadecimal: list[str], retired: Path) -> None:
+        self.file = retired
+        self.retired = set(retired.read_text().split()) if retired.exists() else set[str]()
+        self.all = {name: Ed25519PublicKey.from_public_bytes(bytes.fromhex(name)) for name in hexadecimal}
+        self.windows = {name: Window() for name in hexadecimal}
+
+    def open(self, payload: bytes, topic: str) -> Message:
+        """The message that a key which is not retired has sealed. Raises Refused; OSError if none can be retired."""
+        problem = Refused("every key is retired")
+        for name, key in self.all.items():
+            if name in self.retired:
+                continue
+            try:
+                number, body = unwrap(payload, topic, "coordinator", key)
+            except Refused as exc:
+                problem = exc
+                continue
+            message = decode_body(body, FROM_COORDINATOR)
+            if not self.windows[name].passes(number):
+                raise Refused(f"number {number} was heard before")
+            self._retire_those_before(name)
+            return message
+        raise problem
+
+    def _retire_those_before(self, name: str) -> None:
+        names = list(self.all)
+        older = set(names[: names.index(name)]) - self.retired
+        if older:
+            write_durably(self.file, "\n".join(sorted(self.retired | older)).encode())
+            self.retired |= older
+
+
 # --- the outbox
 
 
@@ -683,7 +763,7 @@ def make_update(parameters: bytes, device_id: str) -> array[float]:
 # --- the device (sections 5 and 7)
 
 IDLE, FETCHING, TRAINING, REPORTING = "idle", "fetching", "training", "reporting"
-CAN = ["train", "float32", "rotated-8bit", "rotated-4bit", "late"]
+CAN = ["train", "float32", "rotated-8bit", "rotated-4bit", "encryption", "late"]
 REPEAT_S, SLOW_REPEAT_S, FETCH_AGAIN_S, OWED_MOST = 5.0, 30.0, 10.0, 8
 
 
@@ -696,8 +776,7 @@ class Device:
         self.outbox = Outbox(state / "outbox")
         self.blobs = state / "blobs"
         self.blobs.mkdir(parents=True, exist_ok=True)
-        self.coordinator_key = Ed25519PublicKey.from_public_bytes(bytes.fromhex(settings.coordinator_key))
-        self.window = Window()
+        self.pinned = PinnedKeys(settings.coordinator_key, state / "retired")
         self.state, self.round, self.waiting = IDLE, Message(), Message()
         self.settled, self.deadline, self.last_chunk = "", 0.0, 0.0
         self.now = time.monotonic()  # the same for all that one step does
@@ -713,10 +792,7 @@ class Device:
         if topic.startswith(prefix + "blob/"):
             self.chunk_came(topic, payload)
         elif payload:  # nothing on fleet/round: no coordinator serves the fleet
-            number, body = unwrap(payload, topic, "coordinator", self.coordinator_key)
-            if not self.window.passes(number):
-                raise Refused(f"number {number} was heard before")
-            message = decode_body(body, FROM_COORDINATOR)
+            message = self.pinned.open(payload, topic)
             if message["type"] not in (ON_ROUND if topic == prefix + "fleet/round" else ON_DOWN):
                 raise Refused(f"{message['type']} on {topic}")
             self.take(message)
@@ -763,6 +839,13 @@ class Device:
         for name in [*message["requires"], message["plan"]["compression"]]:
             if name not in (*CAN, "none"):
                 return f"this device cannot {name}; update its agent"
+        if "encryption" in message["requires"] and message["encryption_key"] is None:
+            return "the round is to be encrypted and brings no key"
+        if message["encryption_key"] is not None:
+            try:
+                shared_secret(X25519PrivateKey.generate(), message["encryption_key"])
+            except Refused as exc:
+                return str(exc)
         largest = max(message["bundle"]["chunk_bytes"], message["parameters"]["chunk_bytes"])
         limit = self.settings.max_message_bytes
         if limit and largest + PACKET_ROOM_BYTES > limit:
@@ -814,14 +897,13 @@ class Device:
         """D4 and D5."""
         round_id, plan = self.round["round_id"], self.round["plan"]
         try:
-            manifest = open_bundle(
-                (self.blobs / self.round["bundle"]["sha256"].hex()).read_bytes(), self.coordinator_key
-            )
+            bundle = (self.blobs / self.round["bundle"]["sha256"].hex()).read_bytes()
+            manifest = open_bundle(bundle, self.pinned.all.values())
             for field, name in (("gradient_clip_norm", "clip_norm"), ("proximal_weight", "proximal")):
                 if plan[field] and name not in manifest.get("train_inputs", []):
                     raise Refused(f"the bundle takes no {name}")
             update = make_update((self.blobs / self.round["parameters"]["sha256"].hex()).read_bytes(), self.id)
-            self.keep(round_id, self.in_form(update))
+            self.keep(round_id, self.in_form(update), 10, {"seconds": 0.5})
         except (Refused, OSError) as exc:
             self.send("failure", round_id=round_id, reason=str(exc)[:500])
             self.settle(round_id)
@@ -839,12 +921,15 @@ class Device:
         seed = f"covey update {self.round['round_id']} {self.id}".encode()
         return encode_rotated(update, seed, 8 if form == "rotated-8bit" else 4)
 
-    def keep(self, round_id: str, data: bytes) -> None:
+    def keep(self, round_id: str, data: bytes, num_examples: int, metrics: dict[str, float]) -> None:
+        if self.round["encryption_key"] is not None:
+            data = encrypt(data, num_examples, metrics, self.round, self.id, os.urandom(32))
+            num_examples, metrics = 1, {}  # what is true of them is inside
         if len(self.owed) >= OWED_MOST:
             self.forget(next(iter(self.owed)))
         size = self.round["parameters"]["chunk_bytes"]
         update = {"sha256": hashlib.sha256(data).digest(), "size": len(data), "chunk_bytes": size}
-        offer = {"round_id": round_id, "update": update, "num_examples": 10, "metrics": {"seconds": 0.5}}
+        offer = {"round_id": round_id, "update": update, "num_examples": num_examples, "metrics": metrics}
         self.outbox.keep(offer, data)
         self.owed[round_id] = offer
 
@@ -966,7 +1051,7 @@ class Device:
                 self.now = time.monotonic()
                 try:
                     self.hear(topic, payload)
-                except Refused as exc:
+                except (Refused, OSError) as exc:
                     log("dropped", topic, str(exc))
             self.now = time.monotonic()
             self.tick()
@@ -1062,8 +1147,11 @@ def log(*words: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    for name in ("--host", "--fleet", "--id", "--key", "--coordinator-key", "--state"):
+    for name in ("--host", "--fleet", "--id", "--key", "--state"):
         parser.add_argument(name, required=True)
+    parser.add_argument(
+        "--coordinator-key", action="append", required=True, help="twice while it changes, the next one last"
+    )
     parser.add_argument("--port", type=int, default=1883)
     parser.add_argument("--max-message-bytes", type=int, default=0, help="what the broker takes, where it is known")
     parser.add_argument(

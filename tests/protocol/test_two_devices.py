@@ -82,7 +82,7 @@ class Both:
         self.damaged.clear()
         self.wire = Wire()
         settings = argparse.Namespace(
-            id=ME, fleet="golden", state=self.folder, coordinator_key=GOLDEN["coordinator_key"], max_message_bytes=0,
+            id=ME, fleet="golden", state=self.folder, coordinator_key=[GOLDEN["coordinator_key"]], max_message_bytes=0,
             training_waits_for=self.folder / "trained", hold_after_keeping=False,
         )  # fmt: skip
         self.theirs = clean.Device(settings, self.wire)
