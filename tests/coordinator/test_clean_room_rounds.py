@@ -19,9 +19,11 @@ from coordinator.test_rounds import Setup, during, shards, statuses  # noqa: F40
 from patience import PATIENCE_S
 from protocol import clean_room_device
 
-from covey_coordinator.coordinator import RoundResult, Timing
+from covey_coordinator.coordinator import Coordinator, RoundResult, Timing
 from covey_coordinator.demo.devices import Shard
+from covey_coordinator.fleet import Fleet
 from covey_coordinator.records import ACCEPTED, MISSING
+from covey_edge.mqtt import parse_broker
 from covey_protocol.messages import TrainingPlan
 from covey_protocol.seals import SealingKey
 
@@ -45,7 +47,7 @@ class Place(Setup):
     broker: RunningBroker
     started: list[subprocess.Popen[bytes]]
 
-    def open(self, *options: str) -> None:
+    def open(self, *options: str, agents: list[str] = AGENTS) -> None:
         self.key_file = self.folder / "clean.pem"
         device_key = SealingKey.from_seed(CLEAN.encode().ljust(32, b"."))
         self.key_file.write_bytes(device_key.pem())
@@ -58,9 +60,9 @@ class Place(Setup):
         self.started.append(self.recorder)
         until(self.record.exists, "the recording began")
         self.start_device(*options)
-        assert self.start(AGENTS, roster={CLEAN: device_key.public})
-        assert self.coordinator is not None
-        self.coordinator.wait_for(len(ALL), PATIENCE_S)
+        self.agent_ids = agents
+        coordinator = self.start(agents, roster={CLEAN: device_key.public})
+        coordinator.wait_for(len(agents) + 1, PATIENCE_S)
 
     def start_device(self, *options: str) -> None:
         host, port = self.url.removeprefix("mqtt://").split(":")
@@ -86,23 +88,17 @@ class Place(Setup):
     def said(self, words: str) -> bool:
         return words in self.device_log.read_text()
 
-    def judged(self) -> str:
+    def judged(self, *next_keys: SealingKey) -> str:
         """What the judge of recordings says."""
         self.recorder.send_signal(signal.SIGINT)
         self.recorder.wait(PATIENCE_S)
         roster = self.folder / "roster.toml"
-        assert self.fleet is not None
-        keys = {name: key.hex() for name, key in self.fleet.roster.items()}
-        roster.write_text("[devices]\n" + "".join(f'{name} = "{key}"\n' for name, key in keys.items()))
-        command = [
-            *COVEY,
-            "check",
-            str(self.record),
-            "--coordinator-key",
-            self.key.public.hex(),
-            "--roster",
-            str(roster),
-        ]
+        files = {CLEAN: self.key_file, **{name: self.folder / name / "device.pem" for name in self.agent_ids}}
+        lines = [f'{name} = "{SealingKey.from_pem(path.read_bytes()).public.hex()}"' for name, path in files.items()]
+        roster.write_text("\n".join(["[devices]", *lines]))
+        command = [*COVEY, "check", str(self.record), "--roster", str(roster)]
+        for key in (self.key, *next_keys):
+            command += ["--coordinator-key", key.public.hex()]
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout
 
     def shut(self) -> None:
@@ -163,6 +159,38 @@ def test_its_updates_are_taken_plain_and_compressed_and_nobody_breaks_the_protoc
     place.stop_device()
     assert place.device.returncode == 0
     assert place.judged().endswith(", 0 violations\n")
+
+
+def test_its_encrypted_updates_open(place: Place) -> None:
+    place.open()
+    plans = [TrainingPlan(1, 0.1), TrainingPlan(1, 0.1, compression="rotated-4bit")]
+    expected = expected_update(place.parameters())
+    for number, plan in enumerate(plans, start=1):
+        result = place.run(plan, number=number, device_ids=ALL, quorum=3, encrypt=True)
+        assert statuses(result) == dict.fromkeys(ALL, ACCEPTED)
+        assert (result.offers[CLEAN].num_examples, result.offers[CLEAN].metrics) == (10, {"seconds": 0.5})
+        error = np.abs(stored_update(place, result.offers[CLEAN].round_id) - expected).max()
+        assert error <= (0.0 if plan.compression == "none" else 0.5 * np.abs(expected).max())
+    place.stop_device()
+    assert place.judged().endswith(", 0 violations\n")
+
+
+def test_it_follows_the_coordinator_to_its_next_key(place: Place) -> None:
+    next_key = SealingKey.from_seed(b"the next one".ljust(32, b"."))
+    place.open("--coordinator-key", next_key.public.hex(), agents=[])
+    assert statuses(place.run(device_ids=[CLEAN], quorum=1)) == {CLEAN: ACCEPTED}
+    assert place.fleet is not None
+    assert place.coordinator is not None
+    place.fleet.close()
+    assert not (place.state / "retired").exists()
+    place.fleet = Fleet(parse_broker(place.url), "test", next_key, place.fleet.roster)
+    place.fleet.connect()
+    place.coordinator = Coordinator(place.fleet, place.coordinator.store)
+    place.coordinator.wait_for(1, PATIENCE_S)
+    assert statuses(place.run(number=2, device_ids=[CLEAN], quorum=1)) == {CLEAN: ACCEPTED}
+    assert (place.state / "retired").read_text() == place.key.public.hex()
+    place.stop_device()
+    assert place.judged(next_key).endswith(", 0 violations\n")
 
 
 def test_an_update_that_is_on_its_disk_survives_kill_9_and_is_delivered_after_a_restart(place: Place) -> None:

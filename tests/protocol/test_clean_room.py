@@ -22,6 +22,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 GOLDEN = Path(__file__).parents[1] / "golden"
 V1 = json.loads((GOLDEN / "v1.json").read_text())
 FORMS = json.loads((GOLDEN / "compression-v1.json").read_text())
+ENCRYPTED = json.loads((GOLDEN / "encryption-v1.json").read_text())
 KEYS = {
     "coordinator": Ed25519PrivateKey.from_private_bytes(bytes(range(0x20, 0x40))),
     "kitchen-pi": Ed25519PrivateKey.from_private_bytes(bytes(range(0x20))),
@@ -125,6 +126,57 @@ def test_an_update_of_three_kinds_of_blocks_comes_back_within_a_step() -> None:
 def test_an_update_of_zeros_is_zeros() -> None:
     zeros = array("f", bytes(4 * 100))
     assert not any(clean.decode_form(clean.encode_rotated(zeros, b"seed", 8), "rotated-8bit", 100, b"seed"))
+
+
+# --- encryption
+
+
+@pytest.mark.parametrize("name", ENCRYPTED["vectors"])
+def test_a_golden_update_is_encrypted_to_the_same_bytes(name: str) -> None:
+    vector = ENCRYPTED["vectors"][name]
+    invitation = {"round_id": ENCRYPTED["round_id"], "encryption_key": bytes.fromhex(ENCRYPTED["round_public"])}
+    private = bytes.fromhex(ENCRYPTED["ephemeral_private"])
+    update, said = bytes.fromhex(vector["update"]), (vector["num_examples"], vector["metrics"])
+    encrypted = clean.encrypt(update, *said, invitation, ENCRYPTED["device_id"], private)
+    assert encrypted.hex() == vector["encrypted"]
+    assert clean.encrypt(update, *said, invitation, "attic-pi", private) != encrypted
+
+
+@pytest.mark.parametrize("point", [bytes(32), b"\1" + bytes(31)], ids=["zero", "one"])
+def test_a_key_that_gives_everybody_the_same_secret_is_refused(point: bytes) -> None:
+    with pytest.raises(clean.Refused, match="low order"):
+        clean.encrypt(b"update", 1, {}, {"round_id": "r", "encryption_key": point}, "kitchen-pi", bytes(range(32)))
+
+
+# --- the coordinator's next key
+
+OLD, NEXT = KEYS["coordinator"], Ed25519PrivateKey.from_private_bytes(b"the next one".ljust(32, b"."))
+TOPIC = "covey/1/golden/fleet/round"
+
+
+def pinned(retired: Path) -> clean.PinnedKeys:
+    return clean.PinnedKeys([key.public_key().public_bytes_raw().hex() for key in (OLD, NEXT)], retired)
+
+
+def closed(key: Ed25519PrivateKey, number: int) -> bytes:
+    body = clean.encode_body({"type": "closed", "round_id": "run.1.abc", "outcome": "published"})
+    return clean.wrap(key, TOPIC, "coordinator", number, body)
+
+
+def test_the_first_message_under_the_next_key_retires_the_old_one_for_good(tmp_path: Path) -> None:
+    keys = pinned(tmp_path / "retired")
+    assert keys.open(closed(OLD, 2**50), TOPIC)["outcome"] == "published"
+    assert keys.open(closed(NEXT, 7), TOPIC)["outcome"] == "published"  # its numbers have a window of their own
+    for again in (keys, pinned(tmp_path / "retired")):
+        with pytest.raises(clean.Refused, match="seal"):
+            again.open(closed(OLD, 2**50 + 1), TOPIC)
+
+
+def test_where_a_retired_key_cannot_be_noted_the_message_is_not_taken(tmp_path: Path) -> None:
+    keys = pinned(tmp_path / "no such folder" / "retired")
+    with pytest.raises(OSError, match="no such folder"):
+        keys.open(closed(NEXT, 7), TOPIC)
+    assert keys.open(closed(OLD, 7), TOPIC)["type"] == "closed"
 
 
 # --- parts
