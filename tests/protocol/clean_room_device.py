@@ -700,28 +700,33 @@ class Outbox:
         folder.mkdir(parents=True, exist_ok=True)
 
     def keep(self, offer: Message, update: bytes) -> None:
-        write_durably(self.folder / offer["round_id"], pack([time.time_ns(), offer, update]))
+        write_durably(self.file(offer["round_id"]), pack([time.time_ns(), offer, update]))
 
     def offers(self) -> list[Message]:
         """Those whose update can be read, the oldest first. The others are removed."""
         found = []
-        for path in self.folder.iterdir():
+        for path in list(self.folder.iterdir()):
             try:
                 kept_at, offer, _ = unpack(path.read_bytes())
                 self.update(offer)
+                if path != self.file(offer["round_id"]):
+                    raise Refused("a file that was not finished")
                 found.append((kept_at, offer))
-            except (Refused, ValueError):
+            except (Refused, ValueError, OSError):
                 path.unlink()
         return [offer for _, offer in sorted(found, key=lambda pair: pair[0])]
 
     def update(self, offer: Message) -> bytes:
-        data: bytes = unpack((self.folder / offer["round_id"]).read_bytes())[2]
+        data: bytes = unpack(self.file(offer["round_id"]).read_bytes())[2]
         if hashlib.sha256(data).digest() != offer["update"]["sha256"]:
             raise Refused("the update is damaged on disk")
         return data
 
     def forget(self, round_id: str) -> None:
-        (self.folder / round_id).unlink(missing_ok=True)
+        self.file(round_id).unlink(missing_ok=True)
+
+    def file(self, round_id: str) -> Path:
+        return self.folder / f"{round_id}.update"
 
 
 # --- fetching
@@ -820,7 +825,7 @@ class Device:
         invited = not message["devices"] or self.id in message["devices"]
         if self.state in (FETCHING, TRAINING) and self.round["round_id"] in message["earlier"]:
             self.waiting = message if invited else Message()
-            log("waits", round_id)
+            log("waits" if invited else "not invited", round_id)
             return
         if not invited:
             return

@@ -196,3 +196,18 @@ def test_a_window_lets_every_number_pass_once_and_nothing_that_is_too_old() -> N
     assert [window.passes(n) for n in (5000, 4990, 5000, 4990, 3977, 3976, 5001, 3977)] == [
         True, True, False, False, True, False, True, False,
     ]  # fmt: skip
+
+
+def test_what_was_not_finished_or_is_damaged_in_the_outbox_is_not_owed(tmp_path: Path) -> None:
+    outbox = clean.Outbox(tmp_path / "outbox")
+    offers = [
+        {"round_id": name, "update": {"sha256": hashlib.sha256(name.encode()).digest()}}
+        for name in ("r.2", "r.10", "r.3")
+    ]
+    for offer in offers:
+        outbox.keep(offer, offer["round_id"].encode())
+    whole = outbox.file("r.10").read_bytes()
+    outbox.file("r.4").with_suffix(".update.part").write_bytes(whole.replace(b"r.10", b"r.40"))
+    outbox.file("r.3").write_bytes(whole[:-1])
+    assert clean.Outbox(tmp_path / "outbox").offers() == offers[:2]  # in the order of keeping
+    assert len(list(outbox.folder.iterdir())) == 2

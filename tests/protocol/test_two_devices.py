@@ -156,7 +156,7 @@ class Both:
         self.handle(device.Tick())
 
     def the_disk_spoils_an_update(self, round_id: str) -> None:
-        (self.folder / "outbox" / round_id).write_bytes(b"nothing like it")
+        self.theirs.outbox.file(round_id).write_bytes(b"nothing like it")
         self.damaged.add(round_id)
 
     def connection_comes_back(self) -> None:
@@ -170,7 +170,7 @@ class Both:
         self.wire.said, self.said = [], []
         assert list(self.theirs.owed) == list(self.ours.owed) == list(self.kept)
         assert self.theirs.state == self.ours.state.value
-        assert {path.name for path in (self.folder / "outbox").iterdir()} == set(self.kept)
+        assert {path.stem for path in self.theirs.outbox.folder.iterdir()} == set(self.kept)
 
 
 def parameters(round_id: str) -> bytes:
