@@ -61,7 +61,7 @@ class Place(Setup):
         until(self.record.exists, "the recording began")
         self.start_device(*options)
         self.agent_ids = agents
-        coordinator = self.start(agents, roster={CLEAN: device_key.public})
+        coordinator = self.start(agents, roster={CLEAN: device_key.public}, chunk_bytes=4096)
         coordinator.wait_for(len(agents) + 1, PATIENCE_S)
 
     def start_device(self, *options: str) -> None:
@@ -216,7 +216,8 @@ def test_an_update_that_is_on_its_disk_survives_kill_9_and_is_delivered_after_a_
 def test_it_goes_on_when_an_asynchronous_round_is_closed_and_a_later_round_takes_its_update(place: Place) -> None:
     trained = place.folder / "trained"
     place.open("--training-waits-for", str(trained))
-    options = {"device_ids": ALL, "max_staleness": 5}
+    rotated = TrainingPlan(epochs=1, learning_rate=0.1, compression="rotated-8bit")
+    options = {"plan": rotated, "device_ids": ALL, "max_staleness": 5, "encrypt": True}
 
     def run(number: int, goal: int, parameters: np.ndarray) -> RoundResult:
         return place.run(number=number, goal=goal, parameters=parameters, **options)
@@ -230,6 +231,9 @@ def test_it_goes_on_when_an_asynchronous_round_is_closed_and_a_later_round_takes
     late = second.offers[CLEAN]
     assert statuses(second) == dict.fromkeys(ALL, ACCEPTED)
     assert late.round_id == first.offers["a"].round_id
+    taken, expected = stored_update(place, second.offers["a"].round_id), expected_update(place.parameters())
+    weight = np.float32(2**-0.5)  # it is behind by one model
+    np.testing.assert_allclose(taken, expected * weight, atol=0.02 * np.abs(expected).max())
     third = run(3, 3, second.parameters)
     assert statuses(third) == dict.fromkeys(ALL, ACCEPTED)
     until(lambda: place.device_log.read_text().count("accepted") >= 2, "it heard two verdicts")
