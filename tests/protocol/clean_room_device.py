@@ -284,9 +284,9 @@ FROM_COORDINATOR: dict[str, Fields] = {
         "plan": (structure(PLAN_FIELDS), REQUIRED),
         "devices": (listing(DEVICE_ID, 0, 10_000), []),
         "requires": (CAPABILITIES, []),
-        "encryption_key": (binary(32, 32), None),
         "max_staleness": (whole(0, 100), 0),
         "earlier": (listing(ROUND_ID, 0, 100), []),
+        "encryption_key": (binary(32, 32), None),
     },
     "closed": {"round_id": (ROUND_ID, REQUIRED), "outcome": (NAME, REQUIRED), "reason": (REASON, "")},
     "need": {
@@ -327,7 +327,7 @@ FROM_DEVICE: dict[str, Fields] = {
     "seen": {"round_id": (ROUND_ID, REQUIRED)},
 }
 ON_ROUND, ON_DOWN = ("invitation", "closed"), ("need", "receipt", "verdict")
-LEFT_OUT_AT_DEFAULT = ("encryption_key", "max_staleness", "earlier")
+LEFT_OUT_AT_DEFAULT = ("max_staleness", "earlier", "encryption_key")
 
 
 def decode_body(body: bytes, kinds: dict[str, Fields]) -> Message:
