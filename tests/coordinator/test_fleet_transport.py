@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import queue
@@ -24,6 +25,7 @@ from covey_coordinator.demo.devices import Shard, make_device
 from covey_coordinator.demo.processes import AgentProcesses
 from covey_coordinator.fleet import MAX_REFUSED, Fleet
 from covey_coordinator.store import RunStore
+from covey_edge.inbox import Inbox
 from covey_edge.mqtt import Incoming, MqttTransport, parse_broker
 from covey_protocol.bundle import read_bundle
 from covey_protocol.codec import CHUNK_ROOM_BYTES
@@ -60,15 +62,16 @@ def join(coordinator_key: SealingKey) -> Iterator[Join]:
 
 def retained(url: str, topics: list[str], wait_s: float = 1.0) -> dict[str, bytes]:
     """What the broker keeps on these topics."""
-    inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    inbox = Inbox()
     transport = MqttTransport(parse_broker(url), "onlooker", inbox)
     transport.subscribe(topics)
     transport.connect()
     time.sleep(wait_s)
     transport.close()
     items = []
-    while not inbox.empty():
-        items.append(inbox.get())
+    with contextlib.suppress(queue.Empty):
+        while True:
+            items.append(inbox.get(timeout=0))
     return {item.topic: item.payload for item in items if isinstance(item, Incoming)}
 
 

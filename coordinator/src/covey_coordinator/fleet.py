@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from covey_edge.inbox import HOLD_BYTES, Inbox, waiting_bytes
 from covey_edge.mqtt import Broker, ConnectionDown, ConnectionUp, Incoming, MqttTransport, Refused
 from covey_protocol import codec
 from covey_protocol.blobs import blob_ref, chunks
@@ -82,7 +83,7 @@ class Fleet:
         self._chunk_bytes = chunk_bytes
         self._patience_s = patience_s
         self._check = check
-        self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._inbox = Inbox()
         self._held: deque[Any] = deque()  # taken from the inbox while we waited for something else
         self._transport = MqttTransport(broker, f"covey-{name}-{COORDINATOR}", self._inbox)
         self._sequence = sequence if sequence is not None else codec.Sequence(time.time_ns())
@@ -191,7 +192,7 @@ class Fleet:
         if self._transport.protocol != "3.1.1" or size <= self._confirmed_bytes:
             return
         self._transport.subscribe([topic])
-        end = time.monotonic() + CONFIRM_S
+        end, held_bytes = time.monotonic() + CONFIRM_S, 0
         while size > self._confirmed_bytes:
             self._watch()
             if time.monotonic() > end:
@@ -209,7 +210,9 @@ class Fleet:
             elif isinstance(item, ConnectionUp):
                 self._restore()
             else:
-                self._held.append(item)
+                held_bytes += waiting_bytes(item.payload) if isinstance(item, Incoming) else 0
+                if held_bytes < HOLD_BYTES or not isinstance(item, Incoming):  # devices say again what is dropped
+                    self._held.append(item)
         self._transport.unsubscribe([topic])
 
     def _sealed(self, message: FromCoordinator, topic: str) -> bytes:
