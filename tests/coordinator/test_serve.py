@@ -217,3 +217,19 @@ def test_a_bad_file_is_one_line_with_the_documented_code(
     assert last.startswith("covey: error: ")
     assert words in last
     assert "Traceback" not in ended.stderr
+
+
+def test_top_k_with_a_rule_that_sees_only_zeros_is_warned_of(
+    tmp_path: Path, digits_bundle: bytes, coordinator_key: SealingKey
+) -> None:
+    keys = "\n".join(f'ward-{number} = "{coordinator_key.public.hex()}"' for number in (1, 2, 3))
+    text = CONFIG.replace("{url}", "mqtt://127.0.0.1:1").replace("{devices}", keys)
+    text = text.replace("[devices]", '[wire]\ncompression = "top-k"\nkept_fraction = 0.1\n[devices]')
+    (tmp_path / "digits.covey").write_bytes(digits_bundle)
+    (tmp_path / "coordinator.pem").write_bytes(coordinator_key.pem())
+    (tmp_path / "template").write_text(text)
+    warned = serve(tmp_path, 1)
+    assert warned.returncode == errors.EXIT_TRANSPORT, warned.stderr  # there is no broker
+    assert "warning: trimmed-mean sees mostly zeros in top-k updates" in warned.stdout
+    (tmp_path / "template").write_text(text.replace('["norm-clipping"', '["nnm", "norm-clipping"'))
+    assert "warning" not in serve(tmp_path, 1).stdout
