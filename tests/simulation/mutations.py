@@ -263,3 +263,11 @@ def _(patch: Patch) -> None:
         return action(self, device.Received(receipt), now)
 
     row(patch, device.TABLE, "_received", received)
+
+
+@mutation("the device refuses only once")
+def _(patch: Patch) -> None:
+    def again(original: Any, self: device.DeviceMachine) -> Any:
+        return original(self) if self.state is not device.State.IDLE else []
+
+    wrapped(patch, device.DeviceMachine, "_answer_again", again)

@@ -53,6 +53,7 @@ HAPPENS = (
     "ends: StorageError",
     "hears: Verdict the round was abandoned",
     "hears: Receipt that round is over",
+    "refuses again",
 )
 
 

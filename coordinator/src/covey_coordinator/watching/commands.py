@@ -145,7 +145,7 @@ def _device_lines(found: list[Facts]) -> list[str]:
     rows = [("device", "now", "last heard", *names, "last rejection")]
     for one in found:
         seen = _ago(one["last_seen_ms"]) if one["last_seen_ms"] is not None else "never"
-        now = "online" if one["online"] else "offline"
+        now = {True: "online", False: "offline", None: "unknown"}[one["online"]]
         rows.append((one["device"], now, seen, *(str(one[name]) for name in names), one["last_rejection"]))
     return _aligned(rows)
 
