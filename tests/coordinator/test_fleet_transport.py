@@ -24,6 +24,7 @@ from covey_coordinator.coordinator import Coordinator, RoundResult, Timing
 from covey_coordinator.demo.devices import Shard, make_device
 from covey_coordinator.demo.processes import AgentProcesses
 from covey_coordinator.fleet import MAX_REFUSED, Fleet
+from covey_coordinator.retained import RetainedNote
 from covey_coordinator.store import RunStore
 from covey_edge.inbox import Inbox
 from covey_edge.mqtt import Incoming, MqttTransport, parse_broker
@@ -48,9 +49,15 @@ def join(coordinator_key: SealingKey) -> Iterator[Join]:
     """A connected coordinator."""
     made: list[Fleet] = []
 
-    def connect(url: str, roster: dict[str, Any] | None = None, chunk_bytes: int = 65536, **broker: Any) -> Fleet:
+    def connect(
+        url: str,
+        roster: dict[str, Any] | None = None,
+        chunk_bytes: int = 65536,
+        note: RetainedNote | None = None,
+        **broker: Any,
+    ) -> Fleet:
         address = dataclasses.replace(parse_broker(url), **broker)
-        fleet = Fleet(address, "home", coordinator_key, roster or {}, chunk_bytes=chunk_bytes)
+        fleet = Fleet(address, "home", coordinator_key, roster or {}, chunk_bytes=chunk_bytes, note=note)
         fleet.connect()
         made.append(fleet)
         return fleet
@@ -115,6 +122,47 @@ def test_a_broker_of_tiny_messages_is_refused_at_once(broker_with: Start, join: 
 def invitation(duration_ms: int) -> Invitation:
     ref = BlobRef(bytes(32), 4)
     return Invitation("run.1.a", 1, 0, duration_ms, ref, ref, TrainingPlan(1, 0.1))
+
+
+def test_what_a_killed_coordinator_left_on_the_broker_is_cleared_by_the_next(
+    broker_with: Start, join: Join, tmp_path: Path
+) -> None:
+    """When that one has invited, so that a model that goes on being used stays where it is."""
+    broker, path = broker_with(), tmp_path / "home.retained"
+    killed = join(broker.url, note=RetainedNote(path))
+    left, kept = (killed.publish_blob(DATA + bytes([number])) for number in range(2))
+    killed._transport.close()  # and nothing is tidied: what it noted is all that is known
+    killed._blobs.clear()
+    after = join(broker.url, note=RetainedNote(path))
+    assert after.publish_blob(DATA + bytes([1])) == kept
+    topics = [TOPICS.all_blob_chunks(ref.sha256) for ref in (left, kept)]
+    assert len(retained(broker.url, topics)) == left.num_chunks + kept.num_chunks
+    after.publish_round(invitation(60_000))
+    assert len(retained(broker.url, topics[:1])) == 0
+    assert len(retained(broker.url, topics[1:])) == kept.num_chunks
+    after.close()
+    assert retained(broker.url, topics) == {}
+    assert RetainedNote(path).noted == {}
+
+
+def test_a_blob_is_noted_before_it_is_published_and_until_the_broker_has_cleared_it(
+    broker_with: Start, join: Join, tmp_path: Path
+) -> None:
+    path = tmp_path / "home.retained"
+    fleet = join(broker_with().url, note=RetainedNote(path))
+    first = fleet.publish_blob(DATA)
+    assert list(RetainedNote(path).noted) == [first.sha256]
+    fleet.clear_blob(first.sha256)
+    assert list(RetainedNote(path).noted) == [first.sha256]  # nobody has acknowledged that yet
+    second = fleet.publish_blob(DATA[1:])  # acknowledged, and so is all that went before it
+    third = fleet.publish_blob(DATA[2:])
+    assert set(RetainedNote(path).noted) == {second.sha256, third.sha256}
+
+
+def test_a_note_that_cannot_be_read_notes_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "home.retained"
+    path.write_bytes(b"nonsense")
+    assert RetainedNote(path).noted == {}
 
 
 def test_a_coordinator_that_died_leaves_no_invitation_longer_than_its_round(broker_with: Start, join: Join) -> None:

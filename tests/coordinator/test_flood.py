@@ -1,4 +1,4 @@
-"""A device, or a stranger, that sends more than a coordinator looks at: the memory stays small and the fleet is served."""
+"""A stranger that sends more than a coordinator looks at: the memory stays small, and the fleet is served."""
 
 from __future__ import annotations
 

@@ -51,9 +51,7 @@ STRIKES = {
 
 def ended(strike: str, *, at_once: bool = False, clean_up: str = "") -> subprocess.CompletedProcess[str]:
     text = PROGRAM.format(strike=strike, at_once=at_once, clean_up=clean_up)
-    return subprocess.run(
-        [sys.executable, "-c", text], capture_output=True, text=True, check=False, timeout=PATIENCE_S
-    )
+    return subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=False, timeout=PATIENCE_S)
 
 
 @pytest.mark.parametrize("where", STRIKES)

@@ -747,7 +747,8 @@ class World:
 
     def device_says(self, name: str, message: Any) -> None:
         self.log(name, "says", message)
-        if name in self.devices and (isinstance(message, Failure) or (isinstance(message, Answer) and not message.accept)):
+        declines = isinstance(message, Answer) and not message.accept
+        if name in self.devices and (declines or isinstance(message, Failure)):
             self.refused[name] = (message.round_id, self.devices[name].starts)
         if self.broker_up:
             self._fly(lambda: self._to_coordinator(name, message))

@@ -13,13 +13,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from covey_coordinator.retained import RetainedNote
 from covey_edge.inbox import HOLD_BYTES, Inbox, waiting_bytes
 from covey_edge.mqtt import Broker, ConnectionDown, ConnectionUp, Incoming, MqttTransport, Refused
 from covey_protocol import codec
 from covey_protocol.blobs import blob_ref, chunks
 from covey_protocol.codec import CHUNK_ROOM_BYTES, COORDINATOR, ReplayGuard
 from covey_protocol.device import RESEND_S
-from covey_protocol.errors import PeerError, TransportError
+from covey_protocol.errors import PeerError, StorageError, TransportError
 from covey_protocol.messages import (
     DEFAULT_CHUNK_BYTES,
     BlobRef,
@@ -58,6 +59,7 @@ class Fleet:
     roster: the public key of every device that may take part; everybody else is ignored and counted in `refused`.
     chunk_bytes: of models on the wire; less where the broker says that it takes less.
     sequence: the coordinator's message numbers; without it they come from the clock alone.
+    note: of the blobs that are retained, over restarts.
     patience_s: how long the broker may be away before waiting for it raises TransportError.
     check: called a few times a second while waiting; may raise (a broker process died).
     """
@@ -70,6 +72,7 @@ class Fleet:
         roster: Mapping[str, PublicKey],
         *,
         sequence: codec.Sequence | None = None,
+        note: RetainedNote | None = None,
         chunk_bytes: int = DEFAULT_CHUNK_BYTES,
         patience_s: float = BROKER_PATIENCE_S,
         check: Callable[[], None] = lambda: None,
@@ -87,6 +90,9 @@ class Fleet:
         self._held: deque[Any] = deque()  # taken from the inbox while we waited for something else
         self._transport = MqttTransport(broker, f"covey-{name}-{COORDINATOR}", self._inbox)
         self._sequence = sequence if sequence is not None else codec.Sequence(time.time_ns())
+        self._note = note if note is not None else RetainedNote()
+        self._left_over = dict(self._note.noted)  # by an earlier start, and not published again by this one
+        self._clearing: dict[bytes, list[int]] = {}  # sha256 -> the messages that clear its chunks
         self._guards: dict[str, ReplayGuard] = {}
         self._presence: dict[str, Presence] = {}
         self._blobs: dict[bytes, tuple[BlobRef, bytes]] = {}
@@ -120,10 +126,12 @@ class Fleet:
         try:
             for sha256 in list(self._blobs):
                 self.clear_blob(sha256)
+            self._clear_left_over()
             if self._round is not None:
                 sent = self._publish(self.topics.round, b"", retain=True)
                 self._transport.flush([sent], timeout_s=2.0)
-        except TransportError as exc:
+            self._forget_cleared()
+        except (TransportError, StorageError) as exc:
             log.warning("the broker could not be tidied: %s", exc)
         self._transport.close()
 
@@ -147,11 +155,17 @@ class Fleet:
         expiry_s = message.duration_ms / 1000 if isinstance(message, Invitation) else None
         sealed = self._sealed(message, self.topics.round)
         self._publish(self.topics.round, sealed, retain=True, expiry_s=expiry_s)
+        if isinstance(message, Invitation):  # whose bundle and model are published by now
+            self._clear_left_over()
 
     def publish_blob(self, data: bytes) -> BlobRef:
         """Retain the blob's chunks on the broker; returns when the broker has them all."""
         ref = blob_ref(data, self._chunk_bytes)
+        self._forget_cleared()
         if ref.sha256 not in self._blobs:
+            self._clearing.pop(ref.sha256, None)
+            self._left_over.pop(ref.sha256, None)
+            self._note.add(ref)
             self._blobs[ref.sha256] = (ref, data)
             self._publish_chunks(ref, data)
             self._confirm(ref)
@@ -159,8 +173,22 @@ class Fleet:
 
     def clear_blob(self, sha256: bytes) -> None:
         ref, _ = self._blobs.pop(sha256)
-        for index in range(ref.num_chunks):
-            self._publish(self.topics.blob(sha256, index), b"", retain=True)
+        self._clear(ref)
+
+    def _clear(self, ref: BlobRef) -> None:
+        topics = [self.topics.blob(ref.sha256, index) for index in range(ref.num_chunks)]
+        self._clearing[ref.sha256] = [self._publish(topic, b"", retain=True) for topic in topics]
+
+    def _clear_left_over(self) -> None:
+        while self._left_over:
+            self._clear(self._left_over.popitem()[1])
+
+    def _forget_cleared(self) -> None:
+        """Of the note: what the broker has acknowledged meanwhile."""
+        for sha256, sent in list(self._clearing.items()):
+            if self._transport.flush(sent, timeout_s=0.0):
+                del self._clearing[sha256]
+                self._note.remove(sha256)
 
     def _publish(self, topic: str, payload: bytes, retain: bool = False, expiry_s: float | None = None) -> int:
         self.sent_bytes += len(payload)

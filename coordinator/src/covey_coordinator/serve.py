@@ -27,6 +27,7 @@ from covey_coordinator.coordinator import Coordinator, Engine, RoundResult, Timi
 from covey_coordinator.fleet import MIN_CHUNK_BYTES, Fleet
 from covey_coordinator.orders import Orders
 from covey_coordinator.records import ACCEPTED
+from covey_coordinator.retained import RetainedNote
 from covey_coordinator.store import Checkpoint, RunStore, only_one
 from covey_coordinator.watching import events
 from covey_coordinator.watching.board import Board
@@ -217,7 +218,9 @@ def _fleet(
 ) -> Fleet:
     numbers = NumberFile(runs / f"{config.fleet}.sequence")
     sequence = Sequence(time.time_ns(), numbers.load(), numbers.store)
-    return Fleet(broker, config.fleet, key, roster, sequence=sequence, chunk_bytes=config.chunk_bytes, check=check)
+    note = RetainedNote(runs / f"{config.fleet}.retained")
+    options: dict[str, Any] = {"sequence": sequence, "note": note, "chunk_bytes": config.chunk_bytes, "check": check}
+    return Fleet(broker, config.fleet, key, roster, **options)
 
 
 def _serve_metrics(
