@@ -28,10 +28,12 @@ from covey_coordinator.retained import RetainedNote
 from covey_coordinator.store import RunStore
 from covey_edge.inbox import Inbox
 from covey_edge.mqtt import Incoming, MqttTransport, parse_broker
+from covey_protocol.blobs import blob_ref
 from covey_protocol.bundle import read_bundle
 from covey_protocol.codec import CHUNK_ROOM_BYTES
 from covey_protocol.errors import TransportError
 from covey_protocol.messages import BlobRef, Invitation, TrainingPlan
+from covey_protocol.round import RoundSettings
 from covey_protocol.seals import SealingKey
 from covey_protocol.topics import Topics
 
@@ -157,6 +159,23 @@ def test_a_blob_is_noted_before_it_is_published_and_until_the_broker_has_cleared
     second = fleet.publish_blob(DATA[1:])  # acknowledged, and so is all that went before it
     third = fleet.publish_blob(DATA[2:])
     assert set(RetainedNote(path).noted) == {second.sha256, third.sha256}
+
+
+def test_a_round_of_another_model_is_abandoned_with_the_reason(
+    broker_with: Start, join: Join, tmp_path: Path, digits_bundle: bytes
+) -> None:
+    """As after a checkpoint that was lost with its updates: nobody has published the round's model again."""
+    store = RunStore(tmp_path / "run")
+    before, now = np.zeros(3818, "<f4"), np.ones(3818, "<f4")
+    refs = blob_ref(digits_bundle), blob_ref(before.tobytes())
+    opened = Invitation("run.2.a", 2, 0, 60_000, *refs, TrainingPlan(1, 0.1), ("a",))
+    store.open_round("run", opened, RoundSettings.of(opened, 1, 1.0, 1.0), 0)
+    coordinator = Coordinator(join(broker_with().url), store, leave_open=True)
+    result = coordinator.resume_round(run_id="run", bundle=digits_bundle, parameters=now, engine=None)
+    assert result is not None
+    assert (result.outcome, "not what the round was opened with" in result.reason) == ("abandoned", True)
+    assert store.unfinished("run") is None
+    store.close()
 
 
 def test_a_note_that_cannot_be_read_notes_nothing(tmp_path: Path) -> None:

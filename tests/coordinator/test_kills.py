@@ -71,9 +71,9 @@ def test_top_k_with_kills_ends_in_the_bits_of_a_run_without(
         clinic.configure(rounds, wire=COMPRESSED["top-k"], **ALL_AWAITED)
         try:
             run_with_kills(clinic, rounds, seed=4, most_kills=most_kills, victims=["serve", *IDS, *IDS])
+            check(clinic, digits_bundle, rounds)
         finally:
             clinic.stop()
-        check(clinic, digits_bundle, rounds)
         ends.append(clinic)
     killed = ends[1]
     assert sum(killed.kills[name] for name in IDS) >= 3

@@ -172,8 +172,10 @@ class Fleet:
         return ref
 
     def clear_blob(self, sha256: bytes) -> None:
-        ref, _ = self._blobs.pop(sha256)
-        self._clear(ref)
+        """What only an earlier start published is cleared with the rest that it left."""
+        known = self._blobs.pop(sha256, None)
+        if known is not None:
+            self._clear(known[0])
 
     def _clear(self, ref: BlobRef) -> None:
         topics = [self.topics.blob(ref.sha256, index) for index in range(ref.num_chunks)]
