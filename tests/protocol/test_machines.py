@@ -168,7 +168,7 @@ def test_the_same_invitation_again_is_only_answered_again() -> None:
         assert machine.state is state
 
 
-REFUSALS = {
+EXCUSES = {
     "a condition": (
         (TO_FETCHING[0], device.ConditionsChecked("run.1", False, "on battery")),
         Answer("run.1", False, "on battery"),
@@ -182,21 +182,21 @@ REFUSALS = {
 }
 
 
-@pytest.mark.parametrize("what", REFUSALS)
-def test_a_refusal_is_said_again_until_its_round_is_over(what: str) -> None:
+@pytest.mark.parametrize("what", EXCUSES)
+def test_an_excuse_is_said_again_until_its_round_is_over(what: str) -> None:
     """Or the coordinator, had it missed it, would wait for this device."""
-    events, refusal = REFUSALS[what]
+    events, excuse = EXCUSES[what]
     machine = DeviceMachine("a")
-    assert device.Send(refusal) in walk(machine, *events)
+    assert device.Send(excuse) in walk(machine, *events)
     for again in (device.Connected(), device.Invited(invitation()), device.Connected()):
-        assert walk(machine, again) == [device.Send(refusal)]
-    assert walk(machine, device.Closed(RoundClosed("run.0", "published")), device.Connected()) == [device.Send(refusal)]
+        assert walk(machine, again) == [device.Send(excuse)]
+    assert walk(machine, device.Closed(RoundClosed("run.0", "published")), device.Connected()) == [device.Send(excuse)]
     assert walk(machine, device.Closed(RoundClosed("run.1", "published"))) == []
     assert walk(machine, device.Connected()) == []
     assert walk(machine, device.Invited(invitation())) == []
 
 
-def test_a_refusal_is_not_said_any_more_in_the_next_round() -> None:
+def test_an_excuse_is_not_said_any_more_in_the_next_round() -> None:
     machine = DeviceMachine("a")
     walk(machine, *TO_TRAINING, device.TrainingFailed("run.1", "SIGSEGV"), device.Invited(invitation("run.2")))
     assert walk(machine, device.Connected()) == []

@@ -246,10 +246,10 @@ def test_a_verdict_that_is_said_again_is_none() -> None:
     assert judge(added(Verdict, MADE.message_of(GOOD[at(Verdict)]))) == []
 
 
-@pytest.mark.parametrize("refusal", [Answer(ROUND.round_id, False, "no"), Failure(ROUND.round_id, "no")])
-def test_a_refusal_may_be_said_again(refusal: Any) -> None:
+@pytest.mark.parametrize("excuse", [Answer(ROUND.round_id, False, "no"), Failure(ROUND.round_id, "no")])
+def test_an_excuse_may_be_said_again(excuse: Any) -> None:
     index = at(Answer)
-    first, again = (MADE.resealed(GOOD[index], refusal, extra=extra) for extra in (0, 500))
+    first, again = (MADE.resealed(GOOD[index], excuse, extra=extra) for extra in (0, 500))
     assert judge([*GOOD[:index], first, again]) == []
     assert [one.section for one in judge([*GOOD[:index], first, again, *GOOD[index + 1 : at(Offer) + 1]])] == [5]
 

@@ -265,7 +265,7 @@ def _(patch: Patch) -> None:
     row(patch, device.TABLE, "_received", received)
 
 
-@mutation("the device refuses only once")
+@mutation("the device excuses itself only once")
 def _(patch: Patch) -> None:
     def again(original: Any, self: device.DeviceMachine) -> Any:
         return original(self) if self.state is not device.State.IDLE else []

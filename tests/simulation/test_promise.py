@@ -56,7 +56,7 @@ HAPPENS = (
     "ends: StorageError",
     "hears: Verdict the round was abandoned",
     "hears: Receipt that round is over",
-    "refuses again",
+    "excuses itself again",
 )
 
 

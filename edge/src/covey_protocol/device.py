@@ -247,7 +247,7 @@ class DeviceMachine:
         self._owed: dict[str, _Owed] = {}  # round id -> what is in the outbox, the oldest first
         self._deadline = 0.0
         self._settled_round = ""  # the newest round that is over for us: its retained invitation may come again
-        self._refusal: Optional[FromDevice] = None  # Answer(no) or Failure, where that is how it ended for us
+        self._excuse: Optional[FromDevice] = None  # Answer(no) or Failure, where that is how it ended for us
 
     @property
     def round_id(self) -> str:
@@ -349,9 +349,9 @@ class DeviceMachine:
         return [*self._forget(verdict.round_id, f"update {verdict.status}{reason}"), seen]
 
     def _over(self, event: Closed, now: float) -> list[Effect]:
-        """Nobody waits for our refusal any more."""
+        """Nobody waits for our excuse any more."""
         if event.closed.round_id == self._settled_round:
-            self._refusal = None
+            self._excuse = None
         return []
 
     def _closed(self, event: Closed, now: float) -> list[Effect]:
@@ -366,7 +366,7 @@ class DeviceMachine:
         failure, current = Failure(event.round_id, reason_text(event.reason)), event.round_id == self.round_id
         effects = [Send(failure), *self._forget(event.round_id, f"failed, {event.reason}")]
         if current:
-            self._refusal = failure
+            self._excuse = failure
         return effects
 
     def _connected(self, event: Connected, now: float) -> list[Effect]:
@@ -416,19 +416,19 @@ class DeviceMachine:
         """What the coordinator waits for and may have missed. An update's Offer is repeated without it."""
         if self.state in (State.FETCHING, State.TRAINING):
             return [Send(Answer(self.round_id, True))]
-        return [Send(self._refusal)] if self._refusal is not None else []
+        return [Send(self._excuse)] if self._excuse is not None else []
 
     def _decline(self, reason: str) -> list[Effect]:
         round_id = self.round_id
         self._reset(settled=round_id)
-        self._refusal = Answer(round_id, False, reason_text(reason))
-        return [Send(self._refusal), Note(f"round {round_id}: declined, {reason}")]
+        self._excuse = Answer(round_id, False, reason_text(reason))
+        return [Send(self._excuse), Note(f"round {round_id}: declined, {reason}")]
 
     def _give_up(self, reason: str) -> list[Effect]:
         round_id = self.round_id
         self._reset(settled=round_id)
-        self._refusal = Failure(round_id, reason_text(reason))
-        return [Send(self._refusal), Discard(round_id), Note(f"round {round_id}: failed, {reason}")]
+        self._excuse = Failure(round_id, reason_text(reason))
+        return [Send(self._excuse), Discard(round_id), Note(f"round {round_id}: failed, {reason}")]
 
     def _settle(self, note: str) -> list[Effect]:
         round_id = self.round_id
@@ -438,7 +438,7 @@ class DeviceMachine:
     def _reset(self, settled: Optional[str] = None) -> None:
         self.state = State.IDLE
         self.invitation = None
-        self._refusal = None
+        self._excuse = None
         self._awaited = set()
         if settled is not None:
             self._settled_round = settled
