@@ -31,10 +31,10 @@ def interrupted_by_signals(*, at_once: bool = True) -> Callable[[], None]:
 
     Returns a check that raises KeyboardInterrupt if one of the three has come. Call it in every loop that waits.
     at_once: the first signal raises KeyboardInterrupt also where it strikes. That is for programs that compute for long
-    without a check; it is lost where it strikes inside a destructor or a C callback (seen while TFF is imported), and an
-    object whose making it cuts off may complain when it is destroyed. Without, the first signal waits for the check,
-    and only a second one that comes before the check strikes at once. A second signal does not disturb the clean-up; a
-    third ends the process at once. Signals that were ignored when we started (nohup) stay ignored.
+    without a check. It is lost where it strikes inside a destructor or a C callback (seen while TFF is imported), and
+    an object whose making it cuts off may complain when it is destroyed. Without at_once the first signal waits for the
+    check, and only a second one that comes before the check strikes at once. No later signal disturbs the clean-up, but
+    a third ends the process. Signals that were ignored when we started (nohup) stay ignored.
     """
     came: list[int] = []
     checked: list[bool] = []
