@@ -219,8 +219,8 @@ def _fleet(
     numbers = NumberFile(runs / f"{config.fleet}.sequence")
     sequence = Sequence(time.time_ns(), numbers.load(), numbers.store)
     note = RetainedNote(runs / f"{config.fleet}.retained")
-    options: dict[str, Any] = {"sequence": sequence, "note": note, "chunk_bytes": config.chunk_bytes, "check": check}
-    return Fleet(broker, config.fleet, key, roster, **options)
+    chunk_bytes = config.chunk_bytes
+    return Fleet(broker, config.fleet, key, roster, sequence=sequence, note=note, chunk_bytes=chunk_bytes, check=check)
 
 
 def _serve_metrics(
