@@ -95,3 +95,18 @@ def test_the_benchmark_of_encryption_says_what_it_costs() -> None:
     assert ended.returncode == 0, ended.stderr[-2000:]
     assert "| float32 | 100,000 | 400,000 | 400,560 | 0.14% |" in ended.stdout
     assert len(ended.stdout.splitlines()) == 2 + 6
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_benchmark_of_compressed_rules_shows_that_the_median_of_sparse_rows_learns_nothing(tmp_path: Path) -> None:
+    written = tmp_path / "runs.json"
+    command = [sys.executable, "benchmarks/compressed_rules.py", "--quick", "--json", str(written)]
+    ended = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    runs = {(one["rule"], one["attack"], one["form"]): one for one in json.loads(written.read_text())}
+    assert len(runs) == 6 * 2 * 5
+    assert ended.stdout.count("\n| ") == 1 + 6 * 2
+    accuracy = {form: runs["median", "nobody", form]["accuracy"] for form in ("none", "rotated-8bit", "top-k 1%")}
+    assert accuracy["rotated-8bit"] > accuracy["none"] - 2.0
+    assert accuracy["top-k 1%"] < 20.0 < 50.0 < accuracy["none"]

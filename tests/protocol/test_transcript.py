@@ -326,6 +326,14 @@ def test_a_verdict_that_is_said_again_is_none() -> None:
     assert judge(added(Verdict, MADE.message_of(GOOD[at(Verdict)]))) == []
 
 
+@pytest.mark.parametrize("excuse", [Answer(ROUND.round_id, False, "no"), Failure(ROUND.round_id, "no")])
+def test_an_excuse_may_be_said_again(excuse: Any) -> None:
+    index = at(Answer)
+    first, again = (MADE.resealed(GOOD[index], excuse, extra=extra) for extra in (0, 500))
+    assert judge([*GOOD[:index], first, again]) == []
+    assert [one.section for one in judge([*GOOD[:index], first, again, *GOOD[index + 1 : at(Offer) + 1]])] == [5]
+
+
 def test_an_agent_that_starts_again_after_its_answer_may_offer_at_once() -> None:
     """From its outbox. One that had given up may take part again."""
     index, online = at(Offer), at(Presence)

@@ -370,6 +370,14 @@ def _(patch: Patch) -> None:
     row(patch, device.TABLE, "_received", received)
 
 
+@mutation("the device excuses itself only once")
+def _(patch: Patch) -> None:
+    def again(original: Any, self: device.DeviceMachine) -> Any:
+        return original(self) if self.state is not device.State.IDLE else []
+
+    wrapped(patch, device.DeviceMachine, "_answer_again", again)
+
+
 # --- revoked devices
 
 

@@ -331,7 +331,7 @@ class SimulatedFleet:
         self._world.step("send")
         self._world.coordinator_says(device_id, message)
 
-    def publish_round(self, message: Invitation | RoundClosed) -> None:
+    def publish_round(self, message: Invitation | RoundClosed, in_use: Any = ()) -> None:
         self._world.step("publish round")
         self.round = message
         self._world.coordinator_publishes(message)
@@ -536,6 +536,9 @@ class World:
     acknowledged: set[tuple[str, str, str]] = field(default_factory=set)  # device, round, sha256
     told: dict[tuple[str, str], Verdict] = field(default_factory=dict)
     decided: dict[str, frozenset[str]] = field(default_factory=dict)
+    excused: dict[str, tuple[str, int]] = field(
+        default_factory=dict
+    )  # device -> round, and which start of it excused itself
     uptime: dict[str, float] = field(default_factory=dict)
     restarts: dict[str, int] = field(default_factory=dict)
     crashes: int = 0
@@ -791,6 +794,9 @@ class World:
         self.log(name, "says", message)
         if self.encrypted and name in HONEST and isinstance(message, Offer):
             self.require(message.num_examples == 1 and not message.metrics, "an offer says what is to be hidden")
+        declines = isinstance(message, Answer) and not message.accept
+        if name in self.devices and (declines or isinstance(message, Failure)):
+            self.excused[name] = (message.round_id, self.devices[name].starts)
         if self.broker_up:
             self._fly(lambda: self._to_coordinator(name, message))
 
@@ -813,6 +819,24 @@ class World:
             self.retained_round = message
             for name in self.devices:
                 self.deliver(name, message)
+                self._expect_excuse(name, message)
+
+    def _expect_excuse(self, name: str, message: Invitation | RoundClosed) -> None:
+        """A coordinator that starts again hears again who takes no part, and does not wait for it."""
+        one, fleet = self.devices[name], self.fleet
+        starts = one.starts
+        if self.troubled or not one.connected or self.excused.get(name) != (message.round_id, starts):
+            return
+
+        def look() -> None:
+            if one.on and one.starts == starts and self.fleet is fleet:
+                self.seen["excuses itself again"] += 1
+                query = "SELECT d.progress, r.phase FROM devices d JOIN rounds r ON r.id = d.round"
+                progress, phase = self._one(f"{query} WHERE d.round = ? AND d.id = ?", message.round_id, name)
+                known = progress not in ("invited", "accepted", "uploading") or phase in ("published", "abandoned")
+                self.require(known, f"{name} excused itself from {message.round_id}, which is not heard")
+
+        self.at(1.0, look)
 
     def coordinator_says(self, name: str, message: Any) -> None:
         """Here the coordinator's words are held against what is durable."""

@@ -11,7 +11,7 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -81,7 +81,7 @@ class Devices(Protocol):
     def known(self) -> list[str]: ...
     def online(self) -> list[str]: ...
     def send(self, device_id: str, message: FromCoordinator) -> None: ...
-    def publish_round(self, message: Invitation | RoundClosed) -> None: ...
+    def publish_round(self, message: Invitation | RoundClosed, in_use: Collection[bytes] = ()) -> None: ...
     def publish_blob(self, data: bytes) -> BlobRef: ...
     def clear_blob(self, sha256: bytes) -> None: ...
     def next(self, timeout_s: float) -> FromFleet | None: ...
@@ -379,6 +379,11 @@ class Coordinator:
         own = (invitation.round_id, *invitation.earlier) if invitation.max_staleness else ()
         self._window = frozenset(own)
 
+    def _models_in_use(self, message: Invitation | RoundClosed) -> list[bytes]:
+        """Of earlier rounds, which a coordinator that was killed may have left on the broker."""
+        earlier = message.earlier if isinstance(message, Invitation) else ()
+        return [self.store.invitation(round_id).parameters.sha256 for round_id in earlier]
+
     def _clear_models(self, invitation: Invitation) -> None:
         """Take off the broker what no device works with any more."""
         sha256 = invitation.parameters.sha256
@@ -490,7 +495,7 @@ class Coordinator:
     def _perform(self, state: _Round, effects: list[rounds.Effect]) -> None:
         for effect in effects:
             if isinstance(effect, rounds.PublishRound):
-                self.fleet.publish_round(effect.message)
+                self.fleet.publish_round(effect.message, self._models_in_use(effect.message))
             elif isinstance(effect, rounds.SendTo):
                 self.fleet.send(effect.device_id, effect.message)
             elif isinstance(effect, rounds.Record):

@@ -17,6 +17,7 @@ from covey_edge import __version__
 from covey_edge.cache import BlobCache
 from covey_edge.config import Agent
 from covey_edge.frames import Done, Frame, Open, Probe, Problem, Run
+from covey_edge.inbox import Inbox
 from covey_edge.mqtt import ConnectionDown, ConnectionUp, Incoming, MqttTransport, Refused
 from covey_edge.outbox import NumberFile, Outbox
 from covey_edge.performer import Performer
@@ -56,7 +57,7 @@ class AgentProgram:
     def __init__(self, agent: Agent) -> None:
         self._agent = agent
         self._config = agent.config
-        self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._inbox = Inbox()
         self._topics = Topics(agent.config.fleet)
         self._machine = device.DeviceMachine(agent.config.device_id)
         self._numbers = NumberFile(agent.state_dir / "sequence")
