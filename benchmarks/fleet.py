@@ -184,7 +184,7 @@ def write_settings(path: Path, port: int, n: int, options: argparse.Namespace) -
 run = "{RUN}"
 bundle = "load.covey"
 key_file = "coordinator.pem"
-rounds = {options.repeats + 1}
+rounds = {options.repeats + 2}
 
 [broker]
 url = "mqtt://127.0.0.1:{port}"

@@ -5,8 +5,9 @@
     partial/ROUND/DEVICE/SHA256/          chunks of updates that are still coming; not synced, nothing depends on them
     checkpoints/RUN/round-NNNNN.f32       the model after a published round; .state beside it: rule and server optimizer
 
-A file is durable before the row that names it, and a row before anyone is told of it. Every method is one transaction.
-SQLite runs in WAL with synchronous=FULL: what was committed survives a power cut. This file takes no decisions.
+A file is durable before the row that names it, and a row before anyone is told of it. Every method is one transaction,
+but for those called `together`: what they write becomes durable in one. SQLite runs in WAL with synchronous=FULL: what
+was committed survives a power cut. This file takes no decisions.
 """
 
 from __future__ import annotations
@@ -88,7 +89,10 @@ class Checkpoint(NamedTuple):
 
 
 class RunStore:
-    """One run's folder. Used by one thread. Every write is durable when it returns; StorageError if it cannot be."""
+    """One run's folder. Used by one thread. Every write is durable when it returns; StorageError if it cannot be.
+
+    Within `together` it is durable when `commit` returns: a sync takes milliseconds, and a fleet says a lot at once.
+    """
 
     def __init__(self, folder: Path, *, disk: Disk = DISK, database: Any = None) -> None:
         self.folder = folder
@@ -97,6 +101,44 @@ class RunStore:
         with _translated(folder):
             migrate(self._database)
         self._disk.sweep(self.folder / "updates")
+        self._together = False
+        self._updates: dict[Path, bytes] = {}  # to be written before the commit
+        self._pieces: dict[str, list[tuple[Path, str, int, bytes]]] = {}  # chunks by device, to be saved after it
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Many writes in one transaction, committed at the end of the with block (or nothing of it), and by `commit`.
+
+        What is read meanwhile may not be durable yet. Chunks of an update that is complete by then are not saved.
+        """
+        self._together = True
+        try:
+            yield
+            self.commit()
+        except BaseException:
+            self._forget_uncommitted()
+            raise
+        finally:
+            self._together = False
+
+    def commit(self) -> None:
+        """What was written until now is durable when this returns. Raises StorageError."""
+        if self._updates:
+            self._disk.write_all(self._updates, mode=0o600)  # an update can be inverted
+            self._updates.clear()
+        if self._database.in_transaction:
+            with _translated(self.folder):
+                self._database.execute("COMMIT")
+        for pieces in self._pieces.values():
+            for piece in pieces:
+                self._save_piece(*piece)
+        self._pieces.clear()
+
+    def _forget_uncommitted(self) -> None:
+        self._updates.clear()
+        self._pieces.clear()
+        if self._database.in_transaction:
+            self._database.execute("ROLLBACK")
 
     def close(self) -> None:
         self._database.close()
@@ -161,7 +203,8 @@ class RunStore:
     def store_update(self, device_id: str, offer: Offer, data: bytes) -> None:
         """After this the device may be told that its update is kept."""
         sha256 = offer.update.sha256.hex()
-        self._disk.write(self._update_path(sha256), data, mode=0o600)  # an update can be inverted
+        self._updates[self._update_path(sha256)] = data
+        self._pieces.pop(device_id, None)
         with self._transaction() as database:
             database.execute(
                 "UPDATE devices SET progress = ?, reason = '', offer = ?, sha256 = ? WHERE round = ? AND id = ?",
@@ -201,6 +244,7 @@ class RunStore:
                     "INSERT OR REPLACE INTO checkpoints VALUES (?, ?, ?, ?, ?)",
                     (run_id, checkpoint.number, round_id, *hashes),
                 )
+        self._pieces.clear()
         self._disk.remove_tree(self._partial(round_id))
 
     def unfinished(self, run_id: str) -> RoundFacts | None:
@@ -226,7 +270,11 @@ class RunStore:
     def save_chunk(self, device_id: str, offer: Offer, index: int, data: bytes) -> None:
         """So that a restart need not ask for it again. Not synced: the name holds a checksum of the content."""
         folder = self._partial(offer.round_id) / device_id
-        sha256 = offer.update.sha256.hex()
+        self._pieces.setdefault(device_id, []).append((folder, offer.update.sha256.hex(), index, data))
+        if not self._together:
+            self.commit()
+
+    def _save_piece(self, folder: Path, sha256: str, index: int, data: bytes) -> None:
         if any(name != sha256 for name in self._disk.names(folder)):
             self._disk.remove_tree(folder)  # of an offer that was replaced
         self._disk.write_scratch(folder / sha256 / f"{index}.{zlib.crc32(data):08x}", data)
@@ -449,9 +497,17 @@ class RunStore:
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[Any]:
-        """Committed and synced at the end of the with block, or nothing of it."""
-        with _translated(self.folder), transaction(self._database):
-            yield self._database
+        """Committed and synced at the end of the with block (within `together`: by `commit`), or nothing of it."""
+        with _translated(self.folder):
+            if not self._database.in_transaction:
+                self._database.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._database
+                if not self._together:
+                    self.commit()
+            except BaseException:
+                self._forget_uncommitted()
+                raise
 
 
 def decoded(invitation: Invitation, device_id: str, data: bytes) -> Floats:
