@@ -21,6 +21,7 @@ from covey_coordinator import records
 from covey_coordinator.aggregation.screening import Arrivals, Screened
 from covey_coordinator.fleet import POLL_S, FromFleet
 from covey_coordinator.store import Checkpoint, RunStore, decoded
+from covey_coordinator.uploads import UploadGate
 from covey_coordinator.watching import events
 from covey_protocol import round as rounds
 from covey_protocol.bundle import check_plan, read_bundle
@@ -33,6 +34,7 @@ from covey_protocol.messages import (
     Failure,
     FromCoordinator,
     Invitation,
+    Need,
     Offer,
     Presence,
     Receipt,
@@ -48,6 +50,7 @@ KEEP_TIME_S = 5.0  # how often a round's elapsed time is made durable: at most s
 RESTART_COST_S = 1.0  # of the round's time, so that it ends also where the coordinator only ever restarts
 # messages that are taken before what they led to is made durable and said, in one go: each sync takes milliseconds
 MOST_TOGETHER, TOGETHER_S = 256, 0.2
+TELL_RATIO = 30.0  # time between two tellings of every device's progress, in times of what one takes
 LINGER_S = 5.0  # at the end of a run: how long devices that are online have to read their verdicts
 
 Floats = npt.NDArray[np.float32]
@@ -137,7 +140,7 @@ class _Round:
     offers: dict[str, Offer] = field(default_factory=dict)
     finished: rounds.Finished | None = None
     kept_time_at: float = 0.0
-    told_at: float = float("-inf")
+    tell_at: float = float("-inf")
 
 
 class Coordinator:
@@ -168,6 +171,7 @@ class Coordinator:
         self._watch = watch
         self._aborted = aborted
         self._unsaid: list[tuple[str, FromCoordinator]] = []  # may be said after the next commit
+        self._gate = UploadGate()
 
     def wait_for(
         self,
@@ -320,6 +324,7 @@ class Coordinator:
             if state.finished is None and not self._leave_open:  # devices must not go on working for nothing
                 with self._together():
                     self._handle(state, rounds.Aborted("the coordinator stopped"))
+        self._gate.clear()
         invitation, finished = state.machine.invitation, state.finished
         if invitation.parameters.sha256 != invitation.bundle.sha256:
             self.fleet.clear_blob(invitation.parameters.sha256)
@@ -349,21 +354,24 @@ class Coordinator:
         self._tell_moves(state, machine.progress())
 
     def _tell_progress(self, state: _Round) -> None:
-        # not for every chunk of every device
-        if state.finished is not None or self._clock.monotonic_s() - state.told_at >= POLL_S:
+        if state.finished is not None or self._clock.monotonic_s() >= state.tell_at:
             progress = state.machine.progress()
             self._on_progress(progress)
             self._tell_moves(state, progress)
 
     def _tell_moves(self, state: _Round, progress: dict[str, Progress]) -> None:
-        state.told_at = self._clock.monotonic_s()
+        """Not for every chunk of every device, and less often in a large fleet."""
+        began = self._clock.monotonic_s()
         words = {device_id: how_far.value for device_id, how_far in progress.items()}
         self._watch(events.DevicesMoved(state.machine.invitation.round_id, words, state.machine.received()))
+        now = self._clock.monotonic_s()
+        state.tell_at = now + max(POLL_S, TELL_RATIO * (now - began))
 
     def _keep_time(self, state: _Round) -> None:
         now = self._clock.monotonic_s()
         if state.finished is None and now - state.kept_time_at >= KEEP_TIME_S:
             state.kept_time_at = now
+            self.store.save_chunks()
             self.store.keep_time(state.machine.invitation.round_id, int((now - state.opened_at) * 1000))
 
     def _take_some(self, state: _Round | None, timeout_s: float) -> None:
@@ -380,6 +388,9 @@ class Coordinator:
                     break
                 received = self.fleet.next(0.0)
             self._take(state, None)
+        if received is None:
+            for device_id, need in self._gate.let_go(self._clock.monotonic_s()):
+                self.fleet.send(device_id, need)
 
     @contextlib.contextmanager
     def _together(self) -> Iterator[None]:
@@ -426,6 +437,8 @@ class Coordinator:
             if isinstance(effect, rounds.PublishRound):
                 self._commit()
                 self.fleet.publish_round(effect.message)
+            elif isinstance(effect, rounds.SendTo) and isinstance(effect.message, Need):
+                self._gate.add(effect.device_id, effect.message, state.machine.offer_of(effect.device_id).update)
             elif isinstance(effect, rounds.SendTo):
                 self._unsaid.append((effect.device_id, effect.message))
             elif isinstance(effect, rounds.Record):

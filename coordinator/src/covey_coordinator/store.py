@@ -103,13 +103,13 @@ class RunStore:
         self._disk.sweep(self.folder / "updates")
         self._together = False
         self._updates: dict[Path, bytes] = {}  # to be written before the commit
-        self._pieces: dict[str, list[tuple[Path, str, int, bytes]]] = {}  # chunks by device, to be saved after it
+        self._chunks: dict[str, list[tuple[Offer, int, bytes]]] = {}  # by device, of updates that are coming in
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
         """Many writes in one transaction, committed at the end of the with block (or nothing of it), and by `commit`.
 
-        What is read meanwhile may not be durable yet. Chunks of an update that is complete by then are not saved.
+        What is read meanwhile may not be durable yet. Chunks wait for `save_chunks`.
         """
         self._together = True
         try:
@@ -129,14 +129,9 @@ class RunStore:
         if self._database.in_transaction:
             with _translated(self.folder):
                 self._database.execute("COMMIT")
-        for pieces in self._pieces.values():
-            for piece in pieces:
-                self._save_piece(*piece)
-        self._pieces.clear()
 
     def _forget_uncommitted(self) -> None:
         self._updates.clear()
-        self._pieces.clear()
         if self._database.in_transaction:
             self._database.execute("ROLLBACK")
 
@@ -204,7 +199,7 @@ class RunStore:
         """After this the device may be told that its update is kept."""
         sha256 = offer.update.sha256.hex()
         self._updates[self._update_path(sha256)] = data
-        self._pieces.pop(device_id, None)
+        self._chunks.pop(device_id, None)
         with self._transaction() as database:
             database.execute(
                 "UPDATE devices SET progress = ?, reason = '', offer = ?, sha256 = ? WHERE round = ? AND id = ?",
@@ -244,7 +239,7 @@ class RunStore:
                     "INSERT OR REPLACE INTO checkpoints VALUES (?, ?, ?, ?, ?)",
                     (run_id, checkpoint.number, round_id, *hashes),
                 )
-        self._pieces.clear()
+        self._chunks.clear()
         self._disk.remove_tree(self._partial(round_id))
 
     def unfinished(self, run_id: str) -> RoundFacts | None:
@@ -268,13 +263,22 @@ class RunStore:
     # --- chunks of updates that are coming in
 
     def save_chunk(self, device_id: str, offer: Offer, index: int, data: bytes) -> None:
-        """So that a restart need not ask for it again. Not synced: the name holds a checksum of the content."""
-        folder = self._partial(offer.round_id) / device_id
-        self._pieces.setdefault(device_id, []).append((folder, offer.update.sha256.hex(), index, data))
-        if not self._together:
-            self.commit()
+        """So that a restart need not ask for it again. Not synced: the name holds a checksum of the content.
 
-    def _save_piece(self, folder: Path, sha256: str, index: int, data: bytes) -> None:
+        Within `together` it waits for `save_chunks`; most updates are complete by then, and their chunks need no file.
+        """
+        self._chunks.setdefault(device_id, []).append((offer, index, data))
+        if not self._together:
+            self.save_chunks()
+
+    def save_chunks(self) -> None:
+        """Of the updates that are still incomplete."""
+        for device_id, waiting in self._chunks.items():
+            for offer, index, data in waiting:
+                self._save_chunk(self._partial(offer.round_id) / device_id, offer.update.sha256.hex(), index, data)
+        self._chunks.clear()
+
+    def _save_chunk(self, folder: Path, sha256: str, index: int, data: bytes) -> None:
         if any(name != sha256 for name in self._disk.names(folder)):
             self._disk.remove_tree(folder)  # of an offer that was replaced
         self._disk.write_scratch(folder / sha256 / f"{index}.{zlib.crc32(data):08x}", data)
@@ -356,17 +360,20 @@ class RunStore:
             "SELECT number FROM checkpoints WHERE run = ? ORDER BY number DESC LIMIT -1 OFFSET ?", run_id, KEEP_ROUNDS
         )
         with self._transaction() as database:
-            database.execute(
+            gone = database.execute(
                 f"DELETE FROM rounds WHERE id IN {older} AND phase NOT IN (?, ?) AND opened_ms < ?",  # noqa: S608 - fixed
                 (run_id, KEEP_ROUNDS, *OPEN_PHASES, now_ms - RETENTION_MS),
             )
-            database.execute("DELETE FROM devices WHERE round NOT IN (SELECT id FROM rounds)")
+            if gone.rowcount:
+                database.execute("DELETE FROM devices WHERE round NOT IN (SELECT id FROM rounds)")
             for (number,) in rows:
                 database.execute("DELETE FROM checkpoints WHERE run = ? AND number = ?", (run_id, number))
         for (number,) in rows:
             self._disk.remove(self._checkpoint_path(run_id, number, ".state"))
-        wanted = self._all(
-            f"SELECT sha256 FROM devices WHERE sha256 IS NOT NULL AND round NOT IN {older}",  # noqa: S608 - fixed
+        wanted = self._all(  # not of all devices of all rounds: they grow for a month
+            "SELECT sha256 FROM devices WHERE sha256 IS NOT NULL AND round IN (SELECT id FROM rounds WHERE run != ?"
+            " UNION SELECT id FROM (SELECT id FROM rounds WHERE run = ? ORDER BY rowid DESC LIMIT ?))",
+            run_id,
             run_id,
             KEEP_ROUNDS,
         )
