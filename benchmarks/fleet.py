@@ -14,7 +14,8 @@ raw        the same connections move the same bytes in the same chunks, QoS 1, t
            retained and fetched by every device by chunk, then as many bytes up to one paho client, which counts. No
            invitation, seals, hashes, files, aggregation, and no bytes kept
 ratio      round / raw, medians
-CPU        seconds of user and system time in a round, per process
+CPU        seconds of user and system time in a round, per kind of process; its ratio is all of a round's by all of
+           raw's, which a busy machine changes less
 RSS        the most that `covey serve` and Mosquitto ever held since they started (VmHWM)
 up, down   bytes per device and round on the wire, as the kernel counts them on the device's end of its connection
 
@@ -70,7 +71,7 @@ from covey_protocol.topics import Topics
 SIZES = (100, 300, 1000, 2000)
 PROCESSES = 2  # of devices
 RUN = "load"
-# `covey` under cProfile, which counts the main thread's CPU time: waiting for disk, network and the processor is left out
+# `covey` under cProfile, counting the main thread's CPU time: waiting for disk, network and the processor is left out
 PROFILED = """
 import cProfile, runpy, sys, time
 profile, path = cProfile.Profile(time.thread_time), sys.argv.pop(1)
@@ -100,10 +101,12 @@ class Usage:
     broker: float
     devices: float
 
+    @property
+    def total(self) -> float:
+        return self.coordinator + self.broker + self.devices
+
     def since(self, before: Usage) -> Usage:
-        return Usage(
-            self.coordinator - before.coordinator, self.broker - before.broker, self.devices - before.devices
-        )
+        return Usage(self.coordinator - before.coordinator, self.broker - before.broker, self.devices - before.devices)
 
 
 @dataclass(frozen=True)
@@ -128,6 +131,7 @@ class Row:
     round_s: float
     raw_s: float
     ratio: float
+    cpu_ratio: float
     coordinator_cpu_s: float
     broker_cpu_s: float
     devices_cpu_s: float
@@ -404,7 +408,9 @@ class Stage:
         return path.read_text() if path.exists() else ""
 
     def _untold(self, round_id: str) -> int:
-        return self._number("SELECT count(*) FROM devices WHERE round = ? AND sha256 IS NOT NULL AND NOT told", round_id)
+        return self._number(
+            "SELECT count(*) FROM devices WHERE round = ? AND sha256 IS NOT NULL AND NOT told", round_id
+        )
 
     def _accepted(self, round_id: str) -> int:
         return self._number("SELECT count(*) FROM devices WHERE round = ? AND status = 'accepted'", round_id)
@@ -454,7 +460,10 @@ def measure(n: int, bundle: Path, options: argparse.Namespace, say: Say) -> Row:
     pieces = [piece for _, piece in chunks(base, blob_ref(base))]
     rounds: list[Measured] = []
     raws: list[Measured] = []
-    with tempfile.TemporaryDirectory(prefix="covey-fleet-", dir=options.folder) as name, contextlib.ExitStack() as stack:
+    with (
+        tempfile.TemporaryDirectory(prefix="covey-fleet-", dir=options.folder) as name,
+        contextlib.ExitStack() as stack,
+    ):
         folder = Path(name)
         shutil.copy(bundle, folder / "load.covey")
         stage = Stage(folder, n, options, say, stack)
@@ -482,6 +491,7 @@ def _row(n: int, load: float, rounds: list[Measured], raws: list[Measured], rss:
         round_s=round_s,
         raw_s=raw_s,
         ratio=round_s / raw_s,
+        cpu_ratio=of(rounds, lambda m: m.cpu.total) / of(raws, lambda m: m.cpu.total),
         coordinator_cpu_s=of(rounds, lambda m: m.cpu.coordinator),
         broker_cpu_s=of(rounds, lambda m: m.cpu.broker),
         devices_cpu_s=of(rounds, lambda m: m.cpu.devices),
@@ -504,7 +514,7 @@ def _row(n: int, load: float, rounds: list[Measured], raws: list[Measured], rss:
 
 
 HEAD = (
-    "     n | round s  raw s  ratio | rounds/min | CPU s: coord  broker devices | raw: recv  broker devices |"
+    "     n | round s  raw s  ratio | rounds/min | CPU ratio, s: coord  broker devices | raw: recv  broker devices |"
     " RSS MB: coord broker | kB/device: up  down | offers chunks accepted"
 )
 
@@ -512,7 +522,7 @@ HEAD = (
 def line_of(row: Row) -> str:
     return (
         f"{row.n:>6} | {row.round_s:>7.2f} {row.raw_s:>6.2f} {row.ratio:>6.2f} | {60 / row.round_s:>10.2f} |"
-        f" {row.coordinator_cpu_s:>12.2f} {row.broker_cpu_s:>7.2f} {row.devices_cpu_s:>7.2f} |"
+        f" {row.cpu_ratio:>9.2f} {row.coordinator_cpu_s:>9.2f} {row.broker_cpu_s:>7.2f} {row.devices_cpu_s:>7.2f} |"
         f" {row.raw_receiver_cpu_s:>9.2f} {row.raw_broker_cpu_s:>7.2f} {row.raw_devices_cpu_s:>7.2f} |"
         f" {row.coordinator_rss / 1e6:>13.0f} {row.broker_rss / 1e6:>6.0f} |"
         f" {row.up / 1e3:>13.1f} {row.down / 1e3:>5.1f} |"

@@ -14,6 +14,7 @@ In the raw transfer the same connections move the same bytes in the same chunks,
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import selectors
 import socket
@@ -429,10 +430,8 @@ class Crowd:
 
 def run_crowd(job: Job, orders: Connection) -> None:
     die_with_parent(job.parent)
-    try:
+    with contextlib.suppress(KeyboardInterrupt, EOFError):
         Crowd(job).run(orders)
-    except (KeyboardInterrupt, EOFError):
-        pass
 
 
 def run_counter(port: int, parent: int, orders: Connection) -> None:
@@ -455,7 +454,7 @@ def run_counter(port: int, parent: int, orders: Connection) -> None:
     client.on_connect = lambda client, *rest: client.subscribe(f"{RAW}/+/up", 1)
     client.connect("127.0.0.1", port, KEEPALIVE_S)
     client.loop_start()
-    try:
+    with contextlib.suppress(KeyboardInterrupt, EOFError):
         while True:
             what, value = orders.recv()
             if what == "stop":
@@ -467,7 +466,5 @@ def run_counter(port: int, parent: int, orders: Connection) -> None:
                 for one in sent:
                     one.wait_for_publish()
                 orders.send("published")
-    except (KeyboardInterrupt, EOFError):
-        pass
     client.disconnect()
     client.loop_stop()

@@ -33,10 +33,10 @@ def write_all_atomic(files: Mapping[Path, bytes], mode: int = 0o644) -> None:
             make_folder(path.parent)
         try:
             with contextlib.ExitStack() as stack:
-                written = {}
+                descriptors = []
                 for path, data in files.items():
-                    written[path] = stack.enter_context(_written(temporary[path], data, mode))
-                for path, descriptor in written.items():
+                    descriptors.append(stack.enter_context(_written(temporary[path], data, mode)))
+                for descriptor in descriptors:
                     os.fsync(descriptor)
             for path in files:
                 os.replace(temporary[path], path)

@@ -138,7 +138,7 @@ class ChunkArrived:
 
 @dataclass(frozen=True)
 class Stored:
-    """The device's update is durable (file written and synced)."""
+    """The device's update is durable (file written and synced) before anything that follows from this is done."""
 
     device_id: str
 
