@@ -50,6 +50,7 @@ import paho.mqtt.client as paho
 import psutil
 from fleet_devices import (
     FLEET,
+    KEEPALIVE_S,
     Counts,
     Job,
     base_update,
@@ -61,7 +62,7 @@ from fleet_devices import (
 from paho.mqtt.enums import CallbackAPIVersion
 
 from covey_coordinator.orders import Orders
-from covey_edge.mqtt import KEEPALIVE_S
+from covey_edge.processes import die_with_parent, interrupted_by_signals
 from covey_protocol import codec
 from covey_protocol.blobs import blob_ref, chunks
 from covey_protocol.messages import Invitation, RoundClosed
@@ -155,6 +156,12 @@ class Row:
 # --- what is started
 
 
+def tied_to_us() -> Callable[[], None]:
+    """For Popen's preexec_fn: the child ends when this process does, however that ends."""
+    parent = os.getpid()
+    return lambda: die_with_parent(parent)
+
+
 def start_mosquitto(folder: Path) -> tuple[subprocess.Popen[bytes], int]:
     """On loopback, with room for many connections and no limit on what waits for the coordinator."""
     binary = shutil.which("mosquitto", path=f"{os.environ['PATH']}:/usr/sbin:/usr/local/sbin")
@@ -167,7 +174,8 @@ def start_mosquitto(folder: Path) -> tuple[subprocess.Popen[bytes], int]:
     lines += ["max_queued_messages 0", "set_tcp_nodelay true"]
     (folder / "mosquitto.conf").write_text("\n".join(lines) + "\n")
     with (folder / "mosquitto.log").open("wb") as log:
-        process = subprocess.Popen([binary, "-c", str(folder / "mosquitto.conf")], stdout=log, stderr=log)
+        command = [binary, "-c", str(folder / "mosquitto.conf")]
+        process = subprocess.Popen(command, stdout=log, stderr=log, preexec_fn=tied_to_us())
     for _ in range(100):
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", port)) == 0:
@@ -221,7 +229,7 @@ def start_coordinator(folder: Path, profile: Optional[Path]) -> subprocess.Popen
     how = ["-m", "covey_edge"] if profile is None else ["-c", PROFILED, str(profile)]
     command = [sys.executable, *how, "serve", "--config", str(folder / "load.toml"), "--plain"]
     with (folder / "serve.log").open("wb") as log:
-        return subprocess.Popen(command, stdout=log, stderr=log, text=True)
+        return subprocess.Popen(command, stdout=log, stderr=log, text=True, preexec_fn=tied_to_us())
 
 
 class Onlooker:
@@ -609,6 +617,7 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     options = parsed()
+    interrupted_by_signals()
     began = time.monotonic()
 
     def say(text: str) -> None:

@@ -438,7 +438,8 @@ class Coordinator:
                 self._commit()
                 self.fleet.publish_round(effect.message)
             elif isinstance(effect, rounds.SendTo) and isinstance(effect.message, Need):
-                self._gate.add(effect.device_id, effect.message, state.machine.offer_of(effect.device_id).update)
+                update = state.machine.offer_of(effect.device_id).update
+                self._gate.add(effect.device_id, effect.message, update, self._clock.monotonic_s())
             elif isinstance(effect, rounds.SendTo):
                 self._unsaid.append((effect.device_id, effect.message))
             elif isinstance(effect, rounds.Record):
