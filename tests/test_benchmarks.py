@@ -1,4 +1,5 @@
-"""The benchmarks run and say what they measured. Slow; that of the training step needs a package index once."""
+"""The benchmarks run and say what they measured. Slow but for a small fleet; that of the training step needs a
+package index once."""
 
 from __future__ import annotations
 
@@ -9,8 +10,36 @@ import sys
 from pathlib import Path
 
 import pytest
+from brokers import mosquitto_binary
 
 ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.broker
+@pytest.mark.fleet
+def test_the_benchmark_of_fleets_measures_a_small_one_to_the_byte(tmp_path: Path) -> None:
+    mosquitto_binary()
+    d, n = 20_000, 20
+    written = tmp_path / "fleet.json"
+    command = [sys.executable, "benchmarks/fleet.py", "--sizes", f"{n}", "--repeats", "2", "--dimension", f"{d}"]
+    ended = subprocess.run(
+        [*command, "--json", str(written), "--folder", str(tmp_path)],
+        cwd=ROOT,
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    (row,) = json.loads(written.read_text())["rows"]
+    assert row["n"] == row["least_accepted"] == n
+    assert row["chunks_per_device"] >= 2.0  # of 65,536 bytes
+    for way in ("up", "down"):  # the model or the update, and what is said around it
+        assert 4 * d < row[way] < 4 * d * row["chunks_per_device"] / 2 + 20_000
+        assert 4 * d < row[f"raw_{way}"] < 4 * d + 1000
+    assert len(row["rounds"]) == len(row["raws"]) == 2
+    assert all(0.0 < one["closed_after_s"] < one["seconds"] for one in row["rounds"])
+    assert f"\n{n:>6} | " in ended.stdout
+    assert list(tmp_path.iterdir()) == [written]  # nothing else is left
 
 
 @pytest.mark.slow

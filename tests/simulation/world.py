@@ -130,6 +130,7 @@ class Trouble:
     full: float
     clock: float
     broker: float
+    busy: float
 
     @classmethod
     def drawn(cls, rng: random.Random) -> Trouble:
@@ -142,6 +143,7 @@ class Trouble:
             full=rng.choice([0.0, 0.0, 0.01]),
             clock=rng.choice([0.0, 0.5]),
             broker=rng.choice([0.0, 0.0, 0.02]),
+            busy=rng.choice([0.0, 0.1, 0.5]),
         )
 
 
@@ -169,6 +171,18 @@ class SimulatedDisk(Disk):
             raise
         folder = f"{path.parent}/"
         self.removed = {other: kept for other, kept in self.removed.items() if not other.startswith(folder)}
+
+    def write_all(self, files: Mapping[Path, bytes], mode: int = 0o644) -> None:
+        """Nothing is durable before the end: of what was written until a crash, any may be lost."""
+        before = {path: self.read(path) for path in files}
+        try:
+            for path, data in files.items():
+                self.write(path, data, mode)
+        except Crash:
+            for path, old in before.items():
+                if self._world.rng.random() < 0.5:
+                    self._put(str(path), old)
+            raise
 
     def write_scratch(self, path: Path, data: bytes) -> None:
         self._require_space(str(path))
@@ -351,13 +365,20 @@ class SimulatedFleet:
     def next(self, timeout_s: float) -> FromFleet | None:
         """Time passes here: everything else in the world happens meanwhile. It may sleep longer than asked."""
         self._world.step("wait")
+        if timeout_s == 0.0:
+            return self._taken() if self.inbox else None
         self._world.check_time()
+        if self._world.troubled and self._world.rng.random() < self._world.trouble.busy:
+            self._world.sleep(self._world.rng.uniform(0.0, 2.0))  # the coordinator was: several messages wait for it
         end = self._world.now + timeout_s
         while not self.inbox:
             if self._world.next_event_at() > end:
                 self._world.now = min(self._world.next_event_at(), end + 0.5)
                 return None
             self._world.run_next_event()
+        return self._taken()
+
+    def _taken(self) -> FromFleet:
         received = self.inbox.pop(0)
         if isinstance(received.message, Presence):
             self._presence[received.device_id] = received.message.online
