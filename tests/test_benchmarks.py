@@ -108,16 +108,6 @@ def test_the_benchmark_of_the_rules_leaves_out_what_takes_a_peer_too_long(tmp_pa
     assert large["not measured"]["byzfl"] == "> 0.5 s"
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_the_benchmark_of_compression_measures_every_form() -> None:
-    command = [sys.executable, "benchmarks/compression.py", "--quick"]
-    ended = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
-    assert ended.returncode == 0, ended.stderr[-2000:]
-    for form in ("float32", "rotated-8bit", "rotated-4bit", "top-k 10%", "top-k 1%", "top-k-8bit 1%"):
-        assert ended.stdout.count(f"\n| {form} |") == 2
-
-
 def test_the_benchmark_of_encryption_says_what_it_costs() -> None:
     command = [sys.executable, "benchmarks/encryption.py", "--quick"]
     ended = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
@@ -139,3 +129,13 @@ def test_the_benchmark_of_compressed_rules_shows_that_the_median_of_sparse_rows_
     accuracy = {form: runs["median", "nobody", form]["accuracy"] for form in ("none", "rotated-8bit", "top-k 1%")}
     assert accuracy["rotated-8bit"] > accuracy["none"] - 2.0
     assert accuracy["top-k 1%"] < 20.0 < 50.0 < accuracy["none"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_benchmark_of_compression_measures_every_form() -> None:
+    command = [sys.executable, "benchmarks/compression.py", "--quick"]
+    ended = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    for form in ("float32", "rotated-8bit", "rotated-4bit", "top-k 10%", "top-k 1%", "top-k-8bit 1%"):
+        assert ended.stdout.count(f"\n| {form} |") == 2

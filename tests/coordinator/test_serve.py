@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from brokers import RunningBroker
@@ -16,6 +17,7 @@ from patience import PATIENCE_S
 
 from covey_coordinator.demo.devices import Shard, make_device
 from covey_coordinator.demo.processes import AgentProcesses
+from covey_coordinator.serve import CoordinatorConfig, _warn_of_sparse_rows
 from covey_coordinator.store import RunStore
 from covey_coordinator.watching.history import opened
 from covey_edge.runtime import Model
@@ -221,5 +223,8 @@ def test_top_k_with_a_rule_that_sees_only_zeros_is_warned_of(
     warned = serve(tmp_path, 1)
     assert warned.returncode == errors.EXIT_TRANSPORT, warned.stderr  # there is no broker
     assert "warning: trimmed-mean sees mostly zeros in top-k updates" in warned.stdout
-    (tmp_path / "template").write_text(text.replace('["norm-clipping"', '["nnm", "norm-clipping"'))
-    assert "warning" not in serve(tmp_path, 1).stdout
+    for change in (('["norm-clipping"', '["nnm", "norm-clipping"'), ('rule = "trimmed-mean"', 'rule = "krum"')):
+        said: list[str] = []
+        filled = text.replace("{rounds}", "1").replace(*change)
+        _warn_of_sparse_rows(msgspec.toml.decode(filled, type=CoordinatorConfig), said.append)
+        assert said == []

@@ -378,6 +378,14 @@ def _(patch: Patch) -> None:
     patch.setattr(device.DeviceMachine, "_offer_again", lambda self, now, owed: [])
 
 
+@mutation("the device excuses itself only once")
+def _(patch: Patch) -> None:
+    def again(original: Any, self: device.DeviceMachine) -> Any:
+        return original(self) if self.state is not device.State.IDLE else []
+
+    wrapped(patch, device.DeviceMachine, "_answer_again", again)
+
+
 @mutation("the device takes a receipt of another update for its own")
 def _(patch: Patch) -> None:
     def received(action: Any, self: Any, event: Any, now: float) -> Any:
@@ -388,14 +396,6 @@ def _(patch: Patch) -> None:
         return action(self, device.Received(receipt), now)
 
     row(patch, device.TABLE, "_received", received)
-
-
-@mutation("the device excuses itself only once")
-def _(patch: Patch) -> None:
-    def again(original: Any, self: device.DeviceMachine) -> Any:
-        return original(self) if self.state is not device.State.IDLE else []
-
-    wrapped(patch, device.DeviceMachine, "_answer_again", again)
 
 
 # --- revoked devices
@@ -447,7 +447,7 @@ def _(patch: Patch) -> None:
     def revoked(action: Any, self: Any, event: Any, now: float) -> Any:
         effects = action(self, event, now)
         if event.device_id in self._devices:
-            self._devices[event.device_id].acknowledged = False
+            self._devices[event.device_id].acknowledged = None
         return effects
 
     row(patch, round.TABLE, "_revoked", revoked)
@@ -459,7 +459,7 @@ def _(patch: Patch) -> None:
         peer = self._devices.get(event.device_id)
         if peer is None or peer.progress is not round.Progress.REVOKED:
             return action(self, event, now)
-        acknowledged, peer.acknowledged = peer.acknowledged, False
+        acknowledged, peer.acknowledged = peer.acknowledged, None
         try:
             return action(self, event, now)
         finally:
