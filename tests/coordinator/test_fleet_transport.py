@@ -28,11 +28,12 @@ from covey_coordinator.retained import RetainedNote
 from covey_coordinator.store import RunStore
 from covey_edge.inbox import Inbox
 from covey_edge.mqtt import Incoming, MqttTransport, parse_broker
+from covey_protocol import codec
 from covey_protocol.blobs import blob_ref
 from covey_protocol.bundle import read_bundle
 from covey_protocol.codec import CHUNK_ROOM_BYTES
-from covey_protocol.errors import TransportError
-from covey_protocol.messages import BlobRef, Invitation, TrainingPlan
+from covey_protocol.errors import NotSealed, TransportError
+from covey_protocol.messages import BlobRef, Invitation, Presence, TrainingPlan
 from covey_protocol.round import RoundSettings
 from covey_protocol.seals import SealingKey
 from covey_protocol.topics import Topics
@@ -215,6 +216,37 @@ def test_strangers_under_ever_new_names_do_not_fill_the_memory(coordinator_key: 
     for number in range(MAX_REFUSED + 1000):
         fleet._verified(Incoming(TOPICS.up(f"s{number}"), b"x"))
     assert len(fleet.refused) == MAX_REFUSED
+
+
+OLD_KEY, NEW_KEY = (SealingKey.from_seed(bytes([number]) * 32) for number in (1, 2))
+
+
+def presence(key: SealingKey, online: bool, session: int) -> Incoming:
+    topic = TOPICS.presence("a")
+    data = codec.encode(Presence(online, session), topic=topic, sender="a", sequence=session, key=key)
+    return Incoming(topic, data)
+
+
+def test_a_thief_of_the_old_key_cannot_hold_the_device_offline_under_its_new_one(coordinator_key: SealingKey) -> None:
+    roster = {"a": (OLD_KEY.public, NEW_KEY.public)}
+    fleet = Fleet(parse_broker("mqtt://127.0.0.1:1"), "home", coordinator_key, roster)
+    assert fleet._verified(presence(OLD_KEY, False, 2**53)) is not None
+    assert fleet._verified(presence(OLD_KEY, True, 7)) is None  # older than the thief's session
+    assert fleet.online() == []
+    assert fleet._verified(presence(NEW_KEY, True, 8)) is not None
+    assert fleet.online() == ["a"]
+    with pytest.raises(NotSealed):
+        fleet._verified(presence(OLD_KEY, False, 2**53))
+    assert fleet.online() == ["a"]
+
+
+def test_a_device_that_is_no_longer_in_the_roster_is_not_online(coordinator_key: SealingKey) -> None:
+    fleet = Fleet(parse_broker("mqtt://127.0.0.1:1"), "home", coordinator_key, {"a": OLD_KEY.public})
+    assert fleet._verified(presence(OLD_KEY, True, 8)) is not None
+    fleet.roster.replace({"b": NEW_KEY.public})
+    assert fleet.online() == []
+    assert fleet._verified(presence(OLD_KEY, True, 9)) is None
+    assert fleet.refused == {"a": 1}
 
 
 # --- rounds of real agents

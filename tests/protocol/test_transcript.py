@@ -70,6 +70,13 @@ def test_a_real_round_breaks_nothing() -> None:
     assert said <= kinds, "the golden round says everything but a failure"
 
 
+def test_a_real_encrypted_round_breaks_nothing() -> None:
+    records = MADE.read(FOLDER / "encrypted.jsonl")
+    assert judge(records) == []
+    assert MADE.message_of(records[MADE.first(records, Invitation)]).encryption_key
+    assert MADE.message_of(records[MADE.first(records, Offer)]).update.size == 36 + 560
+
+
 def test_a_device_may_say_that_it_has_seen_its_verdict() -> None:
     offer = GOOD[at(Offer)]
     seen = MADE.resealed(offer, Seen(ROUND.round_id), extra=500)

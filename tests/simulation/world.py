@@ -583,6 +583,7 @@ class World:
         if self.encrypted:
             self.config = replace(self.config, wire=ENCRYPTED)
         self.rounds = self.config.rounds  # that are published at the end
+        self.openable: set[str] = set()  # what the hostile device has encrypted rightly
 
     # --- the whole run
 
@@ -770,6 +771,9 @@ class World:
         round_id = rng.choice([invitation.round_id, invitation.round_id, "run.0.0", "another"])
         size = 4 * D + (ENCRYPTION_BYTES if self.encrypted else 0)
         data = bytes([rng.randrange(1, 4)]) * rng.choice([size, size, 8])
+        if self.encrypted and rng.random() < 0.3:  # it can encrypt, too
+            data = encrypted(invitation, HOSTILE, data[: 4 * D].ljust(4 * D, b"x"), 2**53, {}, self.entropy)
+            self.openable.add(hashlib.sha256(data).hexdigest())
         ref = blob_ref(data, CHUNK_BYTES)
         sha256 = rng.choice(
             [ref.sha256, bytes(32), *(bytes.fromhex(sha) for _, _, sha in list(self.slots.values())[-2:])]
@@ -866,7 +870,7 @@ class World:
             word = (name, message.round_id, message.sha256.hex())
             if message.kept:
                 self.require(self._is_durable(*word), "acknowledges what is not durable", word)
-                nonsense = self.encrypted and name == HOSTILE
+                nonsense = self.encrypted and name == HOSTILE and message.sha256.hex() not in self.openable
                 self.require(not nonsense, "acknowledges what does not decrypt", word)
                 self.acknowledged.add(word)
             else:

@@ -175,7 +175,7 @@ class AgentProgram:
         if isinstance(frame, Problem):
             problem = f"{frame.what}; {frame.remedy}" if frame.remedy else frame.what
             log.error("round %s: %s", round_id, problem)
-            self._handle(device.TrainingFailed(round_id, problem))
+            self._handle(device.TrainingFailed(round_id, self._told(problem, frame.kind)))
         elif isinstance(frame, Done) and not frame.update:
             if frame.runtime != self._runtime:
                 self._runtime = frame.runtime
@@ -184,6 +184,12 @@ class AgentProgram:
         elif isinstance(frame, Done):
             log.info("round %s: trained on %d examples with %s", round_id, frame.num_examples, frame.runtime)
             self._take_update(round_id, frame)
+
+    def _told(self, problem: str, kind: str) -> str:
+        """What a Failure says of it. In an encrypted round not how many examples are too few, or which row is wrong."""
+        invitation = self._machine.invitation
+        hidden = invitation is not None and invitation.encryption_key
+        return f"{kind}; in an encrypted round the reason is in the device's log alone" if hidden else problem
 
     def _take_update(self, round_id: str, frame: Done) -> None:
         """What the update leaves out is durable before the update can be sent, so that nothing is sent twice."""
