@@ -1,4 +1,5 @@
-"""The benchmarks run and say what they measured. Slow; that of the training step needs a package index once."""
+"""The benchmarks run and say what they measured. Slow but for a small fleet; that of the training step needs a
+package index once."""
 
 from __future__ import annotations
 
@@ -9,8 +10,36 @@ import sys
 from pathlib import Path
 
 import pytest
+from brokers import mosquitto_binary
 
 ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.broker
+@pytest.mark.fleet
+def test_the_benchmark_of_fleets_measures_a_small_one_to_the_byte(tmp_path: Path) -> None:
+    mosquitto_binary()
+    d, n = 20_000, 20
+    written = tmp_path / "fleet.json"
+    command = [sys.executable, "benchmarks/fleet.py", "--sizes", f"{n}", "--repeats", "2", "--dimension", f"{d}"]
+    ended = subprocess.run(
+        [*command, "--json", str(written), "--folder", str(tmp_path)],
+        cwd=ROOT,
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    (row,) = json.loads(written.read_text())["rows"]
+    assert row["n"] == row["least_accepted"] == n
+    assert row["chunks_per_device"] >= 2.0  # of 65,536 bytes
+    for way in ("up", "down"):  # the model or the update, and what is said around it
+        assert 4 * d < row[way] < 4 * d * row["chunks_per_device"] / 2 + 20_000
+        assert 4 * d < row[f"raw_{way}"] < 4 * d + 1000
+    assert len(row["rounds"]) == len(row["raws"]) == 2
+    assert all(0.0 < one["closed_after_s"] < one["seconds"] for one in row["rounds"])
+    assert f"\n{n:>6} | " in ended.stdout
+    assert list(tmp_path.iterdir()) == [written]  # nothing else is left
 
 
 @pytest.mark.slow
@@ -79,6 +108,29 @@ def test_the_benchmark_of_the_rules_leaves_out_what_takes_a_peer_too_long(tmp_pa
     assert large["not measured"]["byzfl"] == "> 0.5 s"
 
 
+def test_the_benchmark_of_encryption_says_what_it_costs() -> None:
+    command = [sys.executable, "benchmarks/encryption.py", "--quick"]
+    ended = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    assert "| float32 | 100,000 | 400,000 | 400,560 | 0.14% |" in ended.stdout
+    assert len(ended.stdout.splitlines()) == 2 + 6
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_benchmark_of_compressed_rules_shows_that_the_median_of_sparse_rows_learns_nothing(tmp_path: Path) -> None:
+    written = tmp_path / "runs.json"
+    command = [sys.executable, "benchmarks/compressed_rules.py", "--quick", "--json", str(written)]
+    ended = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    runs = {(one["rule"], one["attack"], one["form"]): one for one in json.loads(written.read_text())}
+    assert len(runs) == 6 * 2 * 5
+    assert ended.stdout.count("\n| ") == 1 + 6 * 2
+    accuracy = {form: runs["median", "nobody", form]["accuracy"] for form in ("none", "rotated-8bit", "top-k 1%")}
+    assert accuracy["rotated-8bit"] > accuracy["none"] - 2.0
+    assert accuracy["top-k 1%"] < 20.0 < 50.0 < accuracy["none"]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_the_benchmark_of_compression_measures_every_form() -> None:
@@ -87,11 +139,3 @@ def test_the_benchmark_of_compression_measures_every_form() -> None:
     assert ended.returncode == 0, ended.stderr[-2000:]
     for form in ("float32", "rotated-8bit", "rotated-4bit", "top-k 10%", "top-k 1%", "top-k-8bit 1%"):
         assert ended.stdout.count(f"\n| {form} |") == 2
-
-
-def test_the_benchmark_of_encryption_says_what_it_costs() -> None:
-    command = [sys.executable, "benchmarks/encryption.py", "--quick"]
-    ended = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
-    assert ended.returncode == 0, ended.stderr[-2000:]
-    assert "| float32 | 100,000 | 400,000 | 400,560 | 0.14% |" in ended.stdout
-    assert len(ended.stdout.splitlines()) == 2 + 6

@@ -6,14 +6,15 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
-import numpy as np
 import pytest
-from coordinator.test_kills import Clinic, check, clinic, rows, run_with_kills, story  # noqa: F401 - a fixture
+from clinic import IDS, Clinic, check, digits_shards, make_clinic, run_with_kills
 from patience import PATIENCE_S
 
+from covey_coordinator.demo.devices import Shard
 from covey_protocol.messages import Invitation, Offer
 from covey_protocol.seals import SealingKey
 
@@ -23,33 +24,24 @@ SLOW = "ward-3"
 LATE = "SELECT id, staleness, status FROM devices WHERE origin IS NOT NULL AND sha256 NOTNULL"
 
 
-def give_most_data_to(clinic: Clinic, name: str) -> None:  # noqa: F811
-    """The others keep 60 examples."""
-    for path in clinic.folder.glob("ward-*/*.npz"):
-        arrays = dict(np.load(path))
-        few = {key: value if path.parent.name == name else value[:60] for key, value in arrays.items()}
-        np.savez(path, **few)
+@pytest.fixture
+def clinic(tmp_path: Path, digits_bundle: bytes, coordinator_key: SealingKey) -> Iterator[Clinic]:
+    """One device has ten times the data of the others."""
+    shards = digits_shards()
+    few = {name: Shard(one.x[:60], one.y[:60]) for name, one in shards.items() if name != SLOW}
+    made = make_clinic(tmp_path, digits_bundle, coordinator_key, {**shards, **few})
+    yield made
+    made.stop()
 
 
-def configure(clinic: Clinic, rounds: int, epochs: int, *more: str) -> None:  # noqa: F811
-    text = (clinic.folder / "template").read_text().replace("{rounds}", str(rounds)).replace("{epochs}", str(epochs))
-    lines = "\n".join(("quorum = 2", *more))
-    (clinic.folder / "coordinator.toml").write_text(text.replace("quorum = 2", lines))
-
-
-def add_table(clinic: Clinic, table: str) -> None:  # noqa: F811
-    path = clinic.folder / "coordinator.toml"
-    path.write_text(path.read_text().replace("[devices]", f"{table}\n[devices]"))
-
-
-def run_to_the_end(clinic: Clinic, kill_at: int = 0) -> None:  # noqa: F811
-    for name in ("broker", "ward-1", "ward-2", "ward-3", "serve"):
+def run_to_the_end(clinic: Clinic, kill_at: int = 0) -> None:
+    for name in ("broker", *IDS, "serve"):
         if name not in clinic.running:
             clinic.start(name)
     end = time.monotonic() + 3 * PATIENCE_S
     while not clinic.done():
-        assert time.monotonic() < end, story(clinic)
-        if kill_at and not clinic.kills["serve"] and len(rows(clinic, "SELECT id FROM rounds")) >= kill_at:
+        assert time.monotonic() < end, clinic.story()
+        if kill_at and not clinic.kills["serve"] and len(clinic.rows("SELECT id FROM rounds")) >= kill_at:
             clinic.kill("serve")
         clinic.keep_running()
         time.sleep(0.05)
@@ -57,29 +49,27 @@ def run_to_the_end(clinic: Clinic, kill_at: int = 0) -> None:  # noqa: F811
 
 @pytest.mark.timeout(900)
 def test_a_round_ends_at_its_goal_and_who_was_slow_is_told(
-    clinic: Clinic,  # noqa: F811
+    clinic: Clinic,
     digits_bundle: bytes,
 ) -> None:
-    give_most_data_to(clinic, SLOW)
-    configure(clinic, 2, 60, "goal = 2", "pause_s = 0.2")
+    clinic.configure(2, epochs=60, goal=2, pause_s=0.2)
     run_to_the_end(clinic)
     check(clinic, digits_bundle, 2)
-    assert rows(clinic, LATE) == []
-    missing = rows(clinic, "SELECT why FROM devices WHERE status = 'missing'")
+    assert clinic.rows(LATE) == []
+    missing = clinic.rows("SELECT why FROM devices WHERE status = 'missing'")
     assert {why for (why,) in missing} == {"2 updates came before its own"}
 
 
 @pytest.mark.timeout(900)
 def test_a_slow_device_takes_part_in_asynchronous_rounds_also_over_a_restart(
-    clinic: Clinic,  # noqa: F811
+    clinic: Clinic,
     digits_bundle: bytes,
     coordinator_key: SealingKey,
     tmp_path: Path,
 ) -> None:
     """Updates travel compressed and encrypted: each is read by its own round's seed and key."""
-    give_most_data_to(clinic, SLOW)
-    configure(clinic, 15, 60, "goal = 2", "max_staleness = 15", "pause_s = 0.3")
-    add_table(clinic, '[wire]\nencryption = true\ncompression = "rotated-8bit"')
+    wire = 'encryption = true\ncompression = "rotated-8bit"'
+    clinic.configure(15, epochs=60, goal=2, max_staleness=15, pause_s=0.3, wire=wire)
     record = tmp_path / "rounds.jsonl"
     covey = [sys.executable, "-m", "covey_edge", "protocol"]
     clinic.start("broker")
@@ -95,10 +85,10 @@ def test_a_slow_device_takes_part_in_asynchronous_rounds_also_over_a_restart(
         recorder.send_signal(signal.SIGINT)
         recorder.wait(PATIENCE_S)
     check(clinic, digits_bundle, 15)
-    late = rows(clinic, LATE)
-    assert [(staleness > 0, status) for name, staleness, status in late if name == SLOW] != [], story(clinic)
+    late = clinic.rows(LATE)
+    assert [(staleness > 0, status) for name, staleness, status in late if name == SLOW] != [], clinic.story()
     assert {status for name, _, status in late if name == SLOW} == {"accepted"}
-    of_each = rows(clinic, "SELECT count(*) FROM devices WHERE sha256 NOTNULL GROUP BY round")
+    of_each = clinic.rows("SELECT count(*) FROM devices WHERE sha256 NOTNULL GROUP BY round")
     assert {count for (count,) in of_each} == {2}
     judged = subprocess.run(
         [*covey, "check", str(record), "--coordinator-key", coordinator_key.public.hex()],
@@ -109,11 +99,11 @@ def test_a_slow_device_takes_part_in_asynchronous_rounds_also_over_a_restart(
     assert " 0 violations" in judged.stdout, judged.stdout[-3000:]
     whose = {
         msgspec.msgpack.decode(offer, type=Offer).round_id
-        for (offer,) in rows(clinic, "SELECT offer FROM devices WHERE origin IS NOT NULL AND offer NOTNULL")
+        for (offer,) in clinic.rows("SELECT offer FROM devices WHERE origin IS NOT NULL AND offer NOTNULL")
     }
     named = {
         earlier
-        for (data,) in rows(clinic, "SELECT invitation FROM rounds")
+        for (data,) in clinic.rows("SELECT invitation FROM rounds")
         for earlier in msgspec.msgpack.decode(data, type=Invitation).earlier
     }
     assert whose <= named
@@ -122,10 +112,9 @@ def test_a_slow_device_takes_part_in_asynchronous_rounds_also_over_a_restart(
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
 def test_asynchronous_rounds_survive_kills_of_everything(
-    clinic: Clinic,  # noqa: F811
+    clinic: Clinic,
     digits_bundle: bytes,
 ) -> None:
-    template = clinic.folder / "template"
-    template.write_text(template.read_text().replace("quorum = 2", "quorum = 2\ngoal = 2\nmax_staleness = 5"))
-    run_with_kills(clinic, rounds=8, epochs=100, seed=3, most_kills=12)
+    clinic.configure(8, goal=2, max_staleness=5)
+    run_with_kills(clinic, 8, seed=3, most_kills=12)
     check(clinic, digits_bundle, 8)

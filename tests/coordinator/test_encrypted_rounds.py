@@ -308,10 +308,12 @@ def test_an_onlooker_at_the_broker_finds_no_trace_of_updates_or_metrics(
     shard = Shard(x, np.arange(40, dtype=np.int32) % 10)
     devices = [
         make_device(name, tmp_path / name, "clinic", {"url": mosquitto.url}, coordinator_key.public, shard)
-        for name in ("open", "strict")
+        for name in ("open", "strict", "few")
     ]
     with (tmp_path / "strict" / "agent.toml").open("a") as file:
         file.write("\n[privacy]\nrequire_encryption = true\n")
+    with (tmp_path / "few" / "agent.toml").open("a") as file:
+        file.write("\n[privacy]\nmin_examples = 1000\n")
     onlooker = Onlooker(mosquitto.url)
     agents = AgentProcesses({device.device_id: device.config for device in devices}, tmp_path / "logs")
     roster = {device.device_id: device.public for device in devices}
@@ -322,7 +324,7 @@ def test_an_onlooker_at_the_broker_finds_no_trace_of_updates_or_metrics(
     try:
         fleet.connect()
         coordinator = Coordinator(fleet, store)
-        coordinator.wait_for(2, 60)
+        coordinator.wait_for(3, 60)
 
         def a_round(number: int, form: Compression, encrypt: bool) -> RoundResult:
             return coordinator.run_round(
@@ -331,7 +333,7 @@ def test_an_onlooker_at_the_broker_finds_no_trace_of_updates_or_metrics(
                 bundle=digits_bundle,
                 parameters=initial,
                 plan=plan(form),
-                device_ids=["open", "strict"],
+                device_ids=["few", "open", "strict"],
                 quorum=1,
                 engine=None,
                 encrypt=encrypt,
@@ -339,7 +341,10 @@ def test_an_onlooker_at_the_broker_finds_no_trace_of_updates_or_metrics(
 
         for number, form in enumerate((FLOAT32, ROTATED, Compression("top-k-8bit", 0.1)), 1):
             result = a_round(number, form, True)
-            assert {v.device_id: v.status for v in result.verdicts} == {"open": ACCEPTED, "strict": ACCEPTED}
+            statuses = {v.device_id: v.status for v in result.verdicts}
+            assert statuses == {"few": MISSING, "open": ACCEPTED, "strict": ACCEPTED}
+            (why,) = (v.reason for v in result.verdicts if v.device_id == "few")
+            assert why == "failed: TrainingError; in an encrypted round the reason is in the device's log alone"
             for name, offer in result.offers.items():
                 assert offer.num_examples == 40
                 assert offer.metrics["training_loss"] > 0
@@ -354,6 +359,7 @@ def test_an_onlooker_at_the_broker_finds_no_trace_of_updates_or_metrics(
         reasons = {v.device_id: v.reason for v in plain.verdicts}
         assert "only encrypted" in reasons["strict"]
         assert reasons["open"] == ""
+        assert "40 examples are fewer" in reasons["few"]
     finally:
         agents.stop()
         fleet.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import queue
@@ -23,12 +24,17 @@ from covey_coordinator.coordinator import Coordinator, RoundResult, Timing
 from covey_coordinator.demo.devices import Shard, make_device
 from covey_coordinator.demo.processes import AgentProcesses
 from covey_coordinator.fleet import MAX_REFUSED, Fleet
+from covey_coordinator.retained import RetainedNote
 from covey_coordinator.store import RunStore
+from covey_edge.inbox import Inbox
 from covey_edge.mqtt import Incoming, MqttTransport, parse_broker
+from covey_protocol import codec
+from covey_protocol.blobs import blob_ref
 from covey_protocol.bundle import read_bundle
 from covey_protocol.codec import CHUNK_ROOM_BYTES
-from covey_protocol.errors import TransportError
-from covey_protocol.messages import BlobRef, Invitation, TrainingPlan
+from covey_protocol.errors import NotSealed, TransportError
+from covey_protocol.messages import BlobRef, Invitation, Presence, TrainingPlan
+from covey_protocol.round import RoundSettings
 from covey_protocol.seals import SealingKey
 from covey_protocol.topics import Topics
 
@@ -46,9 +52,15 @@ def join(coordinator_key: SealingKey) -> Iterator[Join]:
     """A connected coordinator."""
     made: list[Fleet] = []
 
-    def connect(url: str, roster: dict[str, Any] | None = None, chunk_bytes: int = 65536, **broker: Any) -> Fleet:
+    def connect(
+        url: str,
+        roster: dict[str, Any] | None = None,
+        chunk_bytes: int = 65536,
+        note: RetainedNote | None = None,
+        **broker: Any,
+    ) -> Fleet:
         address = dataclasses.replace(parse_broker(url), **broker)
-        fleet = Fleet(address, "home", coordinator_key, roster or {}, chunk_bytes=chunk_bytes)
+        fleet = Fleet(address, "home", coordinator_key, roster or {}, chunk_bytes=chunk_bytes, note=note)
         fleet.connect()
         made.append(fleet)
         return fleet
@@ -60,15 +72,16 @@ def join(coordinator_key: SealingKey) -> Iterator[Join]:
 
 def retained(url: str, topics: list[str], wait_s: float = 1.0) -> dict[str, bytes]:
     """What the broker keeps on these topics."""
-    inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    inbox = Inbox()
     transport = MqttTransport(parse_broker(url), "onlooker", inbox)
     transport.subscribe(topics)
     transport.connect()
     time.sleep(wait_s)
     transport.close()
     items = []
-    while not inbox.empty():
-        items.append(inbox.get())
+    with contextlib.suppress(queue.Empty):
+        while True:
+            items.append(inbox.get(timeout=0))
     return {item.topic: item.payload for item in items if isinstance(item, Incoming)}
 
 
@@ -114,6 +127,64 @@ def invitation(duration_ms: int) -> Invitation:
     return Invitation("run.1.a", 1, 0, duration_ms, ref, ref, TrainingPlan(1, 0.1))
 
 
+def test_what_a_killed_coordinator_left_on_the_broker_is_cleared_by_the_next(
+    broker_with: Start, join: Join, tmp_path: Path
+) -> None:
+    """When that one has invited, so that a model that goes on being used stays where it is."""
+    broker, path = broker_with(), tmp_path / "home.retained"
+    killed = join(broker.url, note=RetainedNote(path))
+    left, kept = (killed.publish_blob(DATA + bytes([number])) for number in range(2))
+    killed._transport.close()  # and nothing is tidied: what it noted is all that is known
+    killed._blobs.clear()
+    after = join(broker.url, note=RetainedNote(path))
+    assert after.publish_blob(DATA + bytes([1])) == kept
+    topics = [TOPICS.all_blob_chunks(ref.sha256) for ref in (left, kept)]
+    assert len(retained(broker.url, topics)) == left.num_chunks + kept.num_chunks
+    after.publish_round(invitation(60_000))
+    assert len(retained(broker.url, topics[:1])) == 0
+    assert len(retained(broker.url, topics[1:])) == kept.num_chunks
+    after.close()
+    assert retained(broker.url, topics) == {}
+    assert RetainedNote(path).noted == {}
+
+
+def test_a_blob_is_noted_before_it_is_published_and_until_the_broker_has_cleared_it(
+    broker_with: Start, join: Join, tmp_path: Path
+) -> None:
+    path = tmp_path / "home.retained"
+    fleet = join(broker_with().url, note=RetainedNote(path))
+    first = fleet.publish_blob(DATA)
+    assert list(RetainedNote(path).noted) == [first.sha256]
+    fleet.clear_blob(first.sha256)
+    assert list(RetainedNote(path).noted) == [first.sha256]  # nobody has acknowledged that yet
+    second = fleet.publish_blob(DATA[1:])  # acknowledged, and so is all that went before it
+    third = fleet.publish_blob(DATA[2:])
+    assert set(RetainedNote(path).noted) == {second.sha256, third.sha256}
+
+
+def test_a_round_of_another_model_is_abandoned_with_the_reason(
+    broker_with: Start, join: Join, tmp_path: Path, digits_bundle: bytes
+) -> None:
+    """As after a checkpoint that was lost with its updates: nobody has published the round's model again."""
+    store = RunStore(tmp_path / "run")
+    before, now = np.zeros(3818, "<f4"), np.ones(3818, "<f4")
+    refs = blob_ref(digits_bundle), blob_ref(before.tobytes())
+    opened = Invitation("run.2.a", 2, 0, 60_000, *refs, TrainingPlan(1, 0.1), ("a",))
+    store.open_round("run", opened, RoundSettings.of(opened, 1, 1.0, 1.0), 0)
+    coordinator = Coordinator(join(broker_with().url), store, leave_open=True)
+    result = coordinator.resume_round(run_id="run", bundle=digits_bundle, parameters=now, engine=None)
+    assert result is not None
+    assert (result.outcome, "not what the round was opened with" in result.reason) == ("abandoned", True)
+    assert store.unfinished("run") is None
+    store.close()
+
+
+def test_a_note_that_cannot_be_read_notes_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "home.retained"
+    path.write_bytes(b"nonsense")
+    assert RetainedNote(path).noted == {}
+
+
 def test_a_coordinator_that_died_leaves_no_invitation_longer_than_its_round(broker_with: Start, join: Join) -> None:
     broker = broker_with()
     fleet = join(broker.url)
@@ -145,6 +216,37 @@ def test_strangers_under_ever_new_names_do_not_fill_the_memory(coordinator_key: 
     for number in range(MAX_REFUSED + 1000):
         fleet._verified(Incoming(TOPICS.up(f"s{number}"), b"x"))
     assert len(fleet.refused) == MAX_REFUSED
+
+
+OLD_KEY, NEW_KEY = (SealingKey.from_seed(bytes([number]) * 32) for number in (1, 2))
+
+
+def presence(key: SealingKey, online: bool, session: int) -> Incoming:
+    topic = TOPICS.presence("a")
+    data = codec.encode(Presence(online, session), topic=topic, sender="a", sequence=session, key=key)
+    return Incoming(topic, data)
+
+
+def test_a_thief_of_the_old_key_cannot_hold_the_device_offline_under_its_new_one(coordinator_key: SealingKey) -> None:
+    roster = {"a": (OLD_KEY.public, NEW_KEY.public)}
+    fleet = Fleet(parse_broker("mqtt://127.0.0.1:1"), "home", coordinator_key, roster)
+    assert fleet._verified(presence(OLD_KEY, False, 2**53)) is not None
+    assert fleet._verified(presence(OLD_KEY, True, 7)) is None  # older than the thief's session
+    assert fleet.online() == []
+    assert fleet._verified(presence(NEW_KEY, True, 8)) is not None
+    assert fleet.online() == ["a"]
+    with pytest.raises(NotSealed):
+        fleet._verified(presence(OLD_KEY, False, 2**53))
+    assert fleet.online() == ["a"]
+
+
+def test_a_device_that_is_no_longer_in_the_roster_is_not_online(coordinator_key: SealingKey) -> None:
+    fleet = Fleet(parse_broker("mqtt://127.0.0.1:1"), "home", coordinator_key, {"a": OLD_KEY.public})
+    assert fleet._verified(presence(OLD_KEY, True, 8)) is not None
+    fleet.roster.replace({"b": NEW_KEY.public})
+    assert fleet.online() == []
+    assert fleet._verified(presence(OLD_KEY, True, 9)) is None
+    assert fleet.refused == {"a": 1}
 
 
 # --- rounds of real agents

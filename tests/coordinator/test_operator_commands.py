@@ -158,7 +158,8 @@ def test_a_paused_run_says_so_and_why(store: RunStore, call: Call) -> None:
 
 
 def test_devices_have_their_history(store: RunStore, call: Call) -> None:
-    found = {facts["device"]: facts for facts in call("devices", "--json")}
+    with only_one(store.folder):
+        found = {facts["device"]: facts for facts in call("devices", "--json")}
     assert list(found) == ["a", "b", "c", "z"]  # c is in the roster alone, z was only heard of
     assert found["a"] == {
         "device": "a",
@@ -175,6 +176,17 @@ def test_devices_have_their_history(store: RunStore, call: Call) -> None:
     assert (found["b"]["rejected"], found["b"]["last_rejection"]) == (1, "too far from the others")
     assert (found["c"]["invited"], found["c"]["last_seen_ms"]) == (0, None)
     assert found["z"]["last_seen_ms"] is None
+
+
+def test_nobody_knows_who_is_online_once_the_coordinator_was_killed(store: RunStore, call: Call) -> None:
+    """Its folder is not held, and nothing says that it ended."""
+    found = {facts["device"]: facts["online"] for facts in call("devices", "--json")}
+    assert found == {"a": None, "b": False, "c": False, "z": False}
+    assert call("devices").splitlines()[1].split()[:2] == ["a", "unknown"]
+    facts = call("status", "--json")
+    assert (facts["state"], facts["devices_online"]) == ("killed", [])
+    store.ended("bell", 0, "", NOW_MS)
+    assert {facts["online"] for facts in call("devices", "--json")} == {False}
 
 
 def test_the_newest_rejection_is_the_one_that_is_shown(store: RunStore, call: Call) -> None:

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import queue
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import numpy as np
-import paho.mqtt.client as paho
 import pytest
 from brokers import RunningBroker
-from paho.mqtt.enums import CallbackAPIVersion
+from clinic import retained_topics
 from patience import PATIENCE_S
 
 from covey_coordinator.demo.devices import Shard, make_device
 from covey_coordinator.demo.processes import AgentProcesses
+from covey_coordinator.serve import CoordinatorConfig, _warn_of_sparse_rows
 from covey_coordinator.store import RunStore
 from covey_coordinator.watching.history import opened
 from covey_edge.runtime import Model
@@ -129,22 +129,7 @@ def test_a_stop_by_the_service_manager_is_orderly(clinic: Path, mosquitto: Runni
         noted = history.run()
     assert (noted["state"], noted["code"], noted["reason"]) == ("stopped", 130, "stopped by a signal")
     presence = [f"covey/1/clinic/device/ward-{number}/presence" for number in (1, 2, 3)]
-    assert sorted(retained(mosquitto.port)) == presence  # the round and the model are gone
-
-
-def retained(port: int) -> list[str]:
-    """Topics under which the broker keeps something: all that comes before our own message."""
-    topics: queue.SimpleQueue[str] = queue.SimpleQueue()
-    client = paho.Client(CallbackAPIVersion.VERSION2)
-    client.on_subscribe = lambda *_: client.publish("covey/1/clinic/end", b"end", qos=1)
-    client.on_connect = lambda *_: client.subscribe("covey/1/clinic/#", qos=1)
-    client.on_message = lambda client, userdata, message: topics.put(message.topic)
-    client.connect("127.0.0.1", port)
-    client.loop_start()
-    found = list(iter(lambda: topics.get(timeout=30), "covey/1/clinic/end"))
-    client.disconnect()
-    client.loop_stop()
-    return found
+    assert sorted(retained_topics(mosquitto.port)) == presence  # the round and the model are gone
 
 
 BAD = {
@@ -224,3 +209,22 @@ def test_a_bad_file_is_one_line_with_the_documented_code(
     assert last.startswith("covey: error: ")
     assert words in last
     assert "Traceback" not in ended.stderr
+
+
+def test_top_k_with_a_rule_that_sees_only_zeros_is_warned_of(
+    tmp_path: Path, digits_bundle: bytes, coordinator_key: SealingKey
+) -> None:
+    keys = "\n".join(f'ward-{number} = "{coordinator_key.public.hex()}"' for number in (1, 2, 3))
+    text = CONFIG.replace("{url}", "mqtt://127.0.0.1:1").replace("{devices}", keys)
+    text = text.replace("[devices]", '[wire]\ncompression = "top-k"\nkept_fraction = 0.1\n[devices]')
+    (tmp_path / "digits.covey").write_bytes(digits_bundle)
+    (tmp_path / "coordinator.pem").write_bytes(coordinator_key.pem())
+    (tmp_path / "template").write_text(text)
+    warned = serve(tmp_path, 1)
+    assert warned.returncode == errors.EXIT_TRANSPORT, warned.stderr  # there is no broker
+    assert "warning: trimmed-mean sees mostly zeros in top-k updates" in warned.stdout
+    for change in (('["norm-clipping"', '["nnm", "norm-clipping"'), ('rule = "trimmed-mean"', 'rule = "krum"')):
+        said: list[str] = []
+        filled = text.replace("{rounds}", "1").replace(*change)
+        _warn_of_sparse_rows(msgspec.toml.decode(filled, type=CoordinatorConfig), said.append)
+        assert said == []

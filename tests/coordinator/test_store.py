@@ -317,3 +317,80 @@ with only_one(Path({str(tmp_path)!r})):
     first.stdout.close()
     with only_one(tmp_path):
         pass
+
+
+# --- what is written together
+
+
+def seen_by_another(store: RunStore) -> tuple[list[str], list[str]]:
+    """(stored devices, files) as a program sees them that starts now."""
+    with sqlite3.connect(f"file:{store.folder / 'coordinator.sqlite'}?mode=ro", uri=True) as database:
+        rows = database.execute("SELECT id FROM devices WHERE progress = 'stored' ORDER BY id").fetchall()
+    folder = store.folder / "updates"
+    return [name for (name,) in rows], sorted(path.name for path in folder.glob("*")) if folder.exists() else []
+
+
+def test_what_is_written_together_is_there_at_a_commit_and_not_before(store: RunStore) -> None:
+    opened(store)
+    updates = {name: update(value) for name, value in (("a", 1.0), ("b", 2.0), ("c", 3.0))}
+    with store.together():
+        store.store_update("a", offer(1, updates["a"]), updates["a"])
+        store.store_update("b", offer(1, updates["b"]), updates["b"])
+        assert seen_by_another(store) == ([], [])
+        store.commit()
+        assert seen_by_another(store)[0] == ["a", "b"]
+        store.store_update("c", offer(1, updates["c"]), updates["c"])
+        assert seen_by_another(store)[0] == ["a", "b"]
+    names, files = seen_by_another(store)
+    assert names == ["a", "b", "c"]
+    assert len(files) == 3
+    for name, data in updates.items():
+        assert store.read_update("run.1.abc", name).tobytes() == data
+
+
+def test_an_error_undoes_all_that_was_written_together_since_the_last_commit(store: RunStore) -> None:
+    round_id = opened(store)
+
+    def fail() -> None:
+        with store.together():
+            store.record(round_id, "a", Progress.ACCEPTED, "")
+            store.commit()
+            store.record(round_id, "b", Progress.ACCEPTED, "")
+            store.store_update("c", offer(1, update(1.0)), update(1.0))
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    facts = store.unfinished("run")
+    assert facts is not None
+    found = {name: known.progress for name, known in facts.devices.items()}
+    assert found == {"a": Progress.ACCEPTED, "b": Progress.INVITED, "c": Progress.INVITED}
+    assert seen_by_another(store) == ([], [])
+    store.record(round_id, "b", Progress.DECLINED, "declined: busy")  # alone again, and durable at once
+    facts = RunStore(store.folder).unfinished("run")
+    assert facts is not None
+    assert facts.devices["b"].progress is Progress.DECLINED
+
+
+def test_a_disk_that_takes_no_update_takes_no_row_either(store: RunStore) -> None:
+    opened(store)
+    (store.folder / "updates").write_text("no folder")
+    with pytest.raises(StorageError), store.together():
+        store.store_update("a", offer(1, update(1.0)), update(1.0))
+    assert seen_by_another(store)[0] == []
+
+
+def test_chunks_of_an_update_that_is_soon_complete_are_never_saved(store: RunStore) -> None:
+    opened(store)
+    data = update(1.0)
+    partial = store.folder / "partial"
+    with store.together():
+        store.save_chunk("a", offer(1, data), 0, data[:8])
+        store.save_chunk("b", offer(1, data), 1, data[8:])
+        store.store_update("a", offer(1, data), data)
+    assert not partial.exists()
+    store.save_chunks()
+    assert [path.name for path in (partial / "run.1.abc").iterdir()] == ["b"]
+    facts = RunStore(store.folder).unfinished("run")
+    assert facts is not None
+    assert facts.devices["b"].chunks == {offer(1, data).update.sha256: {1: data[8:]}}

@@ -23,6 +23,7 @@ import pytest
 from brokers import RunningBroker, certificates, free_port, stop_broker, tls_lines
 from proxy import Proxy
 
+from covey_edge.inbox import Inbox
 from covey_edge.mqtt import ConnectionDown, ConnectionUp, Incoming, MqttTransport, Refused, parse_broker
 from covey_protocol.blobs import BlobAssembly, blob_ref, chunks
 from covey_protocol.errors import ConfigError, TransportError
@@ -46,7 +47,7 @@ class Ends:
     def connect(self, url: str, name: str = "a", topics: tuple[str, ...] = (), **changes: Any) -> MqttTransport:
         files = {key: changes.pop(key) for key in ("ca_file", "cert_file", "key_file") if key in changes}
         broker = dataclasses.replace(parse_broker(url, **files), **changes)
-        transport = MqttTransport(broker, f"covey-test-{name}", queue.SimpleQueue())
+        transport = MqttTransport(broker, f"covey-test-{name}", Inbox())
         transport.subscribe([*topics, f"ready/{name}"])
         transport.connect()
         self.made.append(transport)
@@ -123,7 +124,7 @@ def test_a_broker_that_knows_only_the_older_mqtt_gets_it(ends: Ends) -> None:
 def test_a_port_where_no_broker_listens_is_named() -> None:
     url = f"mqtt://127.0.0.1:{free_port()}"
     with pytest.raises(TransportError, match=f"{url} cannot be reached .*check that the broker runs"):
-        MqttTransport(parse_broker(url), "a", queue.SimpleQueue()).connect()
+        MqttTransport(parse_broker(url), "a", Inbox()).connect()
 
 
 # --- limits
@@ -274,7 +275,7 @@ def test_an_answer_that_is_no_welcome_is_an_error_with_its_remedy(what: str) -> 
     broker = Scripted(bytes.fromhex(answer))
     try:
         with pytest.raises(TransportError, match=words) as caught:
-            MqttTransport(parse_broker(broker.url), "a", queue.SimpleQueue()).connect()
+            MqttTransport(parse_broker(broker.url), "a", Inbox()).connect()
         assert caught.value.transient == transient
     finally:
         broker.close()
@@ -282,7 +283,7 @@ def test_an_answer_that_is_no_welcome_is_an_error_with_its_remedy(what: str) -> 
 
 def test_two_programs_of_one_name_do_not_throw_each_other_out_for_ever() -> None:
     broker = Scripted(WELCOME + bytes.fromhex("e0 02 8e 00"))
-    inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    inbox = Inbox()
     transport = MqttTransport(parse_broker(broker.url), "a", inbox)
     try:
         transport.connect()
@@ -354,7 +355,7 @@ def test_a_key_that_does_not_match_its_certificate_is_named(tmp_path: Path) -> N
         "mqtts://h", ca_file=files["ca.crt"], cert_file=files["client.crt"], key_file=files["server.key"]
     )
     with pytest.raises(ConfigError, match="key and certificate match"):
-        MqttTransport(broker, "a", queue.SimpleQueue())
+        MqttTransport(broker, "a", Inbox())
 
 
 # --- connections that break
@@ -472,6 +473,7 @@ def test_what_comes_while_a_device_is_away_is_waiting_for_it(
     proxy = proxy_to(mosquitto)
     down = TOPICS.down("a")
     device, coordinator = ends.connect(proxy.url, topics=(down,)), ends.connect(mosquitto.url, "b")
+    proxy.settled()  # what has come is acknowledged, or it would come again
     proxy.stall()  # so that it cannot come back at once
     proxy.cut()
     assert isinstance(ends.next(device), ConnectionDown)
@@ -512,7 +514,7 @@ def test_a_queued_message_that_expires_before_there_is_a_connection_is_dropped(
 def test_closing_sends_what_is_queued_and_no_last_will(ends: Ends, mosquitto: RunningBroker) -> None:
     listener = ends.connect(mosquitto.url, "b", (UP, TOPICS.presence("a")))
     broker = parse_broker(mosquitto.url)
-    device = MqttTransport(broker, "covey-test-c", queue.SimpleQueue())
+    device = MqttTransport(broker, "covey-test-c", Inbox())
     device.set_will(TOPICS.presence("a"), b"gone")
     device.connect()
     for number in range(100):

@@ -13,7 +13,7 @@ import msgspec
 import pytest
 
 from covey_edge import files
-from covey_edge.files import write_atomic
+from covey_edge.files import write_all_atomic, write_atomic
 from covey_edge.outbox import Entry, NumberFile, Outbox
 from covey_protocol.blobs import blob_ref
 from covey_protocol.messages import Offer
@@ -232,6 +232,50 @@ def test_what_was_written_survives_with_the_folders_that_were_made_for_it(
     machine(made)
     write_atomic(PLACE, b"content")
     assert {disk.get(str(PLACE)) for disk in made.survivors()} == {b"content"}
+
+
+FILES = {PLACE.with_name(name): name.encode() * 5 for name in ("one", "two")} | {Path("/other/three"): b"three"}
+
+
+def test_files_written_together_are_each_old_or_new_after_a_power_cut_and_all_new_at_the_end(
+    machine: Callable[[Machine], None],
+) -> None:
+    cuts = 0
+    for cut_at in range(100):
+        made = Machine()
+        machine(made)
+        write_all_atomic(dict.fromkeys(FILES, b"old"))
+        made.cut_at = made.calls + cut_at
+        done = True
+        try:
+            write_all_atomic(FILES)
+        except PowerCut:
+            done = False
+        for path, data in FILES.items():
+            found = {disk.get(str(path)) for disk in made.survivors()}
+            assert found <= ({data} | (set() if done else {b"old"}))
+        if done:
+            break
+        cuts += 1
+    assert cuts > 12  # three times open, writes, sync and replacement; two folders
+
+
+def test_files_written_together_cost_one_sync_of_their_folder(machine: Callable[[Machine], None]) -> None:
+    made = Machine()
+    machine(made)
+    write_atomic(PLACE, b"makes the folders")
+    synced: list[str] = []
+    fsync = made.fsync
+
+    def noting(descriptor: int) -> None:
+        synced.append(made.open_files[descriptor])
+        fsync(descriptor)
+
+    made.fsync = noting  # type: ignore[method-assign]
+    machine(made)
+    write_all_atomic({PLACE.with_name(f"{number}"): b"x" for number in range(5)})
+    assert synced.count(str(PLACE.parent)) == 1
+    assert len(synced) == 6
 
 
 FORGOTTEN = {

@@ -72,6 +72,7 @@ invitations = st.builds(
     plans,
     st.lists(device_ids, max_size=20).map(tuple),
     st.lists(names, max_size=5).map(tuple),
+    st.one_of(st.just(msgspec.UNSET), hashes),
 )
 indices = st.lists(st.integers(0, MAX_CHUNKS - 1), min_size=1, max_size=50).map(tuple)
 from_coordinator = st.one_of(

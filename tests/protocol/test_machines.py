@@ -153,13 +153,53 @@ def test_a_condition_that_fails_is_declined_with_its_reason() -> None:
     assert machine.state is State.IDLE
 
 
-def test_the_same_invitation_again_changes_nothing() -> None:
-    for walked in (TO_FETCHING, TO_TRAINING, TO_REPORTING):
+def test_the_same_invitation_again_is_only_answered_again() -> None:
+    """A coordinator that started again says it again; it may have missed the answer."""
+    for walked, said in (
+        (TO_FETCHING[:1], []),
+        (TO_FETCHING, [device.Send(Answer("run.1", True))]),
+        (TO_TRAINING, [device.Send(Answer("run.1", True))]),
+        (TO_REPORTING, []),  # the Offer is repeated as time passes
+    ):
         machine = DeviceMachine("a")
         walk(machine, *walked)
         state = machine.state
-        assert walk(machine, device.Invited(invitation())) == []
+        assert walk(machine, device.Invited(invitation())) == said
         assert machine.state is state
+
+
+EXCUSES = {
+    "a condition": (
+        (TO_FETCHING[0], device.ConditionsChecked("run.1", False, "on battery")),
+        Answer("run.1", False, "on battery"),
+    ),
+    "a capability": (
+        (device.Invited(invitation(requires=("fly",))),),
+        Answer("run.1", False, "this device cannot fly; update its agent"),
+    ),
+    "a training": ((*TO_TRAINING, device.TrainingFailed("run.1", "SIGSEGV")), Failure("run.1", "SIGSEGV")),
+    "an outbox": ((*TO_REPORTING, device.Lost("run.1", "a full disk")), Failure("run.1", "a full disk")),
+}
+
+
+@pytest.mark.parametrize("what", EXCUSES)
+def test_an_excuse_is_said_again_until_its_round_is_over(what: str) -> None:
+    """Or the coordinator, had it missed it, would wait for this device."""
+    events, excuse = EXCUSES[what]
+    machine = DeviceMachine("a")
+    assert device.Send(excuse) in walk(machine, *events)
+    for again in (device.Connected(), device.Invited(invitation()), device.Connected()):
+        assert walk(machine, again) == [device.Send(excuse)]
+    assert walk(machine, device.Closed(RoundClosed("run.0", "published")), device.Connected()) == [device.Send(excuse)]
+    assert walk(machine, device.Closed(RoundClosed("run.1", "published"))) == []
+    assert walk(machine, device.Connected()) == []
+    assert walk(machine, device.Invited(invitation())) == []
+
+
+def test_an_excuse_is_not_said_any_more_in_the_next_round() -> None:
+    machine = DeviceMachine("a")
+    walk(machine, *TO_TRAINING, device.TrainingFailed("run.1", "SIGSEGV"), device.Invited(invitation("run.2")))
+    assert walk(machine, device.Connected()) == []
 
 
 def test_a_finished_round_is_not_begun_again_when_its_retained_invitation_comes_back() -> None:
@@ -246,7 +286,7 @@ def test_an_update_that_the_outbox_has_lost_is_reported_and_not_offered_again() 
     assert effects[0] == device.Send(Failure("run.1", "unreadable"))
     assert effects[-1] == device.Forget("run.1")
     assert machine.state is State.IDLE
-    assert walk(machine, device.Connected()) == []
+    assert OFFER not in [effect.message for effect in walk(machine, device.Connected())]  # type: ignore[union-attr]
 
 
 def test_the_outbox_is_bounded_and_the_oldest_gives_way() -> None:

@@ -70,6 +70,13 @@ def test_a_real_round_breaks_nothing() -> None:
     assert said <= kinds, "the golden round says everything but a failure"
 
 
+def test_a_real_encrypted_round_breaks_nothing() -> None:
+    records = MADE.read(FOLDER / "encrypted.jsonl")
+    assert judge(records) == []
+    assert MADE.message_of(records[MADE.first(records, Invitation)]).encryption_key
+    assert MADE.message_of(records[MADE.first(records, Offer)]).update.size == 36 + 560
+
+
 def test_a_device_may_say_that_it_has_seen_its_verdict() -> None:
     offer = GOOD[at(Offer)]
     seen = MADE.resealed(offer, Seen(ROUND.round_id), extra=500)
@@ -324,6 +331,14 @@ def test_a_recording_that_begins_in_the_middle_is_not_blamed_for_it() -> None:
 
 def test_a_verdict_that_is_said_again_is_none() -> None:
     assert judge(added(Verdict, MADE.message_of(GOOD[at(Verdict)]))) == []
+
+
+@pytest.mark.parametrize("excuse", [Answer(ROUND.round_id, False, "no"), Failure(ROUND.round_id, "no")])
+def test_an_excuse_may_be_said_again(excuse: Any) -> None:
+    index = at(Answer)
+    first, again = (MADE.resealed(GOOD[index], excuse, extra=extra) for extra in (0, 500))
+    assert judge([*GOOD[:index], first, again]) == []
+    assert [one.section for one in judge([*GOOD[:index], first, again, *GOOD[index + 1 : at(Offer) + 1]])] == [5]
 
 
 def test_an_agent_that_starts_again_after_its_answer_may_offer_at_once() -> None:

@@ -57,6 +57,7 @@ def row(patch: Patch, table: dict[Any, Any], name: str, change: Callable[..., An
 def _(patch: Patch) -> None:
     def store(original: Any, self: Coordinator, state: Any, effect: Any) -> None:
         self._handle(state, round.Stored(effect.device_id))
+        self._commit()
         original(self, state, effect)
 
     wrapped(patch, Coordinator, "_store", store)
@@ -65,12 +66,9 @@ def _(patch: Patch) -> None:
 @mutation("a stored update is written without a sync")
 def _(patch: Patch) -> None:
     def store(original: Any, self: RunStore, device_id: str, offer: Any, data: bytes, **more: Any) -> None:
-        write = self._disk.write
-        self._disk.write = lambda path, data, mode=0: self._disk.write_scratch(path, data)  # type: ignore[method-assign]
-        try:
-            original(self, device_id, offer, data, **more)
-        finally:
-            self._disk.write = write  # type: ignore[method-assign]
+        self._disk.write_scratch(self._update_path(offer.update.sha256.hex()), data)
+        original(self, device_id, offer, data, **more)
+        self._updates.clear()
 
     wrapped(patch, RunStore, "store_update", store)
 
@@ -81,6 +79,27 @@ def _(patch: Patch) -> None:
         self._disk.write(self._update_path(offer.update.sha256.hex()), data)
 
     wrapped(patch, RunStore, "store_update", store)
+
+
+@mutation("what a batch of messages led to is said before it is durable")
+def _(patch: Patch) -> None:
+    def commit(original: Any, self: Coordinator) -> None:
+        unsaid, self._unsaid = self._unsaid, []
+        for device_id, message in unsaid:
+            self.fleet.send(device_id, message)
+        original(self)
+
+    wrapped(patch, Coordinator, "_commit", commit)
+
+
+@mutation("the rule runs in the batch of messages that decided the round")
+def _(patch: Patch) -> None:
+    def decided(original: Any, self: RunStore, round_id: str) -> None:
+        original(self, round_id)
+        commit = self.commit
+        self.commit = lambda: self.__dict__.__setitem__("commit", commit)  # type: ignore[method-assign]
+
+    wrapped(patch, RunStore, "decided", decided)
 
 
 @mutation("a restart loses who had delivered")
@@ -129,6 +148,7 @@ def _(patch: Patch) -> None:
             with self._transaction() as database:
                 values = ("run", checkpoint.number, round_id, *hashes)
                 database.execute("INSERT OR REPLACE INTO checkpoints VALUES (?, ?, ?, ?, ?)", values)
+            self.commit()
         original(self, round_id, phase, reason, verdicts)
 
     wrapped(patch, RunStore, "conclude", conclude)
@@ -137,8 +157,8 @@ def _(patch: Patch) -> None:
 @mutation("verdicts are sent before they are durable")
 def _(patch: Patch) -> None:
     def finish(original: Any, self: Any, *arguments: Any) -> Any:
-        finished, *said = original(self, *arguments)
-        return [*said, finished]
+        finished, closed, *verdicts = original(self, *arguments)
+        return [*verdicts, closed, finished]
 
     wrapped(patch, round.RoundMachine, "_finish", finish)
 
@@ -358,6 +378,14 @@ def _(patch: Patch) -> None:
     patch.setattr(device.DeviceMachine, "_offer_again", lambda self, now, owed: [])
 
 
+@mutation("the device excuses itself only once")
+def _(patch: Patch) -> None:
+    def again(original: Any, self: device.DeviceMachine) -> Any:
+        return original(self) if self.state is not device.State.IDLE else []
+
+    wrapped(patch, device.DeviceMachine, "_answer_again", again)
+
+
 @mutation("the device takes a receipt of another update for its own")
 def _(patch: Patch) -> None:
     def received(action: Any, self: Any, event: Any, now: float) -> Any:
@@ -419,7 +447,7 @@ def _(patch: Patch) -> None:
     def revoked(action: Any, self: Any, event: Any, now: float) -> Any:
         effects = action(self, event, now)
         if event.device_id in self._devices:
-            self._devices[event.device_id].acknowledged = False
+            self._devices[event.device_id].acknowledged = None
         return effects
 
     row(patch, round.TABLE, "_revoked", revoked)
@@ -431,7 +459,7 @@ def _(patch: Patch) -> None:
         peer = self._devices.get(event.device_id)
         if peer is None or peer.progress is not round.Progress.REVOKED:
             return action(self, event, now)
-        acknowledged, peer.acknowledged = peer.acknowledged, False
+        acknowledged, peer.acknowledged = peer.acknowledged, None
         try:
             return action(self, event, now)
         finally:

@@ -130,6 +130,7 @@ class Trouble:
     full: float
     clock: float
     broker: float
+    busy: float
 
     @classmethod
     def drawn(cls, rng: random.Random) -> Trouble:
@@ -142,6 +143,7 @@ class Trouble:
             full=rng.choice([0.0, 0.0, 0.01]),
             clock=rng.choice([0.0, 0.5]),
             broker=rng.choice([0.0, 0.0, 0.02]),
+            busy=rng.choice([0.0, 0.1, 0.5]),
         )
 
 
@@ -169,6 +171,18 @@ class SimulatedDisk(Disk):
             raise
         folder = f"{path.parent}/"
         self.removed = {other: kept for other, kept in self.removed.items() if not other.startswith(folder)}
+
+    def write_all(self, files: Mapping[Path, bytes], mode: int = 0o644) -> None:
+        """Nothing is durable before the end: of what was written until a crash, any may be lost."""
+        before = {path: self.read(path) for path in files}
+        try:
+            for path, data in files.items():
+                self.write(path, data, mode)
+        except Crash:
+            for path, old in before.items():
+                if self._world.rng.random() < 0.5:
+                    self._put(str(path), old)
+            raise
 
     def write_scratch(self, path: Path, data: bytes) -> None:
         self._require_space(str(path))
@@ -331,7 +345,7 @@ class SimulatedFleet:
         self._world.step("send")
         self._world.coordinator_says(device_id, message)
 
-    def publish_round(self, message: Invitation | RoundClosed) -> None:
+    def publish_round(self, message: Invitation | RoundClosed, in_use: Any = ()) -> None:
         self._world.step("publish round")
         self.round = message
         self._world.coordinator_publishes(message)
@@ -351,13 +365,20 @@ class SimulatedFleet:
     def next(self, timeout_s: float) -> FromFleet | None:
         """Time passes here: everything else in the world happens meanwhile. It may sleep longer than asked."""
         self._world.step("wait")
+        if timeout_s == 0.0:
+            return self._taken() if self.inbox else None
         self._world.check_time()
+        if self._world.troubled and self._world.rng.random() < self._world.trouble.busy:
+            self._world.sleep(self._world.rng.uniform(0.0, 2.0))  # the coordinator was: several messages wait for it
         end = self._world.now + timeout_s
         while not self.inbox:
             if self._world.next_event_at() > end:
                 self._world.now = min(self._world.next_event_at(), end + 0.5)
                 return None
             self._world.run_next_event()
+        return self._taken()
+
+    def _taken(self) -> FromFleet:
         received = self.inbox.pop(0)
         if isinstance(received.message, Presence):
             self._presence[received.device_id] = received.message.online
@@ -536,6 +557,9 @@ class World:
     acknowledged: set[tuple[str, str, str]] = field(default_factory=set)  # device, round, sha256
     told: dict[tuple[str, str], Verdict] = field(default_factory=dict)
     decided: dict[str, frozenset[str]] = field(default_factory=dict)
+    excused: dict[str, tuple[str, int]] = field(
+        default_factory=dict
+    )  # device -> round, and which start of it excused itself
     uptime: dict[str, float] = field(default_factory=dict)
     restarts: dict[str, int] = field(default_factory=dict)
     crashes: int = 0
@@ -559,6 +583,7 @@ class World:
         if self.encrypted:
             self.config = replace(self.config, wire=ENCRYPTED)
         self.rounds = self.config.rounds  # that are published at the end
+        self.openable: set[str] = set()  # what the hostile device has encrypted rightly
 
     # --- the whole run
 
@@ -746,6 +771,9 @@ class World:
         round_id = rng.choice([invitation.round_id, invitation.round_id, "run.0.0", "another"])
         size = 4 * D + (ENCRYPTION_BYTES if self.encrypted else 0)
         data = bytes([rng.randrange(1, 4)]) * rng.choice([size, size, 8])
+        if self.encrypted and rng.random() < 0.3:  # it can encrypt, too
+            data = encrypted(invitation, HOSTILE, data[: 4 * D].ljust(4 * D, b"x"), 2**53, {}, self.entropy)
+            self.openable.add(hashlib.sha256(data).hexdigest())
         ref = blob_ref(data, CHUNK_BYTES)
         sha256 = rng.choice(
             [ref.sha256, bytes(32), *(bytes.fromhex(sha) for _, _, sha in list(self.slots.values())[-2:])]
@@ -791,6 +819,9 @@ class World:
         self.log(name, "says", message)
         if self.encrypted and name in HONEST and isinstance(message, Offer):
             self.require(message.num_examples == 1 and not message.metrics, "an offer says what is to be hidden")
+        declines = isinstance(message, Answer) and not message.accept
+        if name in self.devices and (declines or isinstance(message, Failure)):
+            self.excused[name] = (message.round_id, self.devices[name].starts)
         if self.broker_up:
             self._fly(lambda: self._to_coordinator(name, message))
 
@@ -813,6 +844,24 @@ class World:
             self.retained_round = message
             for name in self.devices:
                 self.deliver(name, message)
+                self._expect_excuse(name, message)
+
+    def _expect_excuse(self, name: str, message: Invitation | RoundClosed) -> None:
+        """A coordinator that starts again hears again who takes no part, and does not wait for it."""
+        one, fleet = self.devices[name], self.fleet
+        starts = one.starts
+        if self.troubled or not one.connected or self.excused.get(name) != (message.round_id, starts):
+            return
+
+        def look() -> None:
+            if one.on and one.starts == starts and self.fleet is fleet:
+                self.seen["excuses itself again"] += 1
+                query = "SELECT d.progress, r.phase FROM devices d JOIN rounds r ON r.id = d.round"
+                progress, phase = self._one(f"{query} WHERE d.round = ? AND d.id = ?", message.round_id, name)
+                known = progress not in ("invited", "accepted", "uploading") or phase in ("published", "abandoned")
+                self.require(known, f"{name} excused itself from {message.round_id}, which is not heard")
+
+        self.at(1.0, look)
 
     def coordinator_says(self, name: str, message: Any) -> None:
         """Here the coordinator's words are held against what is durable."""
@@ -821,7 +870,7 @@ class World:
             word = (name, message.round_id, message.sha256.hex())
             if message.kept:
                 self.require(self._is_durable(*word), "acknowledges what is not durable", word)
-                nonsense = self.encrypted and name == HOSTILE
+                nonsense = self.encrypted and name == HOSTILE and message.sha256.hex() not in self.openable
                 self.require(not nonsense, "acknowledges what does not decrypt", word)
                 self.acknowledged.add(word)
             else:

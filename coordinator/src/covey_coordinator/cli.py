@@ -76,5 +76,5 @@ def serve_command(config_path: Path, log_format: str, plain: bool) -> None:
     set_up(log_format)
     console = Console()
     terminal = console if console.is_terminal and not plain else None
-    check = interrupted_by_signals()
+    check = interrupted_by_signals(at_once=False)  # a signal cuts off nothing that writes or tidies
     serve(config_path, click.echo, check, terminal=terminal, log_events=log_format == "json")

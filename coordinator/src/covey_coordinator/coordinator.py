@@ -7,11 +7,12 @@ keeps those after it from happening; what is durable then is what `resume_round`
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -25,6 +26,7 @@ from covey_coordinator.aggregation.screening import Arrivals, Screened
 from covey_coordinator.aggregation.staleness import weighted
 from covey_coordinator.fleet import POLL_S, FromFleet
 from covey_coordinator.store import Checkpoint, RunStore
+from covey_coordinator.uploads import UploadGate
 from covey_coordinator.watching import events
 from covey_protocol import round as rounds
 from covey_protocol.bundle import check_plan, read_bundle
@@ -38,6 +40,7 @@ from covey_protocol.messages import (
     Failure,
     FromCoordinator,
     Invitation,
+    Need,
     Offer,
     Presence,
     Receipt,
@@ -51,6 +54,9 @@ log = logging.getLogger("covey.coordinator")
 
 KEEP_TIME_S = 5.0  # how often a round's elapsed time is made durable: at most so much longer if the clock jumps back
 RESTART_COST_S = 1.0  # of the round's time, so that it ends also where the coordinator only ever restarts
+# messages that are taken before what they led to is made durable and said, in one go: each sync takes milliseconds
+MOST_TOGETHER, TOGETHER_S = 256, 0.2
+TELL_RATIO = 30.0  # time between two tellings of every device's progress, in times of what one takes
 LINGER_S = 5.0  # at the end of a run: how long devices that are online have to read their verdicts
 
 Floats = npt.NDArray[np.float32]
@@ -81,7 +87,7 @@ class Devices(Protocol):
     def known(self) -> list[str]: ...
     def online(self) -> list[str]: ...
     def send(self, device_id: str, message: FromCoordinator) -> None: ...
-    def publish_round(self, message: Invitation | RoundClosed) -> None: ...
+    def publish_round(self, message: Invitation | RoundClosed, in_use: Collection[bytes] = ()) -> None: ...
     def publish_blob(self, data: bytes) -> BlobRef: ...
     def clear_blob(self, sha256: bytes) -> None: ...
     def next(self, timeout_s: float) -> FromFleet | None: ...
@@ -142,14 +148,14 @@ class _Round:
     revoked: set[str] = field(default_factory=set)  # of whom the machine has heard
     finished: rounds.Finished | None = None
     kept_time_at: float = 0.0
-    told_at: float = float("-inf")
+    tell_at: float = float("-inf")
 
 
 class Coordinator:
     """Rounds of one fleet, one at a time.
 
     leave_open: an error or Ctrl-C leaves the round as it is, for `resume_round` after a restart; else it is abandoned.
-    on_progress: called with every device's progress, a few times a second and whenever something came in.
+    on_progress: called with every device's progress, a few times a second and at the end.
     watch: told what happens, see watching.events.
     aborted: looked at as often; the reason why an operator ends the round, None as long as nobody does.
     revoked: looked at as often; the devices of which nothing is taken, and why.
@@ -182,6 +188,8 @@ class Coordinator:
         self._known_revoked: Mapping[str, str] = {}
         self._entropy = entropy
         self.refused: Counter[str] = Counter()  # messages of revoked devices
+        self._unsaid: list[tuple[str, FromCoordinator]] = []  # may be said after the next commit
+        self._gate = UploadGate()
 
     def wait_for(
         self,
@@ -226,7 +234,7 @@ class Coordinator:
             left = end - self._clock.monotonic_s()
             if left <= 0:
                 return False
-            self._take(None, self.fleet.next(min(POLL_S, left)))
+            self._take_some(None, min(POLL_S, left))
         return True
 
     def run_round(
@@ -379,6 +387,11 @@ class Coordinator:
         own = (invitation.round_id, *invitation.earlier) if invitation.max_staleness else ()
         self._window = frozenset(own)
 
+    def _models_in_use(self, message: Invitation | RoundClosed) -> list[bytes]:
+        """Of earlier rounds, which a coordinator that was killed may have left on the broker."""
+        earlier = message.earlier if isinstance(message, Invitation) else ()
+        return [self.store.invitation(round_id).parameters.sha256 for round_id in earlier]
+
     def _clear_models(self, invitation: Invitation) -> None:
         """Take off the broker what no device works with any more."""
         sha256 = invitation.parameters.sha256
@@ -405,17 +418,18 @@ class Coordinator:
     def _collect(self, state: _Round, effects: list[rounds.Effect]) -> RoundResult:
         started = self._clock.monotonic_s()
         try:
-            self._perform(state, effects)
+            with self._together():
+                self._perform(state, effects)
             while state.finished is None:
-                received = self.fleet.next(POLL_S)
-                self._revoke(state)
-                self._take(state, received)
+                self._take_some(state, POLL_S)
                 self._end_if_aborted(state)
                 self._keep_time(state)
                 self._tell_progress(state)
         finally:
             if state.finished is None and not self._leave_open:  # devices must not go on working for nothing
-                self._handle(state, rounds.Aborted("the coordinator stopped"))
+                with self._together():
+                    self._handle(state, rounds.Aborted("the coordinator stopped"))
+        self._gate.clear()
         invitation, finished = state.machine.invitation, state.finished
         self._clear_models(invitation)
         verdicts = sorted(state.verdicts, key=lambda verdict: verdict.device_id)
@@ -430,7 +444,8 @@ class Coordinator:
     def _end_if_aborted(self, state: _Round) -> None:
         reason = self._aborted()
         if reason is not None and state.finished is None:
-            self._handle(state, rounds.Aborted(reason))
+            with self._together():
+                self._handle(state, rounds.Aborted(reason))
 
     def _tell_opened(self, state: _Round, now: float, resumed: bool) -> None:
         machine, invitation = state.machine, state.machine.invitation
@@ -443,22 +458,61 @@ class Coordinator:
         self._tell_moves(state, machine.progress())
 
     def _tell_progress(self, state: _Round) -> None:
-        progress = state.machine.progress()
-        self._on_progress(progress)
-        # not for every chunk of every device
-        if state.finished is not None or self._clock.monotonic_s() - state.told_at >= POLL_S:
+        if state.finished is not None or self._clock.monotonic_s() >= state.tell_at:
+            progress = state.machine.progress()
+            self._on_progress(progress)
             self._tell_moves(state, progress)
 
     def _tell_moves(self, state: _Round, progress: dict[str, Progress]) -> None:
-        state.told_at = self._clock.monotonic_s()
+        """Not for every chunk of every device, and less often in a large fleet."""
+        began = self._clock.monotonic_s()
         words = {device_id: how_far.value for device_id, how_far in progress.items()}
         self._watch(events.DevicesMoved(state.machine.invitation.round_id, words, state.machine.received()))
+        now = self._clock.monotonic_s()
+        state.tell_at = now + max(POLL_S, TELL_RATIO * (now - began))
 
     def _keep_time(self, state: _Round) -> None:
         now = self._clock.monotonic_s()
         if state.finished is None and now - state.kept_time_at >= KEEP_TIME_S:
             state.kept_time_at = now
+            self.store.save_chunks()
             self.store.keep_time(state.machine.invitation.round_id, int((now - state.opened_at) * 1000))
+
+    def _take_some(self, state: _Round | None, timeout_s: float) -> None:
+        """What comes within timeout_s, and with it what has come already, up to a bound; then that time passed."""
+        received = self.fleet.next(timeout_s)
+        end = self._clock.monotonic_s() + TOGETHER_S
+        with self._together():
+            if state is not None:
+                self._revoke(state)
+            taken = 0
+            while received is not None:
+                self._take(state, received)
+                taken += 1
+                over = state is not None and state.finished is not None
+                if over or taken == MOST_TOGETHER or self._clock.monotonic_s() >= end:
+                    break
+                received = self.fleet.next(0.0)
+            self._take(state, None)
+        if received is None:
+            for device_id, need in self._gate.let_go(self._clock.monotonic_s()):
+                self.fleet.send(device_id, need)
+
+    @contextlib.contextmanager
+    def _together(self) -> Iterator[None]:
+        """What is done in the with block becomes durable together; what it wants to say is said after that."""
+        try:
+            with self.store.together():
+                yield
+                self._commit()
+        finally:
+            self._unsaid.clear()
+
+    def _commit(self) -> None:
+        self.store.commit()
+        unsaid, self._unsaid = self._unsaid, []
+        for device_id, message in unsaid:
+            self.fleet.send(device_id, message)
 
     def _take(self, state: _Round | None, received: FromFleet | None) -> None:
         """One message, or that none came. One of a revoked device is counted as none."""
@@ -490,9 +544,13 @@ class Coordinator:
     def _perform(self, state: _Round, effects: list[rounds.Effect]) -> None:
         for effect in effects:
             if isinstance(effect, rounds.PublishRound):
-                self.fleet.publish_round(effect.message)
+                self._commit()
+                self.fleet.publish_round(effect.message, self._models_in_use(effect.message))
+            elif isinstance(effect, rounds.SendTo) and isinstance(effect.message, Need):
+                update = state.machine.offer_of(effect.device_id).update
+                self._gate.add(effect.device_id, effect.message, update, self._clock.monotonic_s())
             elif isinstance(effect, rounds.SendTo):
-                self.fleet.send(effect.device_id, effect.message)
+                self._unsaid.append((effect.device_id, effect.message))
             elif isinstance(effect, rounds.Record):
                 round_id = state.machine.invitation.round_id
                 self.store.record(round_id, effect.device_id, effect.progress, effect.reason)
@@ -505,6 +563,7 @@ class Coordinator:
                 self._store(state, effect)
             elif isinstance(effect, rounds.Aggregate):
                 self.store.decided(state.machine.invitation.round_id)
+                self._commit()
                 self._handle(state, self._aggregate(state, effect.device_ids))
             elif isinstance(effect, rounds.Finished):
                 self._conclude(state, effect)
@@ -533,7 +592,7 @@ class Coordinator:
             return  # the next round takes it, when the device offers it again
         verdict = self.store.verdict(offer.round_id, device_id, offer.update.sha256)
         over = Receipt(offer.round_id, offer.update.sha256, False, "that round is over")
-        self.fleet.send(device_id, verdict if verdict is not None else over)
+        self._unsaid.append((device_id, verdict if verdict is not None else over))
 
     def _aggregate(self, state: _Round, device_ids: tuple[str, ...]) -> rounds.Event:
         if state.engine is None:

@@ -9,17 +9,19 @@ import logging
 import queue
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from covey_coordinator.retained import RetainedNote
 from covey_coordinator.roster import Roster
+from covey_edge.inbox import HOLD_BYTES, Inbox, waiting_bytes
 from covey_edge.mqtt import Broker, ConnectionDown, ConnectionUp, Incoming, MqttTransport, Refused
 from covey_protocol import codec
 from covey_protocol.blobs import blob_ref, chunks
 from covey_protocol.codec import CHUNK_ROOM_BYTES, COORDINATOR
 from covey_protocol.device import RESEND_S
-from covey_protocol.errors import PeerError, TransportError
+from covey_protocol.errors import PeerError, StorageError, TransportError
 from covey_protocol.keys import Keys
 from covey_protocol.messages import (
     DEFAULT_CHUNK_BYTES,
@@ -59,6 +61,7 @@ class Fleet:
     roster: the public keys of every device that may take part; everybody else is ignored and counted in `refused`.
     chunk_bytes: of models on the wire; less where the broker says that it takes less.
     sequence: the coordinator's message numbers; without it they come from the clock alone.
+    note: of the blobs that are retained, over restarts.
     patience_s: how long the broker may be away before waiting for it raises TransportError.
     check: called a few times a second while waiting; may raise (a broker process died).
     """
@@ -71,6 +74,7 @@ class Fleet:
         roster: Mapping[str, Keys] | Roster,
         *,
         sequence: codec.Sequence | None = None,
+        note: RetainedNote | None = None,
         chunk_bytes: int = DEFAULT_CHUNK_BYTES,
         patience_s: float = BROKER_PATIENCE_S,
         check: Callable[[], None] = lambda: None,
@@ -84,15 +88,19 @@ class Fleet:
         self._chunk_bytes = chunk_bytes
         self._patience_s = patience_s
         self._check = check
-        self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._inbox = Inbox()
         self._held: deque[Any] = deque()  # taken from the inbox while we waited for something else
         self._transport = MqttTransport(broker, f"covey-{name}-{COORDINATOR}", self._inbox)
         self._sequence = sequence if sequence is not None else codec.Sequence(time.time_ns())
+        self._note = note if note is not None else RetainedNote()
+        self._left_over = dict(self._note.noted)  # by an earlier start, and not published again by this one
+        self._clearing: dict[bytes, list[int]] = {}  # sha256 -> the messages that clear its chunks
         self._presence: dict[str, tuple[Presence, PublicKey]] = {}  # with the key that sealed it
         self._blobs: dict[bytes, tuple[BlobRef, bytes]] = {}
         self._renew_at = 0.0
         self._confirmed_bytes = 0
         self._round: Invitation | RoundClosed | None = None
+        self._in_use: frozenset[bytes] = frozenset()
         self._was_up = False
         self._down_since: float | None = None
 
@@ -120,10 +128,12 @@ class Fleet:
         try:
             for sha256 in list(self._blobs):
                 self.clear_blob(sha256)
+            self._clear_left_over()
             if self._round is not None:
                 sent = self._publish(self.topics.round, b"", retain=True)
                 self._transport.flush([sent], timeout_s=2.0)
-        except TransportError as exc:
+            self._forget_cleared()
+        except (TransportError, StorageError) as exc:
             log.warning("the broker could not be tidied: %s", exc)
         self._transport.close()
 
@@ -147,25 +157,48 @@ class Fleet:
         except TransportError as exc:  # a Need of very many chunks: that device is lost for the round, the run is not
             log.error("%s", exc)
 
-    def publish_round(self, message: Invitation | RoundClosed) -> None:
-        self._round = message
+    def publish_round(self, message: Invitation | RoundClosed, in_use: Collection[bytes] = ()) -> None:
+        """Retain the message. in_use: hashes of models that devices may still work with, beside the round's own."""
+        self._round, self._in_use = message, frozenset(in_use)
         expiry_s = message.duration_ms / 1000 if isinstance(message, Invitation) else None
         sealed = self._sealed(message, self.topics.round)
         self._publish(self.topics.round, sealed, retain=True, expiry_s=expiry_s)
+        if isinstance(message, Invitation):  # whose bundle and model are published by now
+            self._clear_left_over(self._in_use)
 
     def publish_blob(self, data: bytes) -> BlobRef:
         """Retain the blob's chunks on the broker; returns when the broker has them all."""
         ref = blob_ref(data, self._chunk_bytes)
+        self._forget_cleared()
         if ref.sha256 not in self._blobs:
+            self._clearing.pop(ref.sha256, None)
+            self._left_over.pop(ref.sha256, None)
+            self._note.add(ref)
             self._blobs[ref.sha256] = (ref, data)
             self._publish_chunks(ref, data)
             self._confirm(ref)
         return ref
 
     def clear_blob(self, sha256: bytes) -> None:
-        ref, _ = self._blobs.pop(sha256)
-        for index in range(ref.num_chunks):
-            self._publish(self.topics.blob(sha256, index), b"", retain=True)
+        """What only an earlier start published is cleared with the rest that it left."""
+        known = self._blobs.pop(sha256, None)
+        if known is not None:
+            self._clear(known[0])
+
+    def _clear(self, ref: BlobRef) -> None:
+        topics = [self.topics.blob(ref.sha256, index) for index in range(ref.num_chunks)]
+        self._clearing[ref.sha256] = [self._publish(topic, b"", retain=True) for topic in topics]
+
+    def _clear_left_over(self, but: Collection[bytes] = ()) -> None:
+        for sha256 in [one for one in self._left_over if one not in but]:
+            self._clear(self._left_over.pop(sha256))
+
+    def _forget_cleared(self) -> None:
+        """Of the note: what the broker has acknowledged meanwhile."""
+        for sha256, sent in list(self._clearing.items()):
+            if self._transport.flush(sent, timeout_s=0.0):
+                del self._clearing[sha256]
+                self._note.remove(sha256)
 
     def _publish(self, topic: str, payload: bytes, retain: bool = False, expiry_s: float | None = None) -> int:
         self.sent_bytes += len(payload)
@@ -197,7 +230,7 @@ class Fleet:
         if self._transport.protocol != "3.1.1" or size <= self._confirmed_bytes:
             return
         self._transport.subscribe([topic])
-        end = time.monotonic() + CONFIRM_S
+        end, held_bytes = time.monotonic() + CONFIRM_S, 0
         while size > self._confirmed_bytes:
             self._watch()
             if time.monotonic() > end:
@@ -215,7 +248,9 @@ class Fleet:
             elif isinstance(item, ConnectionUp):
                 self._restore()
             else:
-                self._held.append(item)
+                held_bytes += waiting_bytes(item.payload) if isinstance(item, Incoming) else 0
+                if held_bytes < HOLD_BYTES or not isinstance(item, Incoming):  # devices say again what is dropped
+                    self._held.append(item)
         self._transport.unsubscribe([topic])
 
     def _sealed(self, message: FromCoordinator, topic: str) -> bytes:
@@ -282,7 +317,7 @@ class Fleet:
         log.info("%s is back", self.broker)
         self._send_all_chunks()
         if self._round is not None:
-            self.publish_round(self._round)
+            self.publish_round(self._round, self._in_use)
 
     def _send_all_chunks(self) -> None:
         for ref, data in self._blobs.values():

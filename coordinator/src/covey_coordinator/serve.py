@@ -27,6 +27,7 @@ from covey_coordinator.coordinator import Coordinator, Engine, RoundResult, Timi
 from covey_coordinator.fleet import MIN_CHUNK_BYTES, Fleet
 from covey_coordinator.orders import Orders, Revocations
 from covey_coordinator.records import ACCEPTED
+from covey_coordinator.retained import RetainedNote
 from covey_coordinator.roster import Roster, RosterFile
 from covey_coordinator.store import Checkpoint, RunStore, only_one
 from covey_coordinator.watching import events
@@ -61,6 +62,7 @@ from covey_protocol.errors import (
     StorageError,
     TrainingError,
 )
+from covey_protocol.forms import WITHHOLDING
 from covey_protocol.messages import (
     DEFAULT_CHUNK_BYTES,
     MAX_CHUNK_BYTES,
@@ -77,6 +79,7 @@ from covey_protocol.seals import PublicKey, SealingKey
 from covey_protocol.topics import check_name
 
 AtLeastOne = Annotated[int, Meta(ge=1)]
+PER_NUMBER = ("median", "trimmed-mean", "meamed", "bulyan")  # rules that look at each number of the updates for itself
 MOST_ABANDONED = 10  # rounds in a row; then an operator has to look
 
 
@@ -181,6 +184,7 @@ def serve(
     _check_plan(path, config, bundle.manifest)
     rule = _rule(path, config)
     rule.check(config.round.quorum)
+    _warn_of_sparse_rows(config, say)
     keys, broker = roster_from(config.devices), read_broker(config.broker, folder)
     runs = folder / config.runs_dir
     with contextlib.ExitStack() as stack:
@@ -207,6 +211,7 @@ def serve(
             config.server.learning_rate,
         )
         stack.callback(engine.close)
+        check()  # making an engine takes seconds
         fleet = _fleet(config, broker, roster, key, runs, check_and_keep)
         if config.metrics is not None:
             say(f"metrics: {_serve_metrics(stack, config.metrics, board, fleet, store)}")
@@ -235,7 +240,9 @@ def _fleet(
 ) -> Fleet:
     numbers = NumberFile(runs / f"{config.fleet}.sequence")
     sequence = Sequence(time.time_ns(), numbers.load(), numbers.store)
-    return Fleet(broker, config.fleet, key, roster, sequence=sequence, chunk_bytes=config.chunk_bytes, check=check)
+    note = RetainedNote(runs / f"{config.fleet}.retained")
+    chunk_bytes = config.chunk_bytes
+    return Fleet(broker, config.fleet, key, roster, sequence=sequence, note=note, chunk_bytes=chunk_bytes, check=check)
 
 
 def _serve_metrics(
@@ -379,6 +386,16 @@ def _rule(path: Path, config: CoordinatorConfig) -> Rule:
         return rule_from_table(config.aggregation)
     except ConfigError as exc:
         raise ConfigError(f"{path}: [aggregation]: {exc.what}", exc.remedy) from exc
+
+
+def _warn_of_sparse_rows(config: CoordinatorConfig, say: Say) -> None:
+    """Such a round ends well and teaches the model nothing: measured in docs/coordinator.md."""
+    steps = [step.get("step") if isinstance(step, dict) else step for step in config.aggregation.get("before", [])]
+    if config.aggregation["rule"] in PER_NUMBER and config.wire.compression in WITHHOLDING and "nnm" not in steps:
+        say(
+            f"warning: {config.aggregation['rule']} sees mostly zeros in {config.wire.compression} updates and learns"
+            ' little or nothing; set before = ["nnm"] in [aggregation], or another rule or compression'
+        )
 
 
 def _check_plan(path: Path, config: CoordinatorConfig, manifest: Manifest) -> None:

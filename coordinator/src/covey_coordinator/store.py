@@ -6,8 +6,9 @@
     partial/ROUND/DEVICE/SHA256/          chunks of updates that are still coming; not synced, nothing depends on them
     checkpoints/RUN/round-NNNNN.f32       the model after a published round; .state beside it: rule and server optimizer
 
-A file is durable before the row that names it, and a row before anyone is told of it. Every method is one transaction.
-SQLite runs in WAL with synchronous=FULL: what was committed survives a power cut. This file takes no decisions.
+A file is durable before the row that names it, and a row before anyone is told of it. Every method is one transaction,
+but for those called `together`: what they write becomes durable in one. SQLite runs in WAL with synchronous=FULL: what
+was committed survives a power cut. This file takes no decisions.
 """
 
 from __future__ import annotations
@@ -99,7 +100,10 @@ class Checkpoint(NamedTuple):
 
 
 class RunStore:
-    """One run's folder. Used by one thread. Every write is durable when it returns; StorageError if it cannot be."""
+    """One run's folder. Used by one thread. Every write is durable when it returns; StorageError if it cannot be.
+
+    Within `together` it is durable when `commit` returns: a sync takes milliseconds, and a fleet says a lot at once.
+    """
 
     def __init__(self, folder: Path, *, disk: Disk = DISK, database: Any = None) -> None:
         self.folder = folder
@@ -109,6 +113,40 @@ class RunStore:
             migrate(self._database)
         self._disk.sweep(self.folder / "updates")
         self._disk.sweep(self.folder / "keys")
+        self._together = False
+        self._updates: dict[Path, bytes] = {}  # to be written before the commit
+        # device -> (round, sha256 of the update, index, data) of updates that are coming in
+        self._chunks: dict[str, list[tuple[str, str, int, bytes]]] = {}
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Many writes in one transaction, committed at the end of the with block (or nothing of it), and by `commit`.
+
+        What is read meanwhile may not be durable yet. Chunks wait for `save_chunks`.
+        """
+        self._together = True
+        try:
+            yield
+            self.commit()
+        except BaseException:
+            self._forget_uncommitted()
+            raise
+        finally:
+            self._together = False
+
+    def commit(self) -> None:
+        """What was written until now is durable when this returns. Raises StorageError."""
+        if self._updates:
+            self._disk.write_all(self._updates, mode=0o600)  # an update can be inverted
+            self._updates.clear()
+        if self._database.in_transaction:
+            with _translated(self.folder):
+                self._database.execute("COMMIT")
+
+    def _forget_uncommitted(self) -> None:
+        self._updates.clear()
+        if self._database.in_transaction:
+            self._database.execute("ROLLBACK")
 
     def close(self) -> None:
         self._database.close()
@@ -187,7 +225,8 @@ class RunStore:
         """After this the device may be told that its update is kept. taken_by: the round, if not the offer's own."""
         round_id = taken_by or offer.round_id
         sha256 = offer.update.sha256.hex()
-        self._disk.write(self._update_path(sha256), data, mode=0o600)  # an update can be inverted
+        self._updates[self._update_path(sha256)] = data
+        self._chunks.pop(device_id, None)
         with self._transaction() as database:
             database.execute(
                 "UPDATE devices SET progress = ?, reason = '', offer = ?, sha256 = ?, origin = nullif(?, round),"
@@ -236,6 +275,7 @@ class RunStore:
                     "INSERT OR REPLACE INTO checkpoints VALUES (?, ?, ?, ?, ?)",
                     (run_id, checkpoint.number, round_id, *hashes),
                 )
+        self._chunks.clear()
         self._disk.remove_tree(self._partial(round_id))
 
     def unfinished(self, run_id: str) -> RoundFacts | None:
@@ -259,9 +299,23 @@ class RunStore:
     # --- chunks of updates that are coming in
 
     def save_chunk(self, device_id: str, offer: Offer, index: int, data: bytes, *, taken_by: str = "") -> None:
-        """So that a restart need not ask for it again. Not synced: the name holds a checksum of the content."""
-        folder = self._partial(taken_by or offer.round_id) / device_id
-        sha256 = offer.update.sha256.hex()
+        """So that a restart need not ask for it again. Not synced: the name holds a checksum of the content.
+
+        Within `together` it waits for `save_chunks`; most updates are complete by then, and their chunks need no file.
+        """
+        round_id = taken_by or offer.round_id
+        self._chunks.setdefault(device_id, []).append((round_id, offer.update.sha256.hex(), index, data))
+        if not self._together:
+            self.save_chunks()
+
+    def save_chunks(self) -> None:
+        """Of the updates that are still incomplete."""
+        for device_id, waiting in self._chunks.items():
+            for round_id, sha256, index, data in waiting:
+                self._save_chunk(self._partial(round_id) / device_id, sha256, index, data)
+        self._chunks.clear()
+
+    def _save_chunk(self, folder: Path, sha256: str, index: int, data: bytes) -> None:
         if any(name != sha256 for name in self._disk.names(folder)):
             self._disk.remove_tree(folder)  # of an offer that was replaced
         self._disk.write_scratch(folder / sha256 / f"{index}.{zlib.crc32(data):08x}", data)
@@ -446,17 +500,20 @@ class RunStore:
             "SELECT number FROM checkpoints WHERE run = ? ORDER BY number DESC LIMIT -1 OFFSET ?", run_id, KEEP_ROUNDS
         )
         with self._transaction() as database:
-            database.execute(
+            gone = database.execute(
                 f"DELETE FROM rounds WHERE id IN {older} AND phase NOT IN (?, ?) AND opened_ms < ?",  # noqa: S608 - fixed
                 (run_id, KEEP_ROUNDS, *OPEN_PHASES, now_ms - RETENTION_MS),
             )
-            database.execute("DELETE FROM devices WHERE round NOT IN (SELECT id FROM rounds)")
+            if gone.rowcount:
+                database.execute("DELETE FROM devices WHERE round NOT IN (SELECT id FROM rounds)")
             for (number,) in rows:
                 database.execute("DELETE FROM checkpoints WHERE run = ? AND number = ?", (run_id, number))
         for (number,) in rows:
             self._disk.remove(self._checkpoint_path(run_id, number, ".state"))
-        wanted = self._all(
-            f"SELECT sha256 FROM devices WHERE sha256 IS NOT NULL AND round NOT IN {older}",  # noqa: S608 - fixed
+        wanted = self._all(  # not of all devices of all rounds: they grow for a month
+            "SELECT sha256 FROM devices WHERE sha256 IS NOT NULL AND round IN (SELECT id FROM rounds WHERE run != ?"
+            " UNION SELECT id FROM (SELECT id FROM rounds WHERE run = ? ORDER BY rowid DESC LIMIT ?))",
+            run_id,
             run_id,
             KEEP_ROUNDS,
         )
@@ -596,9 +653,17 @@ class RunStore:
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[Any]:
-        """Committed and synced at the end of the with block, or nothing of it."""
-        with _translated(self.folder), transaction(self._database):
-            yield self._database
+        """Committed and synced at the end of the with block (within `together`: by `commit`), or nothing of it."""
+        with _translated(self.folder):
+            if not self._database.in_transaction:
+                self._database.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._database
+                if not self._together:
+                    self.commit()
+            except BaseException:
+                self._forget_uncommitted()
+                raise
 
 
 def _same_form(one: Invitation, another: Invitation) -> bool:

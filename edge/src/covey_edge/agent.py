@@ -17,6 +17,7 @@ from covey_edge import __version__
 from covey_edge.cache import BlobCache
 from covey_edge.config import Agent
 from covey_edge.frames import Done, Frame, Open, Probe, Problem, Run
+from covey_edge.inbox import Inbox
 from covey_edge.mqtt import ConnectionDown, ConnectionUp, Incoming, MqttTransport, Refused
 from covey_edge.outbox import NumberFile, Outbox
 from covey_edge.performer import Performer
@@ -56,7 +57,7 @@ class AgentProgram:
     def __init__(self, agent: Agent) -> None:
         self._agent = agent
         self._config = agent.config
-        self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._inbox = Inbox()
         self._topics = Topics(agent.config.fleet)
         self._machine = device.DeviceMachine(agent.config.device_id)
         self._numbers = NumberFile(agent.state_dir / "sequence")
@@ -174,7 +175,7 @@ class AgentProgram:
         if isinstance(frame, Problem):
             problem = f"{frame.what}; {frame.remedy}" if frame.remedy else frame.what
             log.error("round %s: %s", round_id, problem)
-            self._handle(device.TrainingFailed(round_id, problem))
+            self._handle(device.TrainingFailed(round_id, self._told(problem, frame.kind)))
         elif isinstance(frame, Done) and not frame.update:
             if frame.runtime != self._runtime:
                 self._runtime = frame.runtime
@@ -183,6 +184,12 @@ class AgentProgram:
         elif isinstance(frame, Done):
             log.info("round %s: trained on %d examples with %s", round_id, frame.num_examples, frame.runtime)
             self._take_update(round_id, frame)
+
+    def _told(self, problem: str, kind: str) -> str:
+        """What a Failure says of it. In an encrypted round not how many examples are too few, or which row is wrong."""
+        invitation = self._machine.invitation
+        hidden = invitation is not None and invitation.encryption_key
+        return f"{kind}; in an encrypted round the reason is in the device's log alone" if hidden else problem
 
     def _take_update(self, round_id: str, frame: Done) -> None:
         """What the update leaves out is durable before the update can be sent, so that nothing is sent twice."""

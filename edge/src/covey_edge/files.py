@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Optional
 
@@ -15,22 +17,36 @@ def write_atomic(path: Path, data: bytes, mode: int = 0o644) -> None:
 
     Makes missing folders. Raises StorageError naming the file (full disk, read-only file system, no permission).
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    write_all_atomic({path: data}, mode)
+
+
+def write_all_atomic(files: Mapping[Path, bytes], mode: int = 0o644) -> None:
+    """Each as `write_atomic` does it, and all are durable when this returns; until then any of them may be.
+
+    All are written before the first is synced, and each folder is synced once: for many files that is much faster.
+    """
+    temporary = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in files}
+    folders = {path.parent: path for path in files}
+    path = Path()
     try:
-        make_folder(path.parent)
+        for path in folders.values():
+            make_folder(path.parent)
         try:
-            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
-            try:
-                _write_all(descriptor, data)
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-            os.replace(temporary, path)
+            with contextlib.ExitStack() as stack:
+                descriptors = []
+                for path, data in files.items():
+                    descriptors.append(stack.enter_context(_written(temporary[path], data, mode)))
+                for descriptor in descriptors:
+                    os.fsync(descriptor)
+            for path in files:
+                os.replace(temporary[path], path)
         except BaseException:
-            if os.path.exists(temporary):
-                os.unlink(temporary)
+            for left in temporary.values():
+                if os.path.exists(left):
+                    os.unlink(left)
             raise
-        sync_folder(path.parent)
+        for path in folders.values():
+            sync_folder(path.parent)
     except OSError as exc:
         raise StorageError(
             f"cannot write {path} ({exc.strerror or exc})", "free some space or check the folder's permissions"
@@ -44,15 +60,16 @@ class Disk:
         """Durable when this returns: see `write_atomic`."""
         write_atomic(path, data, mode)
 
+    def write_all(self, files: Mapping[Path, bytes], mode: int = 0o644) -> None:
+        """All are durable when this returns: see `write_all_atomic`."""
+        write_all_atomic(files, mode)
+
     def write_scratch(self, path: Path, data: bytes) -> None:
         """For what may be lost or torn by a crash: nothing is synced. Mode 600."""
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-            try:
-                _write_all(descriptor, data)
-            finally:
-                os.close(descriptor)
+            with _written(path, data, 0o600):
+                pass
         except OSError as exc:
             raise StorageError(f"cannot write {path} ({exc.strerror or exc})", "free some space") from exc
 
@@ -96,10 +113,17 @@ class Disk:
 DISK = Disk()
 
 
-def _write_all(descriptor: int, data: bytes) -> None:
-    left = memoryview(data)
-    while left:
-        left = left[os.write(descriptor, left) :]
+@contextlib.contextmanager
+def _written(path: Path, data: bytes, mode: int) -> Iterator[int]:
+    """A new file with this content, and its descriptor: nothing is synced yet."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+    try:
+        left = memoryview(data)
+        while left:
+            left = left[os.write(descriptor, left) :]
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def make_folder(folder: Path) -> None:

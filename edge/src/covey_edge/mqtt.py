@@ -7,6 +7,7 @@ because the protocol says again what may be lost. What reasons mean: `mqtt_reaso
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import math
@@ -28,6 +29,7 @@ from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
+from covey_edge.inbox import Inbox, waiting_bytes
 from covey_edge.mqtt_reasons import (
     HOPELESS,
     NO_CERTIFICATE,
@@ -179,10 +181,10 @@ class MqttTransport:
     Threads: a keeper thread owns the state, sends, and connects again; each connection has a network thread that runs
     paho. Callers put commands into a queue and return at once; only `connect`, `flush` and `close` block.
     Limits: at most the broker's Receive Maximum of messages are unacknowledged (20 where it names none). The queue
-    before that and `inbox` are not bounded: who sends much waits with `flush`.
+    before that is not bounded: who sends much waits with `flush`. What comes is acknowledged when `inbox` has room.
     """
 
-    def __init__(self, broker: Broker, client_id: str, inbox: queue.SimpleQueue[Any]) -> None:
+    def __init__(self, broker: Broker, client_id: str, inbox: Inbox) -> None:
         self.broker = broker
         self._client_id = client_id
         self._inbox = inbox
@@ -394,6 +396,7 @@ class MqttTransport:
             client_id=self._client_id,
             protocol=self._protocol,
             reconnect_on_failure=False,
+            manual_ack=True,  # by the inbox
         )
         client.connect_timeout = self._timeout_s
         client.max_inflight_messages = 0  # the window is ours: a broker may ask for a smaller one
@@ -417,6 +420,7 @@ class MqttTransport:
         properties = self._properties(
             PacketTypes.CONNECT,
             SessionExpiryInterval=SESSION_EXPIRY_S,
+            ReceiveMaximum=WINDOW,
             MaximumPacketSize=MAX_ENVELOPE_BYTES + TOPIC_BYTES + PACKET_HEADER_BYTES,
         )
         return {"clean_start": not self._been_up, "properties": properties}
@@ -616,11 +620,14 @@ class MqttTransport:
         self._commands.put(lambda: self._subscribed(client, packet_id, reasons))
 
     def _on_message(self, client: Any, userdata: Any, message: paho.MQTTMessage) -> None:
+        acknowledge = functools.partial(client.ack, message.mid, message.qos)
         try:
             topic = message.topic
-        except UnicodeDecodeError:
-            return  # no topic of ours
-        self._inbox.put(Incoming(topic, bytes(message.payload), bool(message.retain)))
+        except UnicodeDecodeError:  # no topic of ours
+            acknowledge()
+            return
+        item = Incoming(topic, bytes(message.payload), bool(message.retain))
+        self._inbox.put_message(item, waiting_bytes(item.payload), acknowledge if message.qos else None)
 
 
 def _leave_it_to_the_loop(client: Any, userdata: Any, connection: Any) -> None:

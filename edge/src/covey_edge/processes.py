@@ -26,26 +26,30 @@ def die_with_parent(parent: int) -> None:
         os._exit(0)
 
 
-def interrupted_by_signals() -> Callable[[], None]:
+def interrupted_by_signals(*, at_once: bool = True) -> Callable[[], None]:
     """Make SIGTERM and SIGHUP end this process as Ctrl-C does: through its clean-up.
 
-    Returns a check that raises KeyboardInterrupt if one of the three has come. Call it in every loop that waits: an
-    exception from a signal handler is lost where it strikes inside a destructor or a C callback (seen while TFF is
-    imported), and a lost Ctrl-C must not let the program run on. A second signal does not disturb the clean-up; a third
-    ends the process at once. Signals that were ignored when we started (nohup) stay ignored.
+    Returns a check that raises KeyboardInterrupt if one of the three has come. Call it in every loop that waits.
+    at_once: the first signal raises KeyboardInterrupt also where it strikes. That is for programs that compute for long
+    without a check. It is lost where it strikes inside a destructor or a C callback (seen while TFF is imported), and
+    an object whose making it cuts off may complain when it is destroyed. Without at_once the first signal waits for the
+    check, and only a second one that comes before the check strikes at once. No later signal disturbs the clean-up, but
+    a third ends the process. Signals that were ignored when we started (nohup) stay ignored.
     """
     came: list[int] = []
+    checked: list[bool] = []
 
     def interrupt(number: int, frame: object) -> None:
         came.append(number)
         if len(came) >= PATIENCE:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        if len(came) == 1:
+        if len(came) == (1 if at_once else 2) and not checked:
             raise KeyboardInterrupt
 
     def check() -> None:
         if came:
+            checked.append(True)
             raise KeyboardInterrupt
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Optional
 
+from covey_edge.inbox import Inbox
 from covey_edge.mqtt import Broker, ConnectionDown, Incoming, MqttTransport, Refused
 from covey_protocol.errors import ConfigError, PeerError, StorageError
 from covey_protocol.keys import Keys
@@ -60,7 +61,7 @@ class Recorder:
 
     def __init__(self, broker: Broker, fleet: str, path: Path) -> None:
         self._path = path
-        self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._inbox = Inbox()
         # a point is in no device's id, so that no device is thrown out
         self._transport = MqttTransport(broker, f"covey-{fleet}.recorder-{os.getpid()}", self._inbox)
         self._transport.subscribe([f"{Topics(fleet).root}/#"])

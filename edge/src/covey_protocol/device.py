@@ -264,6 +264,7 @@ class DeviceMachine:
         self._owed: dict[str, _Owed] = {}  # round id -> what is in the outbox, the oldest first
         self._deadline = 0.0
         self._settled_round = ""  # the newest round that is over for us: its retained invitation may come again
+        self._excuse: Optional[FromDevice] = None  # Answer(no) or Failure, where that is how it ended for us
 
     @property
     def round_id(self) -> str:
@@ -291,7 +292,9 @@ class DeviceMachine:
 
     def _invited(self, event: Invited, now: float) -> list[Effect]:
         invitation = event.invitation
-        if invitation.round_id in (self._settled_round, self.round_id) or invitation.round_id in self._owed:
+        if invitation.round_id in (self._settled_round, self.round_id):
+            return self._answer_again()  # a coordinator that started again says it again, and may have missed us
+        if invitation.round_id in self._owed:
             return []
         wanted = [self._owed[name] for name in invitation.earlier if name in self._owed]
         offers = self._offer_again(now, [owed for owed in wanted if owed.last_sent < now])
@@ -373,6 +376,12 @@ class DeviceMachine:
         reason = f": {verdict.reason}" if verdict.reason else ""
         return [*self._forget(verdict.round_id, f"update {verdict.status}{reason}"), seen]
 
+    def _over(self, event: Closed, now: float) -> list[Effect]:
+        """Nobody waits for our excuse any more."""
+        if event.closed.round_id == self._settled_round:
+            self._excuse = None
+        return []
+
     def _closed(self, event: Closed, now: float) -> list[Effect]:
         """An update that is owed stays so: what became of it, the coordinator says when it is offered again."""
         if self._waiting is not None and event.closed.round_id == self._waiting.round_id:
@@ -386,14 +395,15 @@ class DeviceMachine:
     def _lost(self, event: Lost, now: float) -> list[Effect]:
         if event.round_id not in self._owed:
             return []
-        failure = Send(Failure(event.round_id, reason_text(event.reason)))
-        return [failure, *self._forget(event.round_id, f"failed, {event.reason}")]
+        failure, current = Failure(event.round_id, reason_text(event.reason)), event.round_id == self.round_id
+        effects = [Send(failure), *self._forget(event.round_id, f"failed, {event.reason}")]
+        if current:
+            self._excuse = failure
+        return effects
 
     def _connected(self, event: Connected, now: float) -> list[Effect]:
         """What was said last may be lost with the connection: say it again. Repeats are harmless."""
-        effects: list[Effect] = []
-        if self.state in (State.FETCHING, State.TRAINING):
-            effects.append(Send(Answer(self.round_id, True)))
+        effects = self._answer_again()
         if self.state is State.FETCHING and self.invitation is not None:
             effects.append(Fetch((self.invitation.bundle, self.invitation.parameters)))
         return [*effects, *self._offer_again(now, list(self._owed.values()))]
@@ -434,19 +444,23 @@ class DeviceMachine:
 
     # --- ends of a round
 
+    def _answer_again(self) -> list[Effect]:
+        """What the coordinator waits for and may have missed. An update's Offer is repeated without it."""
+        if self.state in (State.FETCHING, State.TRAINING):
+            return [Send(Answer(self.round_id, True))]
+        return [Send(self._excuse)] if self._excuse is not None else []
+
     def _decline(self, reason: str) -> list[Effect]:
         round_id = self.round_id
         self._reset(settled=round_id)
-        return [
-            Send(Answer(round_id, False, reason_text(reason))),
-            Note(f"round {round_id}: declined, {reason}"),
-        ]
+        self._excuse = Answer(round_id, False, reason_text(reason))
+        return [Send(self._excuse), Note(f"round {round_id}: declined, {reason}")]
 
     def _give_up(self, reason: str) -> list[Effect]:
         round_id = self.round_id
         self._reset(settled=round_id)
-        failure = Send(Failure(round_id, reason_text(reason)))
-        return [failure, Discard(round_id), Note(f"round {round_id}: failed, {reason}")]
+        self._excuse = Failure(round_id, reason_text(reason))
+        return [Send(self._excuse), Discard(round_id), Note(f"round {round_id}: failed, {reason}")]
 
     def _settle(self, note: str) -> list[Effect]:
         round_id = self.round_id
@@ -456,6 +470,7 @@ class DeviceMachine:
     def _reset(self, settled: Optional[str] = None) -> None:
         self.state = State.IDLE
         self.invitation = None
+        self._excuse = None
         self._awaited = set()
         if settled is not None:
             self._settled_round = settled
@@ -475,6 +490,7 @@ TABLE: dict[tuple[State, type], Action] = {
     **{(state, Connected): _M._connected for state in State},
     **{(state, Tick): _M._tick for state in State},
     **{(state, Closed): _M._closed for state in _BUSY},
+    (State.IDLE, Closed): _M._over,
     (State.INVITED, ConditionsChecked): _M._conditions_checked,
     (State.FETCHING, BlobReady): _M._blob_ready,
     (State.FETCHING, TrainingFailed): _M._training_failed,  # the blobs could not be fetched or stored
@@ -484,8 +500,7 @@ TABLE: dict[tuple[State, type], Action] = {
 
 # Pairs that may happen and mean nothing: late answers of a round already over, repeats.
 IGNORED: frozenset[tuple[State, type]] = frozenset(
-    [(State.IDLE, Closed)]
-    + [(state, ConditionsChecked) for state in State if state is not State.INVITED]
+    [(state, ConditionsChecked) for state in State if state is not State.INVITED]
     + [(state, BlobReady) for state in State if state is not State.FETCHING]
     + [(state, Trained) for state in State if state is not State.TRAINING]
     + [(state, TrainingFailed) for state in (State.IDLE, State.INVITED, State.REPORTING)]

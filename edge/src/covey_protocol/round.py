@@ -170,7 +170,7 @@ class ChunkArrived:
 
 @dataclass(frozen=True)
 class Stored:
-    """The device's update is durable (file written and synced)."""
+    """The device's update is durable (file written and synced) before anything that follows from this is done."""
 
     device_id: str
 
@@ -370,6 +370,7 @@ class RoundMachine:
         self.settings = settings
         self.phase = Phase.INVITING
         self._devices = {device_id: _Participant() for device_id in sorted(device_ids)}
+        self._found: dict[Optional[Progress], str] = {}  # whom `_awaits` saw last
         self._opened_at = 0.0
 
     @classmethod
@@ -609,17 +610,33 @@ class RoundMachine:
 
     def _advance(self, now: float) -> list[Effect]:
         reached = 0 < self.settings.goal <= len(self._stored_devices())
-        awaited = [peer for peer in self._devices.values() if self._still_waited_for(peer, now)]
         over = reached or now - self._opened_at >= self.invitation.duration_ms / 1000
-        if self.phase is Phase.INVITING and (over or not any(p.progress is Progress.INVITED for p in awaited)):
+        if self.phase is Phase.INVITING and (over or not self._awaits(now, Progress.INVITED)):
             self.phase = Phase.COLLECTING
         if self.phase is not Phase.COLLECTING:
             return []
+        if not over and (self.asynchronous or self._awaits(now)):
+            return []
         if any(peer.progress is Progress.STORING for peer in self._devices.values()):
             return []  # never decide over the head of an update that is being made durable
-        if (awaited or self.asynchronous) and not over:
-            return []
         return self._decide()
+
+    def _awaits(self, now: float, progress: Optional[Progress] = None) -> bool:
+        """Whether anyone (with this progress) is still waited for.
+
+        Looks first at whom it saw last, who mostly still is: to look at all for every message costs n^2 in a round.
+        """
+
+        def is_one(peer: _Participant) -> bool:
+            return progress in (None, peer.progress) and self._still_waited_for(peer, now)
+
+        last = self._found.get(progress)
+        if last is not None and is_one(self._devices[last]):
+            return True
+        found = next((name for name, peer in self._devices.items() if is_one(peer)), None)
+        if found is not None:
+            self._found[progress] = found
+        return found is not None
 
     def _still_waited_for(self, peer: _Participant, now: float) -> bool:
         if peer.progress in FINAL:

@@ -1,4 +1,5 @@
-"""Records `good.jsonl`, one real round of two agents over a Mosquitto, and makes the bad ones of it.
+"""Records `good.jsonl` and `encrypted.jsonl`, real rounds of two agents over a Mosquitto, and makes the bad ones of the
+former.
 
 `python tests/golden/transcripts/record.py` writes only files that are not there: like the golden vectors they are never
 changed. It needs a Mosquitto.
@@ -42,7 +43,7 @@ def tiny_bundle() -> bytes:
     return covey_models.export(model, name="tiny", batch_size=4, num_classes=3, key=COORDINATOR)
 
 
-def record(path: Path) -> None:
+def record(path: Path, *, encrypt: bool = False) -> None:
     """One round of both agents, seen by `covey protocol record`."""
     from covey_coordinator.aggregation.engines import make_engine
     from covey_coordinator.aggregation.registry import make_rule
@@ -87,6 +88,7 @@ def record(path: Path) -> None:
                 quorum=2,
                 engine=make_engine("direct", make_rule("mean", 0), manifest.parameters),
                 timing=Timing(60.0, 20.0, 3.0),
+                encrypt=encrypt,
             )
         finally:
             fleet.close()
@@ -194,6 +196,9 @@ def main() -> None:
     good = FOLDER / "good.jsonl"
     if not good.exists():
         record(good)
+    encrypted = FOLDER / "encrypted.jsonl"
+    if not encrypted.exists():
+        record(encrypted, encrypt=True)
     for name, make in BAD.items():
         path = FOLDER / f"{name}.jsonl"
         if not path.exists():

@@ -176,7 +176,7 @@ def _device_lines(found: list[Facts]) -> list[str]:
     rows = [("device", "now", "last heard", *names, "last rejection")]
     for one in found:
         seen = _ago(one["last_seen_ms"]) if one["last_seen_ms"] is not None else "never"
-        now, last = "online" if one["online"] else "offline", one["last_rejection"]
+        now, last = {True: "online", False: "offline", None: "unknown"}[one["online"]], one["last_rejection"]
         order = one["revoked"]
         if order is not None:
             now, last = "revoked", f"revoked {_ago(order['asked_ms'])}{_because(order['reason'])}"

@@ -91,6 +91,7 @@ class History:
 
     def status(self) -> Facts:
         """The run, the round under way and the newest ones that are over."""
+        run = self.run()
         online = [name for (name,) in self._noted("SELECT id FROM presence WHERE online ORDER BY id")]
         over = self._all(
             "SELECT id, number, phase, reason FROM rounds WHERE phase NOT IN (?, ?) ORDER BY rowid DESC LIMIT ?",
@@ -98,14 +99,18 @@ class History:
             LAST_ROUNDS,
         )
         return {
-            **self.run(),
-            "devices_online": online,
+            **run,
+            "devices_online": online if run["running"] else [],
             "round": self._open_round(),
             "last_rounds": [self._ended_round(*row) for row in reversed(over)],
         }
 
     def devices(self, roster: list[str]) -> list[Facts]:
-        """Every device that was invited, heard or is in the roster, by name, with what became of it."""
+        """Every device that was invited, heard or is in the roster, by name, with what became of it.
+
+        online: None where it was when the coordinator was killed; nobody has looked since.
+        """
+        running = is_held(self._folder)
         counts = self._all(
             "SELECT id, count(*), count(sha256), sum(status IS 'accepted'), sum(status IS 'rejected'),"
             " sum(status IS 'missing') FROM devices GROUP BY id"
@@ -123,7 +128,8 @@ class History:
         for name in sorted({*known, *presence, *roster}):
             online, seen_ms = presence.get(name, (0, 0))
             numbers = dict(zip(("invited", "delivered", "accepted", "rejected", "missing"), known.get(name, (0,) * 5)))
-            facts = {"device": name, "online": bool(online), "last_seen_ms": seen_ms or None, **numbers}
+            now = bool(online) if running or not online else None
+            facts = {"device": name, "online": now, "last_seen_ms": seen_ms or None, **numbers}
             found.append({**facts, "last_rejection": last.get(name, "")})
         return found
 
