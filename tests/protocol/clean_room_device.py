@@ -784,6 +784,7 @@ class Device:
         self.pinned = PinnedKeys(settings.coordinator_key, state / "retired")
         self.state, self.round, self.waiting = IDLE, Message(), Message()
         self.settled, self.deadline, self.last_chunk = "", 0.0, 0.0
+        self.excuse = Message()  # the Answer(no) or Failure that ended the settled round for this device
         self.now = time.monotonic()  # the same for all that one step does
         self.fetches: dict[str, Fetch] = {}
         self.owed = {offer["round_id"]: offer for offer in self.outbox.offers()}
@@ -817,7 +818,10 @@ class Device:
     def invitation(self, message: Message) -> None:
         """D1 and D2."""
         round_id = message["round_id"]
-        if round_id == self.settled or self.works_for(round_id) or round_id in self.owed:
+        if self.works_for(round_id) or round_id == self.settled:
+            self.answer_again()
+            return
+        if round_id in self.owed:
             return
         for earlier in message["earlier"]:
             if earlier in self.owed and self.touched[earlier] < self.now:
@@ -830,10 +834,9 @@ class Device:
         if not invited:
             return
         self.discard()
-        self.waiting = Message()
+        self.waiting, self.excuse = Message(), Message()
         if reason := self.objection(message):
-            self.settled = round_id
-            self.send("answer", round_id=round_id, accept=False, reason=reason)
+            self.give_up({"type": "answer", "round_id": round_id, "accept": False, "reason": reason})
             return
         self.round, self.state = message, FETCHING
         self.deadline = self.now + message["duration_ms"] / 1000
@@ -910,8 +913,7 @@ class Device:
             update = make_update((self.blobs / self.round["parameters"]["sha256"].hex()).read_bytes(), self.id)
             self.keep(round_id, self.in_form(update), 10, {"seconds": 0.5})
         except (Refused, OSError) as exc:
-            self.send("failure", round_id=round_id, reason=str(exc)[:500])
-            self.settle(round_id)
+            self.give_up({"type": "failure", "round_id": round_id, "reason": str(exc)[:500]})
             return
         if self.settings.hold_after_keeping:
             log("holding", round_id)
@@ -950,7 +952,11 @@ class Device:
         try:
             update = self.outbox.update(self.owed[round_id])
         except (Refused, OSError) as exc:
-            self.send("failure", round_id=round_id, reason=f"the update is lost: {exc}"[:500])
+            failure = {"type": "failure", "round_id": round_id, "reason": f"the update is lost: {exc}"[:500]}
+            if self.works_for(round_id):
+                self.give_up(failure)
+            else:
+                self.send(**failure)
             self.forget(round_id)
             return
         for index in known:
@@ -987,6 +993,8 @@ class Device:
         round_id = message["round_id"]
         if self.waiting and self.waiting["round_id"] == round_id:
             self.waiting = Message()
+        elif round_id == self.settled:
+            self.excuse = Message()
         elif self.works_for(round_id):
             if self.state in (FETCHING, TRAINING) and self.round["max_staleness"]:
                 log("goes on", round_id)
@@ -997,8 +1005,7 @@ class Device:
 
     def connected(self) -> None:
         """D10."""
-        if self.state in (FETCHING, TRAINING):
-            self.send("answer", round_id=self.round["round_id"], accept=True)
+        self.answer_again()
         if self.state == FETCHING:
             self.subscribe_missing()
         for round_id in self.owed:
@@ -1009,9 +1016,11 @@ class Device:
         if self.state == TRAINING and self.settings.training_waits_for.exists():
             self.train()
         if self.round and self.now >= self.deadline:
-            if self.state != REPORTING:
-                self.send("failure", round_id=self.round["round_id"], reason="the round's time is over")
-            self.settle(self.round["round_id"])
+            round_id = self.round["round_id"]
+            if self.state == REPORTING:
+                self.settle(round_id)
+            else:
+                self.give_up({"type": "failure", "round_id": round_id, "reason": "the round's time is over"})
         for round_id in self.owed:
             if self.now - self.touched[round_id] >= (REPEAT_S if self.works_for(round_id) else SLOW_REPEAT_S):
                 self.send_offer(round_id)
@@ -1025,6 +1034,18 @@ class Device:
         for sha in list(self.fetches):
             self.leave(sha)
         self.round, self.state = Message(), IDLE
+
+    def answer_again(self) -> None:
+        """What this device last answered to an invitation may be lost."""
+        if self.state in (FETCHING, TRAINING):
+            self.send("answer", round_id=self.round["round_id"], accept=True)
+        elif self.excuse:
+            self.send(**self.excuse)
+
+    def give_up(self, excuse: Message) -> None:
+        self.send(**excuse)
+        self.settle(excuse["round_id"])
+        self.excuse = excuse
 
     def settle(self, round_id: str) -> None:
         self.discard()
@@ -1040,10 +1061,10 @@ class Device:
         self.touched[round_id] = self.now
         self.send("offer", **self.owed[round_id])
 
-    def send(self, kind: str, **fields: Any) -> None:
-        if kind in ("offer", "chunk") and not self.connection.up:
+    def send(self, type: str, **fields: Any) -> None:
+        if type in ("offer", "chunk") and not self.connection.up:
             return  # sent again or asked for again when the connection is back
-        self.connection.say("up", {"type": kind, **fields})
+        self.connection.say("up", {"type": type, **fields})
 
     def run(self) -> None:
         while not self.connection.stopping:
