@@ -299,6 +299,7 @@ MISTAKES = {
     "the hash of the update is not looked at": ("owes", hears_no_hash),
     "the outbox is emptied at the receipt": ("receipt", forgets_at_the_receipt),
     "an asynchronous round that is closed is given up": ("closed", stops_when_closed),
+    "an excuse is said once": ("answer_again", lambda self: None),
 }
 
 
