@@ -1,6 +1,6 @@
 """A fleet on a virtual clock: the production machines, performers and stores, with everything around them made up.
 
-Real: RoundMachine, DeviceMachine, `serve.run_rounds`, Coordinator, RunStore with its SQL (on SQLite in memory), the
+Real: RoundMachine, DeviceMachine, `serve.run_tasks`, Coordinator, RunStore with its SQL (on SQLite in memory), the
 device's Performer and Outbox. Made up, and driven by one seed: time, the broker, the disks, training, the engine, and
 when whom the power leaves. A crash can come before and after every effect; what a disk has then is what was synced.
 
@@ -27,7 +27,7 @@ from covey_coordinator import records
 from covey_coordinator.coordinator import Clock, Coordinator
 from covey_coordinator.fleet import FromFleet
 from covey_coordinator.orders import Orders
-from covey_coordinator.serve import CoordinatorConfig, RoundSettings, run_rounds
+from covey_coordinator.serve import CoordinatorConfig, RoundSettings, Task, Work, run_tasks
 from covey_coordinator.store import KEEP_ROUNDS, RunStore
 from covey_edge.config import BrokerSettings
 from covey_edge.files import Disk
@@ -273,6 +273,8 @@ class Outcome:
 class LedgerEngine:
     """Adds the honest updates up. Its state counts the rounds: it must be as old as the model."""
 
+    num_byzantine = 1
+
     def __init__(self, world: World) -> None:
         self._world, self.count = world, 0
 
@@ -313,6 +315,9 @@ class SimulatedFleet:
 
     def online(self) -> list[str]:
         return sorted(name for name, up in self._presence.items() if up)
+
+    def capabilities(self, device_id: str) -> tuple[str, ...]:
+        return device.CAPABILITIES
 
     def send(self, device_id: str, message: Any) -> None:
         self._world.step("send")
@@ -542,6 +547,12 @@ class World:
 
     # --- the whole run
 
+    config = CONFIG
+
+    def task(self, coordinator: Coordinator, config: CoordinatorConfig, orders: Orders) -> Task:
+        work = Work(config, BUNDLE, np.zeros(D, np.float32))
+        return Task(coordinator, LedgerEngine(self), work, lambda line: None, orders)
+
     def is_over(self) -> bool:
         """Whether the run has ended without all its rounds, as it should."""
         return False
@@ -554,17 +565,7 @@ class World:
         finished = False
         while not finished:
             finished = (
-                self.coordinate(
-                    lambda coordinator: run_rounds(
-                        coordinator,
-                        LedgerEngine(self),
-                        CONFIG,
-                        BUNDLE,
-                        np.zeros(D, np.float32),
-                        lambda line: None,
-                        self.orders,
-                    )
-                )
+                self.coordinate(lambda coordinator: run_tasks([self.task(coordinator, self.config, self.orders)]))
                 or self.is_over()
             )
         self.calm()

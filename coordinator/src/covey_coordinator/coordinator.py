@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from covey_coordinator import records
+from covey_coordinator.aggregation.evaluating import evaluated, metrics_fault
 from covey_coordinator.aggregation.screening import Arrivals, Screened
 from covey_coordinator.fleet import POLL_S, FromFleet
 from covey_coordinator.store import Checkpoint, RunStore, decoded
@@ -38,6 +39,7 @@ from covey_protocol.messages import (
     RoundClosed,
     Seen,
     TrainingPlan,
+    run_of,
 )
 from covey_protocol.round import Phase, Progress, RoundFacts, RoundMachine, RoundSettings
 
@@ -67,12 +69,15 @@ class Engine(Protocol):
     def aggregate(self, parameters: Floats, screened: Screened) -> StepOutcome: ...
     def saved_state(self) -> bytes: ...
     def load_state(self, data: bytes) -> bool: ...
+    @property
+    def num_byzantine(self) -> int: ...
 
 
 class Devices(Protocol):
     """See fleet.Fleet."""
 
     def online(self) -> list[str]: ...
+    def capabilities(self, device_id: str) -> Sequence[str]: ...
     def send(self, device_id: str, message: FromCoordinator) -> None: ...
     def publish_round(self, message: Invitation | RoundClosed) -> None: ...
     def publish_blob(self, data: bytes) -> BlobRef: ...
@@ -107,7 +112,8 @@ class RoundResult:
     """parameters: of the new global model (the old ones when the round was abandoned).
 
     measurements: the engine's numbers to log, among them num_byzantine_left, what the rule was run with after devices
-    at fault were refused. Empty without an aggregation.
+    at fault were refused. Empty without an aggregation. number, evaluates: of the round, as in its invitation.
+    evaluation: what a published evaluation round gave.
     """
 
     parameters: Floats
@@ -117,6 +123,9 @@ class RoundResult:
     offers: dict[str, Offer] = field(default_factory=dict)
     seconds: float = 0.0
     measurements: Mapping[str, float] = field(default_factory=dict)
+    number: int = 0
+    evaluates: Sequence[str] = ()
+    evaluation: Sequence[records.FleetMetric] = ()
 
 
 @dataclass
@@ -131,6 +140,7 @@ class _Round:
     opened_at: float
     verdicts: list[records.DeviceVerdict] = field(default_factory=list)
     measurements: Mapping[str, float] = field(default_factory=dict)
+    evaluation: Sequence[records.FleetMetric] = ()
     offers: dict[str, Offer] = field(default_factory=dict)
     finished: rounds.Finished | None = None
     kept_time_at: float = 0.0
@@ -144,6 +154,7 @@ class Coordinator:
     on_progress: called with every device's progress, a few times a second and whenever something came in.
     watch: told what happens, see watching.events.
     aborted: looked at as often; the reason why an operator ends the round, None as long as nobody does.
+    stores: of the fleet's tasks, by run. Devices speak of all their rounds, whichever is under way.
     """
 
     def __init__(
@@ -156,6 +167,7 @@ class Coordinator:
         on_progress: Callable[[dict[str, Progress]], None] = lambda progress: None,
         watch: events.Watcher = events.unwatched,
         aborted: Callable[[], str | None] = lambda: None,
+        stores: Mapping[str, RunStore] | None = None,
     ) -> None:
         self.fleet = fleet
         self.store = store
@@ -164,6 +176,11 @@ class Coordinator:
         self._on_progress = on_progress
         self._watch = watch
         self._aborted = aborted
+        self._stores = {} if stores is None else stores
+
+    def now_s(self) -> float:
+        """Monotonic time."""
+        return self._clock.monotonic_s()
 
     def wait_for(
         self,
@@ -216,6 +233,8 @@ class Coordinator:
     ) -> RoundResult:
         """One round with these devices. engine None collects the updates and leaves the model as it is (for audits).
 
+        A plan with metrics makes it an evaluation round: number is that of the round whose model it evaluates.
+
         Raises, before anything is published, TrainingError for a plan that the bundle cannot follow and RuleError where
         the updates of so many devices would not fit.
         Returns the new parameters, or the old ones with outcome "abandoned". What a device is told is durable before;
@@ -224,7 +243,7 @@ class Coordinator:
         """
         manifest = read_bundle(bundle).manifest
         check_plan(manifest, plan)
-        arrivals = Arrivals(device_ids, len(parameters))
+        arrivals = _arrivals(device_ids, plan, len(parameters))
         refs = self._publish(bundle, parameters)
         requires = needed_capabilities(manifest, plan)
         now_ms = self._clock.unix_ms()
@@ -253,7 +272,7 @@ class Coordinator:
         self.store.keep_time(invitation.round_id, int(facts.elapsed_s * 1000))
         refs = self._publish(bundle, parameters)
         machine = RoundMachine.restored(facts, now)
-        arrivals = Arrivals(facts.devices, len(parameters))
+        arrivals = _arrivals(facts.devices, invitation.plan, len(parameters))
         opened_at = now - facts.elapsed_s
         state = _Round(machine, parameters, parameters, engine, arrivals, opened_at, kept_time_at=now)
         self._tell_opened(state, now, resumed=True)
@@ -321,10 +340,14 @@ class Coordinator:
         seconds = self._clock.monotonic_s() - started
         metrics = {device_id: offer.metrics for device_id, offer in state.offers.items()}
         outcome, reason = finished.outcome, finished.reason
+        kind = invitation.plan.evaluate, state.evaluation
         self._watch(
-            events.RoundEnded(invitation.round_id, invitation.number, outcome, reason, verdicts, metrics, seconds)
+            events.RoundEnded(
+                invitation.round_id, invitation.number, outcome, reason, verdicts, metrics, seconds, *kind
+            )
         )
-        return RoundResult(state.result, outcome, reason, verdicts, state.offers, seconds, state.measurements)
+        ended = state.result, outcome, reason, verdicts, state.offers, seconds, state.measurements
+        return RoundResult(*ended, invitation.number, *kind)
 
     def _end_if_aborted(self, state: _Round) -> None:
         reason = self._aborted()
@@ -334,9 +357,11 @@ class Coordinator:
     def _tell_opened(self, state: _Round, now: float, resumed: bool) -> None:
         machine, invitation = state.machine, state.machine.invitation
         left_s = invitation.duration_ms / 1000 - (now - state.opened_at)
-        devices, quorum = invitation.devices, machine.settings.quorum
+        devices, quorum, evaluates = invitation.devices, machine.settings.quorum, invitation.plan.evaluate
         self._watch(
-            events.RoundOpened(invitation.round_id, invitation.number, devices, quorum, max(0.0, left_s), resumed)
+            events.RoundOpened(
+                invitation.round_id, invitation.number, devices, quorum, max(0.0, left_s), resumed, evaluates
+            )
         )
         self._watch(events.PhaseBegan(invitation.round_id, machine.phase.value))
         self._tell_moves(state, machine.progress())
@@ -366,7 +391,7 @@ class Coordinator:
             online = message.online if isinstance(message, Presence) else None
             self._watch(events.MessageCame(received.device_id, type(message).__name__, online))
         if received is not None and isinstance(message, Seen):
-            self.store.seen(message.round_id, received.device_id)
+            self._store_of(message.round_id).seen(message.round_id, received.device_id)
         elif state is not None:
             self._handle(state, _event(received) if received is not None else rounds.Tick())
         elif received is not None and isinstance(message, Offer):
@@ -418,21 +443,31 @@ class Coordinator:
 
     def _recall(self, device_id: str, offer: Offer) -> None:
         """An offer of a round that is not open: its device has not heard what became of it."""
-        verdict = self.store.verdict(offer.round_id, device_id, offer.update.sha256)
+        verdict = self._store_of(offer.round_id).verdict(offer.round_id, device_id, offer.update.sha256)
         over = Receipt(offer.round_id, offer.update.sha256, False, "that round is over")
         self.fleet.send(device_id, verdict if verdict is not None else over)
+
+    def _store_of(self, round_id: str) -> RunStore:
+        return self._stores.get(run_of(round_id), self.store)
 
     def _aggregate(self, state: _Round, device_ids: tuple[str, ...]) -> rounds.Event:
         if state.engine is None:
             state.verdicts = [records.DeviceVerdict(device_id, records.ACCEPTED) for device_id in device_ids]
             return rounds.Aggregated(dict.fromkeys(device_ids, ""))
         refused = sum(progress is Progress.REFUSED for progress in state.machine.progress().values())
-        screened = state.arrivals.screened(device_ids, refused_on_arrival=refused)
+        names, engine = state.machine.invitation.plan.evaluate, state.engine
+        screened = state.arrivals.screened(device_ids, refuse_copies=not names, refused_on_arrival=refused)
+        outcome: StepOutcome
         try:
-            outcome = state.engine.aggregate(state.parameters, screened)
+            if names:
+                outcome = found = evaluated(names, state.parameters, screened, engine.num_byzantine)
+                state.evaluation = _with_held_out(found.metrics, screened.device_ids, state.offers)
+            else:
+                outcome = engine.aggregate(state.parameters, screened)
         except RuleError as exc:
             return rounds.AggregationRefused(str(exc))
-        self._watch(events.RuleRan(state.machine.invitation.round_id, dict(outcome.measurements)))
+        if not names:
+            self._watch(events.RuleRan(state.machine.invitation.round_id, dict(outcome.measurements)))
         state.result = outcome.parameters
         state.verdicts, state.measurements = list(outcome.verdicts), outcome.measurements
         reasons = {
@@ -448,9 +483,23 @@ class Coordinator:
         state.verdicts += [records.DeviceVerdict(name, records.REJECTED, why) for name, why in rejected.items()]
         state.verdicts += [records.DeviceVerdict(name, records.MISSING, why) for name, why in missing.items()]
         checkpoint = None
-        if end.outcome == Phase.PUBLISHED.value and state.engine is not None:
+        if end.outcome == Phase.PUBLISHED.value and state.engine is not None and not invitation.plan.evaluate:
             checkpoint = Checkpoint(invitation.number, state.result, state.engine.saved_state())
-        self.store.conclude(invitation.round_id, Phase(end.outcome), end.reason, state.verdicts, checkpoint)
+        outcome = Phase(end.outcome)
+        self.store.conclude(invitation.round_id, outcome, end.reason, state.verdicts, checkpoint, state.evaluation)
+
+
+def _arrivals(device_ids: Iterable[str], plan: TrainingPlan, d: int) -> Arrivals:
+    names = plan.evaluate
+    return Arrivals(device_ids, len(names), metrics_fault(names)) if names else Arrivals(device_ids, d)
+
+
+def _with_held_out(
+    metrics: Sequence[records.FleetMetric], device_ids: Sequence[str], offers: Mapping[str, Offer]
+) -> tuple[records.FleetMetric, ...]:
+    """With the number of those that say that they evaluated on data kept for it."""
+    held_out = sum(offers[device_id].metrics.get("held_out") == 1.0 for device_id in device_ids)
+    return tuple(replace(one, held_out=held_out) for one in metrics)
 
 
 def shuffle_seed(seed: int, number: int) -> int:
@@ -470,7 +519,8 @@ def _invitation(
     now_ms: int,
 ) -> Invitation:
     return Invitation(
-        round_id=f"{run_id}.{number}.{now_ms:x}",  # the time keeps a restarted run's rounds apart from earlier ones
+        # the time keeps a restarted run's rounds apart from earlier ones
+        round_id=f"{run_id}.{'e' if plan.evaluate else ''}{number}.{now_ms:x}",
         number=number,
         issued_at_ms=now_ms,
         duration_ms=int(timing.duration_s * 1000),

@@ -9,7 +9,7 @@ import logging
 import queue
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -129,6 +129,11 @@ class Fleet:
     def online(self) -> list[str]:
         """The ids of the devices that are connected now, sorted."""
         return sorted(device_id for device_id, presence in self._presence.items() if presence.online)
+
+    def capabilities(self, device_id: str) -> Sequence[str]:
+        """What the device says that it can do; nothing where it has not said."""
+        presence = self._presence.get(device_id)
+        return presence.capabilities if presence is not None else ()
 
     # --- sending
 

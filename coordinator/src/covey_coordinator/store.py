@@ -26,7 +26,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from covey_coordinator.records import DeviceVerdict
+from covey_coordinator.records import DeviceVerdict, FleetMetric
 from covey_edge.files import DISK, Disk, make_folder
 from covey_protocol.compression import decode_update
 from covey_protocol.errors import StorageError, UsageError
@@ -70,9 +70,20 @@ SCHEMA = (
     ) WITHOUT ROWID;
     CREATE TABLE presence (id TEXT PRIMARY KEY, online INTEGER NOT NULL, seen_ms INTEGER NOT NULL) WITHOUT ROWID;
     """,
+    # evaluation rounds; their number is that of the round whose model they evaluate
+    """
+    ALTER TABLE rounds ADD COLUMN kind TEXT NOT NULL DEFAULT 'training';
+    CREATE TABLE evaluations (
+        run TEXT NOT NULL, number INTEGER NOT NULL, metric TEXT NOT NULL, round TEXT NOT NULL,
+        mean REAL NOT NULL, median REAL NOT NULL, spread REAL NOT NULL,
+        devices INTEGER NOT NULL, held_out INTEGER NOT NULL,  -- how many it is over; on data kept for it, they say
+        PRIMARY KEY (run, number, metric)
+    ) WITHOUT ROWID;
+    """,
 )
 RETENTION_MS = 30 * 24 * 3600 * 1000
 KEEP_ROUNDS = 10
+TRAINING, EVALUATION = "training", "evaluation"  # kinds of rounds
 LOCK_PATIENCE_S = 1.0
 OPEN_PHASES = (Phase.INVITING.value, Phase.AGGREGATING.value)  # what a row says of a round that is not over
 
@@ -138,11 +149,12 @@ class RunStore:
             settings.grace_s,
             Phase.INVITING.value,
             opened_ms,
+            EVALUATION if invitation.plan.evaluate else TRAINING,
         )
         with self._transaction() as database:
             database.execute(
-                "INSERT INTO rounds (id, run, number, invitation, quorum, answer_s, grace_s, phase, opened_ms)"
-                " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                "INSERT INTO rounds (id, run, number, invitation, quorum, answer_s, grace_s, phase, opened_ms, kind)"
+                " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 row,
             )
             database.executemany(
@@ -186,9 +198,10 @@ class RunStore:
         reason: str,
         verdicts: Sequence[DeviceVerdict],
         checkpoint: Checkpoint | None = None,
+        metrics: Sequence[FleetMetric] = (),
     ) -> None:
-        """The end of a round: outcome, verdicts, new model and the engine's state, all or nothing of it."""
-        run_id = self._one("SELECT run FROM rounds WHERE id = ?", round_id)[0]
+        """The end of a round: outcome, verdicts, new model and the engine's state, metrics; all or nothing of it."""
+        run_id, number = self._one("SELECT run, number FROM rounds WHERE id = ?", round_id)
         hashes = self._write_checkpoint(run_id, checkpoint) if checkpoint is not None else ("", "")
         with self._transaction() as database:
             database.execute("UPDATE rounds SET phase = ?, reason = ? WHERE id = ?", (phase.value, reason, round_id))
@@ -201,6 +214,13 @@ class RunStore:
                     "INSERT OR REPLACE INTO checkpoints VALUES (?, ?, ?, ?, ?)",
                     (run_id, checkpoint.number, round_id, *hashes),
                 )
+            database.executemany(
+                "INSERT OR REPLACE INTO evaluations VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                [
+                    (run_id, number, one.name, round_id, one.mean, one.median, one.spread, one.devices, one.held_out)
+                    for one in metrics
+                ],
+            )
         self._disk.remove_tree(self._partial(round_id))
 
     def unfinished(self, run_id: str) -> RoundFacts | None:
@@ -220,6 +240,15 @@ class RunStore:
         invitation = msgspec.msgpack.decode(encoded, type=Invitation)
         settings = RoundSettings.of(invitation, quorum, answer_s, grace_s)
         return RoundFacts(invitation, settings, Phase(phase), self._devices(round_id), elapsed_ms / 1000)
+
+    def evaluated(self, run_id: str, number: int) -> bool:
+        """Whether the model of this round has had its evaluation round, however that ended."""
+        query = "SELECT 1 FROM rounds WHERE run = ? AND number = ? AND kind = ?"
+        return self._one(query, run_id, number, EVALUATION) is not None
+
+    def newest_opened_ms(self, run_id: str) -> int:
+        """When the run's newest round was opened, Unix time; 0 where none was."""
+        return int(self._one("SELECT max(opened_ms) FROM rounds WHERE run = ?", run_id)[0] or 0)
 
     # --- chunks of updates that are coming in
 
@@ -301,9 +330,12 @@ class RunStore:
         """Keep what a restart and late devices need, not everything for ever.
 
         Rounds are forgotten RETENTION_MS after they were opened, updates and states of a checkpoint after KEEP_ROUNDS
-        rounds; the models (.f32) stay. The newest KEEP_ROUNDS rounds lose nothing.
+        rounds; the models (.f32) and the evaluations stay. The newest KEEP_ROUNDS rounds of a kind lose nothing.
         """
-        older = "(SELECT id FROM rounds WHERE run = ? ORDER BY rowid DESC LIMIT -1 OFFSET ?)"
+        older = (
+            "(SELECT id FROM (SELECT id, row_number() OVER (PARTITION BY kind ORDER BY rowid DESC) AS age"
+            " FROM rounds WHERE run = ?) WHERE age > ?)"
+        )
         rows = self._all(
             "SELECT number FROM checkpoints WHERE run = ? ORDER BY number DESC LIMIT -1 OFFSET ?", run_id, KEEP_ROUNDS
         )
@@ -455,8 +487,11 @@ class RunStore:
 
 
 def decoded(invitation: Invitation, device_id: str, data: bytes) -> Floats:
-    """The (d,) update that a device sent for this round, from its bytes. PeerError where they are malformed."""
-    return decode_update(data, invitation.plan, invitation.round_id, device_id, invitation.dimension)
+    """The update that a device sent for this round, from its bytes. PeerError where they are malformed.
+
+    (d,), or in an evaluation round a number for each metric.
+    """
+    return decode_update(data, invitation.plan, invitation.round_id, device_id, invitation.update_dimension)
 
 
 @contextlib.contextmanager

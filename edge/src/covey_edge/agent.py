@@ -20,6 +20,7 @@ from covey_edge.frames import Done, Frame, Open, Probe, Problem, Run
 from covey_edge.mqtt import ConnectionDown, ConnectionUp, Incoming, MqttTransport, Refused
 from covey_edge.outbox import NumberFile, Outbox
 from covey_edge.performer import Performer
+from covey_edge.policy import data_for, places, unwilling
 from covey_edge.training_process import TrainingProcess
 from covey_edge.withheld import NO_WITHHELD_NOISE, WithheldFile
 from covey_protocol import codec, device, errors
@@ -60,8 +61,8 @@ class AgentProgram:
         self._sequence = Sequence(time.time_ns(), self._numbers.load(), self._numbers.store)
         self._session = self._sequence.next()
         self._guard = ReplayGuard()
-        self._cache = BlobCache(agent.state_dir / "blobs")
-        self._withheld = WithheldFile(agent.state_dir / "withheld.msgpack")
+        # a bundle and a model for every task, and those before
+        self._cache = BlobCache(agent.state_dir / "blobs", 2 * max(2, len(agent.config.data.tasks)))
         self._performer = Performer(self._machine, Outbox(agent.state_dir), self, time.monotonic)
         self._child = TrainingProcess(
             lambda token, frame: self._inbox.put((token, frame)), agent.config.training.memory_mb
@@ -175,15 +176,19 @@ class AgentProgram:
                 self._publish_presence(online=True)
             self._run_training()
         elif isinstance(frame, Done):
-            log.info("round %s: trained on %d examples with %s", round_id, frame.num_examples, frame.runtime)
+            done = "evaluated" if self._evaluates() else "trained"
+            log.info("round %s: %s on %d examples with %s", round_id, done, frame.num_examples, frame.runtime)
             self._take_update(round_id, frame)
+
+    def _evaluates(self) -> bool:
+        return self._machine.invitation is not None and bool(self._machine.invitation.plan.evaluate)
 
     def _take_update(self, round_id: str, frame: Done) -> None:
         """What the update leaves out is durable before the update can be sent, so that nothing is sent twice."""
         invitation = self._machine.invitation
         try:
             if frame.withheld and invitation is not None:
-                self._withheld.store(invitation, frame.withheld)
+                self._withheld(invitation).store(invitation, frame.withheld)
         except errors.StorageError as exc:
             log.error("%s", exc)
             self._handle(device.TrainingFailed(round_id, str(exc)))
@@ -206,7 +211,9 @@ class AgentProgram:
         """The owner's policy against the coordinator's wishes."""
         plan, training = invitation.plan, self._config.training
         limit, chunk_bytes = self._transport.max_message_bytes, invitation.parameters.chunk_size(0)
-        reason = ""
+        reason = unwilling(self._config, plan)
+        if reason:
+            return device.ConditionsChecked(invitation.round_id, False, reason)
         if plan.epochs > training.max_epochs:
             reason = f"{plan.epochs} epochs are more than this device allows ({training.max_epochs})"
         elif plan.compression not in (NONE, *self._config.wire.compression):
@@ -228,13 +235,14 @@ class AgentProgram:
             self._handle(device.BlobReady(ref.sha256))
 
     def train(self, invitation: Invitation) -> None:
-        data = self._config.data
+        data = data_for(self._config.data, invitation.plan)
+        assert data is not None  # else the round was declined
         request = Open(
             str(self._cache.path(invitation.bundle.sha256)),
             invitation.bundle.sha256,
             self._agent.coordinator.hex(),
             data.source,
-            str(self._agent.data_path),
+            str(self._agent.folder / data.path),
         )
         self._child.request(invitation.round_id, request, self._config.training.timeout_s)
 
@@ -267,10 +275,15 @@ class AgentProgram:
         if assembly is not None:
             self._transport.unsubscribe(self._topics.blob(sha256, index) for index in range(assembly.ref.num_chunks))
 
+    def _withheld(self, invitation: Invitation) -> WithheldFile:
+        """Each task has its own: tasks take turns, and one's numbers must wait for its next round."""
+        task = invitation.plan.task
+        return WithheldFile(self._agent.state_dir / (f"withheld-{task}.msgpack" if task else "withheld.msgpack"))
+
     def _run_training(self) -> None:
         invitation = self._machine.invitation
         assert invitation is not None
-        privacy = self._config.privacy
+        privacy, data = self._config.privacy, data_for(self._config.data, invitation.plan)
         request = Run(
             invitation.round_id,
             self._config.device_id,
@@ -280,7 +293,8 @@ class AgentProgram:
             privacy.noise_multiplier,
             privacy.min_examples,
             privacy.noise_moving_statistics,
-            self._withheld.load(invitation) if invitation.plan.compression in WITHHOLDING else b"",
+            self._withheld(invitation).load(invitation) if invitation.plan.compression in WITHHOLDING else b"",
+            bool(data and data.held_out),
         )
         self._child.request(invitation.round_id, request, self._config.training.timeout_s)
 
@@ -303,9 +317,9 @@ class AgentProgram:
 
     def _check_data(self) -> None:
         """Look once at the data before connecting, so that a wrong path is known at once and not in some round."""
-        data = self._config.data
-        self._child.request("probe", Probe(data.source, str(self._agent.data_path)), PROBE_TIMEOUT_S)
-        while True:
+        for place in places(self._config.data):
+            path = self._agent.folder / place.path
+            self._child.request("probe", Probe(place.source, str(path)), PROBE_TIMEOUT_S)
             item = self._inbox.get()
             if item is None:
                 return  # stopped
@@ -314,9 +328,8 @@ class AgentProgram:
                 kind = getattr(errors, frame.kind, errors.TrainingError)
                 raise kind(frame.what, frame.remedy)
             self._runtime = frame.runtime
-            log.info("%s holds %d examples", self._agent.data_path, frame.num_examples)
-            log.info("covey %s trains with %s on Python %s", __version__, frame.runtime, platform.python_version())
-            return
+            log.info("%s holds %d examples", path, frame.num_examples)
+        log.info("covey %s trains with %s on Python %s", __version__, self._runtime, platform.python_version())
 
 
 def _event(message: object) -> device.Event:

@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 
 from covey_edge.files import DISK, Disk
-from covey_protocol.messages import Invitation
+from covey_protocol.messages import Invitation, run_of
 
 NO_WITHHELD_NOISE = (
     "this device adds noise, and a form that sends the largest numbers only would send mostly noise",
@@ -47,16 +47,10 @@ class WithheldFile:
         except msgspec.MsgspecError:
             return b""
         numbers = kept.before if kept.round_id == invitation.round_id else kept.numbers
-        same = (_run(kept.round_id), kept.bundle) == (_run(invitation.round_id), invitation.bundle.sha256)
+        same = (run_of(kept.round_id), kept.bundle) == (run_of(invitation.round_id), invitation.bundle.sha256)
         return numbers if same and len(numbers) == invitation.parameters.size else b""
 
     def store(self, invitation: Invitation, numbers: bytes) -> None:
         """Durable when this returns, in place of what was there. StorageError if it cannot be."""
         kept = Withheld(invitation.round_id, invitation.bundle.sha256, numbers, self.load(invitation))
         self._disk.write(self._path, msgspec.msgpack.encode(kept), mode=0o600)
-
-
-def _run(round_id: str) -> str:
-    """Of a round id RUN.NUMBER.TIME; a coordinator that names its rounds otherwise gets a task for each."""
-    parts = round_id.rsplit(".", 2)
-    return parts[0] if len(parts) == 3 else round_id

@@ -38,7 +38,8 @@ RESEND_S = 5.0  # how long an unanswered offer waits before it is sent again
 ASK_S = 30.0  # the same for an offer of a round that this device no longer works for
 MAX_OWED = 8  # updates in the outbox; a verdict that has not come over so many later rounds is not waited for
 # beside the two of the first devices, what a bundle or a plan may need and an old device would pass over in silence
-CAPABILITIES: tuple[Name, ...] = ("train", "float32", *TRAIN_INPUTS, RESET_OPTIMIZER, *COMPRESSIONS)
+EVALUATE, TASKS = "evaluate", "tasks"
+CAPABILITIES: tuple[Name, ...] = ("train", "float32", *TRAIN_INPUTS, RESET_OPTIMIZER, *COMPRESSIONS, EVALUATE, TASKS)
 
 
 def needed_capabilities(manifest: Manifest, plan: TrainingPlan) -> tuple[Name, ...]:
@@ -51,6 +52,10 @@ def needed_capabilities(manifest: Manifest, plan: TrainingPlan) -> tuple[Name, .
     if plan.proximal_weight:
         needed.add("proximal")
     needed.add(plan.compression)
+    if plan.evaluate:
+        needed.add(EVALUATE)
+    if plan.task:
+        needed.add(TASKS)
     return tuple(name for name in CAPABILITIES if name in needed)
 
 

@@ -35,6 +35,10 @@ class Compression(NamedTuple):
 
 def compression_of(plan: TrainingPlan) -> Compression:
     """What the plan asks for. ConfigError for a name or a fraction that is not to be had."""
+    if plan.evaluate and plan.compression != NONE:
+        raise ConfigError(
+            f"an evaluation with compression {plan.compression!r}", "metrics are a few numbers: leave it out"
+        )
     if plan.compression not in (NONE, *COMPRESSIONS):
         close = difflib.get_close_matches(plan.compression, (NONE, *COMPRESSIONS), n=1, cutoff=0.0)
         raise ConfigError(f"there is no compression {plan.compression!r} here", f"did you mean {close[0]!r}?")

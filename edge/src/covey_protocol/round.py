@@ -80,7 +80,7 @@ class RoundSettings:
     @classmethod
     def of(cls, invitation: Invitation, quorum: int, answer_s: float, grace_s: float) -> RoundSettings:
         """With the sizes that updates for this invitation may have."""
-        least, most = update_sizes(compression_of(invitation.plan), invitation.dimension)
+        least, most = update_sizes(compression_of(invitation.plan), invitation.update_dimension)
         return cls(quorum, answer_s, grace_s, most, least if least < most else None)
 
     @property

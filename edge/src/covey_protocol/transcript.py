@@ -295,7 +295,7 @@ class Judge:
     def _offer(self, device_id: str, device: _Device, offer: Offer, known: _Round) -> None:
         restarted = bool(device.offers)  # from its outbox, without another answer
         _require(device.answer is True or restarted, 5, f"{device_id} offers an update without having accepted")
-        least, most = update_sizes(compression_of(known.invitation.plan), known.invitation.dimension)
+        least, most = update_sizes(compression_of(known.invitation.plan), known.invitation.update_dimension)
         right = least <= offer.update.size <= most
         _require(right, 4, f"{device_id} offers {offer.update.size} bytes, not {least} to {most} as this round asks")
         device.offers[offer.update.sha256] = offer

@@ -7,19 +7,23 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 from msgspec import Struct
 
 from covey_coordinator.orders import Orders
-from covey_coordinator.store import is_held
-from covey_coordinator.watching.display import duration, printable
-from covey_coordinator.watching.history import Facts, opened, run_folders
+from covey_coordinator.records import FleetMetric
+from covey_coordinator.store import EVALUATION, is_held
+from covey_coordinator.tasks import NamedTask, runs_in
+from covey_coordinator.watching.display import duration, evaluation_text, printable
+from covey_coordinator.watching.history import Facts, History, opened, run_folders
 from covey_edge.config import read_toml
 from covey_protocol.errors import ConfigError
+
+T = TypeVar("T")
 
 
 class _Place(Struct):
@@ -28,20 +32,32 @@ class _Place(Struct):
     run: str
     runs_dir: str = "runs"
     devices: dict[str, str] = {}
+    tasks: list[NamedTask] = []
 
 
-def status(config_path: Path, runs_dir: Path | None, run: str | None, as_json: bool) -> None:
-    folder, _ = _find(config_path, runs_dir, run)
+def status(config_path: Path, runs_dir: Path | None, run: str | None, task: str | None, as_json: bool) -> None:
+    folders, _ = _find(config_path, runs_dir, run, task)
+    found = [_read(folder, lambda history: history.status()) for folder in folders]
+    if len(found) == 1:
+        _print(found[0], as_json, _status_lines)
+    else:
+        _print(found, as_json, lambda facts: [line for one in facts for line in _status_lines(one)])
+
+
+def devices(config_path: Path, runs_dir: Path | None, run: str | None, task: str | None, as_json: bool) -> None:
+    folders, roster = _find(config_path, runs_dir, run, task)
+    found = {folder.name: _read(folder, lambda history: history.devices(roster)) for folder in folders}
+    if len(found) == 1:
+        _print(found[folders[0].name], as_json, _device_lines)
+    else:
+        _print(
+            found, as_json, lambda facts: [line for run in facts for line in (f"{run}:", *_device_lines(facts[run]))]
+        )
+
+
+def _read(folder: Path, what: Callable[[History], T]) -> T:
     with opened(folder) as history:
-        facts = history.status()
-    _print(facts, as_json, _status_lines)
-
-
-def devices(config_path: Path, runs_dir: Path | None, run: str | None, as_json: bool) -> None:
-    folder, roster = _find(config_path, runs_dir, run)
-    with opened(folder) as history:
-        found = history.devices(roster)
-    _print(found, as_json, _device_lines)
+        return what(history)
 
 
 def runs(config_path: Path, runs_dir: Path | None, as_json: bool) -> None:
@@ -52,22 +68,22 @@ def runs(config_path: Path, runs_dir: Path | None, as_json: bool) -> None:
     _print(found, as_json, _run_lines)
 
 
-def pause(config_path: Path, runs_dir: Path | None, run: str | None, reason: str) -> None:
-    folder = _run_to_order(config_path, runs_dir, run)
-    Orders(folder).pause(reason)
-    click.echo(f"{folder.name} is paused: no new round is opened{_when(folder)}")
+def pause(config_path: Path, runs_dir: Path | None, run: str | None, task: str | None, reason: str) -> None:
+    for folder in _runs_to_order(config_path, runs_dir, run, task, bears_more=True):
+        Orders(folder).pause(reason)
+        click.echo(f"{folder.name} is paused: no new round is opened{_when(folder)}")
 
 
-def resume(config_path: Path, runs_dir: Path | None, run: str | None) -> None:
-    folder = _run_to_order(config_path, runs_dir, run)
-    lifted = Orders(folder).resume()
-    click.echo(f"{folder.name} goes on{_when(folder)}" if lifted else f"{folder.name} was not paused")
+def resume(config_path: Path, runs_dir: Path | None, run: str | None, task: str | None) -> None:
+    for folder in _runs_to_order(config_path, runs_dir, run, task, bears_more=True):
+        lifted = Orders(folder).resume()
+        click.echo(f"{folder.name} goes on{_when(folder)}" if lifted else f"{folder.name} was not paused")
 
 
-def abort(config_path: Path, runs_dir: Path | None, run: str | None, reason: str) -> None:
-    folder = _run_to_order(config_path, runs_dir, run)
-    Orders(folder).abort(reason)
-    click.echo(f"{folder.name} is aborted{_when(folder)}")
+def abort(config_path: Path, runs_dir: Path | None, run: str | None, task: str | None, reason: str) -> None:
+    for folder in _runs_to_order(config_path, runs_dir, run, task):
+        Orders(folder).abort(reason)
+        click.echo(f"{folder.name} is aborted{_when(folder)}")
 
 
 def _when(folder: Path) -> str:
@@ -83,25 +99,51 @@ def _place(config_path: Path) -> tuple[Path, _Place]:
     return config_path.parent / place.runs_dir, place
 
 
-def _find(config_path: Path, runs_dir: Path | None, run: str | None) -> tuple[Path, list[str]]:
-    """The run's folder, and the roster where a configuration file is read for its own run."""
+def _find(config_path: Path, runs_dir: Path | None, run: str | None, task: str | None) -> tuple[list[Path], list[str]]:
+    """The folder of the run, or of each task's; and the roster where a configuration file is read for its own runs."""
     if runs_dir is None:
         kept, place = _place(config_path)
-        own = run is None or run == place.run
-        return kept / (run or place.run), list(place.devices) if own else []
+        if task is not None or run is None:
+            own = _of_tasks(config_path, runs_in(place.run, place.tasks), task)
+        else:
+            own = [run]
+        known = {place.run, *runs_in(place.run, place.tasks).values()}
+        return [kept / name for name in own], list(place.devices) if known.issuperset(own) else []
+    if task is not None:
+        raise ConfigError("--task with --runs-dir", "give --run: a task's run is named RUN-TASK")
     if run is not None:
-        return runs_dir / run, []
+        return [runs_dir / run], []
     folders = run_folders(runs_dir)
     if len(folders) > 1:
         raise ConfigError(f"{runs_dir} holds {len(folders)} runs", f"add --run: {', '.join(f.name for f in folders)}")
-    return folders[0], []
+    return folders, []
 
 
-def _run_to_order(config_path: Path, runs_dir: Path | None, run: str | None) -> Path:
-    """The folder of a run that exists: an order for a mistyped name would wait for ever."""
-    folder, _ = _find(config_path, runs_dir, run)
-    with opened(folder):
-        return folder
+def _of_tasks(config_path: Path, runs: Mapping[str, str], task: str | None) -> list[str]:
+    if task is None:
+        return list(runs.values())
+    if task not in runs or not task:
+        raise ConfigError(f"{config_path} has no task {task!r}", f"it has {', '.join(filter(None, runs)) or 'none'}")
+    return [runs[task]]
+
+
+def _runs_to_order(
+    config_path: Path, runs_dir: Path | None, run: str | None, task: str | None, *, bears_more: bool = False
+) -> list[Path]:
+    """Folders of runs that exist: an order for a mistyped name would wait for ever.
+
+    bears_more: of all tasks, where none is named; what cannot be taken back must name one. A task whose run was aborted
+    or is not there yet is then passed over.
+    """
+    folders, _ = _find(config_path, runs_dir, run, task)
+    if len(folders) > 1 and not bears_more:
+        raise ConfigError(f"{config_path} has {len(folders)} tasks", "say which with --task")
+    if len(folders) > 1:
+        folders = [one for one in folders if one.is_dir() and Orders(one).aborted() is None] or folders[:1]
+    for folder in folders:
+        with opened(folder):
+            pass
+    return folders
 
 
 # --- lines
@@ -122,22 +164,36 @@ def _status_lines(facts: Facts) -> list[str]:
         lines.append(f"  ended {_ago(facts['ended_ms'])} with code {facts['code']}{_because(facts['reason'])}")
     if facts["running"]:
         lines.append(f"  online: {', '.join(facts['devices_online']) or 'no device'}")
+    if facts["evaluation"] is not None:
+        lines.append(f"  evaluation of round {facts['evaluation']['number']}: {_metrics(facts['evaluation'])}")
     lines += _round_lines(facts["round"]) if facts["round"] is not None else []
     return lines + [line for ended in facts["last_rounds"] for line in _ended_lines(ended)]
 
 
 def _round_lines(facts: Facts) -> list[str]:
     left_s = max(0.0, facts["deadline_ms"] / 1000 - time.time())
-    head = f"round {facts['number']} {facts['phase']}, {duration(left_s)} left, quorum {facts['quorum']}"
+    head = f"{_what(facts)} {facts['number']} {facts['phase']}, {duration(left_s)} left, quorum {facts['quorum']}"
     return [head, *(f"  {one['device']} {one['progress']}{_because(one['reason'])}" for one in facts["devices"])]
 
 
 def _ended_lines(facts: Facts) -> list[str]:
     loss = facts["median_training_loss"]
     shown = f", median training loss {loss:.4f}" if loss is not None else ""
-    head = f"round {facts['number']} {facts['outcome']}: {facts['accepted']} of {facts['invited']} updates{shown}"
+    head = (
+        f"{_what(facts)} {facts['number']} {facts['outcome']}: {facts['accepted']} of {facts['invited']} updates{shown}"
+    )
     why = f" ({facts['reason']})" if facts["reason"] else ""
     return [head + why, *(f"  {d['device']} {d['status']}{_because(d['reason'])}" for d in facts["not_used"])]
+
+
+def _what(facts: Facts) -> str:
+    return "evaluation of round" if facts["kind"] == EVALUATION else "round"
+
+
+def _metrics(evaluation: Facts) -> str:
+    """As the lines of `covey serve` have it."""
+    rows = [{**row, "name": row["metric"]} for row in evaluation["metrics"]]
+    return evaluation_text([FleetMetric(**{k: v for k, v in row.items() if k != "metric"}) for row in rows])
 
 
 def _device_lines(found: list[Facts]) -> list[str]:
@@ -151,14 +207,22 @@ def _device_lines(found: list[Facts]) -> list[str]:
 
 
 def _run_lines(found: list[Facts]) -> list[str]:
-    rows = [("run", "state", "published", "abandoned", "started", "end")]
+    rows = [("run", "state", "published", "abandoned", "evaluation", "started", "end")]
     for one in found:
         published = str(one["rounds_published"])
         published += f"/{one['rounds_asked']}" if one["rounds_asked"] is not None else ""
         started = _ago(one["started_ms"]) if one["started_ms"] is not None else ""
         end = f"code {one['code']}{_because(one['reason'])}" if one["code"] is not None else ""
-        rows.append((one["run"], one["state"], published, str(one["rounds_abandoned"]), started, end))
+        rows.append((one["run"], one["state"], published, str(one["rounds_abandoned"]), _medians(one), started, end))
     return _aligned(rows)
+
+
+def _medians(facts: Facts) -> str:
+    evaluation = facts["evaluation"]
+    if evaluation is None:
+        return ""
+    values = " ".join(f"{row['metric']} {row['median']:.4g}" for row in evaluation["metrics"])
+    return f"{values} (round {evaluation['number']})"
 
 
 def _because(reason: str) -> str:

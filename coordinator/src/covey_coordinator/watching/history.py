@@ -17,13 +17,15 @@ import msgspec
 
 from covey_coordinator.orders import Order, Orders
 from covey_coordinator.records import ACCEPTED, REJECTED
-from covey_coordinator.store import OPEN_PHASES, SCHEMA, is_held
+from covey_coordinator.store import EVALUATION, OPEN_PHASES, SCHEMA, TRAINING, is_held
+from covey_protocol.bundle import METRICS
 from covey_protocol.errors import EXIT_OK, StorageError
 from covey_protocol.messages import Invitation, Offer
 from covey_protocol.round import Phase, Progress
 
 Facts = dict[str, Any]
 NOTES_VERSION = 3  # of the store: from here on it has the tables runs and presence
+KINDS_VERSION = 4  # and from here on evaluation rounds
 LAST_ROUNDS = 5
 
 
@@ -62,11 +64,12 @@ class History:
 
     def __init__(self, folder: Path, database: sqlite3.Connection, version: int) -> None:
         self._folder, self._database, self._version = folder, database, version
+        self._trained = f" AND kind = '{TRAINING}'" if version >= KINDS_VERSION else ""
 
     def run(self) -> Facts:
         """The run with its outcome. state: see `_word`."""
         published, abandoned = (
-            self._one("SELECT count(*) FROM rounds WHERE phase = ?", phase.value)[0]
+            self._one("SELECT count(*) FROM rounds WHERE phase = ?" + self._trained, phase.value)[0]  # noqa: S608 - fixed
             for phase in (Phase.PUBLISHED, Phase.ABANDONED)
         )
         newest = self._one("SELECT max(number) FROM checkpoints")[0]
@@ -76,8 +79,8 @@ class History:
         paused, aborted = orders.paused(), orders.aborted()
         return {
             "run": self._folder.name,
-            "state": _word(running, paused, aborted, bool(row), code),
-            "running": running,
+            "state": _word(running and code is None, paused, aborted, bool(row), code),
+            "running": running and code is None,
             "rounds_asked": asked,
             "rounds_published": newest or published,
             "rounds_abandoned": abandoned,
@@ -87,13 +90,28 @@ class History:
             "reason": why or "",
             "paused": _order(paused),
             "aborted": _order(aborted),
+            "evaluation": self._newest_evaluation(),
         }
+
+    def _newest_evaluation(self) -> Facts | None:
+        if self._version < KINDS_VERSION:
+            return None
+        row = self._one("SELECT round, number FROM evaluations ORDER BY number DESC")
+        return None if row is None else {"round": row[0], "number": row[1], "metrics": self._metrics(row[0])}
+
+    def _metrics(self, round_id: str) -> list[Facts]:
+        """What an evaluation round gave, in the order in which its plan asks."""
+        names = ("metric", "mean", "median", "spread", "devices", "held_out")
+        rows = self._all(f"SELECT {', '.join(names)} FROM evaluations WHERE round = ?", round_id)  # noqa: S608 - fixed
+        return [dict(zip(names, row)) for row in sorted(rows, key=lambda row: METRICS.index(row[0]))]
 
     def status(self) -> Facts:
         """The run, the round under way and the newest ones that are over."""
         online = [name for (name,) in self._noted("SELECT id FROM presence WHERE online ORDER BY id")]
+        kind = "kind" if self._version >= KINDS_VERSION else f"'{TRAINING}'"
         over = self._all(
-            "SELECT id, number, phase, reason FROM rounds WHERE phase NOT IN (?, ?) ORDER BY rowid DESC LIMIT ?",
+            f"SELECT id, number, phase, reason, {kind} FROM rounds"  # noqa: S608 - fixed
+            " WHERE phase NOT IN (?, ?) ORDER BY rowid DESC LIMIT ?",
             *OPEN_PHASES,
             LAST_ROUNDS,
         )
@@ -141,6 +159,7 @@ class History:
         return {
             "id": round_id,
             "number": invitation.number,
+            "kind": EVALUATION if invitation.plan.evaluate else TRAINING,
             "phase": phase,
             "quorum": quorum,
             "opened_ms": invitation.issued_at_ms,
@@ -148,18 +167,20 @@ class History:
             "devices": [{"device": name, "progress": word, "reason": why} for name, word, why in devices],
         }
 
-    def _ended_round(self, round_id: str, number: int, outcome: str, reason: str) -> Facts:
+    def _ended_round(self, round_id: str, number: int, outcome: str, reason: str, kind: str) -> Facts:
         rows = self._all("SELECT id, status, why, offer FROM devices WHERE round = ? ORDER BY id", round_id)
         offers = [msgspec.msgpack.decode(offer, type=Offer).metrics for *_, offer in rows if offer is not None]
         losses = [metrics["training_loss"] for metrics in offers if "training_loss" in metrics]
         return {
             "id": round_id,
             "number": number,
+            "kind": kind,
             "outcome": outcome,
             "reason": reason,
             "invited": len(rows),
             "accepted": sum(status == ACCEPTED for _, status, _, _ in rows),
             "median_training_loss": statistics.median(losses) if losses else None,
+            "evaluation": self._metrics(round_id) if kind == EVALUATION else [],
             "not_used": [
                 {"device": name, "status": status, "reason": why} for name, status, why, _ in rows if status != ACCEPTED
             ],
