@@ -12,25 +12,25 @@ import numpy as np
 import pytest
 from brokers import RunningBroker
 from proxy import Proxy
+from scripted import Scripted
 
 from covey_coordinator.aggregation.engines import make_engine
 from covey_coordinator.aggregation.registry import make_rule
 from covey_coordinator.coordinator import Coordinator, RoundResult, Timing
 from covey_coordinator.demo.devices import DeviceFiles, Shard, make_device
 from covey_coordinator.demo.processes import AgentProcesses, BrokerProcess
-from covey_coordinator.fleet import Fleet, FromFleet
+from covey_coordinator.fleet import Fleet
 from covey_coordinator.records import ACCEPTED, MISSING
 from covey_coordinator.store import RunStore
 from covey_edge.mqtt import parse_broker
 from covey_edge.runtime import Model
 from covey_edge.withheld import Withheld
 from covey_models.traffic import traffic
-from covey_protocol.blobs import blob_ref
 from covey_protocol.bundle import REQUIRED_SIGNATURES, Manifest, TensorSpec, read_bundle, write_bundle
 from covey_protocol.compression import encode
 from covey_protocol.errors import TrainingError
 from covey_protocol.forms import Compression, update_seed, update_sizes
-from covey_protocol.messages import Answer, Chunk, Invitation, Need, Offer, Receipt, TrainingPlan
+from covey_protocol.messages import Invitation, TrainingPlan
 from covey_protocol.parameters import ParameterSpec
 from covey_protocol.seals import SealingKey
 
@@ -66,44 +66,6 @@ def manifest(trainable: bool = True) -> Manifest:
         loss="mean_squared_error",
         optimizer="sgd",
     )
-
-
-class Scripted:
-    """A fleet in memory: every device answers its invitation with an update of its own making."""
-
-    def __init__(self, make: dict[str, Any]) -> None:
-        self._make = make
-        self._updates: dict[str, bytes] = {}
-        self._inbox: list[FromFleet] = []
-        self.receipts: dict[str, Receipt] = {}
-        self.invitation: Invitation | None = None
-
-    def online(self) -> list[str]:
-        return sorted(self._make)
-
-    def publish_blob(self, data: bytes) -> Any:
-        return blob_ref(data)
-
-    def clear_blob(self, sha256: bytes) -> None:
-        pass
-
-    def publish_round(self, message: Any) -> None:
-        if isinstance(message, Invitation):
-            self.invitation = message
-            for device_id, make in self._make.items():
-                self._updates[device_id] = make(message)
-                offer = Offer(message.round_id, blob_ref(self._updates[device_id]), 10)
-                self._inbox += [FromFleet(device_id, Answer(message.round_id, True)), FromFleet(device_id, offer)]
-
-    def send(self, device_id: str, message: Any) -> None:
-        if isinstance(message, Need):
-            chunk = Chunk(message.round_id, message.sha256, 0, self._updates[device_id])
-            self._inbox.append(FromFleet(device_id, chunk))
-        elif isinstance(message, Receipt):
-            self.receipts[device_id] = message
-
-    def next(self, timeout_s: float) -> FromFleet | None:
-        return self._inbox.pop(0) if self._inbox else None
 
 
 def honest(update: np.ndarray, device_id: str) -> Any:

@@ -25,7 +25,7 @@ from covey_protocol.blobs import blob_ref
 from covey_protocol.messages import Invitation, Offer, TrainingPlan
 from covey_protocol.round import Phase, Progress, RoundSettings
 
-V1 = Path(__file__).parent / "stores" / "v1.sqlite"
+OLD = {name: Path(__file__).parent / "stores" / f"{name}.sqlite" for name in ("v1", "v3")}
 NOW_MS = time.time_ns() // 1_000_000
 BLOB = blob_ref(bytes(16))
 CONFIG = 'fleet = "home"\nrun = "bell"\n[devices]\na = "00"\nb = "00"\nc = "00"\n'
@@ -225,13 +225,17 @@ def test_all_runs_are_listed_with_their_outcome(store: RunStore, tmp_path: Path,
     assert "code 8: too few devices" in call("runs")
 
 
-def test_a_run_of_the_first_version_can_be_read(tmp_path: Path, call: Call) -> None:
+@pytest.mark.parametrize(("name", "state"), [("v1", ("unknown", None, 1)), ("v3", ("killed", 5, 1))])
+def test_a_run_of_an_older_version_can_be_read(
+    name: str, state: tuple[str, int | None, int], tmp_path: Path, call: Call
+) -> None:
     folder = tmp_path / "runs" / "old"
     folder.mkdir(parents=True)
-    shutil.copy(V1, folder / "coordinator.sqlite")
+    shutil.copy(OLD[name], folder / "coordinator.sqlite")
     place = ("--runs-dir", str(tmp_path / "runs"))
     facts = call("status", "--json", place=place)
-    assert (facts["state"], facts["rounds_asked"], facts["rounds_published"]) == ("unknown", None, 1)
+    assert (facts["state"], facts["rounds_asked"], facts["rounds_published"]) == state
+    assert facts["evaluation"] is None
     assert facts["round"]["number"] == 2
     assert [one["device"] for one in call("devices", "--json", place=place)] == ["a", "b"]
 

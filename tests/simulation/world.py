@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -50,6 +50,7 @@ from covey_protocol.messages import (
     RoundClosed,
     Seen,
     Verdict,
+    run_of,
 )
 from covey_protocol.parameters import ParameterSpec
 from covey_protocol.seals import SealingKey
@@ -215,7 +216,7 @@ class SimulatedDatabase:
 
     def __init__(self, world: World) -> None:
         self._world = world
-        self._new_model = False
+        self._new_model = self._new_end = False
         self.real = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
 
     def execute(self, statement: str, values: Any = ()) -> Any:
@@ -227,10 +228,15 @@ class SimulatedDatabase:
             if self._new_model:
                 self._new_model = False
                 self._world.check_ledger()
+            if self._new_end:
+                self._new_end = False
+                self._world.check_evaluations()
             self._world.step("after commit")
             return result
         if statement.startswith("INSERT OR REPLACE INTO checkpoints"):
             self._new_model = True
+        if statement.startswith("UPDATE rounds SET phase = ?, reason"):
+            self._new_end = True
         return self.real.execute(statement, values)
 
     def executemany(self, statement: str, rows: Any) -> Any:
@@ -275,8 +281,8 @@ class LedgerEngine:
 
     num_byzantine = 1
 
-    def __init__(self, world: World) -> None:
-        self._world, self.count = world, 0
+    def __init__(self, world: World, run: str) -> None:
+        self._world, self._run, self.count = world, run, 0
 
     def aggregate(self, parameters: Any, screened: Any) -> Outcome:
         verdicts = []
@@ -291,7 +297,7 @@ class LedgerEngine:
             verdicts.append(records.DeviceVerdict(device_id, records.REJECTED, reason))
         if sum(verdict.status == records.ACCEPTED for verdict in verdicts) < 1:
             raise RuleError("no honest update")
-        self._world.about_to_aggregate(screened, parameters, self.count)
+        self._world.about_to_aggregate(screened, self._run, self.count)
         self.count += 1
         return Outcome(result, verdicts)
 
@@ -478,8 +484,10 @@ class SimulatedDevice:
         def done() -> None:
             if work != self.work:
                 return
-            if self.trained >= SLOTS:
-                event: device.Event = device.TrainingFailed(invitation.round_id, "no slot is left")
+            if invitation.plan.evaluate:
+                event: device.Event = device.Trained(invitation.round_id, self.world.new_metrics(), 5)
+            elif self.trained >= SLOTS:
+                event = device.TrainingFailed(invitation.round_id, "no slot is left")
             else:
                 update = self.world.new_update(self.name, self.trained, invitation.round_id)
                 self.trained += 1
@@ -538,20 +546,27 @@ class World:
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._counter = 0
         self._last_check = 0.0
-        self.database = SimulatedDatabase(self)
+        self.databases = {run: SimulatedDatabase(self) for run in self.configs}
         self.disk = SimulatedDisk(self, self.step)
         self.fleet: SimulatedFleet | None = None
         self.devices = {name: SimulatedDevice(self, name) for name in HONEST}
-        self.orders = Orders(Path("no folder"))
+        self.orders = Orders(Path("no folder"))  # of the first run
         self.rounds = ROUNDS  # that are published at the end
 
     # --- the whole run
 
-    config = CONFIG
+    configs: ClassVar = {"run": CONFIG}  # by run; each has its own store
 
-    def task(self, coordinator: Coordinator, config: CoordinatorConfig, orders: Orders) -> Task:
+    def orders_of(self, run: str) -> Orders:
+        return self.orders if run == next(iter(self.configs)) else Orders(Path("no folder"))
+
+    def task(self, coordinator: Coordinator, config: CoordinatorConfig) -> Task:
         work = Work(config, BUNDLE, np.zeros(D, np.float32))
-        return Task(coordinator, LedgerEngine(self), work, lambda line: None, orders)
+        engine = LedgerEngine(self, config.run)
+        return Task(coordinator, engine, work, lambda line: None, self.orders_of(config.run))
+
+    def rounds_of(self, run: str) -> int:
+        return self.rounds
 
     def is_over(self) -> bool:
         """Whether the run has ended without all its rounds, as it should."""
@@ -565,19 +580,24 @@ class World:
         finished = False
         while not finished:
             finished = (
-                self.coordinate(lambda coordinator: run_tasks([self.task(coordinator, self.config, self.orders)]))
+                self.coordinate(
+                    lambda coordinators: run_tasks(
+                        [self.task(one, config) for one, config in zip(coordinators, self.configs.values())]
+                    )
+                )
                 or self.is_over()
             )
         self.calm()
         # who was away asks what became of its update
         self.coordinate(
-            lambda coordinator: coordinator.attend(70.0, lambda: not any(map(_owes, self.devices.values())))
+            lambda coordinators: coordinators[0].attend(70.0, lambda: not any(map(_owes, self.devices.values())))
         )
         self.check_end()
-        self.database.real.close()
+        for database in self.databases.values():
+            database.real.close()
         return self
 
-    def coordinate(self, program: Callable[[Coordinator], Any]) -> bool:
+    def coordinate(self, program: Callable[[list[Coordinator]], Any]) -> bool:
         """One start of the coordinator; False where it ended badly. Then some time passes without one."""
         if self.now > TROUBLE_S:
             self.calm()
@@ -585,15 +605,29 @@ class World:
         self.fleet = SimulatedFleet(self)
         good = False
         try:
-            store = RunStore(Path("run"), disk=self.disk, database=self.database)
-            clock, aborted = SimulatedClock(self), self.orders.abort_reason
-            program(Coordinator(self.fleet, store, leave_open=True, clock=clock, aborted=aborted))
+            stores = {
+                run: RunStore(Path(run), disk=self.disk, database=database) for run, database in self.databases.items()
+            }
+            clock = SimulatedClock(self)
+            coordinators = [
+                Coordinator(
+                    self.fleet,
+                    store,
+                    leave_open=True,
+                    clock=clock,
+                    aborted=self.orders_of(run).abort_reason,
+                    stores=stores,
+                )
+                for run, store in stores.items()
+            ]
+            program(coordinators)
             good = True
         except Crash:
             self.crashes += 1
             self.log("coordinator", "crashes")
             self.disk.crash()
-            self.database.crash()
+            for database in self.databases.values():
+                database.crash()
         except CoveyError as exc:
             self.log("coordinator", "ends", exc)
             self.seen[f"ends: {type(exc).__name__}"] += 1
@@ -797,39 +831,66 @@ class World:
         self.slots[slot] = (name, round_id, hashlib.sha256(data).hexdigest())
         return data
 
+    def new_metrics(self) -> bytes:
+        return np.array([self.rng.uniform(0.0, 3.0), self.rng.uniform(0.0, 1.0)], "<f4").tobytes()
+
     # --- invariants
 
     def require(self, holds: bool, what: str, *more: Any) -> None:
         if not holds:
             raise Broken(what, *more)
 
-    def about_to_aggregate(self, screened: Any, parameters: Any, count: int) -> None:
+    def about_to_aggregate(self, screened: Any, run: str, count: int) -> None:
         round_id = self._one("SELECT id FROM rounds WHERE phase = 'aggregating'")
         self.require(round_id is not None, "aggregates before the decision is durable")
+        self.require(run_of(round_id[0]) == run, "the engine of another task")
         names = frozenset(screened.device_ids) | frozenset(screened.reasons)
         self.seen["aggregated again after a crash"] += round_id[0] in self.decided
         before = self.decided.setdefault(round_id[0], names)
         self.require(before == names, "another set of updates for a round that was decided", before, names)
-        newest = self._one("SELECT max(number) FROM checkpoints")[0] or 0
+        newest = self._all("SELECT max(number) FROM checkpoints", run=run)[0][0] or 0
         self.require(count == newest, f"an engine that has seen {count} rounds with the model of round {newest}")
 
     def check_ledger(self) -> None:
-        """The newest model counts each accepted update once, and no other."""
-        row = self._one("SELECT number, parameters FROM checkpoints ORDER BY number DESC")
-        if row is None:
-            return
-        data = self.disk.files.get(f"run/checkpoints/run/round-{row[0]:05d}.f32")
-        self.require(data is not None and hashlib.sha256(data).hexdigest() == row[1], "a checkpoint without its file")
+        """The newest model of each run counts each of its accepted updates once, and no other."""
+        for run in self.configs:
+            for row in self._all("SELECT number, parameters FROM checkpoints ORDER BY number DESC LIMIT 1", run=run):
+                self._check_model(run, *row)
+
+    def _check_model(self, run: str, number: int, sha256: str) -> None:
+        data = self.disk.files.get(f"{run}/checkpoints/{run}/round-{number:05d}.f32")
+        self.require(data is not None and hashlib.sha256(data).hexdigest() == sha256, "a checkpoint without its file")
         ledger = np.frombuffer(data or b"", "<f4")
         self.require(bool(np.isin(ledger, (0.0, 1.0)).all()), "an update is counted more than once", ledger.max())
-        accepted = set(self._all("SELECT id, round, sha256 FROM devices WHERE status = 'accepted'"))
+        accepted = set(self._all("SELECT id, round, sha256 FROM devices WHERE status = 'accepted'", run=run))
+        trained = self._all("SELECT kind FROM checkpoints JOIN rounds ON rounds.id = round", run=run)
+        self.require(set(trained) == {("training",)}, "a checkpoint of an evaluation", trained)
         for slot, word in self.slots.items():
             self.require(bool(ledger[slot]) == (word in accepted), "model and verdict disagree", word)
 
+    def check_evaluations(self) -> None:
+        """A published evaluation has its numbers, from the devices whose metrics were accepted; no other has any."""
+        ended = "SELECT id, number, phase, run FROM rounds WHERE kind = 'evaluation'"
+        numbers = Counter()
+        for round_id, number, phase, run in self._all(ended):
+            numbers[run, number] += 1
+            rows = self._all("SELECT metric, median, devices FROM evaluations WHERE round = ?", round_id)
+            self.require(len(rows) == (2 if phase == "published" else 0), "metrics without their round's end", round_id)
+            used = self._all("SELECT sha256 FROM devices WHERE round = ? AND status = 'accepted'", round_id)
+            files = [self.disk.files.get(f"{run}/updates/{sha256}.f32") for (sha256,) in used]
+            if phase == "published" and None not in files:
+                medians = np.median([np.frombuffer(data or b"", "<f4") for data in files], axis=0)
+                told = {metric: median for metric, median, _ in rows}
+                right = np.allclose([told["loss"], told["accuracy"]], medians)
+                self.require(right and rows[0][2] == len(used), "other metrics than the devices sent", told, medians)
+        self.require(max(numbers.values(), default=1) == 1, "a model was evaluated twice", numbers)
+
     def check_store(self) -> None:
         """What was acknowledged is on its way, or has a verdict; and nothing grows without end."""
-        if self._one("SELECT count(*) FROM sqlite_master WHERE name = 'devices'")[0] == 0:
+        made = self._all("SELECT count(*) FROM sqlite_master WHERE name = 'evaluations'")
+        if min(made)[0] == 0:
             return
+        self.check_evaluations()
         for word in self.acknowledged:
             self.require(self._is_durable(*word), "an acknowledged update is gone", word)
         judged = "SELECT d.id, d.round, d.sha256, d.status, d.why FROM devices d JOIN rounds r ON r.id = d.round"
@@ -837,12 +898,14 @@ class World:
             if tuple(word) in self.acknowledged:
                 good = status == "accepted" or (status == "rejected" and bool(why))
                 self.require(good, "no verdict, or none with a reason", word, status, why)
-        updates = [name for name in self.disk.files if name.startswith("run/updates/")]
-        partial = [name for name in self.disk.files if name.startswith("run/partial/")]
+        partial = [name for name in self.disk.files if "/partial/" in name]
         everyone = len(HONEST) + 1
-        self.require(len(updates) <= (KEEP_ROUNDS + 2) * everyone, "updates pile up", len(updates))
-        rounds = self._one("SELECT count(*) FROM rounds WHERE phase NOT IN ('published', 'abandoned')")[0]
-        self.require(rounds <= 1, "more than one round is open", rounds)
+        for run, config in self.configs.items():
+            updates = [name for name in self.disk.files if name.startswith(f"{run}/updates/")]
+            kinds = 2 if config.evaluation.every else 1
+            self.require(len(updates) <= (KEEP_ROUNDS + 2) * everyone * kinds, "updates pile up", len(updates))
+        rounds = self._all("SELECT id FROM rounds WHERE phase NOT IN ('published', 'abandoned')")
+        self.require(len(rounds) <= 1, "more than one round is open", rounds)
         self.require(len(partial) <= 4 * everyone, "chunks pile up", len(partial))
         for one in self.devices.values():
             self.require(len(one.disk.files) <= device.MAX_OWED + 2, f"{one.name}'s outbox grows")
@@ -850,7 +913,9 @@ class World:
     def check_end(self) -> None:
         self.check_store()
         self.check_ledger()
-        self.require(self._one("SELECT count(*) FROM checkpoints")[0] >= self.rounds, "not every round is published")
+        for run in self.configs:
+            published = self._all("SELECT count(*) FROM checkpoints", run=run)[0][0]
+            self.require(published >= self.rounds_of(run), "not every round is published", run)
         for word in self.acknowledged:
             self.require(self._verdict(word[1], word[0]) in ("accepted", "rejected"), "never judged", word)
         for one in self.devices.values():
@@ -859,21 +924,24 @@ class World:
 
     def _is_durable(self, name: str, round_id: str, sha256: str) -> bool:
         row = self._one("SELECT offer FROM devices WHERE round = ? AND id = ? AND sha256 = ?", round_id, name, sha256)
-        path = f"run/updates/{sha256}.f32"
+        path = f"{run_of(round_id)}/updates/{sha256}.f32"
         over = self._verdict(round_id, name) is not None  # then the file may have gone after KEEP_ROUNDS
         data = self.disk.files.get(path)
         whole = data is not None and path not in self.disk.scratch and hashlib.sha256(data).hexdigest() == sha256
-        return row is not None and not self.database.in_transaction and (whole or over)
+        busy = any(database.in_transaction for database in self.databases.values())
+        return row is not None and not busy and (whole or over)
 
     def _verdict(self, round_id: str, name: str) -> str | None:
         row = self._one("SELECT status FROM devices WHERE round = ? AND id = ?", round_id, name)
         return row[0] if row is not None else None
 
     def _one(self, query: str, *values: Any) -> Any:
-        return self.database.real.execute(query, values).fetchone()
+        return next(iter(self._all(query, *values)), None)
 
-    def _all(self, query: str, *values: Any) -> list[Any]:
-        return self.database.real.execute(query, values).fetchall()
+    def _all(self, query: str, *values: Any, run: str | None = None) -> list[Any]:
+        """Of this run's database, or of all."""
+        chosen = self.databases.values() if run is None else [self.databases[run]]
+        return [row for database in chosen for row in database.real.execute(query, values)]
 
     # --- telling
 

@@ -487,7 +487,7 @@ class Task:
         )
 
     def _take(self, result: RoundResult) -> None:
-        for line in _lines(self.config.rounds, result):
+        for line in _lines(result.number, self.config.rounds, result):
             self._say(printable(line))
         if result.evaluates:
             pass
@@ -709,13 +709,13 @@ def _give_up_if_hopeless(abandoned: int, reason: str) -> None:
         )
 
 
-def _lines(rounds: int, result: RoundResult) -> list[str]:
+def _lines(number: int, rounds: int, result: RoundResult) -> list[str]:
     used = sum(verdict.status == ACCEPTED for verdict in result.verdicts)
     losses = [offer.metrics["training_loss"] for offer in result.offers.values() if "training_loss" in offer.metrics]
     loss = f", median training loss {np.median(losses):.4f}" if losses else ""
     what = "evaluation of round" if result.evaluates else "round"
     metrics = f", {evaluation_text(result.evaluation)}" if result.evaluation else ""
-    head = f"{what} {result.number}/{rounds} {result.outcome}: {used} of {len(result.verdicts)} updates{loss}{metrics}"
+    head = f"{what} {number}/{rounds} {result.outcome}: {used} of {len(result.verdicts)} updates{loss}{metrics}"
     reasons = [f"  {v.device_id} {v.status}: {v.reason}" for v in result.verdicts if v.status != ACCEPTED]
     return [f"{head}{_byzantine_left(result)}{f' ({result.reason})' if result.reason else ''}", *reasons]
 

@@ -25,7 +25,6 @@ from covey_protocol.round import Phase, Progress
 
 Facts = dict[str, Any]
 NOTES_VERSION = 3  # of the store: from here on it has the tables runs and presence
-KINDS_VERSION = 4  # and from here on evaluation rounds
 LAST_ROUNDS = 5
 
 
@@ -64,12 +63,13 @@ class History:
 
     def __init__(self, folder: Path, database: sqlite3.Connection, version: int) -> None:
         self._folder, self._database, self._version = folder, database, version
-        self._trained = f" AND kind = '{TRAINING}'" if version >= KINDS_VERSION else ""
+        # older stores know no evaluation rounds
+        self._kinds = self._one("SELECT 1 FROM sqlite_master WHERE name = 'evaluations'") is not None
 
     def run(self) -> Facts:
         """The run with its outcome. state: see `_word`."""
         published, abandoned = (
-            self._one("SELECT count(*) FROM rounds WHERE phase = ?" + self._trained, phase.value)[0]  # noqa: S608 - fixed
+            self._one(f"SELECT count(*) FROM rounds WHERE phase = ? AND {self._kind} = ?", phase.value, TRAINING)[0]  # noqa: S608 - fixed
             for phase in (Phase.PUBLISHED, Phase.ABANDONED)
         )
         newest = self._one("SELECT max(number) FROM checkpoints")[0]
@@ -93,8 +93,13 @@ class History:
             "evaluation": self._newest_evaluation(),
         }
 
+    @property
+    def _kind(self) -> str:
+        """The column that says a round's kind, in SQL."""
+        return "kind" if self._kinds else f"'{TRAINING}'"
+
     def _newest_evaluation(self) -> Facts | None:
-        if self._version < KINDS_VERSION:
+        if not self._kinds:
             return None
         row = self._one("SELECT round, number FROM evaluations ORDER BY number DESC")
         return None if row is None else {"round": row[0], "number": row[1], "metrics": self._metrics(row[0])}
@@ -108,9 +113,8 @@ class History:
     def status(self) -> Facts:
         """The run, the round under way and the newest ones that are over."""
         online = [name for (name,) in self._noted("SELECT id FROM presence WHERE online ORDER BY id")]
-        kind = "kind" if self._version >= KINDS_VERSION else f"'{TRAINING}'"
         over = self._all(
-            f"SELECT id, number, phase, reason, {kind} FROM rounds"  # noqa: S608 - fixed
+            f"SELECT id, number, phase, reason, {self._kind} FROM rounds"  # noqa: S608 - fixed
             " WHERE phase NOT IN (?, ?) ORDER BY rowid DESC LIMIT ?",
             *OPEN_PHASES,
             LAST_ROUNDS,
