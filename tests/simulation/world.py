@@ -601,6 +601,7 @@ class World:
         """One start of the coordinator; False where it ended badly. Then some time passes without one."""
         if self.now > TROUBLE_S:
             self.calm()
+        self.require(self.now < PATIENCE_S, "starts again and again")
         self.log("coordinator", "starts")
         self.fleet = SimulatedFleet(self)
         good = False

@@ -188,7 +188,7 @@ class AgentProgram:
         invitation = self._machine.invitation
         try:
             if frame.withheld and invitation is not None:
-                self._withheld(invitation).store(invitation, frame.withheld)
+                WithheldFile.of(self._agent.state_dir, invitation).store(invitation, frame.withheld)
         except errors.StorageError as exc:
             log.error("%s", exc)
             self._handle(device.TrainingFailed(round_id, str(exc)))
@@ -275,15 +275,11 @@ class AgentProgram:
         if assembly is not None:
             self._transport.unsubscribe(self._topics.blob(sha256, index) for index in range(assembly.ref.num_chunks))
 
-    def _withheld(self, invitation: Invitation) -> WithheldFile:
-        """Each task has its own: tasks take turns, and one's numbers must wait for its next round."""
-        task = invitation.plan.task
-        return WithheldFile(self._agent.state_dir / (f"withheld-{task}.msgpack" if task else "withheld.msgpack"))
-
     def _run_training(self) -> None:
         invitation = self._machine.invitation
         assert invitation is not None
         privacy, data = self._config.privacy, data_for(self._config.data, invitation.plan)
+        withheld = WithheldFile.of(self._agent.state_dir, invitation)
         request = Run(
             invitation.round_id,
             self._config.device_id,
@@ -293,7 +289,7 @@ class AgentProgram:
             privacy.noise_multiplier,
             privacy.min_examples,
             privacy.noise_moving_statistics,
-            self._withheld(invitation).load(invitation) if invitation.plan.compression in WITHHOLDING else b"",
+            withheld.load(invitation) if invitation.plan.compression in WITHHOLDING else b"",
             bool(data and data.held_out),
         )
         self._child.request(invitation.round_id, request, self._config.training.timeout_s)

@@ -1,9 +1,9 @@
 """What this device's updates have left out so far (top-k), kept for its next update of the same task.
 
-A task is a run and a bundle: another run, or another bundle (so another model's shape), starts with nothing. The file
-is written before the update that it belongs to is kept. After a crash between the two the round can be trained again,
-from what was withheld before it; if it is not, or where the update is rejected, what it held is lost. Nothing is sent
-twice.
+Each of a fleet's tasks has a file. In it, a run and a bundle belong together: another run, or another bundle (so another
+model's shape), starts with nothing. The file is written before the update that it belongs to is kept. After a crash
+between the two the round can be trained again, from what was withheld before it; if it is not, or where the update is
+rejected, what it held is lost. Nothing is sent twice.
 """
 
 from __future__ import annotations
@@ -38,6 +38,12 @@ class WithheldFile:
 
     def __init__(self, path: Path, disk: Disk = DISK) -> None:
         self._path, self._disk = path, disk
+
+    @classmethod
+    def of(cls, folder: Path, invitation: Invitation) -> WithheldFile:
+        """That of the invitation's task: tasks take turns, and one's numbers wait for its next round."""
+        task = invitation.plan.task
+        return cls(folder / (f"withheld-{task}.msgpack" if task else "withheld.msgpack"))
 
     def load(self, invitation: Invitation) -> bytes:
         """b"" where nothing readable is there for this round's task and size."""
