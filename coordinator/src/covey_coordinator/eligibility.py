@@ -37,9 +37,12 @@ def eligible(fleet: Online, requires: Sequence[str], only: Collection[str], excl
     A device whose presence names no capability at all has not said what it can: it is invited, and can decline.
     """
     devices, others = [], {}
+    known: dict[Sequence[str], list[str]] = {}  # thousands of devices say the same few things
     for device_id in fleet.online():
-        can = fleet.capabilities(device_id)
-        lacks = [name for name in requires if name not in can] if can else []
+        can = tuple(fleet.capabilities(device_id))
+        if can not in known:
+            known[can] = [name for name in requires if name not in can] if can else []
+        lacks = known[can]
         if device_id in exclude or (only and device_id not in only):
             others[device_id] = "is not meant"
         elif lacks:

@@ -256,6 +256,8 @@ def _check_devices(path: Path, config: CoordinatorConfig) -> None:
             f"{evaluation.devices or asked.devices} devices",
             "lower its quorum, or raise its devices",
         )
+    if 0 < evaluation.duration_s < 1:
+        raise ConfigError(f"{path}: [evaluation] duration_s = {evaluation.duration_s:g}", "give it 1 s or more")
     strangers = [name for name in (*asked.only, *asked.exclude) if name not in config.devices]
     if strangers:
         raise ConfigError(f"{path}: [round] names {strangers[0]}, which [devices] does not", "correct the name")
@@ -452,7 +454,7 @@ class Task:
         if text != self._told:
             self._told = text
             self._say(text)
-            self._watch(events.Waits(text))
+            self._watch(events.Waits(f"{self.config.task}: {text}" if self.config.task else text))
 
     def _eligible(self, plan: TrainingPlan) -> Eligible:
         settings = self.config.round
