@@ -1,9 +1,9 @@
 """What this device's updates have left out so far (top-k), kept for its next update of the same task.
 
 Each of a fleet's tasks has a file. In it, a run and a bundle belong together: another run, or another bundle (so
-another model's shape), starts with nothing. The file is written before the update that it belongs to is kept. After a crash
-between the two the round can be trained again, from what was withheld before it; if it is not, or where the update is
-rejected, what it held is lost. Nothing is sent twice.
+another model's shape), starts with nothing. The file is written before the update that it belongs to is kept. After a
+crash between the two the round can be trained again, from what was withheld before it; if it is not, or where the
+update is rejected, what it held is lost. Nothing is sent twice.
 """
 
 from __future__ import annotations
