@@ -235,8 +235,10 @@ def _planned(path: Path, config: CoordinatorConfig, weight: float, key: SealingK
     rule = _rule(path, config)
     rule.check(config.round.quorum)
     if config.evaluation.every:
-        # as aggregation.evaluating asks of any evaluation
-        Median(rule.num_byzantine).check(config.evaluation.quorum or config.round.quorum)
+        try:
+            Median(rule.num_byzantine).check(config.evaluation.quorum or config.round.quorum)
+        except RuleError as exc:  # as aggregation.evaluating would say of every round
+            raise RuleError(f"{path}: [evaluation]: {exc.what}", "raise its quorum, or lower num_byzantine") from exc
     return Planned(config, weight, data, bundle, rule)
 
 
