@@ -44,7 +44,7 @@ def test_a_good_file_is_read_with_its_keys_and_paths(tmp_path: Path) -> None:
     agent = load_agent(write(tmp_path, GOOD))
     assert str(agent.broker) == "mqtts://broker.local:8883"
     assert agent.broker.password == "secret"
-    assert agent.data_path == tmp_path / "data.npz"
+    assert agent.folder / agent.config.data.path == tmp_path / "data.npz"
     assert agent.coordinator == KEY.public
     assert "secret" not in repr(agent.broker)
     assert (agent.broker.protocol, agent.broker.max_message_bytes) == ("auto", 0)

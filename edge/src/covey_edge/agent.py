@@ -290,7 +290,7 @@ class AgentProgram:
             privacy.min_examples,
             privacy.noise_moving_statistics,
             withheld.load(invitation) if invitation.plan.compression in WITHHOLDING else b"",
-            bool(data and data.held_out),
+            data is not None and data.held_out,
         )
         self._child.request(invitation.round_id, request, self._config.training.timeout_s)
 

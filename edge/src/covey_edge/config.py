@@ -128,10 +128,6 @@ class Agent(Struct, frozen=True):
     coordinator: PublicKey
 
     @property
-    def data_path(self) -> Path:
-        return self.folder / self.config.data.path
-
-    @property
     def state_dir(self) -> Path:
         return self.folder / self.config.state_dir
 

@@ -37,8 +37,8 @@ class _Place(Struct):
 
 def status(config_path: Path, runs_dir: Path | None, run: str | None, task: str | None, as_json: bool) -> None:
     folders, _ = _find(config_path, runs_dir, run, task)
-    found = [_read(folder, lambda history: history.status()) for folder in folders]
-    if len(found) == 1:
+    found = [_read(folder, lambda history: history.status()) for folder in _present(folders)]
+    if len(folders) == 1:
         _print(found[0], as_json, _status_lines)
     else:
         _print(found, as_json, lambda facts: [line for one in facts for line in _status_lines(one)])
@@ -46,8 +46,8 @@ def status(config_path: Path, runs_dir: Path | None, run: str | None, task: str 
 
 def devices(config_path: Path, runs_dir: Path | None, run: str | None, task: str | None, as_json: bool) -> None:
     folders, roster = _find(config_path, runs_dir, run, task)
-    found = {folder.name: _read(folder, lambda history: history.devices(roster)) for folder in folders}
-    if len(found) == 1:
+    found = {folder.name: _read(folder, lambda history: history.devices(roster)) for folder in _present(folders)}
+    if len(folders) == 1:
         _print(found[folders[0].name], as_json, _device_lines)
     else:
         _print(
@@ -119,6 +119,11 @@ def _find(config_path: Path, runs_dir: Path | None, run: str | None, task: str |
     return folders, []
 
 
+def _present(folders: list[Path]) -> list[Path]:
+    """Without those of tasks that no coordinator has started yet, as long as any was."""
+    return [folder for folder in folders if (folder / "coordinator.sqlite").is_file()] or folders[:1]
+
+
 def _of_tasks(config_path: Path, runs: Mapping[str, str], task: str | None) -> list[str]:
     if task is None:
         return list(runs.values())
@@ -138,8 +143,9 @@ def _runs_to_order(
     folders, _ = _find(config_path, runs_dir, run, task)
     if len(folders) > 1 and not bears_more:
         raise ConfigError(f"{config_path} has {len(folders)} tasks", "say which with --task")
+    folders = _present(folders)
     if len(folders) > 1:
-        folders = [one for one in folders if one.is_dir() and Orders(one).aborted() is None] or folders[:1]
+        folders = [one for one in folders if Orders(one).aborted() is None] or folders[:1]
     for folder in folders:
         with opened(folder):
             pass
@@ -192,8 +198,7 @@ def _what(facts: Facts) -> str:
 
 def _metrics(evaluation: Facts) -> str:
     """As the lines of `covey serve` have it."""
-    rows = [{**row, "name": row["metric"]} for row in evaluation["metrics"]]
-    return evaluation_text([FleetMetric(**{k: v for k, v in row.items() if k != "metric"}) for row in rows])
+    return evaluation_text([FleetMetric(*row.values()) for row in evaluation["metrics"]])
 
 
 def _device_lines(found: list[Facts]) -> list[str]:

@@ -105,7 +105,7 @@ class History:
         return None if row is None else {"round": row[0], "number": row[1], "metrics": self._metrics(row[0])}
 
     def _metrics(self, round_id: str) -> list[Facts]:
-        """What an evaluation round gave, in the order in which its plan asks."""
+        """What an evaluation round gave."""
         names = ("metric", "mean", "median", "spread", "devices", "held_out")
         rows = self._all(f"SELECT {', '.join(names)} FROM evaluations WHERE round = ?", round_id)  # noqa: S608 - fixed
         return [dict(zip(names, row)) for row in sorted(rows, key=lambda row: METRICS.index(row[0]))]

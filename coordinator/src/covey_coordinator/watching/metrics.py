@@ -79,8 +79,10 @@ def _sum(state: State, name: str) -> int:
 
 
 def _evaluations(state: State) -> list[Metric]:
-    """Of every run that has had one."""
+    """Of every run that has had one since the start."""
     runs = {run: line for run, line in state.runs.items() if line.evaluation}
+    if not runs:
+        return []
     values: Samples = {
         (("run", run), ("metric", one.name), ("of", of)): float(getattr(one, of))
         for run, line in runs.items()
@@ -88,14 +90,10 @@ def _evaluations(state: State) -> list[Metric]:
         for of in ("mean", "median", "spread")
     }
     numbers = {run: float(line.evaluated) for run, line in runs.items()}
-    return (
-        [
-            Metric("covey_evaluation", "gauge", "Newest evaluation over the devices.", values),
-            Metric("covey_evaluation_round", "gauge", "Whose model that was.", _by("run", numbers)),
-        ]
-        if runs
-        else []
-    )
+    return [
+        Metric("covey_evaluation", "gauge", "Newest evaluation over the devices.", values),
+        Metric("covey_evaluation_round", "gauge", "Whose model that was.", _by("run", numbers)),
+    ]
 
 
 ENDINGS = ("published", "abandoned")
