@@ -283,7 +283,7 @@ def test_status_is_of_all_tasks_or_of_one(tasks: dict[str, RunStore], call: Call
     text = call("status", "--task", "y")
     line = "loss 0.3 (mean 0.4, spread 0.1), accuracy 0.93 (mean 0.91, spread 0.02), 1 of 3 on held-out data"
     assert f"evaluation of round 4: {line}" in text
-    assert "evaluation of round 4 published: 1 of 1 updates" in text
+    assert f"evaluation of round 4 published: 1 of 1 updates, {line}" in text
     assert "loss 0.3 accuracy 0.93 (round 4)" in call("runs")
     assert call("status", "--json", "--run", "bell-x")["run"] == "bell-x"
     assert list(call("devices", "--json")) == ["bell-x", "bell-y"]

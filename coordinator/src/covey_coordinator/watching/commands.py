@@ -171,7 +171,9 @@ def _status_lines(facts: Facts) -> list[str]:
     if facts["running"]:
         lines.append(f"  online: {', '.join(facts['devices_online']) or 'no device'}")
     if facts["evaluation"] is not None:
-        lines.append(f"  evaluation of round {facts['evaluation']['number']}: {_metrics(facts['evaluation'])}")
+        lines.append(
+            f"  evaluation of round {facts['evaluation']['number']}: {_metrics(facts['evaluation']['metrics'])}"
+        )
     lines += _round_lines(facts["round"]) if facts["round"] is not None else []
     return lines + [line for ended in facts["last_rounds"] for line in _ended_lines(ended)]
 
@@ -185,6 +187,7 @@ def _round_lines(facts: Facts) -> list[str]:
 def _ended_lines(facts: Facts) -> list[str]:
     loss = facts["median_training_loss"]
     shown = f", median training loss {loss:.4f}" if loss is not None else ""
+    shown += f", {_metrics(facts['evaluation'])}" if facts["evaluation"] else ""
     head = (
         f"{_what(facts)} {facts['number']} {facts['outcome']}: {facts['accepted']} of {facts['invited']} updates{shown}"
     )
@@ -196,9 +199,9 @@ def _what(facts: Facts) -> str:
     return "evaluation of round" if facts["kind"] == EVALUATION else "round"
 
 
-def _metrics(evaluation: Facts) -> str:
+def _metrics(rows: list[Facts]) -> str:
     """As the lines of `covey serve` have it."""
-    return evaluation_text([FleetMetric(*row.values()) for row in evaluation["metrics"]])
+    return evaluation_text([FleetMetric(*row.values()) for row in rows])
 
 
 def _device_lines(found: list[Facts]) -> list[str]:
