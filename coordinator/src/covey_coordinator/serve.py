@@ -409,10 +409,8 @@ class Task:
     def is_over(self) -> bool:
         return self.failure is not None or (self._done >= self.config.rounds and not self._evaluation_is_due())
 
-    def attend(self, timeout_s: float) -> None:
-        self.coordinator.attend(timeout_s)
-
     def end(self, several: bool) -> None:
+        """Say so, once. The end of the only run is the program's, and said with it."""
         if several and not self.noted:
             self._say(str(self.failure) if self.failure is not None else "all rounds are published")
             note_end(self.coordinator.store, self.config.run, self.failure, self._watch, several)
@@ -574,7 +572,7 @@ def run_tasks(tasks: list[Task]) -> None:
             chosen = turns.choose(ready)
             _guarded(chosen, chosen.turn)
         else:
-            left[0].attend(POLL_S)
+            left[0].coordinator.attend(POLL_S)
     for task in tasks:
         task.coordinator.linger(task.config.run)
     for task in tasks:
