@@ -103,8 +103,8 @@ class Invitation(Struct, frozen=True, tag="invitation", omit_defaults=True):
     devices: who is invited, empty for everyone. requires: capabilities a device must have to take part, so that later
     kinds of rounds are declined by old devices.
     max_staleness: this round's updates may also be taken by rounds whose number is at most so much larger, 0 for none:
-    a device goes on with its work when the round is closed. earlier: ended rounds whose updates are still taken, by this
-    round or a later one; of each run the newest first.
+    a device goes on with its work when the round is closed. earlier: ended rounds whose updates are still taken, by
+    this round or a later one; of each run the newest first.
     encryption_key: of the round, where updates are to be encrypted to it (see `encryption`).
     """
 
