@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from brokers import RunningBroker
 from proxy import Proxy
-from scripted_fleet import D, Scripted, manifest, numbers
+from scripted import D, Scripted, manifest, numbers
 
 from covey_coordinator.aggregation.engines import make_engine
 from covey_coordinator.aggregation.registry import make_rule
@@ -178,14 +178,14 @@ class Lab:
         self.coordinator.wait_for(len(IDS), 60)
         self.initial = Model(read_bundle(bundle)).parameters()
 
-    def round(self, form: Compression, run: str = "lab", engine: Any = None) -> RoundResult:
+    def round(self, form: Compression, run: str = "lab", engine: Any = None, **others: Any) -> RoundResult:
         self.number += 1
         return self.coordinator.run_round(
             run_id=run,
             number=self.number,
             bundle=self.bundle,
             parameters=self.initial,
-            plan=plan(form),
+            plan=plan(form, **others),
             device_ids=IDS,
             quorum=1,
             engine=engine,
@@ -250,6 +250,23 @@ def test_what_top_k_withholds_comes_later_and_is_forgotten_with_the_run(lab: Lab
     assert relative_error(np.mean(sent, axis=0), truth) < relative_error(sent[0], truth)
     other = lab.updates(lab.round(FORMS["top-k"], run="another"))["a"]
     np.testing.assert_array_equal(other, sent[0])
+
+
+@pytest.mark.fleet
+def test_a_device_that_adds_noise_declines_an_evaluation_and_the_others_send_its_numbers(lab: Lab) -> None:
+    engine = make_engine("direct", make_rule("mean", 0), read_bundle(lab.bundle).manifest.parameters)
+    result = lab.round(FORMS["none"], engine=engine, evaluate=("accuracy", "loss"))
+    verdicts = {v.device_id: v for v in result.verdicts}
+    assert (verdicts["a"].status, verdicts["b"].status, verdicts["c"].status) == (ACCEPTED, ACCEPTED, MISSING)
+    assert "this device adds noise, and metrics have none" in verdicts["c"].reason
+    model, found = Model(read_bundle(lab.bundle)), lab.updates(result)
+    for name in "ab":
+        with np.load(lab.folder / name / "data.npz") as data:
+            loss, accuracy = model.evaluate(data["x"], data["y"])
+        np.testing.assert_array_equal(found[name], np.array([accuracy, loss], np.float32))
+    accuracy, _ = result.evaluation
+    assert (accuracy.name, accuracy.devices, accuracy.held_out) == ("accuracy", 2, 0)
+    assert accuracy.median == pytest.approx(np.mean([found[name][0] for name in "ab"]))
 
 
 # --- counted on the wire

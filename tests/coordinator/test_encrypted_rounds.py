@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 import pytest
 from brokers import RunningBroker
-from scripted_fleet import D, Scripted, manifest, numbers
+from scripted import D, Scripted, manifest, numbers
 
 from covey_coordinator.aggregation.engines import make_engine
 from covey_coordinator.aggregation.registry import make_rule

@@ -82,7 +82,8 @@ def retained(url: str, topics: list[str], wait_s: float = 1.0) -> dict[str, byte
     with contextlib.suppress(queue.Empty):
         while True:
             items.append(inbox.get(timeout=0))
-    return {item.topic: item.payload for item in items if isinstance(item, Incoming)}
+    found = {item.topic: item.payload for item in items if isinstance(item, Incoming)}
+    return {topic: payload for topic, payload in found.items() if payload}  # an empty one says that it was cleared
 
 
 @pytest.mark.parametrize("limit", [16_384, 131_072])

@@ -16,7 +16,7 @@ import pytest
 from click.testing import CliRunner
 
 from covey_coordinator.orders import LOOK_S, Orders, Revocations
-from covey_coordinator.records import ACCEPTED, MISSING, REJECTED, DeviceVerdict
+from covey_coordinator.records import ACCEPTED, MISSING, REJECTED, DeviceVerdict, FleetMetric
 from covey_coordinator.store import RunStore, only_one
 from covey_coordinator.watching import cli, events
 from covey_coordinator.watching.presence import PresenceKeeper
@@ -25,7 +25,7 @@ from covey_protocol.blobs import blob_ref
 from covey_protocol.messages import Invitation, Offer, TrainingPlan
 from covey_protocol.round import Phase, Progress, RoundSettings
 
-V1 = Path(__file__).parent / "stores" / "v1.sqlite"
+OLD = {name: Path(__file__).parent / "stores" / f"{name}.sqlite" for name in ("v1", "v3")}
 NOW_MS = time.time_ns() // 1_000_000
 BLOB = blob_ref(bytes(16))
 CONFIG = 'fleet = "home"\nrun = "bell"\n[devices]\na = "00"\nb = "00"\nc = "00"\n'
@@ -238,15 +238,93 @@ def test_all_runs_are_listed_with_their_outcome(store: RunStore, tmp_path: Path,
     assert "code 8: too few devices" in call("runs")
 
 
-def test_a_run_of_the_first_version_can_be_read(tmp_path: Path, call: Call) -> None:
+@pytest.mark.parametrize(("name", "state"), [("v1", ("unknown", None, 1)), ("v3", ("killed", 5, 1))])
+def test_a_run_of_an_older_version_can_be_read(
+    name: str, state: tuple[str, int | None, int], tmp_path: Path, call: Call
+) -> None:
     folder = tmp_path / "runs" / "old"
     folder.mkdir(parents=True)
-    shutil.copy(V1, folder / "coordinator.sqlite")
+    shutil.copy(OLD[name], folder / "coordinator.sqlite")
     place = ("--runs-dir", str(tmp_path / "runs"))
     facts = call("status", "--json", place=place)
-    assert (facts["state"], facts["rounds_asked"], facts["rounds_published"]) == ("unknown", None, 1)
+    assert (facts["state"], facts["rounds_asked"], facts["rounds_published"]) == state
+    assert facts["evaluation"] is None
     assert facts["round"]["number"] == 2
     assert [one["device"] for one in call("devices", "--json", place=place)] == ["a", "b"]
+
+
+# --- several tasks
+
+
+@pytest.fixture
+def tasks(tmp_path: Path) -> Iterator[dict[str, RunStore]]:
+    """Two tasks that were started, one that is only in the file."""
+    text = CONFIG + "".join(f'[[tasks]]\nname = "{name}"\n' for name in ("x", "y", "z"))
+    (tmp_path / "coordinator.toml").write_text(text)
+    stores = {name: RunStore(tmp_path / "runs" / f"bell-{name}") for name in ("x", "y")}
+    for name, store in stores.items():
+        store.started(f"bell-{name}", 9, NOW_MS)
+    yield stores
+    for store in stores.values():
+        store.close()
+
+
+def evaluated(store: RunStore, run: str) -> None:
+    plan = TrainingPlan(1, 0.5, evaluate=("loss", "accuracy"))
+    invitation = Invitation(f"{run}.e4.abc", 4, NOW_MS, 600_000, BLOB, BLOB, plan, ("a",))
+    store.open_round(run, invitation, RoundSettings(1, 20.0, 3.0, 8), NOW_MS)
+    metrics = [FleetMetric("accuracy", 0.91, 0.93, 0.02, 3, 1), FleetMetric("loss", 0.4, 0.3, 0.1, 3, 1)]
+    store.conclude(invitation.round_id, Phase.PUBLISHED, "", [DeviceVerdict("a", ACCEPTED)], None, metrics)
+
+
+def test_status_is_of_all_tasks_or_of_one(tasks: dict[str, RunStore], call: Call) -> None:
+    evaluated(tasks["y"], "bell-y")
+    assert [one["run"] for one in call("status", "--json")] == ["bell-x", "bell-y"]
+    facts = call("status", "--json", "--task", "y")
+    assert (facts["run"], facts["rounds_published"], facts["rounds_asked"]) == ("bell-y", 0, 9)
+    assert facts["evaluation"]["number"] == 4
+    assert facts["evaluation"]["metrics"][1] == {
+        "metric": "accuracy",
+        "mean": 0.91,
+        "median": 0.93,
+        "spread": 0.02,
+        "devices": 3,
+        "held_out": 1,
+    }
+    (over,) = facts["last_rounds"]
+    assert (over["kind"], over["number"], over["evaluation"]) == ("evaluation", 4, facts["evaluation"]["metrics"])
+    text = call("status", "--task", "y")
+    line = "loss 0.3 (mean 0.4, spread 0.1), accuracy 0.93 (mean 0.91, spread 0.02), 1 of 3 on held-out data"
+    assert f"evaluation of round 4: {line}" in text
+    assert f"evaluation of round 4 published: 1 of 1 updates, {line}" in text
+    assert "loss 0.3 accuracy 0.93 (round 4)" in call("runs")
+    assert call("status", "--json", "--run", "bell-x")["run"] == "bell-x"
+    assert list(call("devices", "--json")) == ["bell-x", "bell-y"]
+    assert [one["device"] for one in call("devices", "--json", "--task", "x")] == ["a", "b", "c"]
+
+
+def test_orders_are_for_all_tasks_or_for_one(tasks: dict[str, RunStore], call: Call) -> None:
+    call("pause", "--task", "y", "--reason", "wet")
+    paused = {name: Orders(store.folder).paused() is not None for name, store in tasks.items()}
+    assert paused == {"x": False, "y": True}
+    assert call("resume").splitlines() == [
+        "bell-x was not paused",
+        "bell-y goes on; no coordinator runs now, so this holds from its next start",
+    ]
+    call("abort", "--task", "x")
+    assert "bell-y is paused" in call("pause")
+    assert Orders(tasks["x"].folder).paused() is None  # over for good
+
+
+def test_an_abort_names_its_task(tasks: dict[str, RunStore], call: Call) -> None:
+    with pytest.raises(errors.ConfigError, match="has 3 tasks; say which with --task"):
+        call("abort")
+    with pytest.raises(errors.ConfigError, match=r"has no task 'w'; it has x, y, z"):
+        call("status", "--task", "w")
+    with pytest.raises(errors.StorageError, match="there is no run in"):
+        call("abort", "--task", "z")
+    with pytest.raises(errors.ConfigError, match="--task with --runs-dir"):
+        call("status", "--task", "x", place=("--runs-dir", "runs"))
 
 
 # --- errors

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from covey_coordinator import store as stores
-from covey_coordinator.records import ACCEPTED, MISSING, REJECTED, DeviceVerdict
+from covey_coordinator.records import ACCEPTED, MISSING, REJECTED, DeviceVerdict, FleetMetric
 from covey_coordinator.store import KEEP_ROUNDS, RETENTION_MS, Checkpoint, RunStore, only_one
 from covey_protocol.blobs import blob_ref
 from covey_protocol.errors import StorageError
@@ -243,13 +243,14 @@ def test_a_round_under_way_is_never_forgotten(store: RunStore) -> None:
 # --- files of other versions and damaged ones
 
 
-V1 = Path(__file__).parent / "stores" / "v1.sqlite"
+OLD = {name: Path(__file__).parent / "stores" / f"{name}.sqlite" for name in ("v1", "v3")}
 
 
-def test_a_file_of_the_first_version_is_brought_up_to_date_with_all_it_holds(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", OLD)
+def test_a_file_of_an_older_version_is_brought_up_to_date_with_all_it_holds(name: str, tmp_path: Path) -> None:
     folder = tmp_path / "old"
     folder.mkdir()
-    shutil.copy(V1, folder / "coordinator.sqlite")
+    shutil.copy(OLD[name], folder / "coordinator.sqlite")
     store = RunStore(folder)
     assert store._database.execute("PRAGMA user_version").fetchone() == (len(stores.SCHEMA),)
     facts = store.unfinished("old")
@@ -260,6 +261,8 @@ def test_a_file_of_the_first_version_is_brought_up_to_date_with_all_it_holds(tmp
     assert store.untold("old.1.abc") == [("a", Verdict("old.1.abc", "accepted"))]
     store.seen("old.1.abc", "a")
     assert store.untold("old.1.abc") == []
+    assert store._all("SELECT DISTINCT kind FROM rounds") == [("training",)]
+    assert not store.evaluated("old", 1)
 
 
 def test_a_migration_that_fails_half_way_leaves_the_old_version(
@@ -293,6 +296,70 @@ def test_the_database_syncs_every_commit(store: RunStore) -> None:
     assert store._database.execute("PRAGMA synchronous").fetchone() == (2,)  # FULL
     assert store._database.execute("PRAGMA journal_mode").fetchone() == ("wal",)
     assert (store.folder / "coordinator.sqlite").stat().st_mode & 0o777 == 0o600
+
+
+# --- evaluation rounds
+
+
+METRICS = (FleetMetric("loss", 0.5, 0.4, 0.1, 3, 2), FleetMetric("accuracy", 0.8, 0.9, 0.05, 3, 2))
+
+
+def evaluation(store: RunStore, number: int, end: Phase = Phase.PUBLISHED) -> str:
+    plan = TrainingPlan(1, 0.5, evaluate=("loss", "accuracy"))
+    blob = blob_ref(bytes(4 * D))
+    opened_ms = 1000 * number + 1
+    made = Invitation(f"run.e{number}.abd", number, opened_ms, 60_000, blob, blob, plan, ("a", "b"))
+    store.open_round("run", made, SETTINGS, opened_ms)
+    data = np.array([0.5, number / 100], "<f4").tobytes()
+    store.store_update("a", Offer(made.round_id, blob_ref(data), 7), data)
+    store.conclude(
+        made.round_id, end, "", [DeviceVerdict("a", ACCEPTED)], metrics=METRICS if end == end.PUBLISHED else ()
+    )
+    return made.round_id
+
+
+def test_an_evaluation_is_kept_beside_the_models_and_is_none(store: RunStore) -> None:
+    published(store, 1)
+    assert not store.evaluated("run", 1)
+    evaluation(store, 1)
+    assert store.evaluated("run", 1)
+    assert not store.evaluated("another", 1)
+    newest = store.newest_checkpoint("run", D)
+    assert newest is not None
+    assert newest.number == 1
+    rows = store._all("SELECT number, metric, mean, median, spread, devices, held_out FROM evaluations ORDER BY metric")
+    assert rows == [(1, "accuracy", 0.8, 0.9, 0.05, 3, 2), (1, "loss", 0.5, 0.4, 0.1, 3, 2)]
+    np.testing.assert_array_equal(store.read_update("run.e1.abd", "a"), np.array([0.5, 0.01], np.float32))
+
+
+def test_an_evaluation_under_way_is_found_again_with_the_sizes_of_its_numbers(store: RunStore) -> None:
+    plan = TrainingPlan(1, 0.5, evaluate=("loss",))
+    blob = blob_ref(bytes(4 * D))
+    store.open_round("run", Invitation("run.e3.abd", 3, 0, 60_000, blob, blob, plan, ("a",)), SETTINGS, 0)
+    facts = store.unfinished("run")
+    assert facts is not None
+    assert facts.settings.sizes == range(4, 5)
+    assert store.evaluated("run", 3)  # it has begun, and is not begun again
+
+
+def test_an_abandoned_evaluation_has_no_numbers(store: RunStore) -> None:
+    evaluation(store, 1, Phase.ABANDONED)
+    assert store.evaluated("run", 1)
+    assert store._all("SELECT * FROM evaluations") == []
+
+
+def test_evaluations_take_no_room_from_the_updates_of_models(store: RunStore) -> None:
+    """A damaged model is computed again from them: those of the newest KEEP_ROUNDS stay, however many evaluations."""
+    for number in range(1, KEEP_ROUNDS + 4):
+        published(store, number)
+        evaluation(store, number)
+    store.prune("run", now_ms=RETENTION_MS + 10**9)
+    for number in range(1, KEEP_ROUNDS + 4):
+        assert bool(store.kept_updates(f"run.{number}.abc")) == (number > 3), number
+    kept = store._all("SELECT number FROM rounds WHERE kind = 'evaluation' ORDER BY number")
+    assert [number for (number,) in kept] == list(range(4, KEEP_ROUNDS + 4))
+    told = store._all("SELECT DISTINCT number FROM evaluations ORDER BY number")
+    assert [number for (number,) in told] == list(range(1, KEEP_ROUNDS + 4))  # the numbers stay
 
 
 # --- one coordinator at a time

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import pytest
 from rich.console import Console
 
-from covey_coordinator.records import ACCEPTED, MISSING, REJECTED, DeviceVerdict
+from covey_coordinator.records import ACCEPTED, MISSING, REJECTED, DeviceVerdict, FleetMetric
 from covey_coordinator.watching import events
 from covey_coordinator.watching.board import Board
 from covey_coordinator.watching.display import MOST_DEVICES, duration, live_status, printable, render, size
@@ -312,3 +312,57 @@ def test_a_line_that_is_only_text_is_one_object_all_the_same(lines: list[dict[st
 def test_an_error_ends_the_log_as_an_error(lines: list[dict[str, object]]) -> None:
     EventLog()(events.RunEnded(8, "run bell was aborted by the operator"))
     assert (lines[0]["level"], lines[0]["code"]) == ("error", 8)
+
+
+# --- several tasks, and evaluations
+
+METRIC = FleetMetric("accuracy", 0.91, 0.93, 0.02, 3, 1)
+
+
+def two_tasks(board: Board) -> None:
+    board(events.RunStarted("home", "bell-x", 20, 6))
+    board(events.RunStarted("home", "bell-y", 10, 0))
+    board(events.RoundOpened("bell-x.7.abc", 7, "ab", 2, 60.0, False))
+    board(events.RoundEnded("bell-x.7.abc", 7, "published", "", VERDICTS, METRICS, 1.0))
+    board(events.RoundOpened("bell-x.e7.abd", 7, "ab", 2, 60.0, False, ("accuracy",)))
+    board(events.PhaseBegan("bell-x.e7.abd", "inviting"))
+
+
+def test_an_evaluation_is_no_round_of_training_and_a_task_counts_its_own(board: Board, time: Time) -> None:
+    two_tasks(board)
+    assert "home/bell-x  evaluation of round 7 of 20  inviting" in text_of(board, time.now)
+    ended = events.RoundEnded("bell-x.e7.abd", 7, "published", "", VERDICTS[:1], {}, 1.0, ("accuracy",), (METRIC,))
+    board(events.PhaseBegan("bell-x.e7.abd", "published"))
+    board(ended)
+    board(events.Waits("y: waiting for 3 devices"))
+    state, text = board.state(), text_of(board, time.now)
+    assert [(line.done, line.rounds) for line in state.runs.values()] == [(7, 20), (0, 10)]
+    assert "home  rounds done: bell-x 7 of 20, bell-y 0 of 10  y: waiting for 3 devices" in text
+    told = "accuracy 0.93 (mean 0.91, spread 0.02), 1 of 3 on held-out data"
+    assert f"bell-x evaluation of round 7 published: 1 of 1 updates, {told}" in text
+    page = samples_with_labels(exposition(state, TRAFFIC, time.now))
+    assert page["covey_rounds_published"] == 7
+    assert page["covey_rounds_asked"] == 30
+    assert page['covey_run_rounds_published{run="bell-y"}'] == 0
+    values = {of: page[f'covey_evaluation{{run="bell-x",metric="accuracy",of="{of}"}}'] for of in ("mean", "median")}
+    assert values == {"mean": 0.91, "median": 0.93}
+    assert page['covey_evaluation_round{run="bell-x"}'] == 7
+
+
+def samples_with_labels(page: str) -> dict[str, float]:
+    lines = [line.rsplit(" ", 1) for line in page.splitlines() if not line.startswith("#")]
+    return {name: float(value) for name, value in lines}
+
+
+def test_json_lines_say_what_an_evaluation_gave_and_whose_run_ended(caplog: pytest.LogCaptureFixture) -> None:
+    log = EventLog()
+    with caplog.at_level(logging.INFO, "covey.events"):
+        log(events.RoundOpened("bell-x.e7.abd", 7, "ab", 2, 60.0, False, ("accuracy",)))
+        log(events.RoundEnded("bell-x.e7.abd", 7, "published", "", (), {}, 1.0, ("accuracy",), (METRIC,)))
+        log(events.RunEnded(8, "aborted", "bell-x"))
+    opened, ended, over = (json.loads(JsonLines().format(record)) for record in caplog.records)
+    assert (opened["event"], opened["evaluates"]) == ("round_opened", ["accuracy"])
+    assert ended["evaluation"] == [
+        {"name": "accuracy", "mean": 0.91, "median": 0.93, "spread": 0.02, "devices": 3, "held_out": 1}
+    ]
+    assert (over["event"], over["run"], over["code"]) == ("run_ended", "bell-x", 8)

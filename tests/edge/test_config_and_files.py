@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -43,7 +44,7 @@ def test_a_good_file_is_read_with_its_keys_and_paths(tmp_path: Path) -> None:
     agent = load_agent(write(tmp_path, GOOD))
     assert str(agent.broker) == "mqtts://broker.local:8883"
     assert agent.broker.password == "secret"
-    assert agent.data_path == tmp_path / "data.npz"
+    assert agent.folder / agent.config.data.path == tmp_path / "data.npz"
     assert agent.coordinators == (KEY.public,)
     assert "secret" not in repr(agent.broker)
     assert (agent.broker.protocol, agent.broker.max_message_bytes) == ("auto", 0)
@@ -153,3 +154,21 @@ def test_the_cache_drops_old_blobs_but_never_one_in_use(tmp_path: Path) -> None:
     kept = [i for i, ref in enumerate(refs) if cache.has(ref)]
     assert kept == [0, 7, 8, 9]
     assert len(kept) == KEEP
+
+
+def test_two_tasks_that_take_turns_keep_their_bundles_in_the_cache(tmp_path: Path) -> None:
+    """A bundle is fetched once and a model every round, so the bundles are the oldest files."""
+    cache = BlobCache(tmp_path)
+    bundles = {task: blob_ref(f"bundle of {task}".encode()) for task in "xy"}
+    fetched = []
+    for number in range(6):
+        for task, bundle in bundles.items():
+            model = f"model {number} of {task}".encode()
+            for ref, data in ((bundle, f"bundle of {task}".encode()), (blob_ref(model), model)):
+                if not cache.has(ref):
+                    fetched.append(data)
+                    cache.put(data, ref.sha256)
+                time.sleep(0.01)  # file times are coarse
+            cache.prune({bundle.sha256, blob_ref(model).sha256})
+    assert [data for data in fetched if data.startswith(b"bundle")] == [b"bundle of x", b"bundle of y"]
+    assert len(list(tmp_path.iterdir())) == KEEP

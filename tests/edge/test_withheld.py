@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -70,6 +71,19 @@ def test_a_round_that_is_trained_again_starts_from_what_there_was_before_it(tmp_
         file.store(invitation("run.2.b"), numbers(2).tobytes())
         assert file.load(invitation("run.2.b")) == numbers(1).tobytes()
         assert file.load(invitation("run.3.c")) == numbers(2).tobytes()
+
+
+def test_tasks_that_take_turns_keep_their_own(tmp_path: Path) -> None:
+    rounds = {
+        task: msgspec.structs.replace(invitation(f"run-{task}.1.a"), plan=msgspec.structs.replace(PLAN, task=task))
+        for task in ("", "x", "y")
+    }
+    for seed, asked in enumerate(rounds.values()):
+        WithheldFile.of(tmp_path, asked).store(asked, numbers(seed).tobytes())
+    for seed, asked in enumerate(rounds.values()):
+        later = msgspec.structs.replace(asked, round_id=asked.round_id.replace(".1.a", ".2.b"))
+        assert WithheldFile.of(tmp_path, later).load(later) == numbers(seed).tobytes()
+    assert (tmp_path / "withheld.msgpack").exists()  # of a fleet without tasks, as ever
 
 
 @pytest.mark.parametrize("content", [b"", b"nonsense", b"\xc1", b"\x80"])

@@ -105,6 +105,19 @@ FROM_COORDINATOR: dict[str, tuple[str, Message]] = {
             encryption_key=KeyPair.of(bytes(range(64, 96))).public,
         ),
     ),
+    "invitation-evaluate-task": (
+        TOPICS.round,
+        Invitation(
+            round_id="run-faces.e2.abe",
+            number=2,
+            issued_at_ms=1_700_001_200_000,
+            duration_ms=600_000,
+            bundle=BlobRef(HASH, 100_000),
+            parameters=BlobRef(OTHER, 15_272, 4096),
+            plan=TrainingPlan(epochs=1, learning_rate=0.5, evaluate=("loss", "accuracy"), task="faces"),
+            requires=("train", "float32", "evaluate", "tasks"),
+        ),
+    ),
 }
 FROM_DEVICE: dict[str, tuple[str, Message]] = {
     "presence-online": (

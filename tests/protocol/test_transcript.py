@@ -215,10 +215,10 @@ CHANGES: dict[str, tuple[list[Record], int, str]] = {
     "an outcome of another kind": (said(RoundClosed, outcome="fine"), 4, "cannot end as"),
     "a verdict of another kind": (said(Verdict, status="fine"), 4, "a verdict cannot be"),
     "the end of a round of nobody": (said(RoundClosed, round_id="other"), 6, "nobody was invited"),
-    "a round that takes what may not be taken": (
+    "a round that lets another go on which cannot": (
         added(RoundClosed, msgspec.structs.replace(ROUND, round_id="run.2.x", earlier=(ROUND.round_id,))),
         6,
-        "does not let it",
+        "which is not asynchronous",
     ),
     "an older start": (added(Presence, Presence(True, 1)), 4, "session older"),
     "a number used twice": (

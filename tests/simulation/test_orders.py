@@ -44,7 +44,7 @@ class AbortedWorld(World):
 
     def check_end(self) -> None:
         super().check_end()
-        rounds = self.database.real.execute("SELECT phase, reason FROM rounds").fetchall()
+        rounds = self._all("SELECT phase, reason FROM rounds")
         self.require({phase for phase, _ in rounds} <= {"published", "abandoned"}, "a round is left open")
         self.reasons = [reason for _, reason in rounds]
 

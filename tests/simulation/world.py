@@ -1,6 +1,6 @@
 """A fleet on a virtual clock: the production machines, performers and stores, with everything around them made up.
 
-Real: RoundMachine, DeviceMachine, `serve.run_rounds`, Coordinator, RunStore with its SQL (on SQLite in memory), the
+Real: RoundMachine, DeviceMachine, `serve.run_tasks`, Coordinator, RunStore with its SQL (on SQLite in memory), the
 device's Performer and Outbox, and in every third world the encryption of updates. Made up, and driven by one seed:
 time, the broker, the disks, training, the engine, and when whom the power leaves. A crash can come before and after
 every effect; what a disk has then is what was synced.
@@ -20,17 +20,17 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from msgspec.structs import replace
 
 from covey_coordinator import records
 from covey_coordinator.aggregation.staleness import staleness_weight
-from covey_coordinator.coordinator import Clock, Coordinator
+from covey_coordinator.coordinator import Clock, Common, Coordinator
 from covey_coordinator.fleet import FromFleet
 from covey_coordinator.orders import Orders
-from covey_coordinator.serve import CoordinatorConfig, RoundSettings, WireSettings, run_rounds
+from covey_coordinator.serve import CoordinatorConfig, RoundSettings, Task, WireSettings, Work, run_tasks
 from covey_coordinator.store import KEEP_ROUNDS, SCHEMA, RunStore
 from covey_edge.config import BrokerSettings
 from covey_edge.files import Disk
@@ -54,6 +54,7 @@ from covey_protocol.messages import (
     RoundClosed,
     Seen,
     Verdict,
+    run_of,
 )
 from covey_protocol.parameters import ParameterSpec
 from covey_protocol.seals import SealingKey
@@ -80,11 +81,12 @@ CONFIG = CoordinatorConfig(
     ),
 )
 NUM_EXAMPLES = 5
-KINDS = {  # of rounds
-    "for everyone": CONFIG,
-    "until the goal": replace(CONFIG, round=replace(CONFIG.round, goal=2)),
-    "asynchronous": replace(CONFIG, rounds=2 * ROUNDS, round=replace(CONFIG.round, goal=2, max_staleness=2)),
+KINDS: dict[str, dict[str, int]] = {  # of rounds
+    "for everyone": {},
+    "until the goal": {"goal": 2},
+    "asynchronous": {"goal": 2, "max_staleness": 2},
 }
+MOST_STALENESS = max(kind.get("max_staleness", 0) for kind in KINDS.values())
 ENCRYPTED = WireSettings(encryption=True)
 MANIFEST = Manifest(
     format=1,
@@ -239,7 +241,7 @@ class SimulatedDatabase:
 
     def __init__(self, world: World) -> None:
         self._world = world
-        self._new_model = False
+        self._new_model = self._new_end = False
         self.real = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
 
     def execute(self, statement: str, values: Any = ()) -> Any:
@@ -251,10 +253,15 @@ class SimulatedDatabase:
             if self._new_model:
                 self._new_model = False
                 self._world.check_ledger()
+            if self._new_end:
+                self._new_end = False
+                self._world.check_evaluations()
             self._world.step("after commit")
             return result
         if statement.startswith("INSERT OR REPLACE INTO checkpoints"):
             self._new_model = True
+        if statement.startswith("UPDATE rounds SET phase = ?, reason"):
+            self._new_end = True
         return self.real.execute(statement, values)
 
     def executemany(self, statement: str, rows: Any) -> Any:
@@ -297,8 +304,10 @@ class Outcome:
 class LedgerEngine:
     """Adds the honest updates up. Its state counts the rounds: it must be as old as the model."""
 
-    def __init__(self, world: World) -> None:
-        self._world, self.count = world, 0
+    num_byzantine = 1
+
+    def __init__(self, world: World, run: str) -> None:
+        self._world, self._run, self.count = world, run, 0
 
     def aggregate(self, parameters: Any, screened: Any) -> Outcome:
         verdicts = []
@@ -313,7 +322,7 @@ class LedgerEngine:
             verdicts.append(records.DeviceVerdict(device_id, records.REJECTED, reason))
         if sum(verdict.status == records.ACCEPTED for verdict in verdicts) < 1:
             raise RuleError("no honest update")
-        self._world.about_to_aggregate(screened, parameters, self.count)
+        self._world.about_to_aggregate(screened, self._run, self.count)
         self.count += 1
         return Outcome(result, verdicts)
 
@@ -340,6 +349,9 @@ class SimulatedFleet:
 
     def online(self) -> list[str]:
         return sorted(name for name, up in self._presence.items() if up)
+
+    def capabilities(self, device_id: str) -> tuple[str, ...]:
+        return device.CAPABILITIES
 
     def send(self, device_id: str, message: Any) -> None:
         self._world.step("send")
@@ -507,16 +519,20 @@ class SimulatedDevice:
         def done() -> None:
             if work != self.work:
                 return
-            if self.trained >= SLOTS:
-                event: device.Event = device.TrainingFailed(invitation.round_id, "no slot is left")
+            if invitation.plan.evaluate:
+                event: device.Event = self.trained_on(invitation, self.world.new_metrics(self.name, invitation))
+            elif self.trained >= SLOTS:
+                event = device.TrainingFailed(invitation.round_id, "no slot is left")
             else:
                 update = self.world.new_update(self.name, self.trained, invitation)
                 self.trained += 1
-                said = 1 if invitation.encryption_key else NUM_EXAMPLES
-                event = device.Trained(invitation.round_id, update, said)
+                event = self.trained_on(invitation, update)
             self.run(lambda: self.performer.handle(event))
 
         self.later(self.world.rng.uniform(0.3, 3.0), done)
+
+    def trained_on(self, invitation: Invitation, update: bytes) -> device.Trained:
+        return device.Trained(invitation.round_id, update, 1 if invitation.encryption_key else NUM_EXAMPLES)
 
     def stop_working(self) -> None:
         self.work += 1
@@ -569,26 +585,43 @@ class World:
         self.rng = random.Random(self.seed)
         self.trouble = Trouble.drawn(self.rng)
         self.kind = self.rng.choice(list(KINDS))
-        self.config = KINDS[self.kind]
+        self.encrypted = self.seed % 3 == 0
+        self.configs = {run: self._varied(config) for run, config in self.planned.items()}
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._counter = 0
         self._last_check = 0.0
-        self.database = SimulatedDatabase(self)
+        self.databases = {run: SimulatedDatabase(self) for run in self.configs}
         self.disk = SimulatedDisk(self, self.step)
         self.fleet: SimulatedFleet | None = None
         self.devices = {name: SimulatedDevice(self, name) for name in HONEST}
-        self.orders = Orders(Path("no folder"))
-        self.encrypted = self.seed % 3 == 0
+        self.orders = Orders(Path("no folder"))  # of the first run
         self.entropy = random.Random(f"keys {self.seed}").randbytes
-        if self.encrypted:
-            self.config = replace(self.config, wire=ENCRYPTED)
-        self.rounds = self.config.rounds  # that are published at the end
         self.openable: set[str] = set()  # what the hostile device has encrypted rightly
+        self.rounds = next(iter(self.configs.values())).rounds  # of each run, that are published at the end
+
+    def _varied(self, config: CoordinatorConfig) -> CoordinatorConfig:
+        settings = KINDS[self.kind]
+        rounds = config.rounds * (2 if "max_staleness" in settings else 1)
+        wire = ENCRYPTED if self.encrypted else config.wire
+        return replace(config, rounds=rounds, round=replace(config.round, **settings), wire=wire)
 
     # --- the whole run
 
     def revoked(self) -> Mapping[str, str]:
         return {}
+
+    planned: ClassVar[Mapping[str, CoordinatorConfig]] = {"run": CONFIG}  # by run; each has its own store
+
+    def orders_of(self, run: str) -> Orders:
+        return self.orders if run == next(iter(self.configs)) else Orders(Path("no folder"))
+
+    def task(self, coordinator: Coordinator, config: CoordinatorConfig) -> Task:
+        work = Work(config, BUNDLE, np.zeros(D, np.float32))
+        engine = LedgerEngine(self, config.run)
+        return Task(coordinator, engine, work, lambda line: None, self.orders_of(config.run))
+
+    def rounds_of(self, run: str) -> int:
+        return self.rounds
 
     def is_over(self) -> bool:
         """Whether the run has ended without all its rounds, as it should."""
@@ -612,14 +645,8 @@ class World:
         while not finished:
             finished = (
                 self.coordinate(
-                    lambda coordinator: run_rounds(
-                        coordinator,
-                        LedgerEngine(self),
-                        self.config,
-                        BUNDLE,
-                        np.zeros(D, np.float32),
-                        lambda line: None,
-                        self.orders,
+                    lambda coordinators: run_tasks(
+                        [self.task(one, config) for one, config in zip(coordinators, self.configs.values())]
                     )
                 )
                 or self.is_over()
@@ -627,39 +654,47 @@ class World:
         self.calm()
         # who was away asks what became of its update
         self.coordinate(
-            lambda coordinator: coordinator.attend(70.0, lambda: not any(map(_owes, self.devices.values())))
+            lambda coordinators: coordinators[0].attend(70.0, lambda: not any(map(_owes, self.devices.values())))
         )
         self.check_end()
-        self.database.real.close()
+        for database in self.databases.values():
+            database.real.close()
         return self
 
-    def coordinate(self, program: Callable[[Coordinator], Any]) -> bool:
+    def coordinate(self, program: Callable[[list[Coordinator]], Any]) -> bool:
         """One start of the coordinator; False where it ended badly. Then some time passes without one."""
         if self.now > TROUBLE_S:
             self.calm()
+        self.require(self.now < PATIENCE_S, "starts again and again")
         self.log("coordinator", "starts")
         self.fleet = SimulatedFleet(self)
         good = False
         try:
-            store = RunStore(Path("run"), disk=self.disk, database=self.database)
-            clock, aborted = SimulatedClock(self), self.orders.abort_reason
-            program(
+            stores = {
+                run: RunStore(Path(run), disk=self.disk, database=database) for run, database in self.databases.items()
+            }
+            clock, common = SimulatedClock(self), Common(stores)
+            coordinators = [
                 Coordinator(
                     self.fleet,
                     store,
                     leave_open=True,
                     clock=clock,
-                    aborted=aborted,
+                    aborted=self.orders_of(run).abort_reason,
                     revoked=self.revoked,
                     entropy=self.entropy,
+                    common=common,
                 )
-            )
+                for run, store in stores.items()
+            ]
+            program(coordinators)
             good = True
         except Crash:
             self.crashes += 1
             self.log("coordinator", "crashes")
             self.disk.crash()
-            self.database.crash()
+            for database in self.databases.values():
+                database.crash()
         except CoveyError as exc:
             self.log("coordinator", "ends", exc)
             self.seen[f"ends: {type(exc).__name__}"] += 1
@@ -896,44 +931,73 @@ class World:
         self.slots[slot] = (name, invitation.round_id, hashlib.sha256(data).hexdigest())
         return data
 
+    def new_metrics(self, name: str, invitation: Invitation) -> bytes:
+        data = np.array([self.rng.uniform(0.0, 3.0), self.rng.uniform(0.0, 1.0)], "<f4").tobytes()
+        if invitation.encryption_key:
+            return encrypted(invitation, name, data, NUM_EXAMPLES, {}, self.entropy)
+        return data
+
     # --- invariants
 
     def require(self, holds: bool, what: str, *more: Any) -> None:
         if not holds:
             raise Broken(what, *more)
 
-    def about_to_aggregate(self, screened: Any, parameters: Any, count: int) -> None:
+    def about_to_aggregate(self, screened: Any, run: str, count: int) -> None:
         round_id = self._one("SELECT id FROM rounds WHERE phase = 'aggregating'")
         self.require(round_id is not None, "aggregates before the decision is durable")
+        self.require(run_of(round_id[0]) == run, "the engine of another task")
         names = frozenset(screened.device_ids) | frozenset(screened.reasons)
         self.seen["aggregated again after a crash"] += round_id[0] in self.decided
-        goal = self.config.round.goal
+        goal = self.configs[run].round.goal
         self.require(goal == 0 or len(names) <= goal, "more updates than the goal", names)
         before = self.decided.setdefault(round_id[0], names)
         self.require(before == names, "another set of updates for a round that was decided", before, names)
         said = dict(zip(screened.device_ids, screened.num_examples))
         wrong = [name for name, count in said.items() if name in HONEST and count != NUM_EXAMPLES]
         self.require(not wrong, "the rule hears another number of examples than the device said", wrong)
-        newest = self._one("SELECT max(number) FROM checkpoints")[0] or 0
+        newest = self._all("SELECT max(number) FROM checkpoints", run=run)[0][0] or 0
         self.require(count == newest, f"an engine that has seen {count} rounds with the model of round {newest}")
 
     def check_ledger(self) -> None:
-        """The newest model counts each accepted update once, and no other."""
-        row = self._one("SELECT number, parameters FROM checkpoints ORDER BY number DESC")
-        if row is None:
-            return
-        data = self.disk.files.get(f"run/checkpoints/run/round-{row[0]:05d}.f32")
-        self.require(data is not None and hashlib.sha256(data).hexdigest() == row[1], "a checkpoint without its file")
+        """The newest model of each run counts each of its accepted updates once, and no other."""
+        for run in self.configs:
+            for row in self._all("SELECT number, parameters FROM checkpoints ORDER BY number DESC LIMIT 1", run=run):
+                self._check_model(run, *row)
+
+    def _check_model(self, run: str, number: int, sha256: str) -> None:
+        data = self.disk.files.get(f"{run}/checkpoints/{run}/round-{number:05d}.f32")
+        self.require(data is not None and hashlib.sha256(data).hexdigest() == sha256, "a checkpoint without its file")
         ledger = np.frombuffer(data or b"", "<f4")
-        accepted = {tuple(word): stale for *word, stale in self._all(f"{STORED} AND status = 'accepted'")}
+        accepted = {tuple(word): stale for *word, stale in self._all(f"{STORED} AND status = 'accepted'", run=run)}
+        trained = self._all("SELECT kind FROM checkpoints JOIN rounds ON rounds.id = round", run=run)
+        self.require(set(trained) == {("training",)}, "a checkpoint of an evaluation", trained)
         for slot, word in self.slots.items():
             weight = np.float32(staleness_weight(accepted[word])) if word in accepted else 0.0
             self.require(ledger[slot] == weight, "model and verdict disagree", word, ledger[slot], weight)
 
+    def check_evaluations(self) -> None:
+        """A published evaluation has its numbers, from the devices whose metrics were accepted; no other has any."""
+        ended = "SELECT id, number, phase, run FROM rounds WHERE kind = 'evaluation'"
+        numbers = Counter()
+        for round_id, number, phase, run in self._all(ended):
+            numbers[run, number] += 1
+            rows = self._all("SELECT metric, median, devices FROM evaluations WHERE round = ?", round_id)
+            self.require(len(rows) == (2 if phase == "published" else 0), "metrics without their round's end", round_id)
+            used = self._all("SELECT sha256 FROM devices WHERE round = ? AND status = 'accepted'", round_id)
+            files = [self.disk.files.get(f"{run}/updates/{sha256}.f32") for (sha256,) in used]
+            if phase == "published" and None not in files and not self.encrypted:
+                medians = np.median([np.frombuffer(data or b"", "<f4") for data in files], axis=0)
+                told = {metric: median for metric, median, _ in rows}
+                right = np.allclose([told["loss"], told["accuracy"]], medians)
+                self.require(right and rows[0][2] == len(used), "other metrics than the devices sent", told, medians)
+        self.require(max(numbers.values(), default=1) == 1, "a model was evaluated twice", numbers)
+
     def check_store(self) -> None:
         """What was acknowledged is on its way, or has a verdict; and nothing grows without end."""
-        if self._one("PRAGMA user_version")[0] < len(SCHEMA):
+        if min(self._all("PRAGMA user_version"))[0] < len(SCHEMA):
             return
+        self.check_evaluations()
         for word in self.acknowledged:
             self.require(self._is_durable(*word), "an acknowledged update is gone", word)
         judged = (
@@ -950,14 +1014,16 @@ class World:
             "SELECT d.staleness, taker.number - trained.number FROM devices d JOIN rounds taker ON taker.id = d.round"
             " JOIN rounds trained ON trained.id = d.origin"
         )
-        right = all(said == is_so <= self.config.round.max_staleness for said, is_so in stale)
+        right = all(said == is_so <= MOST_STALENESS for said, is_so in stale)
         self.require(right, "the staleness of an update is wrong", stale)
-        updates = [name for name in self.disk.files if name.startswith("run/updates/")]
-        partial = [name for name in self.disk.files if name.startswith("run/partial/")]
+        partial = [name for name in self.disk.files if "/partial/" in name]
         everyone = len(HONEST) + 1
-        self.require(len(updates) <= (KEEP_ROUNDS + 2) * everyone, "updates pile up", len(updates))
-        rounds = self._one("SELECT count(*) FROM rounds WHERE phase NOT IN ('published', 'abandoned')")[0]
-        self.require(rounds <= 1, "more than one round is open", rounds)
+        for run, config in self.configs.items():
+            updates = [name for name in self.disk.files if name.startswith(f"{run}/updates/")]
+            kinds = 2 if config.evaluation.every else 1
+            self.require(len(updates) <= (KEEP_ROUNDS + 2) * everyone * kinds, "updates pile up", len(updates))
+        rounds = self._all("SELECT id FROM rounds WHERE phase NOT IN ('published', 'abandoned')")
+        self.require(len(rounds) <= 1, "more than one round is open", rounds)
         self.require(len(partial) <= 4 * everyone, "chunks pile up", len(partial))
         keys = [name for name in self.disk.files if name.startswith("run/keys/")]
         self.require(len(keys) <= KEEP_ROUNDS + 2, "keys pile up", len(keys))
@@ -968,7 +1034,9 @@ class World:
     def check_end(self) -> None:
         self.check_store()
         self.check_ledger()
-        self.require(self._one("SELECT count(*) FROM checkpoints")[0] >= self.rounds, "not every round is published")
+        for run in self.configs:
+            published = self._all("SELECT count(*) FROM checkpoints", run=run)[0][0]
+            self.require(published >= self.rounds_of(run), "not every round is published", run)
         for (stale,) in self._all("SELECT staleness FROM devices WHERE origin IS NOT NULL AND status = 'accepted'"):
             self.seen[f"accepted late, staleness {stale}"] += 1
         for word in self.acknowledged:
@@ -984,14 +1052,15 @@ class World:
             name,
             sha256,
         )
-        path = f"run/updates/{sha256}.f32"
+        path = f"{run_of(round_id)}/updates/{sha256}.f32"
         over = self._verdict(round_id, name) is not None  # then the file may have gone after KEEP_ROUNDS
         data = self.disk.files.get(path)
         whole = data is not None and path not in self.disk.scratch and hashlib.sha256(data).hexdigest() == sha256
-        return row is not None and not self.database.in_transaction and (whole or over)
+        busy = any(database.in_transaction for database in self.databases.values())
+        return row is not None and not busy and (whole or over)
 
     def _has_key(self, invitation: Invitation) -> bool:
-        path = f"run/keys/{invitation.round_id}.x25519"
+        path = f"{run_of(invitation.round_id)}/keys/{invitation.round_id}.x25519"
         data = self.disk.files.get(path)
         right = data is not None and KeyPair.of(data).public == invitation.encryption_key
         return right and path not in self.disk.scratch
@@ -1005,10 +1074,12 @@ class World:
         return row[0] if row is not None else None
 
     def _one(self, query: str, *values: Any) -> Any:
-        return self.database.real.execute(query, values).fetchone()
+        return next(iter(self._all(query, *values)), None)
 
-    def _all(self, query: str, *values: Any) -> list[Any]:
-        return self.database.real.execute(query, values).fetchall()
+    def _all(self, query: str, *values: Any, run: str | None = None) -> list[Any]:
+        """Of this run's database, or of all."""
+        chosen = self.databases.values() if run is None else [self.databases[run]]
+        return [row for database in chosen for row in database.real.execute(query, values)]
 
     # --- telling
 

@@ -12,7 +12,7 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -22,6 +22,7 @@ import numpy.typing as npt
 from msgspec import UNSET
 
 from covey_coordinator import records
+from covey_coordinator.aggregation.evaluating import evaluated, metrics_fault
 from covey_coordinator.aggregation.screening import Arrivals, Screened
 from covey_coordinator.aggregation.staleness import weighted
 from covey_coordinator.fleet import POLL_S, FromFleet
@@ -34,6 +35,7 @@ from covey_protocol.device import LATE, needed_capabilities
 from covey_protocol.encryption import Entropy, KeyPair
 from covey_protocol.errors import PeerError, RuleError, RunError
 from covey_protocol.messages import (
+    MAX_STALENESS,
     Answer,
     BlobRef,
     Chunk,
@@ -47,6 +49,7 @@ from covey_protocol.messages import (
     RoundClosed,
     Seen,
     TrainingPlan,
+    run_of,
 )
 from covey_protocol.round import Phase, Progress, RoundFacts, RoundMachine, RoundSettings
 
@@ -79,6 +82,8 @@ class Engine(Protocol):
     def aggregate(self, parameters: Floats, screened: Screened) -> StepOutcome: ...
     def saved_state(self) -> bytes: ...
     def load_state(self, data: bytes) -> bool: ...
+    @property
+    def num_byzantine(self) -> int: ...
 
 
 class Devices(Protocol):
@@ -86,6 +91,7 @@ class Devices(Protocol):
 
     def known(self) -> list[str]: ...
     def online(self) -> list[str]: ...
+    def capabilities(self, device_id: str) -> Sequence[str]: ...
     def send(self, device_id: str, message: FromCoordinator) -> None: ...
     def publish_round(self, message: Invitation | RoundClosed, in_use: Collection[bytes] = ()) -> None: ...
     def publish_blob(self, data: bytes) -> BlobRef: ...
@@ -120,7 +126,8 @@ class RoundResult:
     """parameters: of the new global model (the old ones when the round was abandoned).
 
     measurements: the engine's numbers to log, among them num_byzantine_left, what the rule was run with after devices
-    at fault were refused. Empty without an aggregation.
+    at fault were refused. Empty without an aggregation. number, evaluates: of the round, as in its invitation.
+    evaluation: what a published evaluation round gave.
     """
 
     parameters: Floats
@@ -130,6 +137,9 @@ class RoundResult:
     offers: dict[str, Offer] = field(default_factory=dict)
     seconds: float = 0.0
     measurements: Mapping[str, float] = field(default_factory=dict)
+    number: int = 0
+    evaluates: Sequence[str] = ()
+    evaluation: Sequence[records.FleetMetric] = ()
 
 
 @dataclass
@@ -144,11 +154,28 @@ class _Round:
     opened_at: float
     verdicts: list[records.DeviceVerdict] = field(default_factory=list)
     measurements: Mapping[str, float] = field(default_factory=dict)
+    evaluation: Sequence[records.FleetMetric] = ()
     offers: dict[str, Offer] = field(default_factory=dict)
     revoked: set[str] = field(default_factory=set)  # of whom the machine has heard
     finished: rounds.Finished | None = None
     kept_time_at: float = 0.0
     tell_at: float = float("-inf")
+
+
+@dataclass
+class Common:
+    """What the coordinators of a fleet's tasks know together. Devices speak of all rounds, whichever is under way.
+
+    stores: by run. windows: by run, the rounds that are over and whose updates a later one may take. models: by run,
+    the hashes of those of ended rounds for which devices may still work, the oldest first. revoked: the devices of
+    which nothing is taken, as it was last looked at. refused: how many messages of each were ignored.
+    """
+
+    stores: Mapping[str, RunStore]
+    windows: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    models: dict[str, list[bytes]] = field(default_factory=dict)
+    revoked: Mapping[str, str] = field(default_factory=dict)
+    refused: Counter[str] = field(default_factory=Counter)
 
 
 class Coordinator:
@@ -160,6 +187,7 @@ class Coordinator:
     aborted: looked at as often; the reason why an operator ends the round, None as long as nobody does.
     revoked: looked at as often; the devices of which nothing is taken, and why.
     entropy: of the keys of encrypted rounds.
+    common: what it knows together with the coordinators of the fleet's other tasks.
     """
 
     def __init__(
@@ -174,6 +202,7 @@ class Coordinator:
         aborted: Callable[[], str | None] = lambda: None,
         revoked: Callable[[], Mapping[str, str]] = dict,
         entropy: Entropy = os.urandom,
+        common: Common | None = None,
     ) -> None:
         self.fleet = fleet
         self.store = store
@@ -182,14 +211,16 @@ class Coordinator:
         self._on_progress = on_progress
         self._watch = watch
         self._aborted = aborted
-        self._window: frozenset[str] = frozenset()  # rounds whose updates a later one may take
-        self._models: list[bytes] = []  # of ended rounds for which devices may still work, the oldest first
+        self._most_models = 0
         self._revoked = revoked
-        self._known_revoked: Mapping[str, str] = {}
         self._entropy = entropy
-        self.refused: Counter[str] = Counter()  # messages of revoked devices
+        self._common = common if common is not None else Common({})
         self._unsaid: list[tuple[str, FromCoordinator]] = []  # may be said after the next commit
         self._gate = UploadGate()
+
+    def now_s(self) -> float:
+        """Monotonic time."""
+        return self._clock.monotonic_s()
 
     def wait_for(
         self,
@@ -221,6 +252,10 @@ class Coordinator:
         """The ids of the devices that are connected now and not revoked, sorted."""
         revoked = self._look()
         return [device_id for device_id in self.fleet.online() if device_id not in revoked]
+
+    def capabilities(self, device_id: str) -> Sequence[str]:
+        """As its newest presence names them."""
+        return self.fleet.capabilities(device_id)
 
     def admitted(self) -> list[str]:
         """The ids of the devices of the roster that are not revoked, sorted."""
@@ -260,6 +295,8 @@ class Coordinator:
         for everyone. max_staleness: above 0, the round is one filling of a buffer of `goal` updates (FedBuff): it takes
         updates for rounds that are behind by at most so many models, and later rounds take what comes too late for it.
 
+        A plan with metrics makes it an evaluation round: number is that of the round whose model it evaluates.
+
         Raises, before anything is published, TrainingError for a plan that the bundle cannot follow and RuleError where
         the updates of so many devices would not fit.
         Returns the new parameters, or the old ones with outcome "abandoned". What a device is told is durable before;
@@ -268,23 +305,21 @@ class Coordinator:
         """
         manifest = read_bundle(bundle).manifest
         check_plan(manifest, plan)
-        arrivals = Arrivals(device_ids, len(parameters))
+        arrivals = _arrivals(device_ids, plan, len(parameters))
         refs = self._publish(bundle, parameters)
         requires = needed_capabilities(manifest, plan, encrypt=encrypt)
         if max_staleness:
             requires = (*requires, LATE)
         now_ms, key = self._clock.unix_ms(), KeyPair.made(self._entropy) if encrypt else None
         invitation = _invitation(run_id, number, *refs, plan, device_ids, requires, timing, now_ms, max_staleness, key)
-        if max_staleness:
-            earlier = self.store.window(invitation, run_id, max_staleness)
-            invitation = msgspec.structs.replace(invitation, earlier=earlier)
-        earlier_rounds = self.store.earlier(invitation)
-        settings = RoundSettings.of(invitation, quorum, timing.answer_s, timing.grace_s, goal, earlier_rounds)
+        invitation = self._with_earlier(run_id, invitation)
+        earlier = self.store.earlier(invitation)
+        settings = RoundSettings.of(invitation, quorum, timing.answer_s, timing.grace_s, goal, earlier)
         machine = RoundMachine(invitation, device_ids, settings)
         self.store.open_round(run_id, invitation, settings, now_ms, key)
         now = self._clock.monotonic_s()
         state = _Round(machine, parameters, parameters, engine, arrivals, now, kept_time_at=now)
-        self._await_late_ones(invitation)
+        self._await_late_ones(run_id, invitation)
         self._tell_opened(state, now, resumed=False)
         return self._collect(state, machine.handle(rounds.Opened(), now))
 
@@ -305,10 +340,10 @@ class Coordinator:
         self.store.keep_time(invitation.round_id, int(facts.elapsed_s * 1000))
         refs = self._publish(bundle, parameters)
         machine = RoundMachine.restored(facts, now)
-        arrivals = Arrivals(facts.devices, len(parameters))
+        arrivals = _arrivals(facts.devices, invitation.plan, len(parameters))
         opened_at = now - facts.elapsed_s
         state = _Round(machine, parameters, parameters, engine, arrivals, opened_at, kept_time_at=now)
-        self._await_late_ones(invitation)
+        self._await_late_ones(run_id, invitation)
         self._tell_opened(state, now, resumed=True)
         reason = self._aborted()
         if reason is None and refs != (invitation.bundle, invitation.parameters):
@@ -325,7 +360,7 @@ class Coordinator:
 
     def announce(self, run_id: str) -> None:
         """After a start: say again how the newest round ended, and the verdicts on it that no device has read."""
-        self._window = frozenset(self.store.next_window(run_id))
+        self._common.windows[run_id] = self.store.next_window(run_id)
         closed = self.store.newest_end(run_id)
         if closed is None:
             return
@@ -342,24 +377,31 @@ class Coordinator:
 
         There is no later round that could take an update.
         """
-        self._window = frozenset()
+        self.no_more_rounds(run_id)
         self.attend(LINGER_S, lambda: self.store.untold_devices(run_id).isdisjoint(self.online()))
+
+    def no_more_rounds(self, run_id: str) -> None:
+        """Of this run: what devices still offer is too late, and its models are not needed any more."""
+        self._common.windows[run_id] = ()
+        self._clear_all_but(0, run_id)
 
     # --- revoked devices
 
     def _look(self) -> Mapping[str, str]:
         """The revoked devices, after telling who watches what is different."""
-        known, now = self._known_revoked, self._revoked()
+        known, now = self._common.revoked, self._revoked()
         if now == known:
             return known
-        self._known_revoked = dict(now)
+        self._common.revoked = dict(now)
         for device_id in sorted(now.keys() - known.keys()):
             log.warning("%s is %s: nothing of it is taken", device_id, now[device_id])
             self._watch(events.DeviceRevoked(device_id, now[device_id]))
         for device_id in sorted(known.keys() - now.keys()):
-            log.warning("%s is readmitted; %d of its messages were ignored", device_id, self.refused.pop(device_id, 0))
+            log.warning(
+                "%s is readmitted; %d of its messages were ignored", device_id, self._common.refused.pop(device_id, 0)
+            )
             self._watch(events.DeviceReadmitted(device_id, device_id in self.fleet.online()))
-        return self._known_revoked
+        return self._common.revoked
 
     def _unfinished(self, run_id: str) -> RoundFacts | None:
         """The facts of the round under way, after what was revoked meanwhile is among them."""
@@ -383,22 +425,41 @@ class Coordinator:
 
     # --- one round
 
-    def _await_late_ones(self, invitation: Invitation) -> None:
-        own = (invitation.round_id, *invitation.earlier) if invitation.max_staleness else ()
-        self._window = frozenset(own)
+    def _with_earlier(self, run_id: str, invitation: Invitation) -> Invitation:
+        """With the ended rounds that devices may go on working for: their updates are taken by this round, or by a
+        later one of this task or another."""
+        windows = self._common.windows
+        if not invitation.plan.evaluate:
+            windows[run_id] = self.store.window(invitation, run_id, invitation.max_staleness)
+        others = [round_id for run, window in windows.items() if run != run_id for round_id in window]
+        earlier = (*windows.get(run_id, ()), *others)[:MAX_STALENESS]
+        return msgspec.structs.replace(invitation, earlier=earlier)
+
+    def _await_late_ones(self, run_id: str, invitation: Invitation) -> None:
+        if invitation.max_staleness:
+            self._common.windows[run_id] = (invitation.round_id, *self._common.windows.get(run_id, ()))
 
     def _models_in_use(self, message: Invitation | RoundClosed) -> list[bytes]:
         """Of earlier rounds, which a coordinator that was killed may have left on the broker."""
         earlier = message.earlier if isinstance(message, Invitation) else ()
-        return [self.store.invitation(round_id).parameters.sha256 for round_id in earlier]
+        return [self._store_of(round_id).invitation(round_id).parameters.sha256 for round_id in earlier]
 
     def _clear_models(self, invitation: Invitation) -> None:
         """Take off the broker what no device works with any more."""
+        own = self._common.models.setdefault(run_of(invitation.round_id), [])
         sha256 = invitation.parameters.sha256
-        if sha256 != invitation.bundle.sha256 and sha256 not in self._models:
-            self._models.append(sha256)
-        while len(self._models) > invitation.max_staleness:
-            self.fleet.clear_blob(self._models.pop(0))
+        if sha256 != invitation.bundle.sha256 and sha256 not in own:
+            own.append(sha256)
+        if not invitation.plan.evaluate:
+            self._most_models = invitation.max_staleness
+        self._clear_all_but(self._most_models, run_of(invitation.round_id))
+
+    def _clear_all_but(self, newest: int, run_id: str) -> None:
+        own = self._common.models.get(run_id, [])
+        while len(own) > newest:
+            sha256 = own.pop(0)
+            if not any(sha256 in models for models in self._common.models.values()):  # of tasks that began alike
+                self.fleet.clear_blob(sha256)
 
     def _publish(self, bundle: bytes, parameters: Floats) -> tuple[BlobRef, BlobRef]:
         return self.fleet.publish_blob(bundle), self.fleet.publish_blob(parameters.astype("<f4").tobytes())
@@ -436,10 +497,14 @@ class Coordinator:
         seconds = self._clock.monotonic_s() - started
         metrics = {device_id: offer.metrics for device_id, offer in state.offers.items()}
         outcome, reason = finished.outcome, finished.reason
+        kind = invitation.plan.evaluate, state.evaluation
         self._watch(
-            events.RoundEnded(invitation.round_id, invitation.number, outcome, reason, verdicts, metrics, seconds)
+            events.RoundEnded(
+                invitation.round_id, invitation.number, outcome, reason, verdicts, metrics, seconds, *kind
+            )
         )
-        return RoundResult(state.result, outcome, reason, verdicts, state.offers, seconds, state.measurements)
+        ended = state.result, outcome, reason, verdicts, state.offers, seconds, state.measurements
+        return RoundResult(*ended, invitation.number, *kind)
 
     def _end_if_aborted(self, state: _Round) -> None:
         reason = self._aborted()
@@ -450,9 +515,11 @@ class Coordinator:
     def _tell_opened(self, state: _Round, now: float, resumed: bool) -> None:
         machine, invitation = state.machine, state.machine.invitation
         left_s = invitation.duration_ms / 1000 - (now - state.opened_at)
-        devices, quorum = invitation.devices, machine.settings.quorum
+        devices, quorum, evaluates = invitation.devices, machine.settings.quorum, invitation.plan.evaluate
         self._watch(
-            events.RoundOpened(invitation.round_id, invitation.number, devices, quorum, max(0.0, left_s), resumed)
+            events.RoundOpened(
+                invitation.round_id, invitation.number, devices, quorum, max(0.0, left_s), resumed, evaluates
+            )
         )
         self._watch(events.PhaseBegan(invitation.round_id, machine.phase.value))
         self._tell_moves(state, machine.progress())
@@ -517,14 +584,14 @@ class Coordinator:
     def _take(self, state: _Round | None, received: FromFleet | None) -> None:
         """One message, or that none came. One of a revoked device is counted as none."""
         if received is not None and received.device_id in self._look():
-            self.refused[received.device_id] += 1
+            self._common.refused[received.device_id] += 1
             received = None
         message = received.message if received is not None else None
         if received is not None:
             online = message.online if isinstance(message, Presence) else None
             self._watch(events.MessageCame(received.device_id, type(message).__name__, online))
         if received is not None and isinstance(message, Seen):
-            self.store.seen(message.round_id, received.device_id)
+            self._store_of(message.round_id).seen(message.round_id, received.device_id)
         elif state is not None and state.finished is None:
             self._handle(state, _event(received) if received is not None else rounds.Tick())
         elif received is not None and isinstance(message, Offer):
@@ -588,23 +655,34 @@ class Coordinator:
 
     def _recall(self, device_id: str, offer: Offer) -> None:
         """An offer of a round that is not open: its device has not heard what became of it."""
-        if offer.round_id in self._window and device_id not in self.store.taken(offer.round_id):
-            return  # the next round takes it, when the device offers it again
-        verdict = self.store.verdict(offer.round_id, device_id, offer.update.sha256)
+        store, window = self._store_of(offer.round_id), self._common.windows.get(run_of(offer.round_id), ())
+        if offer.round_id in window and device_id not in store.taken(offer.round_id):
+            return  # a later round takes it, when the device offers it again
+        verdict = store.verdict(offer.round_id, device_id, offer.update.sha256)
         over = Receipt(offer.round_id, offer.update.sha256, False, "that round is over")
         self._unsaid.append((device_id, verdict if verdict is not None else over))
+
+    def _store_of(self, round_id: str) -> RunStore:
+        return self._common.stores.get(run_of(round_id), self.store)
 
     def _aggregate(self, state: _Round, device_ids: tuple[str, ...]) -> rounds.Event:
         if state.engine is None:
             state.verdicts = [records.DeviceVerdict(device_id, records.ACCEPTED) for device_id in device_ids]
             return rounds.Aggregated(dict.fromkeys(device_ids, ""))
         refused = sum(progress is Progress.REFUSED for progress in state.machine.progress().values())
-        screened = state.arrivals.screened(device_ids, refused_on_arrival=refused)
+        names, engine = state.machine.invitation.plan.evaluate, state.engine
+        screened = state.arrivals.screened(device_ids, refuse_copies=not names, refused_on_arrival=refused)
+        outcome: StepOutcome
         try:
-            outcome = state.engine.aggregate(state.parameters, screened)
+            if names:
+                outcome = found = evaluated(names, state.parameters, screened, engine.num_byzantine)
+                state.evaluation = _with_held_out(found.metrics, screened.device_ids, state.offers)
+            else:
+                outcome = engine.aggregate(state.parameters, screened)
         except RuleError as exc:
             return rounds.AggregationRefused(str(exc))
-        self._watch(events.RuleRan(state.machine.invitation.round_id, dict(outcome.measurements)))
+        if not names:
+            self._watch(events.RuleRan(state.machine.invitation.round_id, dict(outcome.measurements)))
         state.result = outcome.parameters
         state.verdicts, state.measurements = list(outcome.verdicts), outcome.measurements
         reasons = {
@@ -620,9 +698,23 @@ class Coordinator:
         state.verdicts += [records.DeviceVerdict(name, records.REJECTED, why) for name, why in rejected.items()]
         state.verdicts += [records.DeviceVerdict(name, records.MISSING, why) for name, why in missing.items()]
         checkpoint = None
-        if end.outcome == Phase.PUBLISHED.value and state.engine is not None:
+        if end.outcome == Phase.PUBLISHED.value and state.engine is not None and not invitation.plan.evaluate:
             checkpoint = Checkpoint(invitation.number, state.result, state.engine.saved_state())
-        self.store.conclude(invitation.round_id, Phase(end.outcome), end.reason, state.verdicts, checkpoint)
+        outcome = Phase(end.outcome)
+        self.store.conclude(invitation.round_id, outcome, end.reason, state.verdicts, checkpoint, state.evaluation)
+
+
+def _arrivals(device_ids: Iterable[str], plan: TrainingPlan, d: int) -> Arrivals:
+    names = plan.evaluate
+    return Arrivals(device_ids, len(names), metrics_fault(names)) if names else Arrivals(device_ids, d)
+
+
+def _with_held_out(
+    metrics: Sequence[records.FleetMetric], device_ids: Sequence[str], offers: Mapping[str, Offer]
+) -> tuple[records.FleetMetric, ...]:
+    """With the number of those that say that they evaluated on data kept for it."""
+    held_out = sum(offers[device_id].metrics.get("held_out") == 1.0 for device_id in device_ids)
+    return tuple(replace(one, held_out=held_out) for one in metrics)
 
 
 def shuffle_seed(seed: int, number: int) -> int:
@@ -644,7 +736,8 @@ def _invitation(
     key: KeyPair | None,
 ) -> Invitation:
     return Invitation(
-        round_id=f"{run_id}.{number}.{now_ms:x}",  # the time keeps a restarted run's rounds apart from earlier ones
+        # the time keeps a restarted run's rounds apart from earlier ones
+        round_id=f"{run_id}.{'e' if plan.evaluate else ''}{number}.{now_ms:x}",
         number=number,
         issued_at_ms=now_ms,
         duration_ms=int(timing.duration_s * 1000),

@@ -9,7 +9,7 @@ import logging
 import queue
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -145,6 +145,11 @@ class Fleet:
     def known(self) -> list[str]:
         """The ids of all devices of the roster, sorted."""
         return self.roster.ids()
+
+    def capabilities(self, device_id: str) -> Sequence[str]:
+        """What the device says that it can do; nothing where it has not said."""
+        found = self._presence.get(device_id)
+        return found[0].capabilities if found is not None else ()
 
     # --- sending
 

@@ -31,6 +31,22 @@ class DeviceVerdict:
 
 
 @dataclass(frozen=True)
+class FleetMetric:
+    """One metric of one model over the devices of an evaluation round. How each is made: aggregation.evaluating.
+
+    spread: half of the devices lie within median - spread and median + spread. held_out: how many of the devices say
+    that the data they evaluated on are kept for that.
+    """
+
+    name: str
+    mean: float
+    median: float
+    spread: float
+    devices: int
+    held_out: int = 0
+
+
+@dataclass(frozen=True)
 class RoundRecord:
     """One finished round. accuracy and loss: of the new global model on the held-out test set (0..1, nats)."""
 

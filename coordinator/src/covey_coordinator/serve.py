@@ -1,18 +1,18 @@
 """`covey serve`: a coordinator for a real fleet, from one TOML file. docs/coordinator.md lists every setting.
 
 Runs until the asked number of rounds is published and keeps a checkpoint of each; started again, it goes on in the
-round that was under way, else after the newest readable checkpoint. An abandoned round is repeated.
+round that was under way, else after the newest readable checkpoint. An abandoned round is repeated. Several tasks take
+turns: each is a run of its own, and one round is under way at a time.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -23,16 +23,19 @@ from covey_coordinator.aggregation.engines import make_engine
 from covey_coordinator.aggregation.registry import rule_from_table
 from covey_coordinator.aggregation.rules import Rule
 from covey_coordinator.aggregation.screening import Arrivals
-from covey_coordinator.coordinator import Coordinator, Engine, RoundResult, Timing, shuffle_seed
-from covey_coordinator.fleet import MIN_CHUNK_BYTES, Fleet
+from covey_coordinator.aggregation.trimmed_mean import Median
+from covey_coordinator.coordinator import Common, Coordinator, Engine, RoundResult, Timing, shuffle_seed
+from covey_coordinator.eligibility import Eligible, eligible, meant, sampled
+from covey_coordinator.fleet import MIN_CHUNK_BYTES, POLL_S, Fleet
 from covey_coordinator.orders import Orders, Revocations
 from covey_coordinator.records import ACCEPTED
 from covey_coordinator.retained import RetainedNote
 from covey_coordinator.roster import Roster, RosterFile
 from covey_coordinator.store import Checkpoint, RunStore, only_one
+from covey_coordinator.tasks import Turns, read_tasks
 from covey_coordinator.watching import events
 from covey_coordinator.watching.board import Board
-from covey_coordinator.watching.display import live_status, printable
+from covey_coordinator.watching.display import evaluation_text, live_status, printable
 from covey_coordinator.watching.logs import EventLog
 from covey_coordinator.watching.metrics import (
     DEFAULT_LISTEN,
@@ -44,13 +47,14 @@ from covey_coordinator.watching.metrics import (
 )
 from covey_coordinator.watching.presence import PresenceKeeper
 from covey_edge import config as edge_config
-from covey_edge.config import BrokerSettings, NotNegative, Positive, read_broker, read_file, read_toml, roster_from
+from covey_edge.config import BrokerSettings, NotNegative, Positive, read_broker, read_file, roster_from
 from covey_edge.mqtt import Broker
 from covey_edge.outbox import NumberFile
 from covey_edge.retired import RetiredKeys
 from covey_edge.runtime import Model
-from covey_protocol.bundle import Manifest, check_plan, read_bundle
+from covey_protocol.bundle import METRICS, Bundle, Manifest, check_plan, read_bundle
 from covey_protocol.codec import Sequence
+from covey_protocol.device import LATE, needed_capabilities
 from covey_protocol.errors import (
     EXIT_BUG,
     EXIT_INTERRUPTED,
@@ -106,8 +110,8 @@ class WireSettings(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class RoundSettings(Struct, frozen=True, forbid_unknown_fields=True):
-    """devices: how many must be online before a round starts. quorum: fewest updates that may be aggregated.
-
+    """devices: how many that may be invited must be online before a round starts. quorum: fewest updates that may be
+    aggregated. sample: how many of them are invited, 0 for all. only, exclude: who is meant; see eligibility.
     goal: so many updates end the round, 0 for waiting for everyone. max_staleness: above 0, rounds are asynchronous.
     """
 
@@ -120,6 +124,21 @@ class RoundSettings(Struct, frozen=True, forbid_unknown_fields=True):
     grace_s: NotNegative = 3.0
     wait_s: Positive = 3600.0
     pause_s: NotNegative = 0.0
+    sample: Annotated[int, Meta(ge=0)] = 0
+    only: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+
+
+class EvaluationSettings(Struct, frozen=True, forbid_unknown_fields=True):
+    """every: how many rounds lie between two evaluations, 0 for none. metrics: in the order in which they travel.
+    devices, quorum, duration_s: as in RoundSettings, 0 for those of the training rounds.
+    """
+
+    every: Annotated[int, Meta(ge=0)] = 0
+    metrics: Annotated[tuple[str, ...], Meta(min_length=1)] = METRICS
+    devices: Annotated[int, Meta(ge=0)] = 0
+    quorum: Annotated[int, Meta(ge=0)] = 0
+    duration_s: Annotated[float, Meta(ge=0, le=MAX_DURATION_MS / 1000)] = 0.0
 
 
 class MetricsSettings(Struct, frozen=True, forbid_unknown_fields=True):
@@ -139,6 +158,8 @@ class CoordinatorConfig(Struct, frozen=True, forbid_unknown_fields=True):
     server: ServerSettings = ServerSettings()
     training: TrainingSettings = TrainingSettings()
     wire: WireSettings = WireSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    task: str = ""
     metrics: MetricsSettings | None = None
     runs_dir: str = "runs"
     bundle_key: str | None = None  # whose seal the bundle has, where that is not key_file's
@@ -147,6 +168,7 @@ class CoordinatorConfig(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 Say = Callable[[str], None]
+T = TypeVar("T")
 
 
 def serve(
@@ -163,71 +185,137 @@ def serve(
     printed what would go to `say`. log_events: log what happens, see watching.logs.
     """
     file = RosterFile(path)
-    config = read_toml(path, CoordinatorConfig)
-    check_name(config.run, "run")
-    if config.round.quorum > config.round.devices:
-        raise ConfigError(
-            f"{path}: a quorum of {config.round.quorum} needs round.devices of as many", "lower the quorum"
-        )
-    if config.round.devices > len(config.devices):
-        raise ConfigError(
-            f"{path}: round.devices = {config.round.devices}, but [devices] holds {len(config.devices)} keys",
-            "add the missing devices' keys or lower round.devices",
-        )
-    _check_goal(path, config.round)
+    read = read_tasks(path, CoordinatorConfig)
+    config, folder = read[0][0], path.parent  # what is of the fleet is the same in all
     if config.metrics is not None:
         parse_listen(config.metrics.listen)
-    folder = path.parent
     key = SealingKey.from_pem(read_file(folder / config.key_file), config.key_file)
-    data = read_file(folder / config.bundle)
-    bundle = read_bundle(data, PublicKey.from_hex(config.bundle_key) if config.bundle_key else key.public)
-    _check_plan(path, config, bundle.manifest)
-    rule = _rule(path, config)
-    rule.check(config.round.quorum)
-    _warn_of_sparse_rows(config, say)
+    planned = [_planned(path, one, weight, key) for one, weight in read]
+    for one in planned:
+        _warn_of_sparse_rows(one.config, say)
     keys, broker = roster_from(config.devices), read_broker(config.broker, folder)
     runs = folder / config.runs_dir
     with contextlib.ExitStack() as stack:
-        stack.enter_context(only_one(runs / config.run))
-        store = RunStore(runs / config.run)
-        stack.callback(store.close)
+        stores = {one.config.run: _opened_store(stack, runs / one.config.run) for one in planned}
         roster = Roster(keys, RetiredKeys(runs / f"{config.fleet}.retired.json"))
-        board, keeper, orders = Board(list(config.devices)), PresenceKeeper(store), Orders(runs / config.run)
-        watch = events.all_of(board, keeper, *([EventLog()] if log_events else []))
-        stack.enter_context(_noted(store, config, watch))
+        board, keepers = Board(list(config.devices)), [PresenceKeeper(store) for store in stores.values()]
+        watch = events.all_of(board, *keepers, *([EventLog()] if log_events else []))
+        tasks: list[Task] = []
+        stack.enter_context(_noted(stores, planned, tasks, watch))
 
         def check_and_keep() -> None:
             check()
-            keeper.keep()
+            for keeper in keepers:
+                keeper.keep()
             file.renew(roster)
 
         if terminal is not None:
             say = stack.enter_context(live_status(board, terminal))
-        engine = make_engine(
-            config.server.engine,
-            rule,
-            bundle.manifest.parameters,
-            config.server.optimizer,
-            config.server.learning_rate,
-        )
-        stack.callback(engine.close)
+        engines = {one.config.run: _made_engine(stack, one) for one in planned}
         check()  # making an engine takes seconds
         fleet = _fleet(config, broker, roster, key, runs, check_and_keep)
         if config.metrics is not None:
-            say(f"metrics: {_serve_metrics(stack, config.metrics, board, fleet, store)}")
+            say(f"metrics: {_serve_metrics(stack, config.metrics, board, fleet, list(stores.values()))}")
         fleet.connect()
         stack.callback(fleet.close)
         say(f"{config.fleet}: connected to {fleet.broker}")
-        coordinator = Coordinator(
-            fleet,
-            store,
-            leave_open=True,
-            watch=watch,
-            aborted=orders.abort_reason,
-            revoked=Revocations(runs, config.fleet).reasons,
+        common, revoked = Common(stores), Revocations(runs, config.fleet).reasons
+        for one in planned:
+            run = one.config.run
+            orders = Orders(runs / run)
+            coordinator = Coordinator(
+                fleet,
+                stores[run],
+                leave_open=True,
+                watch=watch,
+                aborted=orders.abort_reason,
+                revoked=revoked,
+                common=common,
+            )
+            model = Model(one.bundle).parameters()
+            told = _named(say, one.config.task) if len(planned) > 1 else say
+            work = Work(one.config, one.data, model, one.weight)
+            tasks.append(Task(coordinator, engines[run], work, told, orders, watch))
+        run_tasks(tasks)
+    for one in planned:
+        say(f"checkpoints: {stores[one.config.run].checkpoints(one.config.run)}")
+
+
+class Planned(NamedTuple):
+    """A task that was checked as far as that is possible without devices. data: the bundle's bytes."""
+
+    config: CoordinatorConfig
+    weight: float
+    data: bytes
+    bundle: Bundle
+    rule: Rule
+
+
+def _planned(path: Path, config: CoordinatorConfig, weight: float, key: SealingKey) -> Planned:
+    check_name(config.run, "run")
+    _check_devices(path, config)
+    _check_goal(path, config.round)
+    data = read_file(path.parent / config.bundle)
+    bundle = read_bundle(data, PublicKey.from_hex(config.bundle_key) if config.bundle_key else key.public)
+    _check_plan(path, config, bundle.manifest)
+    rule = _rule(path, config)
+    rule.check(config.round.quorum)
+    if config.evaluation.every:
+        try:
+            Median(rule.num_byzantine).check(config.evaluation.quorum or config.round.quorum)
+        except RuleError as exc:  # as aggregation.evaluating would say of every round
+            raise RuleError(f"{path}: [evaluation]: {exc.what}", "raise its quorum, or lower num_byzantine") from exc
+    return Planned(config, weight, data, bundle, rule)
+
+
+def _check_devices(path: Path, config: CoordinatorConfig) -> None:
+    """That there can be as many devices as the file asks for."""
+    asked = config.round
+    evaluation = config.evaluation
+    most = asked.sample or asked.devices
+    if asked.quorum > min(most, asked.devices):
+        raise ConfigError(
+            f"{path}: a quorum of {asked.quorum} needs round.devices of as many, and round.sample where there is one",
+            "lower the quorum",
         )
-        run_rounds(coordinator, engine, config, data, Model(bundle).parameters(), say, orders, watch)
-    say(f"checkpoints: {store.checkpoints(config.run)}")
+    if (evaluation.quorum or asked.quorum) > (evaluation.devices or asked.devices):
+        raise ConfigError(
+            f"{path}: [evaluation] asks for {evaluation.quorum or asked.quorum} updates of "
+            f"{evaluation.devices or asked.devices} devices",
+            "lower its quorum, or raise its devices",
+        )
+    if 0 < evaluation.duration_s < 1:
+        raise ConfigError(f"{path}: [evaluation] duration_s = {evaluation.duration_s:g}", "give it 1 s or more")
+    strangers = [name for name in (*asked.only, *asked.exclude) if name not in config.devices]
+    if strangers:
+        raise ConfigError(f"{path}: [round] names {strangers[0]}, which [devices] does not", "correct the name")
+    meant = [name for name in config.devices if name not in asked.exclude and name in (asked.only or config.devices)]
+    if max(asked.devices, evaluation.devices if evaluation.every else 0) > len(meant):
+        raise ConfigError(
+            f"{path}: round.devices = {asked.devices}, but [devices] holds {len(meant)} keys"
+            + (" of devices that may be invited" if len(meant) < len(config.devices) else ""),
+            "add the missing devices' keys or lower round.devices",
+        )
+
+
+def _opened_store(stack: contextlib.ExitStack, folder: Path) -> RunStore:
+    stack.enter_context(only_one(folder))
+    store = RunStore(folder)
+    stack.callback(store.close)
+    return store
+
+
+def _made_engine(stack: contextlib.ExitStack, planned: Planned) -> Engine:
+    server = planned.config.server
+    engine = make_engine(
+        server.engine, planned.rule, planned.bundle.manifest.parameters, server.optimizer, server.learning_rate
+    )
+    stack.callback(engine.close)
+    return engine
+
+
+def _named(say: Say, task: str) -> Say:
+    return lambda line: say(f"{task}: {line}")
 
 
 def _fleet(
@@ -246,13 +334,14 @@ def _fleet(
 
 
 def _serve_metrics(
-    stack: contextlib.ExitStack, settings: MetricsSettings, board: Board, fleet: Fleet, store: RunStore
+    stack: contextlib.ExitStack, settings: MetricsSettings, board: Board, fleet: Fleet, stores: list[RunStore]
 ) -> str:
     """Until the stack ends; the address."""
-    stored = StoreSize(store.folder)
+    sizes = [StoreSize(store.folder) for store in stores]
 
     def page() -> str:
-        return exposition(board.state(), Traffic(fleet.received_bytes, fleet.sent_bytes, stored()), time.monotonic())
+        stored = sum(size() for size in sizes)
+        return exposition(board.state(), Traffic(fleet.received_bytes, fleet.sent_bytes, stored), time.monotonic())
 
     server = MetricsServer(settings.listen, page)
     stack.callback(server.close)
@@ -260,21 +349,30 @@ def _serve_metrics(
 
 
 @contextlib.contextmanager
-def _noted(store: RunStore, config: CoordinatorConfig, watch: events.Watcher) -> Iterator[None]:
-    """The store says that the run goes on, and afterwards how it ended."""
-    store.started(config.run, config.rounds, time.time_ns() // 1_000_000)
-    code, why = EXIT_OK, ""
+def _noted(
+    stores: Mapping[str, RunStore], planned: list[Planned], tasks: list[Task], watch: events.Watcher
+) -> Iterator[None]:
+    """The stores say that the runs go on, and afterwards how they ended. tasks: may be filled in meanwhile."""
+    for one in planned:
+        stores[one.config.run].started(one.config.run, one.config.rounds, time.time_ns() // 1_000_000)
+    error: BaseException | None = None
     try:
         yield
     except BaseException as exc:
-        code, why = _ending(exc)
-        with contextlib.suppress(StorageError):  # what is on its way to the operator says more
-            store.ended(config.run, code, why, time.time_ns() // 1_000_000)
+        error = exc
         raise
-    else:
-        store.ended(config.run, code, why, time.time_ns() // 1_000_000)
     finally:
-        watch(events.RunEnded(code, why))
+        noted = {task.config.run for task in tasks if task.noted}
+        for run in [run for run in stores if run not in noted]:
+            note_end(stores[run], run, error, watch, several=len(stores) > 1)
+
+
+def note_end(store: RunStore, run: str, error: BaseException | None, watch: events.Watcher, several: bool) -> None:
+    """Raises StorageError, unless there is an error that says more to the operator."""
+    code, why = _ending(error) if error is not None else (EXIT_OK, "")
+    with contextlib.suppress(*([StorageError] if error is not None else [])):
+        store.ended(run, code, why, time.time_ns() // 1_000_000)
+    watch(events.RunEnded(code, why, run if several else ""))
 
 
 def _ending(error: BaseException) -> tuple[int, str]:
@@ -285,68 +383,250 @@ def _ending(error: BaseException) -> tuple[int, str]:
     return EXIT_BUG, type(error).__name__
 
 
-def run_rounds(
-    coordinator: Coordinator,
-    engine: Engine,
-    config: CoordinatorConfig,
-    bundle: bytes,
-    initial: npt.NDArray[np.float32],
-    say: Say,
-    orders: Orders,
-    watch: events.Watcher = events.unwatched,
-) -> None:
-    """Everything after the connection: take up what the last start left, then rounds until all are published."""
-    run, store = config.run, coordinator.store
-    parameters, done = _resume(store, engine, run, initial, say)
-    watch(events.RunStarted(config.fleet, run, config.rounds, done))
-    coordinator.announce(run)
-    abandoned = 0
-    while done < config.rounds:
-        result = coordinator.resume_round(run_id=run, bundle=bundle, parameters=parameters, engine=engine)
-        if result is None:
-            devices = _ready(coordinator, config, say, orders, watch)
-            result = _new_round(coordinator, engine, config, bundle, parameters, done + 1, devices)
-        for line in _lines(done + 1, config.rounds, result):
-            say(printable(line))
-        if result.outcome == Phase.PUBLISHED.value:
-            parameters, done, abandoned = result.parameters, done + 1, 0
+class Work(NamedTuple):
+    """What a task is. bundle: the file's bytes. initial: the parameters before its first round."""
+
+    config: CoordinatorConfig
+    bundle: bytes
+    initial: npt.NDArray[np.float32]
+    weight: float = 1.0
+
+
+class Task:
+    """One task under way: its run, its engine, how far it is. `failure`: why it ended without all its rounds."""
+
+    def __init__(
+        self,
+        coordinator: Coordinator,
+        engine: Engine,
+        work: Work,
+        say: Say,
+        orders: Orders,
+        watch: events.Watcher = events.unwatched,
+    ) -> None:
+        self.config, self.weight = work.config, work.weight
+        self.coordinator = coordinator
+        self.failure: CoveyError | None = None
+        self.noted = False
+        self._engine, self._work, self._say, self._orders, self._watch = engine, work, say, orders, watch
+        self._manifest = read_bundle(work.bundle).manifest
+        self._parameters, self._done = work.initial, 0
+        self._abandoned = 0
+        self._left_out = -1  # the model whose evaluation is not waited for any more
+        self._not_before = float("-inf")
+        self._waits_since: float | None = None
+        self._told = ""
+
+    # --- life
+
+    def begin(self) -> None:
+        """Take up what the last start left, and what it may not have said any more."""
+        config, store = self.config, self.coordinator.store
+        self._parameters, self._done = _resume(store, self._engine, config.run, self._work.initial, self._say)
+        self._watch(events.RunStarted(config.fleet, config.run, config.rounds, self._done))
+        self.coordinator.announce(config.run)
+
+    def resume(self) -> None:
+        """End the round that was under way, if one was."""
+        result = self.coordinator.resume_round(
+            run_id=self.config.run, bundle=self._work.bundle, parameters=self._parameters, engine=self._engine
+        )
+        if result is not None:
+            self._take(result)
+
+    def is_over(self) -> bool:
+        return self.failure is not None or (self._done >= self.config.rounds and not self._evaluation_is_due())
+
+    def end(self, several: bool) -> None:
+        """Say so, once. The end of the only run is the program's, and said with it."""
+        self.coordinator.no_more_rounds(self.config.run)
+        if several and not self.noted:
+            self._say(str(self.failure) if self.failure is not None else "all rounds are published")
+            note_end(self.coordinator.store, self.config.run, self.failure, self._watch, several)
+            self.noted = True
+
+    # --- whether it can have a round
+
+    def is_ready(self) -> bool:
+        """Whether a round can be opened now; if not, say why. RunError where the task has to end."""
+        self._end_if_aborted()
+        paused, now = self._orders.paused(), self.coordinator.now_s()
+        if paused is not None:
+            self._wait(paused.told("paused by the operator"))
+            self._waits_since = None
+            return False
+        if self._told.startswith("paused"):
+            self._say("resumed by the operator")
+            self._told = ""
+        if now < self._not_before:
+            return False
+        if self._done >= self.config.rounds:
+            return True  # for an evaluation, which waits for its devices itself
+        found, needed = self._eligible(_plan(self.config, self._done + 1)), self.config.round.devices
+        if len(found.devices) >= needed:
+            self._waits_since, self._told = None, ""
+            return True
+        self._wait(f"waiting for {needed} devices" + (f"; not invited: {found.told()}" if found.others else ""))
+        self._waits_since = now if self._waits_since is None else self._waits_since
+        if now - self._waits_since >= self.config.round.wait_s:
+            raise _too_few(found, needed, self.config.round.wait_s)
+        return False
+
+    def _end_if_aborted(self) -> None:
+        aborted = self._orders.abort_reason()
+        if aborted is not None:
+            raise RunError(
+                f"run {self.config.run} was {aborted}", "an abort is for good: give the next run another name"
+            )
+
+    def _wait(self, text: str) -> None:
+        if text != self._told:
+            self._told = text
+            self._say(text)
+            self._watch(events.Waits(f"{self.config.task}: {text}" if self.config.task else text))
+
+    def _eligible(self, plan: TrainingPlan) -> Eligible:
+        settings = self.config.round
+        requires = needed_capabilities(self._manifest, plan, encrypt=self.config.wire.encryption)
+        if settings.max_staleness and not plan.evaluate:
+            requires = (*requires, LATE)
+        return eligible(self.coordinator, requires, settings.only, settings.exclude)
+
+    # --- rounds
+
+    def turn(self) -> None:
+        """An evaluation that is due, and a round; again an evaluation where that has made one due."""
+        if self._evaluation_is_due():
+            self._evaluate()
+        if self._done >= self.config.rounds or self._orders.stand():
+            return
+        found = self._eligible(_plan(self.config, self._done + 1))
+        if len(found.devices) >= self.config.round.devices:  # an evaluation takes time
+            self._take(self._new_round(self._done + 1, found.devices))
+        if self._evaluation_is_due() and not self._orders.stand():
+            self._evaluate()
+
+    def _new_round(self, number: int, devices: list[str]) -> RoundResult:
+        settings = self.config.round
+        attempt = (self.config.training.seed, self.config.run, number, self._abandoned)
+        return _new_round(
+            self.coordinator,
+            self._engine,
+            self.config,
+            self._work.bundle,
+            self._parameters,
+            number,
+            sampled(devices, settings.sample, *attempt),
+        )
+
+    def _take(self, result: RoundResult) -> None:
+        for line in _lines(result.number, self.config.rounds, result):
+            self._say(printable(line))
+        if result.evaluates:
+            pass
+        elif result.outcome == Phase.PUBLISHED.value:
+            self._parameters, self._done, self._abandoned = result.parameters, result.number, 0
         else:
-            abandoned += 1
-            _give_up_if_hopeless(abandoned, result.reason)
-        coordinator.tidy(run)
-        coordinator.attend(config.round.pause_s if done < config.rounds else 0, orders.stand)
-    coordinator.linger(run)
+            self._abandoned += 1
+            _give_up_if_hopeless(self._abandoned, result.reason)
+        self.coordinator.tidy(self.config.run)
+        pause_s = self.config.round.pause_s if self._done < self.config.rounds else 0.0
+        self._not_before = self.coordinator.now_s() + pause_s
+
+    # --- evaluations
+
+    def _evaluation_is_due(self) -> bool:
+        every, done = self.config.evaluation.every, self._done
+        if not every or not done or done == self._left_out:
+            return False
+        last = done >= self.config.rounds
+        return (last or done % every == 0) and not self.coordinator.store.evaluated(self.config.run, done)
+
+    def _evaluate(self) -> None:
+        """One round, whatever comes of it: training does not wait for numbers."""
+        settings, plan = self.config.evaluation, _evaluation_plan(self.config)
+        needed = settings.devices or self.config.round.devices
+        self.coordinator.attend(
+            self.config.round.answer_s,
+            lambda: len(self._eligible(plan).devices) >= needed or self._orders.stand(),
+        )
+        if self._orders.stand():
+            return
+        found = self._eligible(plan)
+        if len(found.devices) < needed:
+            told = f"{len(found.devices)} of {needed} devices are here" + (f", {found.told()}" if found.others else "")
+            self._say(printable(f"evaluation of round {self._done} left out: {told}"))
+            self._left_out = self._done
+            return
+        self._take(self._new_evaluation(plan, found.devices))
+
+    def _new_evaluation(self, plan: TrainingPlan, devices: list[str]) -> RoundResult:
+        rounds, own = self.config.round, self.config.evaluation
+        return self.coordinator.run_round(
+            run_id=self.config.run,
+            number=self._done,
+            bundle=self._work.bundle,
+            parameters=self._parameters,
+            plan=plan,
+            device_ids=devices,
+            quorum=own.quorum or rounds.quorum,
+            engine=self._engine,
+            timing=Timing(own.duration_s or rounds.duration_s, rounds.answer_s, rounds.grace_s),
+            encrypt=self.config.wire.encryption,
+        )
 
 
-def _ready(
-    coordinator: Coordinator, config: CoordinatorConfig, say: Say, orders: Orders, watch: events.Watcher
-) -> list[str]:
-    """The devices of a new round: when enough are online, and nobody has ordered otherwise."""
-    settings = config.round
+TASK_ERRORS = (RunError, RuleError, TrainingError)  # of one task; whatever else comes ends the program
+
+
+def run_tasks(tasks: list[Task]) -> None:
+    """Everything after the connection: take up what the last start left, then rounds in turn until all are published.
+
+    A task that fails leaves the others running; its error is raised at the end.
+    """
+    several = len(tasks) > 1
+    last_round = {task: task.coordinator.store.newest_opened_ms(task.config.run) for task in tasks}
+    by_age = sorted(tasks, key=lambda task: last_round[task])  # how the newest round ended is said last, and so stays
+    for task in by_age:
+        task.begin()
+    for task in by_age:
+        _guarded(task, task.resume)
+    turns = Turns({task: task.weight for task in tasks}, last_round)
     while True:
-        _obey(coordinator, config.run, say, orders, watch)
-        if len(coordinator.online()) < settings.devices:
-            say(f"waiting for {settings.devices} devices")
-            watch(events.Waits(f"waiting for {settings.devices} devices"))
-        found = coordinator.wait_for(settings.devices, settings.wait_s, unless=orders.stand)
-        if not orders.stand():
-            return found
+        for task in tasks:
+            if task.is_over():
+                task.end(several)
+        left = [task for task in tasks if not task.is_over()]
+        if not left:
+            break
+        ready = [task for task in left if _guarded(task, task.is_ready)]
+        if ready:
+            chosen = turns.choose(ready)
+            _guarded(chosen, chosen.turn)
+        else:
+            left[0].coordinator.attend(POLL_S)
+    for task in tasks:
+        task.coordinator.linger(task.config.run)
+    for task in tasks:
+        if task.failure is not None:
+            raise task.failure
 
 
-def _obey(coordinator: Coordinator, run: str, say: Say, orders: Orders, watch: events.Watcher) -> None:
-    """Return when there is no pause (any more). RunError where the run is aborted."""
-    paused = orders.paused()
-    if paused is not None and orders.aborted() is None:
-        reason = paused.told("paused by the operator")
-        say(reason)
-        watch(events.Waits(reason))
-        coordinator.attend(math.inf, lambda: orders.paused() is None or orders.aborted() is not None)
-        if orders.aborted() is None:
-            say("resumed by the operator")
-    aborted = orders.abort_reason()
-    if aborted is not None:
-        coordinator.linger(run)
-        raise RunError(f"run {run} was {aborted}", "an abort is for good: give the next run another name")
+def _guarded(task: Task, action: Callable[[], T]) -> T | None:
+    try:
+        return action()
+    except TASK_ERRORS as exc:
+        task.failure = exc
+        return None
+
+
+def _too_few(found: Eligible, needed: int, wait_s: float) -> RunError:
+    return RunError(
+        f"only {len(found.devices)} of {needed} devices came online within {wait_s:g} s"
+        + (f" ({', '.join(found.devices)})" if found.devices else "")
+        + (f"; not invited: {found.told()}" if found.others else ""),
+        "look at the agents' logs, or ask for fewer devices",
+    )
 
 
 def _new_round(
@@ -366,7 +646,9 @@ def _new_round(
         parameters=parameters,
         plan=_plan(config, number),
         # in an asynchronous round who comes later may take part, too
-        device_ids=coordinator.admitted() if settings.max_staleness else devices,
+        device_ids=meant(coordinator.admitted(), settings.only, settings.exclude)
+        if settings.max_staleness
+        else devices,
         quorum=settings.quorum,
         engine=engine,
         timing=Timing(settings.duration_s, settings.answer_s, settings.grace_s),
@@ -400,7 +682,8 @@ def _warn_of_sparse_rows(config: CoordinatorConfig, say: Say) -> None:
 
 def _check_plan(path: Path, config: CoordinatorConfig, manifest: Manifest) -> None:
     try:
-        check_plan(manifest, _plan(config, 1))
+        for plan in (_plan(config, 1), _evaluation_plan(config)):
+            check_plan(manifest, plan)
     except (ConfigError, TrainingError) as exc:
         raise ConfigError(f"{path}: {exc.what}", f"{exc.remedy}, or leave the setting out") from exc
 
@@ -411,10 +694,16 @@ def _check_goal(path: Path, settings: RoundSettings) -> None:
             f"{path}: round.max_staleness = {settings.max_staleness} without a round.goal",
             "say with round.goal how many updates are aggregated at once",
         )
-    if settings.goal and not settings.quorum <= settings.goal <= settings.devices:
+    if settings.max_staleness and settings.sample:
         raise ConfigError(
-            f"{path}: round.goal = {settings.goal} is not between round.quorum = {settings.quorum} and"
-            f" round.devices = {settings.devices}",
+            f"{path}: round.sample with round.max_staleness, where every device takes part at its own speed",
+            "leave one of them out",
+        )
+    most = min(settings.sample or settings.devices, settings.devices)
+    if settings.goal and not settings.quorum <= settings.goal <= most:
+        raise ConfigError(
+            f"{path}: round.goal = {settings.goal} is not between round.quorum = {settings.quorum} and the {most}"
+            " devices of a round",
             "choose one between them",
         )
 
@@ -429,7 +718,14 @@ def _plan(config: CoordinatorConfig, number: int) -> TrainingPlan:
         proximal_weight=training.proximal_weight,
         compression=config.wire.compression,
         kept_fraction=config.wire.kept_fraction,
+        task=config.task,
     )
+
+
+def _evaluation_plan(config: CoordinatorConfig) -> TrainingPlan:
+    """What a plan must say beside the metrics has no effect."""
+    rate = config.training.learning_rate
+    return TrainingPlan(epochs=1, learning_rate=rate, evaluate=config.evaluation.metrics, task=config.task)
 
 
 def _resume(
@@ -487,7 +783,9 @@ def _lines(number: int, rounds: int, result: RoundResult) -> list[str]:
     used = sum(verdict.status == ACCEPTED for verdict in result.verdicts)
     losses = [offer.metrics["training_loss"] for offer in result.offers.values() if "training_loss" in offer.metrics]
     loss = f", median training loss {np.median(losses):.4f}" if losses else ""
-    head = f"round {number}/{rounds} {result.outcome}: {used} of {len(result.verdicts)} updates{loss}"
+    what = "evaluation of round" if result.evaluates else "round"
+    metrics = f", {evaluation_text(result.evaluation)}" if result.evaluation else ""
+    head = f"{what} {number}/{rounds} {result.outcome}: {used} of {len(result.verdicts)} updates{loss}{metrics}"
     reasons = [f"  {v.device_id} {v.status}: {v.reason}" for v in result.verdicts if v.status != ACCEPTED]
     return [f"{head}{_byzantine_left(result)}{f' ({result.reason})' if result.reason else ''}", *reasons]
 

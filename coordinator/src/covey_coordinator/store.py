@@ -29,7 +29,7 @@ import numpy as np
 import numpy.typing as npt
 
 from covey_coordinator.aggregation.staleness import weighted
-from covey_coordinator.records import DeviceVerdict
+from covey_coordinator.records import DeviceVerdict, FleetMetric
 from covey_edge.files import DISK, Disk, make_folder
 from covey_protocol.compression import decode_update
 from covey_protocol.encryption import KeyPair, decrypted
@@ -81,9 +81,20 @@ SCHEMA = (
     ALTER TABLE devices ADD COLUMN staleness INTEGER NOT NULL DEFAULT 0;
     CREATE INDEX devices_by_origin ON devices (origin) WHERE origin IS NOT NULL;
     """,
+    # evaluation rounds; their number is that of the round whose model they evaluate
+    """
+    ALTER TABLE rounds ADD COLUMN kind TEXT NOT NULL DEFAULT 'training';
+    CREATE TABLE evaluations (
+        run TEXT NOT NULL, number INTEGER NOT NULL, metric TEXT NOT NULL, round TEXT NOT NULL,
+        mean REAL NOT NULL, median REAL NOT NULL, spread REAL NOT NULL,
+        devices INTEGER NOT NULL, held_out INTEGER NOT NULL,  -- how many it is over; on data kept for it, they say
+        PRIMARY KEY (run, number, metric)
+    ) WITHOUT ROWID;
+    """,
 )
 RETENTION_MS = 30 * 24 * 3600 * 1000
 KEEP_ROUNDS = 10
+TRAINING, EVALUATION = "training", "evaluation"  # kinds of rounds
 LOCK_PATIENCE_S = 1.0
 NO_KEY_REMEDY = "started again, the coordinator abandons that round"
 OPEN_PHASES = (Phase.INVITING.value, Phase.AGGREGATING.value)  # what a row says of a round that is not over
@@ -199,11 +210,13 @@ class RunStore:
             Phase.INVITING.value,
             opened_ms,
             settings.goal,
+            EVALUATION if invitation.plan.evaluate else TRAINING,
         )
         with self._transaction() as database:
             database.execute(
-                "INSERT INTO rounds (id, run, number, invitation, quorum, answer_s, grace_s, phase, opened_ms, goal)"
-                " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                "INSERT INTO rounds"
+                " (id, run, number, invitation, quorum, answer_s, grace_s, phase, opened_ms, goal, kind)"
+                " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 row,
             )
             database.executemany(
@@ -260,9 +273,10 @@ class RunStore:
         reason: str,
         verdicts: Sequence[DeviceVerdict],
         checkpoint: Checkpoint | None = None,
+        metrics: Sequence[FleetMetric] = (),
     ) -> None:
-        """The end of a round: outcome, verdicts, new model and the engine's state, all or nothing of it."""
-        run_id = self._one("SELECT run FROM rounds WHERE id = ?", round_id)[0]
+        """The end of a round: outcome, verdicts, new model and the engine's state, metrics; all or nothing of it."""
+        run_id, number = self._one("SELECT run, number FROM rounds WHERE id = ?", round_id)
         hashes = self._write_checkpoint(run_id, checkpoint) if checkpoint is not None else ("", "")
         with self._transaction() as database:
             database.execute("UPDATE rounds SET phase = ?, reason = ? WHERE id = ?", (phase.value, reason, round_id))
@@ -275,6 +289,13 @@ class RunStore:
                     "INSERT OR REPLACE INTO checkpoints VALUES (?, ?, ?, ?, ?)",
                     (run_id, checkpoint.number, round_id, *hashes),
                 )
+            database.executemany(
+                "INSERT OR REPLACE INTO evaluations VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                [
+                    (run_id, number, one.name, round_id, one.mean, one.median, one.spread, one.devices, one.held_out)
+                    for one in metrics
+                ],
+            )
         self._chunks.clear()
         self._disk.remove_tree(self._partial(round_id))
 
@@ -295,6 +316,15 @@ class RunStore:
         invitation = msgspec.msgpack.decode(encoded, type=Invitation)
         settings = RoundSettings.of(invitation, quorum, answer_s, grace_s, goal, self.earlier(invitation))
         return RoundFacts(invitation, settings, Phase(phase), self._devices(round_id), elapsed_ms / 1000)
+
+    def evaluated(self, run_id: str, number: int) -> bool:
+        """Whether the model of this round has had its evaluation round, however that ended."""
+        query = "SELECT 1 FROM rounds WHERE run = ? AND number = ? AND kind = ?"
+        return self._one(query, run_id, number, EVALUATION) is not None
+
+    def newest_opened_ms(self, run_id: str) -> int:
+        """When the run's newest round was opened, Unix time; 0 where none was."""
+        return int(self._one("SELECT max(opened_ms) FROM rounds WHERE run = ?", run_id)[0] or 0)
 
     # --- chunks of updates that are coming in
 
@@ -341,8 +371,10 @@ class RunStore:
     def next_window(self, run_id: str) -> tuple[str, ...]:
         """The rounds whose updates the run's next round may take, as far as is known before it."""
         row = self._one(
-            "SELECT invitation, phase FROM rounds WHERE run = ? AND phase NOT IN (?, ?) ORDER BY rowid DESC",
+            "SELECT invitation, phase FROM rounds WHERE run = ? AND kind = ? AND phase NOT IN (?, ?)"
+            " ORDER BY rowid DESC",
             run_id,
+            TRAINING,
             *OPEN_PHASES,
         )
         if row is None:
@@ -358,14 +390,15 @@ class RunStore:
         Not those of another bundle, or whose updates have another form or cannot be read.
         """
         rows = self._all(
-            "SELECT id, invitation FROM rounds WHERE run = ? AND number >= ? AND number <= ? AND phase NOT IN (?, ?)"
-            " AND id != ? ORDER BY rowid DESC LIMIT ?",
+            "SELECT id, invitation FROM rounds WHERE run = ? AND kind = ? AND number >= ? AND number <= ?"
+            " AND phase NOT IN (?, ?) AND id != ? ORDER BY rowid DESC LIMIT ?",
             run_id,
+            TRAINING,
             invitation.number - max_staleness,
             invitation.number,
             *OPEN_PHASES,
             invitation.round_id,
-            MAX_STALENESS,
+            MAX_STALENESS if max_staleness else 0,
         )
         before = [(round_id, msgspec.msgpack.decode(encoded, type=Invitation)) for round_id, encoded in rows]
         return tuple(
@@ -375,9 +408,9 @@ class RunStore:
         )
 
     def earlier(self, invitation: Invitation) -> dict[str, Earlier]:
-        """What must be known of the rounds that the invitation names."""
+        """What must be known of the rounds whose updates this one takes, too: those of its run that it names."""
         found: dict[str, Earlier] = {}
-        for round_id in invitation.earlier:
+        for round_id in invitation.earlier if invitation.max_staleness else ():
             row = self._one("SELECT number, invitation FROM rounds WHERE id = ?", round_id)
             if row is not None and self.has_key(msgspec.msgpack.decode(row[1], type=Invitation)):
                 found[round_id] = Earlier(invitation.number - row[0], self.taken(round_id, invitation.round_id))
@@ -401,8 +434,8 @@ class RunStore:
         return not invitation.encryption_key or self._key(invitation) is not None
 
     def opened(self, invitation: Invitation, device_id: str, offer: Offer, data: bytes) -> tuple[Offer, Floats]:
-        """The offer and the (d,) update that a device sent for this round, from its bytes. Of an encrypted one the
-        offer says what was hidden: number of examples and metrics.
+        """The offer and the update that a device sent for this round, from its bytes: (d,), or in an evaluation round a
+        number for each metric. Of an encrypted one the offer says what was hidden: number of examples and metrics.
 
         PeerError where they are malformed, StorageError where the round's key is gone.
         """
@@ -412,7 +445,7 @@ class RunStore:
                 raise StorageError(f"no readable key of round {invitation.round_id} in {self.folder}", NO_KEY_REMEDY)
             header, data = decrypted(key, invitation.round_id, device_id, data)
             offer = msgspec.structs.replace(offer, num_examples=header.num_examples, metrics=header.metrics)
-        update = decode_update(data, invitation.plan, invitation.round_id, device_id, invitation.dimension)
+        update = decode_update(data, invitation.plan, invitation.round_id, device_id, invitation.update_dimension)
         return offer, update
 
     def _key(self, invitation: Invitation) -> bytes | None:
@@ -493,9 +526,13 @@ class RunStore:
         """Keep what a restart and late devices need, not everything for ever.
 
         Rounds are forgotten RETENTION_MS after they were opened; updates, the keys that open them and states of a
-        checkpoint after KEEP_ROUNDS rounds; the models (.f32) stay. The newest KEEP_ROUNDS rounds lose nothing.
+        checkpoint after KEEP_ROUNDS rounds; the models (.f32) and the evaluations stay. The newest
+        KEEP_ROUNDS rounds of a kind lose nothing.
         """
-        older = "(SELECT id FROM rounds WHERE run = ? ORDER BY rowid DESC LIMIT -1 OFFSET ?)"
+        older = (
+            "(SELECT id FROM (SELECT id, row_number() OVER (PARTITION BY kind ORDER BY rowid DESC) AS age"
+            " FROM rounds WHERE run = ?) WHERE age > ?)"
+        )
         rows = self._all(
             "SELECT number FROM checkpoints WHERE run = ? ORDER BY number DESC LIMIT -1 OFFSET ?", run_id, KEEP_ROUNDS
         )
@@ -511,9 +548,8 @@ class RunStore:
         for (number,) in rows:
             self._disk.remove(self._checkpoint_path(run_id, number, ".state"))
         wanted = self._all(  # not of all devices of all rounds: they grow for a month
-            "SELECT sha256 FROM devices WHERE sha256 IS NOT NULL AND round IN (SELECT id FROM rounds WHERE run != ?"
-            " UNION SELECT id FROM (SELECT id FROM rounds WHERE run = ? ORDER BY rowid DESC LIMIT ?))",
-            run_id,
+            f"SELECT sha256 FROM devices WHERE round IN (SELECT id FROM rounds WHERE id NOT IN {older})"  # noqa: S608 - fixed
+            " AND sha256 IS NOT NULL",
             run_id,
             KEEP_ROUNDS,
         )

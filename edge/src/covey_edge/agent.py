@@ -21,6 +21,7 @@ from covey_edge.inbox import Inbox
 from covey_edge.mqtt import ConnectionDown, ConnectionUp, Incoming, MqttTransport, Refused
 from covey_edge.outbox import NumberFile, Outbox
 from covey_edge.performer import Performer
+from covey_edge.policy import data_for, places, unwilling
 from covey_edge.retired import RetiredKeys
 from covey_edge.training_process import TrainingProcess
 from covey_edge.withheld import NO_WITHHELD_NOISE, WithheldFile
@@ -65,8 +66,8 @@ class AgentProgram:
         self._session = self._sequence.next()
         retired = RetiredKeys(agent.state_dir / "retired.json")
         self._keys = KeyRing(agent.coordinators, retired.of(COORDINATOR), retired.retire(COORDINATOR))
-        self._cache = BlobCache(agent.state_dir / "blobs")
-        self._withheld = WithheldFile(agent.state_dir / "withheld.msgpack")
+        # a bundle and a model for every task, and those before
+        self._cache = BlobCache(agent.state_dir / "blobs", 2 * max(2, len(agent.config.data.tasks)))
         self._performer = Performer(self._machine, Outbox(agent.state_dir), self, time.monotonic)
         self._child = TrainingProcess(
             lambda token, frame: self._inbox.put((token, frame)), agent.config.training.memory_mb
@@ -182,7 +183,8 @@ class AgentProgram:
                 self._publish_presence(online=True)
             self._run_training()
         elif isinstance(frame, Done):
-            log.info("round %s: trained on %d examples with %s", round_id, frame.num_examples, frame.runtime)
+            done = "evaluated" if self._evaluates() else "trained"
+            log.info("round %s: %s on %d examples with %s", round_id, done, frame.num_examples, frame.runtime)
             self._take_update(round_id, frame)
 
     def _told(self, problem: str, kind: str) -> str:
@@ -191,12 +193,15 @@ class AgentProgram:
         hidden = invitation is not None and invitation.encryption_key
         return f"{kind}; in an encrypted round the reason is in the device's log alone" if hidden else problem
 
+    def _evaluates(self) -> bool:
+        return self._machine.invitation is not None and bool(self._machine.invitation.plan.evaluate)
+
     def _take_update(self, round_id: str, frame: Done) -> None:
         """What the update leaves out is durable before the update can be sent, so that nothing is sent twice."""
         invitation = self._machine.invitation
         try:
             if frame.withheld and invitation is not None:
-                self._withheld.store(invitation, frame.withheld)
+                WithheldFile.of(self._agent.state_dir, invitation).store(invitation, frame.withheld)
             trained = self._trained(round_id, frame, invitation)
         except (errors.StorageError, errors.ConfigError, errors.PeerError) as exc:
             log.error("%s", exc)
@@ -226,7 +231,9 @@ class AgentProgram:
         """The owner's policy against the coordinator's wishes."""
         plan, training = invitation.plan, self._config.training
         limit, chunk_bytes = self._transport.max_message_bytes, invitation.parameters.chunk_size(0)
-        reason = ""
+        reason = unwilling(self._config, plan)
+        if reason:
+            return device.ConditionsChecked(invitation.round_id, False, reason)
         if plan.epochs > training.max_epochs:
             reason = f"{plan.epochs} epochs are more than this device allows ({training.max_epochs})"
         elif plan.compression not in (NONE, *self._config.wire.compression):
@@ -250,13 +257,14 @@ class AgentProgram:
             self._handle(device.BlobReady(ref.sha256))
 
     def train(self, invitation: Invitation) -> None:
-        data = self._config.data
+        data = data_for(self._config.data, invitation.plan)
+        assert data is not None  # else the round was declined
         request = Open(
             str(self._cache.path(invitation.bundle.sha256)),
             invitation.bundle.sha256,
             self._agent.coordinators[-1].hex(),
             data.source,
-            str(self._agent.data_path),
+            str(self._agent.folder / data.path),
             # also a retired key: the invitation, under a key that is not, names the bundle's hash
             tuple(key.hex() for key in self._agent.coordinators[:-1]),
         )
@@ -294,7 +302,8 @@ class AgentProgram:
     def _run_training(self) -> None:
         invitation = self._machine.invitation
         assert invitation is not None
-        privacy = self._config.privacy
+        privacy, data = self._config.privacy, data_for(self._config.data, invitation.plan)
+        withheld = WithheldFile.of(self._agent.state_dir, invitation)
         request = Run(
             invitation.round_id,
             self._config.device_id,
@@ -304,7 +313,8 @@ class AgentProgram:
             privacy.noise_multiplier,
             privacy.min_examples,
             privacy.noise_moving_statistics,
-            self._withheld.load(invitation) if invitation.plan.compression in WITHHOLDING else b"",
+            withheld.load(invitation) if invitation.plan.compression in WITHHOLDING else b"",
+            data is not None and data.held_out,
         )
         self._child.request(invitation.round_id, request, self._config.training.timeout_s)
 
@@ -327,9 +337,9 @@ class AgentProgram:
 
     def _check_data(self) -> None:
         """Look once at the data before connecting, so that a wrong path is known at once and not in some round."""
-        data = self._config.data
-        self._child.request("probe", Probe(data.source, str(self._agent.data_path)), PROBE_TIMEOUT_S)
-        while True:
+        for place in places(self._config.data):
+            path = self._agent.folder / place.path
+            self._child.request("probe", Probe(place.source, str(path)), PROBE_TIMEOUT_S)
             item = self._inbox.get()
             if item is None:
                 return  # stopped
@@ -338,9 +348,8 @@ class AgentProgram:
                 kind = getattr(errors, frame.kind, errors.TrainingError)
                 raise kind(frame.what, frame.remedy)
             self._runtime = frame.runtime
-            log.info("%s holds %d examples", self._agent.data_path, frame.num_examples)
-            log.info("covey %s trains with %s on Python %s", __version__, frame.runtime, platform.python_version())
-            return
+            log.info("%s holds %d examples", path, frame.num_examples)
+        log.info("covey %s trains with %s on Python %s", __version__, self._runtime, platform.python_version())
 
 
 def _event(message: object) -> device.Event:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 
 from covey_edge.files import write_atomic
@@ -12,8 +13,10 @@ KEEP = 4  # the current bundle and parameters, and those before
 
 
 class BlobCache:
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    """keep: how many blobs `prune` leaves, the ones that were used last."""
+
+    def __init__(self, folder: Path, keep: int = KEEP) -> None:
+        self._folder, self._keep = folder, keep
 
     def path(self, sha256: bytes) -> Path:
         return self._folder / sha256.hex()
@@ -22,17 +25,20 @@ class BlobCache:
         """Whether the blob is here, whole and unchanged."""
         path = self.path(ref.sha256)
         try:
-            return path.stat().st_size == ref.size and hashlib.sha256(path.read_bytes()).digest() == ref.sha256
+            here = path.stat().st_size == ref.size and hashlib.sha256(path.read_bytes()).digest() == ref.sha256
+            if here:
+                os.utime(path)  # it is in use: another task's may go first
         except OSError:
             return False
+        return here
 
     def put(self, data: bytes, sha256: bytes) -> None:
         write_atomic(self.path(sha256), data)
 
     def prune(self, keep: set[bytes]) -> None:
-        """Drop the oldest blobs beyond KEEP, never one in `keep`."""
+        """Drop what was not used for the longest time, never one in `keep`."""
         names = {sha256.hex() for sha256 in keep}
         files = [path for path in self._folder.glob("?" * 64) if path.name not in names]
         files.sort(key=lambda path: path.stat().st_mtime, reverse=True)
-        for path in files[max(0, KEEP - len(names)) :]:
+        for path in files[max(0, self._keep - len(names)) :]:
             path.unlink(missing_ok=True)

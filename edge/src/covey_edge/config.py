@@ -51,11 +51,23 @@ class IdentitySettings(Struct, frozen=True, forbid_unknown_fields=True):
     coordinator_key: Union[str, tuple[str, ...]]
 
 
-class DataSettings(Struct, frozen=True, forbid_unknown_fields=True):
-    """source: the adapter that reads the data. path: what it reads."""
+class TaskData(Struct, frozen=True, forbid_unknown_fields=True):
+    """One task's, as in DataSettings."""
 
     path: str
     source: str = "npz"
+    evaluation_path: str = ""
+
+
+class DataSettings(Struct, frozen=True, forbid_unknown_fields=True):
+    """source: the adapter that reads the data. path: what it reads. evaluation_path: what it reads for evaluations, ""
+    for the same. tasks: the data of tasks by name; with any of them, other tasks find no data here.
+    """
+
+    path: str = ""
+    source: str = "npz"
+    evaluation_path: str = ""
+    tasks: dict[str, TaskData] = {}  # msgspec copies empty defaults
 
 
 class TrainingSettings(Struct, frozen=True, forbid_unknown_fields=True):
@@ -72,6 +84,7 @@ class PrivacySettings(Struct, frozen=True, forbid_unknown_fields=True):
     clip_norm: largest L2 norm of an update. noise_multiplier: Gaussian noise of this many clip_norms per coordinate.
     noise_moving_statistics: train models whose moving statistics (BatchNorm) would be noised too; without it such a
     round is refused. require_encryption: rounds whose updates are not encrypted to the coordinator are declined.
+    exact_evaluation: answer evaluation rounds also with noise_multiplier above 0; what they send is never noised.
     """
 
     clip_norm: NotNegative = 0.0
@@ -79,12 +92,20 @@ class PrivacySettings(Struct, frozen=True, forbid_unknown_fields=True):
     min_examples: Annotated[int, Meta(ge=1)] = 1
     noise_moving_statistics: bool = False
     require_encryption: bool = False
+    exact_evaluation: bool = False
 
 
 class WireSettings(Struct, frozen=True, forbid_unknown_fields=True):
     """compression: the forms in which this device lets its updates be sent, beside plain float32."""
 
     compression: tuple[str, ...] = COMPRESSIONS
+
+
+class PolicySettings(Struct, frozen=True, forbid_unknown_fields=True):
+    """tasks: the names of those that this device works for, None for all. refuse_tasks: those it never works for."""
+
+    tasks: Optional[tuple[str, ...]] = None
+    refuse_tasks: tuple[str, ...] = ()
 
 
 class AgentConfig(Struct, frozen=True, forbid_unknown_fields=True):
@@ -96,6 +117,7 @@ class AgentConfig(Struct, frozen=True, forbid_unknown_fields=True):
     training: TrainingSettings = TrainingSettings()
     privacy: PrivacySettings = PrivacySettings()
     wire: WireSettings = WireSettings()
+    policy: PolicySettings = PolicySettings()
     state_dir: str = "state"
 
 
@@ -109,10 +131,6 @@ class Agent(Struct, frozen=True):
     coordinators: tuple[PublicKey, ...]  # the newest last
 
     @property
-    def data_path(self) -> Path:
-        return self.folder / self.config.data.path
-
-    @property
     def state_dir(self) -> Path:
         return self.folder / self.config.state_dir
 
@@ -124,6 +142,10 @@ def load_agent(path: Path) -> Agent:
     check_name(config.fleet, "fleet")
     if config.privacy.noise_multiplier and not config.privacy.clip_norm:
         raise ConfigError(f"{path}: noise_multiplier needs clip_norm", "set privacy.clip_norm; noise is measured in it")
+    for name in (*config.data.tasks, *(config.policy.tasks or ()), *config.policy.refuse_tasks):
+        check_name(name, "task")
+    if not config.data.path and not config.data.tasks:
+        raise ConfigError(f"{path}: [data] has no path", "say where this device's data are")
     for name in config.wire.compression:
         if name not in COMPRESSIONS:
             raise ConfigError(f"{path}: there is no compression {name!r}", f"use {', '.join(COMPRESSIONS)}")
@@ -173,14 +195,22 @@ def roster_from(keys: Roster) -> dict[str, tuple[PublicKey, ...]]:
 
 def read_toml(path: Path, kind: type[T]) -> T:
     """A TOML file as a strict struct. ConfigError for unreadable files, unknown keys (naming the nearest), values."""
+    return as_struct(toml_content(path), kind, str(path))
+
+
+def toml_content(path: Path) -> dict[str, Any]:
     try:
-        content = tomllib.loads(read_file(path).decode())
+        return tomllib.loads(read_file(path).decode())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
         raise ConfigError(f"{path} is not valid TOML ({exc})", "correct that line") from exc
+
+
+def as_struct(content: object, kind: type[T], where: str) -> T:
+    """What a file holds as a strict struct. where: its name, for the error."""
     try:
         return msgspec.convert(content, kind)
     except msgspec.ValidationError as exc:
-        raise ConfigError(f"{path}: {exc}", _nearest(str(exc), kind)) from exc
+        raise ConfigError(f"{where}: {exc}", _nearest(str(exc), kind)) from exc
 
 
 def _nearest(error: str, kind: Any) -> str:

@@ -26,9 +26,10 @@ class Open(msgspec.Struct, frozen=True, tag="open"):
 
 
 class Run(msgspec.Struct, frozen=True, tag="run"):
-    """Train from these parameters and answer with the update.
+    """Train from these parameters and answer with the update; or evaluate them, where the plan asks for metrics.
 
-    withheld: what earlier updates left out, float32, to be sent now; b"" for nothing.
+    withheld: what earlier updates left out, float32, to be sent now; b"" for nothing. held_out: the data that were
+    opened are kept for evaluations.
     """
 
     round_id: str
@@ -40,6 +41,7 @@ class Run(msgspec.Struct, frozen=True, tag="run"):
     min_examples: int
     noise_moving_statistics: bool = False
     withheld: bytes = b""
+    held_out: bool = False
 
 
 class Probe(msgspec.Struct, frozen=True, tag="probe"):

@@ -1,4 +1,4 @@
-"""The training child: loads the bundle and the data, trains, clips, noises, compresses, and answers frames on its pipe.
+"""The training child: loads the bundle and the data, trains, clips, noises, compresses; or evaluates. Answers frames.
 
 Started by `training_process`; never talks to the network. A crash in the runtime ends this process and costs the device
 one round, not the agent. Run as ``python -m covey_edge.trainer``.
@@ -22,7 +22,7 @@ from covey_edge.frames import Done, Frame, Open, Probe, Problem, Run, read_frame
 from covey_edge.processes import die_with_parent
 from covey_edge.runtime import Floats, Model, installed
 from covey_edge.withheld import NO_WITHHELD_NOISE
-from covey_protocol.bundle import Manifest, read_bundle
+from covey_protocol.bundle import METRICS, Manifest, check_plan, read_bundle
 from covey_protocol.compression import decode, encode
 from covey_protocol.errors import BundleError, CoveyError, DataError, TrainingError
 from covey_protocol.forms import WITHHOLDING, compression_of, update_seed
@@ -88,6 +88,8 @@ class Trainer:
             x, y = x[: request.plan.max_examples], y[: request.plan.max_examples]
         if len(x) < request.min_examples:
             raise TrainingError(f"{len(x)} examples are fewer than this device's policy asks ({request.min_examples})")
+        if request.plan.evaluate:
+            return evaluated(self._model, (x, y), request)
         if request.noise_multiplier and not request.noise_moving_statistics:
             refuse_moving_statistics(self._model.manifest)
         received = np.frombuffer(request.parameters, "<f4").astype(np.float32)
@@ -114,6 +116,25 @@ class Trainer:
         finite = {name: value for name, value in metrics.items() if np.isfinite(value)}
         data, withheld = compressed(update, request)
         return Done(data, len(x), finite, self._model.runtime, withheld)
+
+
+def evaluated(model: Model, examples: Examples, request: Run) -> Done:
+    """The metrics of the plan, float32 little-endian, in its order, as the update. Nothing is trained, noised, clipped.
+
+    TrainingError for numbers that a coordinator would refuse from anybody.
+    """
+    check_plan(model.manifest, request.plan)
+    started = time.monotonic()
+    model.set_parameters(np.frombuffer(request.parameters, "<f4").astype(np.float32))
+    found = dict(zip(METRICS, model.evaluate(*examples)))
+    with np.errstate(over="ignore"):
+        values = np.array([found[name] for name in request.plan.evaluate], "<f4")
+        sendable = float(np.linalg.norm(values)) <= MAX_UPDATE_NORM
+    if not sendable:
+        told = ", ".join(f"{name} {found[name]:g}" for name in request.plan.evaluate)
+        raise TrainingError(f"the model cannot be evaluated on these data: {told}", "look at the data and the model")
+    metrics = {"seconds": time.monotonic() - started, "held_out": float(request.held_out)}
+    return Done(values.tobytes(), len(examples[0]), metrics, model.runtime)
 
 
 def check_sendable(update: Floats) -> None:

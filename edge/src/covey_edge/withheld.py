@@ -1,9 +1,9 @@
 """What this device's updates have left out so far (top-k), kept for its next update of the same task.
 
-A task is a run and a bundle: another run, or another bundle (so another model's shape), starts with nothing. The file
-is written before the update that it belongs to is kept. After a crash between the two the round can be trained again,
-from what was withheld before it; if it is not, or where the update is rejected, what it held is lost. Nothing is sent
-twice.
+Each of a fleet's tasks has a file. In it, a run and a bundle belong together: another run, or another bundle (so
+another model's shape), starts with nothing. The file is written before the update that it belongs to is kept. After a
+crash between the two the round can be trained again, from what was withheld before it; if it is not, or where the
+update is rejected, what it held is lost. Nothing is sent twice.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 
 from covey_edge.files import DISK, Disk
-from covey_protocol.messages import Invitation
+from covey_protocol.messages import Invitation, run_of
 
 NO_WITHHELD_NOISE = (
     "this device adds noise, and a form that sends the largest numbers only would send mostly noise",
@@ -39,6 +39,12 @@ class WithheldFile:
     def __init__(self, path: Path, disk: Disk = DISK) -> None:
         self._path, self._disk = path, disk
 
+    @classmethod
+    def of(cls, folder: Path, invitation: Invitation) -> WithheldFile:
+        """That of the invitation's task: tasks take turns, and one's numbers wait for its next round."""
+        task = invitation.plan.task
+        return cls(folder / (f"withheld-{task}.msgpack" if task else "withheld.msgpack"))
+
     def load(self, invitation: Invitation) -> bytes:
         """b"" where nothing readable is there for this round's task and size."""
         data = self._disk.read(self._path)
@@ -47,16 +53,10 @@ class WithheldFile:
         except msgspec.MsgspecError:
             return b""
         numbers = kept.before if kept.round_id == invitation.round_id else kept.numbers
-        same = (_run(kept.round_id), kept.bundle) == (_run(invitation.round_id), invitation.bundle.sha256)
+        same = (run_of(kept.round_id), kept.bundle) == (run_of(invitation.round_id), invitation.bundle.sha256)
         return numbers if same and len(numbers) == invitation.parameters.size else b""
 
     def store(self, invitation: Invitation, numbers: bytes) -> None:
         """Durable when this returns, in place of what was there. StorageError if it cannot be."""
         kept = Withheld(invitation.round_id, invitation.bundle.sha256, numbers, self.load(invitation))
         self._disk.write(self._path, msgspec.msgpack.encode(kept), mode=0o600)
-
-
-def _run(round_id: str) -> str:
-    """Of a round id RUN.NUMBER.TIME; a coordinator that names its rounds otherwise gets a task for each."""
-    parts = round_id.rsplit(".", 2)
-    return parts[0] if len(parts) == 3 else round_id

@@ -33,6 +33,7 @@ MAX_MANIFEST_BYTES = 4 * 1024 * 1024  # a ResNet50's parameter list is under 100
 REQUIRED_SIGNATURES = ("train", "evaluate", "infer", "get_parameters", "set_parameters")
 RESET_OPTIMIZER = "reset_optimizer"  # the entry point of bundles whose optimizer has state
 DTYPES = ("float32", "int32", "uint8")  # of inputs and labels
+METRICS = ("loss", "accuracy")  # what an evaluation may ask for, from the sums that `evaluate` gives
 TRAIN_INPUTS = ("seed", "clip_norm", "proximal", "correction")  # what `train` may take beside the inputs all have
 SEAL_CONTEXT = b"covey bundle 1\x00"
 
@@ -139,7 +140,7 @@ def read_bundle(data: bytes, sealed_by: Union[PublicKey, Sequence[PublicKey], No
 
 
 def check_plan(manifest: Manifest, plan: TrainingPlan) -> None:
-    """TrainingError where a plan asks for what the bundle's training step has no input for, or cannot bear."""
+    """TrainingError where a plan asks for what the bundle's entry points cannot give, or cannot bear."""
     asked = (
         (plan.gradient_clip_norm, "clip_norm", "gradient clipping (gradient_clip_norm", "--clip"),
         (plan.proximal_weight, "proximal", "FedProx (proximal_weight", "--proximal"),
@@ -150,6 +151,11 @@ def check_plan(manifest: Manifest, plan: TrainingPlan) -> None:
                 f"the plan asks for {what} = {value:g}), and bundle {manifest.name!r} cannot do it",
                 f"export the model with `covey export {option}`",
             )
+    unknown = [name for name in plan.evaluate if name not in METRICS]
+    if unknown or len(set(plan.evaluate)) < len(plan.evaluate):
+        raise TrainingError(
+            f"the plan asks for the metrics {', '.join(plan.evaluate)}", f"ask for some of {', '.join(METRICS)}, once"
+        )
     _check_compression(manifest, plan)
 
 

@@ -43,6 +43,7 @@ ASK_S = 30.0  # the same for an offer of a round that this device no longer work
 MAX_OWED = 8  # updates in the outbox; a verdict that has not come over so many later rounds is not waited for
 # beside the two of the first devices, what a bundle or a plan may need and an old device would pass over in silence
 LATE = "late"  # goes on with its work when the round is closed, where later rounds may take the update
+EVALUATE, TASKS = "evaluate", "tasks"
 CAPABILITIES: tuple[Name, ...] = (
     "train",
     "float32",
@@ -51,6 +52,8 @@ CAPABILITIES: tuple[Name, ...] = (
     *COMPRESSIONS,
     LATE,
     ENCRYPTION,
+    EVALUATE,
+    TASKS,
 )
 
 
@@ -66,6 +69,10 @@ def needed_capabilities(manifest: Manifest, plan: TrainingPlan, *, encrypt: bool
     needed.add(plan.compression)
     if encrypt:
         needed.add(ENCRYPTION)
+    if plan.evaluate:
+        needed.add(EVALUATE)
+    if plan.task:
+        needed.add(TASKS)
     return tuple(name for name in CAPABILITIES if name in needed)
 
 

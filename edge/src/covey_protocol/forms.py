@@ -36,6 +36,10 @@ class Compression(NamedTuple):
 
 def compression_of(plan: TrainingPlan) -> Compression:
     """What the plan asks for. ConfigError for a name or a fraction that is not to be had."""
+    if plan.evaluate and plan.compression != NONE:
+        raise ConfigError(
+            f"an evaluation with compression {plan.compression!r}", "metrics are a few numbers: leave it out"
+        )
     if plan.compression not in (NONE, *COMPRESSIONS):
         close = difflib.get_close_matches(plan.compression, (NONE, *COMPRESSIONS), n=1, cutoff=0.0)
         raise ConfigError(f"there is no compression {plan.compression!r} here", f"did you mean {close[0]!r}?")
@@ -67,7 +71,7 @@ def update_sizes(compression: Compression, d: int) -> tuple[int, int]:
 
 def offered_sizes(invitation: Invitation) -> tuple[int, int]:
     """The fewest and the most bytes that an update offered for this invitation may have, encryption included."""
-    least, most = update_sizes(compression_of(invitation.plan), invitation.dimension)
+    least, most = update_sizes(compression_of(invitation.plan), invitation.update_dimension)
     more = ENCRYPTION_BYTES if invitation.encryption_key else 0
     return least + more, most + more
 

@@ -30,6 +30,7 @@ DeviceId = Annotated[str, Meta(pattern=r"\A[A-Za-z0-9][A-Za-z0-9_-]{0,62}\Z")]
 RoundId = Annotated[str, Meta(pattern=r"\A[A-Za-z0-9][A-Za-z0-9._-]{0,94}\Z")]
 Name = Annotated[str, Meta(max_length=64)]
 Reason = Annotated[str, Meta(max_length=MAX_REASON_CHARS)]
+TaskName = Annotated[str, Meta(pattern=r"\A(?:[A-Za-z0-9][A-Za-z0-9_-]{0,62})?\Z")]  # safe in a file's name
 Count = Annotated[int, Meta(ge=0, le=2**53)]
 Index = Annotated[int, Meta(ge=0, lt=MAX_CHUNKS)]
 Sha256 = Annotated[bytes, Meta(min_length=32, max_length=32)]
@@ -69,6 +70,8 @@ class TrainingPlan(Struct, frozen=True, omit_defaults=True):
     gradient over all variables together, 0 for off. proximal_weight: mu of FedProx (Li et al. 2020, arXiv:1812.06127,
     eq. 2): every step's loss gains mu / 2 |w - w_received|^2, 0 for off. compression, kept_fraction: the form in which
     the update travels, see `compression`; no Literal, so that a device declines one it does not know.
+    evaluate: names of metrics. Where there are any, nothing is trained: the update is these numbers of the received
+    model on the device's data, in this order. task: which of the fleet's tasks this is, "" where it has only one.
     """
 
     epochs: Annotated[int, Meta(ge=1, le=MAX_EPOCHS)]
@@ -79,6 +82,8 @@ class TrainingPlan(Struct, frozen=True, omit_defaults=True):
     proximal_weight: Annotated[float, Meta(ge=0, le=MAX_PROXIMAL_WEIGHT)] = 0.0
     compression: Name = "none"
     kept_fraction: Annotated[float, Meta(ge=0, le=1)] = 0.0
+    evaluate: Annotated[tuple[Name, ...], Meta(max_length=MAX_METRICS)] = ()
+    task: TaskName = ""
 
     def __post_init__(self) -> None:
         # omit_defaults leaves out what *is* the default; a 0.0 from a configuration is another 0.0
@@ -98,8 +103,8 @@ class Invitation(Struct, frozen=True, tag="invitation", omit_defaults=True):
     devices: who is invited, empty for everyone. requires: capabilities a device must have to take part, so that later
     kinds of rounds are declined by old devices.
     max_staleness: this round's updates may also be taken by rounds whose number is at most so much larger, 0 for none:
-    a device goes on with its work when the round is closed. earlier: the rounds whose updates this one takes, too,
-    the newest first.
+    a device goes on with its work when the round is closed. earlier: ended rounds whose updates are still taken, by
+    this round or a later one; of each run the newest first.
     encryption_key: of the round, where updates are to be encrypted to it (see `encryption`).
     """
 
@@ -121,6 +126,11 @@ class Invitation(Struct, frozen=True, tag="invitation", omit_defaults=True):
     def dimension(self) -> int:
         """d: the parameters are 4 d bytes."""
         return self.parameters.size // 4
+
+    @property
+    def update_dimension(self) -> int:
+        """How many numbers an update is: d, or in an evaluation round one for each metric."""
+        return len(self.plan.evaluate) or self.dimension
 
 
 class RoundClosed(Struct, frozen=True, tag="closed"):
@@ -215,6 +225,12 @@ class Seen(Struct, frozen=True, tag="seen"):
 FromCoordinator = Union[Invitation, RoundClosed, Need, Receipt, Verdict]
 FromDevice = Union[Presence, Answer, Offer, Chunk, Failure, Seen]
 Message = Union[FromCoordinator, FromDevice]
+
+
+def run_of(round_id: str) -> str:
+    """Of a round id RUN.NUMBER.TIME; one that is made otherwise is taken for the name of a run of its own."""
+    parts = round_id.rsplit(".", 2)
+    return parts[0] if len(parts) == 3 else round_id
 
 
 def reason_text(text: object) -> str:

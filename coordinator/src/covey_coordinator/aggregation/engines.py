@@ -69,6 +69,10 @@ class Engine(Protocol):
     def rule_state(self) -> Any:
         """What the rule remembers, as the door keeps it: for simulated attackers who know everything."""
 
+    @property
+    def num_byzantine(self) -> int:
+        """As the rule was told."""
+
     def saved_state(self) -> bytes:
         """All that lasts from round to round, to be kept with the parameters it belongs to."""
 
@@ -198,6 +202,10 @@ class _RoundEngine:
     @property
     def rule_state(self) -> Any:
         return self._rule_state
+
+    @property
+    def num_byzantine(self) -> int:
+        return self._rule.num_byzantine
 
     def saved_state(self) -> bytes:
         return pack_state(self._description, list(self._places), (self._rule_state, self._optimizer_state))

@@ -13,7 +13,7 @@ work.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -101,10 +101,13 @@ class Arrivals:
     """The updates of one round: each is screened when it arrives and written into its row of one matrix.
 
     Rows lie in the order of the device ids. Raises RuleError where the matrix would be too large for the rules or this
-    machine (`require_memory`).
+    machine (`require_memory`). value_fault: what is wrong with an update and its norm, "" for nothing.
     """
 
-    def __init__(self, device_ids: Iterable[str], d: int) -> None:
+    def __init__(
+        self, device_ids: Iterable[str], d: int, value_fault: Callable[[Array, float], str] | None = None
+    ) -> None:
+        self._value_fault = _value_fault if value_fault is None else value_fault
         self._rows = {device_id: row for row, device_id in enumerate(sorted(device_ids))}
         require_memory(len(self._rows), d)
         self._matrix = np.empty((len(self._rows), d), np.float32)
@@ -121,7 +124,7 @@ class Arrivals:
             row = self._matrix[self._rows[device_id]]
             row[:] = update
             self._norms[device_id] = _norm(row)
-            reason = _value_fault(row, self._norms[device_id]) or _count_fault(num_examples)
+            reason = self._value_fault(row, self._norms[device_id]) or _count_fault(num_examples)
         if reason:
             self._reasons[device_id] = reason
         else:
@@ -192,12 +195,20 @@ def _norm(update: Array) -> float:
         return float(np.linalg.norm(update.astype(np.float64)))
 
 
-def _value_fault(update: Array, norm: float) -> str:
+def number_fault(update: Array, norm: float) -> str:
+    """Why these are not numbers that a rule can work with; "" where they are."""
     if not np.isfinite(norm):
         bad = int(np.count_nonzero(~np.isfinite(update)))
         return f"update holds {bad} values that are not finite (NaN or infinity)"
     if norm > MAX_UPDATE_NORM:
         return f"update has norm {norm:.1e}, beyond what float32 can square"
+    return ""
+
+
+def _value_fault(update: Array, norm: float) -> str:
+    fault = number_fault(update, norm)
+    if fault:
+        return fault
     if norm == 0 and not update.any():  # the norm alone can underflow
         return "update is all zeros: the device did not train"
     return ""

@@ -10,13 +10,14 @@ import copy
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from covey_coordinator.records import ACCEPTED, REJECTED
+from covey_coordinator.records import ACCEPTED, REJECTED, FleetMetric
 from covey_coordinator.watching import events
+from covey_protocol.messages import run_of
 from covey_protocol.round import Phase, Progress
 
 LAST_ROUNDS = 5  # shown
@@ -36,7 +37,8 @@ class DeviceLine:
 @dataclass
 class RoundLine:
     """losses: of training; accuracies: of the received model on a device's own data; both as devices reported them.
-    refused: (device, status, reason) of those not used."""
+    refused: (device, status, reason) of those not used. evaluates, evaluation: as in events. run: where there are
+    several."""
 
     number: int
     outcome: str
@@ -46,14 +48,31 @@ class RoundLine:
     losses: list[float]
     accuracies: list[float]
     refused: list[tuple[str, str, str]]
+    evaluates: bool = False
+    evaluation: Sequence[FleetMetric] = ()
+    run: str = ""
+
+
+@dataclass
+class RunLine:
+    """How far one run is. evaluated, evaluation: the newest model that was evaluated, and what that gave."""
+
+    rounds: int = 0
+    done: int = 0
+    evaluated: int = 0
+    evaluation: Sequence[FleetMetric] = ()
 
 
 @dataclass
 class State:
+    """run, rounds, done: of the run whose round is under way, or was last."""
+
     fleet: str = ""
     run: str = ""
     rounds: int = 0
     done: int = 0
+    runs: dict[str, RunLine] = field(default_factory=dict)
+    evaluates: bool = False
     waits: str = ""
     number: int = 0
     phase: str = ""  # of the round under way, "" outside one
@@ -109,6 +128,7 @@ class Board:
     def _run_started(self, event: events.RunStarted) -> None:
         state = self._state
         state.fleet, state.run, state.rounds, state.done = event.fleet, event.run, event.rounds, event.done
+        state.runs[event.run] = RunLine(event.rounds, event.done)
 
     def _waits(self, event: events.Waits) -> None:
         self._state.waits = event.reason
@@ -116,6 +136,10 @@ class Board:
     def _round_opened(self, event: events.RoundOpened) -> None:
         state = self._state
         state.number, state.waits, state.deadline_at = event.number, "", self._clock() + event.left_s
+        state.evaluates = bool(event.evaluates)
+        run = run_of(event.round)
+        if run in state.runs:
+            state.run, state.rounds, state.done = run, state.runs[run].rounds, state.runs[run].done
         self._just_opened = True
         for line in state.devices.values():
             line.progress, line.received, line.expected = "", 0, 0
@@ -163,22 +187,26 @@ class Board:
         state = self._state
         published = event.outcome == Phase.PUBLISHED.value
         state.outcomes[event.outcome] += 1
-        state.done += published
+        line = state.runs.setdefault(state.run, RunLine())
+        if event.evaluation:
+            line.evaluated, line.evaluation = event.number, event.evaluation
+        line.done += published and not event.evaluates
+        state.done = line.done
         for verdict in event.verdicts:
-            line = state.devices.get(verdict.device_id)
+            device = state.devices.get(verdict.device_id)
             if verdict.status == REJECTED:
                 by_rule = "rule" if verdict.score is not None else "screening"
-                revoked = line is not None and line.progress == Progress.REVOKED.value
+                revoked = device is not None and device.progress == Progress.REVOKED.value
                 state.rejected["revoked" if revoked else by_rule if published else "round_abandoned"] += 1
             elif verdict.status != ACCEPTED:
-                state.missing[line.progress if line is not None and line.progress else "unknown"] += 1
+                state.missing[device.progress if device is not None and device.progress else "unknown"] += 1
         scores = [verdict.score for verdict in event.verdicts if verdict.score is not None]
         if scores:
             state.max_score, state.median_score = float(max(scores)), float(np.median(scores))
-        state.last.append(_round_line(event))
+        state.last.append(_round_line(event, state.run if len(state.runs) > 1 else ""))
 
 
-def _round_line(event: events.RoundEnded) -> RoundLine:
+def _round_line(event: events.RoundEnded, run: str) -> RoundLine:
     reported = list(event.metrics.values())
     return RoundLine(
         event.number,
@@ -189,4 +217,7 @@ def _round_line(event: events.RoundEnded) -> RoundLine:
         [metrics["training_loss"] for metrics in reported if "training_loss" in metrics],
         [metrics["accuracy_before"] for metrics in reported if "accuracy_before" in metrics],
         [(v.device_id, v.status, v.reason) for v in event.verdicts if v.status != ACCEPTED],
+        bool(event.evaluates),
+        event.evaluation,
+        run,
     )

@@ -17,6 +17,7 @@ Command = Callable[..., None]
 def _which_run(command: Command) -> Command:
     """The options that name a run."""
     for option in (
+        click.option("--task", help="Of a file with several tasks this one [default: all; abort needs one]."),
         click.option("--run", help="Name of the run [default: that of the file, or the only one in --runs-dir]."),
         click.option("--runs-dir", type=A_PATH, help="Where runs are kept, instead of a configuration file."),
         click.option("--config", "config_path", type=A_PATH, default=Path("coordinator.toml"), show_default=True),
@@ -32,21 +33,21 @@ reason_option = click.option("--reason", default="", help="Why; shown to whoever
 @click.command(name="status", short_help="Say what a coordinator is doing now.")
 @_which_run
 @as_json_option
-def status_command(config_path: Path, runs_dir: Path | None, run: str | None, as_json: bool) -> None:
+def status_command(config_path: Path, runs_dir: Path | None, run: str | None, task: str | None, as_json: bool) -> None:
     """Say what is going on in a run, from its store; also while its coordinator runs, and when none does."""
     from covey_coordinator.watching import commands
 
-    commands.status(config_path, runs_dir, run, as_json)
+    commands.status(config_path, runs_dir, run, task, as_json)
 
 
 @click.command(name="devices", short_help="List the devices of a run with what became of their updates.")
 @_which_run
 @as_json_option
-def devices_command(config_path: Path, runs_dir: Path | None, run: str | None, as_json: bool) -> None:
+def devices_command(config_path: Path, runs_dir: Path | None, run: str | None, task: str | None, as_json: bool) -> None:
     """List every device that a run knows: when it was last heard, its rounds and its verdicts."""
     from covey_coordinator.watching import commands
 
-    commands.devices(config_path, runs_dir, run, as_json)
+    commands.devices(config_path, runs_dir, run, task, as_json)
 
 
 @click.command(name="runs", short_help="List all runs with their outcome.")
@@ -63,30 +64,30 @@ def runs_command(config_path: Path, runs_dir: Path | None, as_json: bool) -> Non
 @click.command(name="pause", short_help="Let a run open no new round.")
 @_which_run
 @reason_option
-def pause_command(config_path: Path, runs_dir: Path | None, run: str | None, reason: str) -> None:
+def pause_command(config_path: Path, runs_dir: Path | None, run: str | None, task: str | None, reason: str) -> None:
     """Let a run open no new round until `covey resume`. The round under way ends. Holds over a restart."""
     from covey_coordinator.watching import commands
 
-    commands.pause(config_path, runs_dir, run, reason)
+    commands.pause(config_path, runs_dir, run, task, reason)
 
 
 @click.command(name="resume", short_help="Lift a pause.")
 @_which_run
-def resume_command(config_path: Path, runs_dir: Path | None, run: str | None) -> None:
+def resume_command(config_path: Path, runs_dir: Path | None, run: str | None, task: str | None) -> None:
     """Lift a pause."""
     from covey_coordinator.watching import commands
 
-    commands.resume(config_path, runs_dir, run)
+    commands.resume(config_path, runs_dir, run, task)
 
 
 @click.command(name="abort", short_help="Abandon the round under way and end the run for good.")
 @_which_run
 @reason_option
-def abort_command(config_path: Path, runs_dir: Path | None, run: str | None, reason: str) -> None:
+def abort_command(config_path: Path, runs_dir: Path | None, run: str | None, task: str | None, reason: str) -> None:
     """Abandon the round under way and end the run for good: `covey serve` ends with code 8, also when started again."""
     from covey_coordinator.watching import commands
 
-    commands.abort(config_path, runs_dir, run, reason)
+    commands.abort(config_path, runs_dir, run, task, reason)
 
 
 of_fleet_option = click.option(

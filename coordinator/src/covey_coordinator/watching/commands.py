@@ -8,20 +8,24 @@ from __future__ import annotations
 import difflib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 from msgspec import Struct
 
 from covey_coordinator.orders import Orders, Revocations
-from covey_coordinator.store import is_held
-from covey_coordinator.watching.display import duration, printable
-from covey_coordinator.watching.history import Facts, opened, run_folders
+from covey_coordinator.records import FleetMetric
+from covey_coordinator.store import EVALUATION, is_held
+from covey_coordinator.tasks import NamedTask, runs_in
+from covey_coordinator.watching.display import duration, evaluation_text, printable
+from covey_coordinator.watching.history import Facts, History, opened, run_folders
 from covey_edge.config import read_toml
 from covey_protocol.errors import ConfigError
 from covey_protocol.topics import check_name
+
+T = TypeVar("T")
 
 
 class _Place(Struct):
@@ -31,24 +35,36 @@ class _Place(Struct):
     fleet: str = ""
     runs_dir: str = "runs"
     devices: dict[str, Any] = {}
+    tasks: list[NamedTask] = []
 
 
-def status(config_path: Path, runs_dir: Path | None, run: str | None, as_json: bool) -> None:
-    folder, _ = _find(config_path, runs_dir, run)
-    with opened(folder) as history:
-        facts = history.status()
-    _print(facts, as_json, _status_lines)
+def status(config_path: Path, runs_dir: Path | None, run: str | None, task: str | None, as_json: bool) -> None:
+    folders, _ = _find(config_path, runs_dir, run, task)
+    found = [_read(folder, lambda history: history.status()) for folder in _present(folders)]
+    if len(folders) == 1:
+        _print(found[0], as_json, _status_lines)
+    else:
+        _print(found, as_json, lambda facts: [line for one in facts for line in _status_lines(one)])
 
 
-def devices(config_path: Path, runs_dir: Path | None, run: str | None, as_json: bool) -> None:
-    folder, roster = _find(config_path, runs_dir, run)
-    with opened(folder) as history:
-        found = history.devices(roster)
+def devices(config_path: Path, runs_dir: Path | None, run: str | None, task: str | None, as_json: bool) -> None:
+    folders, roster = _find(config_path, runs_dir, run, task)
+    found = {folder.name: _read(folder, lambda history: history.devices(roster)) for folder in _present(folders)}
     revoked = _revocations(config_path).standing() if runs_dir is None else {}
-    for one in found:
+    for one in (line for lines in found.values() for line in lines):
         order = revoked.get(one["device"])
         one["revoked"] = {"asked_ms": order.asked_ms, "reason": order.reason} if order is not None else None
-    _print(found, as_json, _device_lines)
+    if len(folders) == 1:
+        _print(found[folders[0].name], as_json, _device_lines)
+    else:
+        _print(
+            found, as_json, lambda facts: [line for run in facts for line in (f"{run}:", *_device_lines(facts[run]))]
+        )
+
+
+def _read(folder: Path, what: Callable[[History], T]) -> T:
+    with opened(folder) as history:
+        return what(history)
 
 
 def runs(config_path: Path, runs_dir: Path | None, as_json: bool) -> None:
@@ -59,26 +75,26 @@ def runs(config_path: Path, runs_dir: Path | None, as_json: bool) -> None:
     _print(found, as_json, _run_lines)
 
 
-def pause(config_path: Path, runs_dir: Path | None, run: str | None, reason: str) -> None:
-    folder = _run_to_order(config_path, runs_dir, run)
-    Orders(folder).pause(reason)
-    click.echo(f"{folder.name} is paused: no new round is opened{_when(folder)}")
+def pause(config_path: Path, runs_dir: Path | None, run: str | None, task: str | None, reason: str) -> None:
+    for folder in _runs_to_order(config_path, runs_dir, run, task, bears_more=True):
+        Orders(folder).pause(reason)
+        click.echo(f"{folder.name} is paused: no new round is opened{_when(folder)}")
 
 
-def resume(config_path: Path, runs_dir: Path | None, run: str | None) -> None:
-    folder = _run_to_order(config_path, runs_dir, run)
-    lifted = Orders(folder).resume()
-    click.echo(f"{folder.name} goes on{_when(folder)}" if lifted else f"{folder.name} was not paused")
+def resume(config_path: Path, runs_dir: Path | None, run: str | None, task: str | None) -> None:
+    for folder in _runs_to_order(config_path, runs_dir, run, task, bears_more=True):
+        lifted = Orders(folder).resume()
+        click.echo(f"{folder.name} goes on{_when(folder)}" if lifted else f"{folder.name} was not paused")
 
 
-def abort(config_path: Path, runs_dir: Path | None, run: str | None, reason: str) -> None:
-    folder = _run_to_order(config_path, runs_dir, run)
-    Orders(folder).abort(reason)
-    click.echo(f"{folder.name} is aborted{_when(folder)}")
+def abort(config_path: Path, runs_dir: Path | None, run: str | None, task: str | None, reason: str) -> None:
+    for folder in _runs_to_order(config_path, runs_dir, run, task):
+        Orders(folder).abort(reason)
+        click.echo(f"{folder.name} is aborted{_when(folder)}")
 
 
 def revoke(config_path: Path, device_id: str, reason: str) -> None:
-    runs, place = _place(config_path)
+    place = _place(config_path)[1]
     if device_id not in place.devices:
         close = difflib.get_close_matches(device_id, place.devices, n=1, cutoff=0.0)
         raise ConfigError(
@@ -86,13 +102,14 @@ def revoke(config_path: Path, device_id: str, reason: str) -> None:
             f"did you mean {close[0]!r}?" if close else "it is ignored anyway",
         )
     _revocations(config_path).revoke(device_id, reason)
-    click.echo(f"{device_id} is revoked{_when(runs / place.run)}")
+    click.echo(f"{device_id} is revoked{_when(*_own_runs(config_path))}")
 
 
 def readmit(config_path: Path, device_id: str) -> None:
-    runs, place = _place(config_path)
     lifted = _revocations(config_path).readmit(device_id)
-    click.echo(f"{device_id} is readmitted{_when(runs / place.run)}" if lifted else f"{device_id} was not revoked")
+    click.echo(
+        f"{device_id} is readmitted{_when(*_own_runs(config_path))}" if lifted else f"{device_id} was not revoked"
+    )
 
 
 def _revocations(config_path: Path) -> Revocations:
@@ -101,8 +118,12 @@ def _revocations(config_path: Path) -> Revocations:
     return Revocations(runs, check_name(place.fleet, "fleet"))
 
 
-def _when(folder: Path) -> str:
-    return "" if is_held(folder) else "; no coordinator runs now, so this holds from its next start"
+def _own_runs(config_path: Path) -> list[Path]:
+    return _find(config_path, None, None, None)[0]
+
+
+def _when(*folders: Path) -> str:
+    return "" if any(map(is_held, folders)) else "; no coordinator runs now, so this holds from its next start"
 
 
 # --- which run
@@ -114,25 +135,57 @@ def _place(config_path: Path) -> tuple[Path, _Place]:
     return config_path.parent / place.runs_dir, place
 
 
-def _find(config_path: Path, runs_dir: Path | None, run: str | None) -> tuple[Path, list[str]]:
-    """The run's folder, and the roster where a configuration file is read for its own run."""
+def _find(config_path: Path, runs_dir: Path | None, run: str | None, task: str | None) -> tuple[list[Path], list[str]]:
+    """The folder of the run, or of each task's; and the roster where a configuration file is read for its own runs."""
     if runs_dir is None:
         kept, place = _place(config_path)
-        own = run is None or run == place.run
-        return kept / (run or place.run), list(place.devices) if own else []
+        if task is not None or run is None:
+            own = _of_tasks(config_path, runs_in(place.run, place.tasks), task)
+        else:
+            own = [run]
+        known = {place.run, *runs_in(place.run, place.tasks).values()}
+        return [kept / name for name in own], list(place.devices) if known.issuperset(own) else []
+    if task is not None:
+        raise ConfigError("--task with --runs-dir", "give --run: a task's run is named RUN-TASK")
     if run is not None:
-        return runs_dir / run, []
+        return [runs_dir / run], []
     folders = run_folders(runs_dir)
     if len(folders) > 1:
         raise ConfigError(f"{runs_dir} holds {len(folders)} runs", f"add --run: {', '.join(f.name for f in folders)}")
-    return folders[0], []
+    return folders, []
 
 
-def _run_to_order(config_path: Path, runs_dir: Path | None, run: str | None) -> Path:
-    """The folder of a run that exists: an order for a mistyped name would wait for ever."""
-    folder, _ = _find(config_path, runs_dir, run)
-    with opened(folder):
-        return folder
+def _present(folders: list[Path]) -> list[Path]:
+    """Without those of tasks that no coordinator has started yet, as long as any was."""
+    return [folder for folder in folders if (folder / "coordinator.sqlite").is_file()] or folders[:1]
+
+
+def _of_tasks(config_path: Path, runs: Mapping[str, str], task: str | None) -> list[str]:
+    if task is None:
+        return list(runs.values())
+    if task not in runs or not task:
+        raise ConfigError(f"{config_path} has no task {task!r}", f"it has {', '.join(filter(None, runs)) or 'none'}")
+    return [runs[task]]
+
+
+def _runs_to_order(
+    config_path: Path, runs_dir: Path | None, run: str | None, task: str | None, *, bears_more: bool = False
+) -> list[Path]:
+    """Folders of runs that exist: an order for a mistyped name would wait for ever.
+
+    bears_more: of all tasks, where none is named; what cannot be taken back must name one. A task whose run was aborted
+    or is not there yet is then passed over.
+    """
+    folders, _ = _find(config_path, runs_dir, run, task)
+    if len(folders) > 1 and not bears_more:
+        raise ConfigError(f"{config_path} has {len(folders)} tasks", "say which with --task")
+    folders = _present(folders)
+    if len(folders) > 1:
+        folders = [one for one in folders if Orders(one).aborted() is None] or folders[:1]
+    for folder in folders:
+        with opened(folder):
+            pass
+    return folders
 
 
 # --- lines
@@ -153,22 +206,38 @@ def _status_lines(facts: Facts) -> list[str]:
         lines.append(f"  ended {_ago(facts['ended_ms'])} with code {facts['code']}{_because(facts['reason'])}")
     if facts["running"]:
         lines.append(f"  online: {', '.join(facts['devices_online']) or 'no device'}")
+    if facts["evaluation"] is not None:
+        lines.append(
+            f"  evaluation of round {facts['evaluation']['number']}: {_metrics(facts['evaluation']['metrics'])}"
+        )
     lines += _round_lines(facts["round"]) if facts["round"] is not None else []
     return lines + [line for ended in facts["last_rounds"] for line in _ended_lines(ended)]
 
 
 def _round_lines(facts: Facts) -> list[str]:
     left_s = max(0.0, facts["deadline_ms"] / 1000 - time.time())
-    head = f"round {facts['number']} {facts['phase']}, {duration(left_s)} left, quorum {facts['quorum']}"
+    head = f"{_what(facts)} {facts['number']} {facts['phase']}, {duration(left_s)} left, quorum {facts['quorum']}"
     return [head, *(f"  {one['device']} {one['progress']}{_because(one['reason'])}" for one in facts["devices"])]
 
 
 def _ended_lines(facts: Facts) -> list[str]:
     loss = facts["median_training_loss"]
     shown = f", median training loss {loss:.4f}" if loss is not None else ""
-    head = f"round {facts['number']} {facts['outcome']}: {facts['accepted']} of {facts['invited']} updates{shown}"
+    shown += f", {_metrics(facts['evaluation'])}" if facts["evaluation"] else ""
+    head = (
+        f"{_what(facts)} {facts['number']} {facts['outcome']}: {facts['accepted']} of {facts['invited']} updates{shown}"
+    )
     why = f" ({facts['reason']})" if facts["reason"] else ""
     return [head + why, *(f"  {d['device']} {d['status']}{_because(d['reason'])}" for d in facts["not_used"])]
+
+
+def _what(facts: Facts) -> str:
+    return "evaluation of round" if facts["kind"] == EVALUATION else "round"
+
+
+def _metrics(rows: list[Facts]) -> str:
+    """As the lines of `covey serve` have it."""
+    return evaluation_text([FleetMetric(*row.values()) for row in rows])
 
 
 def _device_lines(found: list[Facts]) -> list[str]:
@@ -185,14 +254,22 @@ def _device_lines(found: list[Facts]) -> list[str]:
 
 
 def _run_lines(found: list[Facts]) -> list[str]:
-    rows = [("run", "state", "published", "abandoned", "started", "end")]
+    rows = [("run", "state", "published", "abandoned", "evaluation", "started", "end")]
     for one in found:
         published = str(one["rounds_published"])
         published += f"/{one['rounds_asked']}" if one["rounds_asked"] is not None else ""
         started = _ago(one["started_ms"]) if one["started_ms"] is not None else ""
         end = f"code {one['code']}{_because(one['reason'])}" if one["code"] is not None else ""
-        rows.append((one["run"], one["state"], published, str(one["rounds_abandoned"]), started, end))
+        rows.append((one["run"], one["state"], published, str(one["rounds_abandoned"]), _medians(one), started, end))
     return _aligned(rows)
+
+
+def _medians(facts: Facts) -> str:
+    evaluation = facts["evaluation"]
+    if evaluation is None:
+        return ""
+    values = " ".join(f"{row['metric']} {row['median']:.4g}" for row in evaluation["metrics"])
+    return f"{values} (round {evaluation['number']})"
 
 
 def _because(reason: str) -> str:

@@ -6,13 +6,14 @@ import contextlib
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from covey_coordinator.records import FleetMetric
 from covey_coordinator.watching.board import Board, DeviceLine, RoundLine, State
 
 REFRESH_PER_S = 4
@@ -50,7 +51,11 @@ def headline(state: State, now: float) -> str:
     head = f"{state.fleet}/{state.run}"
     if state.phase:
         left_s = max(0.0, state.deadline_at - now)
-        return f"{head}  round {state.number} of {state.rounds}  {state.phase}  {duration(left_s)} left"
+        what = "evaluation of round" if state.evaluates else "round"
+        return f"{head}  {what} {state.number} of {state.rounds}  {state.phase}  {duration(left_s)} left"
+    if len(state.runs) > 1:
+        done = ", ".join(f"{run} {line.done} of {line.rounds}" for run, line in state.runs.items())
+        return f"{state.fleet}  rounds done: {done}  {state.waits}".rstrip()
     return f"{head}  {state.done} of {state.rounds} rounds done  {state.waits}".rstrip()
 
 
@@ -84,11 +89,22 @@ def _round(line: RoundLine) -> list[str]:
     numbers = [
         f"{name} {statistics.median(values):.4g}"
         for name, values in (("median loss", line.losses), ("median accuracy before", line.accuracies))
-        if values
+        if values and not line.evaluation
     ]
-    head = ", ".join([f"round {line.number} {line.outcome}: {line.used} of {line.invited} updates", *numbers])
+    if line.evaluation:
+        numbers = [evaluation_text(line.evaluation)]
+    what = f"{line.run} " if line.run else ""
+    what += "evaluation of round" if line.evaluates else "round"
+    head = ", ".join([f"{what} {line.number} {line.outcome}: {line.used} of {line.invited} updates", *numbers])
     why = f" ({line.reason})" if line.reason else ""
     return [head + why, *(f"  {device_id} {status}: {reason}" for device_id, status, reason in line.refused)]
+
+
+def evaluation_text(metrics: Sequence[FleetMetric]) -> str:
+    """'loss 0.31 (mean 0.35, spread 0.02), accuracy ...': the medians first, which few devices cannot move."""
+    parts = [f"{one.name} {one.median:.4g} (mean {one.mean:.4g}, spread {one.spread:.2g})" for one in metrics]
+    held_out = f"{metrics[0].held_out} of {metrics[0].devices} on held-out data" if metrics else ""
+    return ", ".join([*parts, held_out])
 
 
 def printable(text: str) -> str:

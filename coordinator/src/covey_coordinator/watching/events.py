@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Union
 
-from covey_coordinator.records import DeviceVerdict
+from covey_coordinator.records import DeviceVerdict, FleetMetric
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,10 @@ class Waits:
 
 @dataclass(frozen=True)
 class RoundOpened:
-    """left_s: until the deadline. resumed: it was under way when the last coordinator ended."""
+    """left_s: until the deadline. resumed: it was under way when the last coordinator ended.
+
+    evaluates: the metrics of an evaluation round, whose number is that of the round whose model it evaluates.
+    """
 
     round: str
     number: int
@@ -40,6 +43,7 @@ class RoundOpened:
     quorum: int
     left_s: float
     resumed: bool
+    evaluates: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,10 @@ class RuleRan:
 
 @dataclass(frozen=True)
 class RoundEnded:
-    """outcome: published or abandoned. metrics: device -> the numbers it reported with its update."""
+    """outcome: published or abandoned. metrics: device -> the numbers it reported with its update.
+
+    evaluates: as in RoundOpened. evaluation: what a published evaluation round gave.
+    """
 
     round: str
     number: int
@@ -102,14 +109,17 @@ class RoundEnded:
     verdicts: Sequence[DeviceVerdict]
     metrics: Mapping[str, Mapping[str, float]]
     seconds: float
+    evaluates: Sequence[str] = ()
+    evaluation: Sequence[FleetMetric] = ()
 
 
 @dataclass(frozen=True)
 class RunEnded:
-    """code: the exit code. reason: empty where all rounds are published."""
+    """code: the exit code. reason: empty where all rounds are published. run: where a fleet has several tasks."""
 
     code: int
     reason: str
+    run: str = ""
 
 
 Event = Union[

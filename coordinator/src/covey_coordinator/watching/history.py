@@ -17,7 +17,8 @@ import msgspec
 
 from covey_coordinator.orders import Order, Orders
 from covey_coordinator.records import ACCEPTED, REJECTED
-from covey_coordinator.store import OPEN_PHASES, SCHEMA, is_held
+from covey_coordinator.store import EVALUATION, OPEN_PHASES, SCHEMA, TRAINING, is_held
+from covey_protocol.bundle import METRICS
 from covey_protocol.errors import EXIT_OK, StorageError
 from covey_protocol.messages import Invitation, Offer
 from covey_protocol.round import Phase, Progress
@@ -62,11 +63,13 @@ class History:
 
     def __init__(self, folder: Path, database: sqlite3.Connection, version: int) -> None:
         self._folder, self._database, self._version = folder, database, version
+        # older stores know no evaluation rounds
+        self._kinds = self._one("SELECT 1 FROM sqlite_master WHERE name = 'evaluations'") is not None
 
     def run(self) -> Facts:
         """The run with its outcome. state: see `_word`."""
         published, abandoned = (
-            self._one("SELECT count(*) FROM rounds WHERE phase = ?", phase.value)[0]
+            self._one(f"SELECT count(*) FROM rounds WHERE phase = ? AND {self._kind} = ?", phase.value, TRAINING)[0]  # noqa: S608 - fixed
             for phase in (Phase.PUBLISHED, Phase.ABANDONED)
         )
         newest = self._one("SELECT max(number) FROM checkpoints")[0]
@@ -76,8 +79,8 @@ class History:
         paused, aborted = orders.paused(), orders.aborted()
         return {
             "run": self._folder.name,
-            "state": _word(running, paused, aborted, bool(row), code),
-            "running": running,
+            "state": _word(running and code is None, paused, aborted, bool(row), code),
+            "running": running and code is None,
             "rounds_asked": asked,
             "rounds_published": newest or published,
             "rounds_abandoned": abandoned,
@@ -87,14 +90,33 @@ class History:
             "reason": why or "",
             "paused": _order(paused),
             "aborted": _order(aborted),
+            "evaluation": self._newest_evaluation(),
         }
+
+    @property
+    def _kind(self) -> str:
+        """The column that says a round's kind, in SQL."""
+        return "kind" if self._kinds else f"'{TRAINING}'"
+
+    def _newest_evaluation(self) -> Facts | None:
+        if not self._kinds:
+            return None
+        row = self._one("SELECT round, number FROM evaluations ORDER BY number DESC")
+        return None if row is None else {"round": row[0], "number": row[1], "metrics": self._metrics(row[0])}
+
+    def _metrics(self, round_id: str) -> list[Facts]:
+        """What an evaluation round gave."""
+        names = ("metric", "mean", "median", "spread", "devices", "held_out")
+        rows = self._all(f"SELECT {', '.join(names)} FROM evaluations WHERE round = ?", round_id)  # noqa: S608 - fixed
+        return [dict(zip(names, row)) for row in sorted(rows, key=lambda row: METRICS.index(row[0]))]
 
     def status(self) -> Facts:
         """The run, the round under way and the newest ones that are over."""
         run = self.run()
         online = [name for (name,) in self._noted("SELECT id FROM presence WHERE online ORDER BY id")]
         over = self._all(
-            "SELECT id, number, phase, reason FROM rounds WHERE phase NOT IN (?, ?) ORDER BY rowid DESC LIMIT ?",
+            f"SELECT id, number, phase, reason, {self._kind} FROM rounds"  # noqa: S608 - fixed
+            " WHERE phase NOT IN (?, ?) ORDER BY rowid DESC LIMIT ?",
             *OPEN_PHASES,
             LAST_ROUNDS,
         )
@@ -147,6 +169,7 @@ class History:
         return {
             "id": round_id,
             "number": invitation.number,
+            "kind": EVALUATION if invitation.plan.evaluate else TRAINING,
             "phase": phase,
             "quorum": quorum,
             "opened_ms": invitation.issued_at_ms,
@@ -154,18 +177,20 @@ class History:
             "devices": [{"device": name, "progress": word, "reason": why} for name, word, why in devices],
         }
 
-    def _ended_round(self, round_id: str, number: int, outcome: str, reason: str) -> Facts:
+    def _ended_round(self, round_id: str, number: int, outcome: str, reason: str, kind: str) -> Facts:
         rows = self._all("SELECT id, status, why, offer FROM devices WHERE round = ? ORDER BY id", round_id)
         offers = [msgspec.msgpack.decode(offer, type=Offer).metrics for *_, offer in rows if offer is not None]
         losses = [metrics["training_loss"] for metrics in offers if "training_loss" in metrics]
         return {
             "id": round_id,
             "number": number,
+            "kind": kind,
             "outcome": outcome,
             "reason": reason,
             "invited": len(rows),
             "accepted": sum(status == ACCEPTED for _, status, _, _ in rows),
             "median_training_loss": statistics.median(losses) if losses else None,
+            "evaluation": self._metrics(round_id) if kind == EVALUATION else [],
             "not_used": [
                 {"device": name, "status": status, "reason": why} for name, status, why, _ in rows if status != ACCEPTED
             ],

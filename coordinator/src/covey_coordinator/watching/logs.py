@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from dataclasses import asdict
 from datetime import datetime, timezone
 from typing import Any, TextIO
 
@@ -59,6 +60,7 @@ class EventLog:
         elif isinstance(event, events.RoundOpened):
             self._progress = {}
             facts: dict[str, Any] = {"number": event.number, "devices": list(event.devices), "quorum": event.quorum}
+            facts.update({"evaluates": list(event.evaluates)} if event.evaluates else {})
             _log("round_resumed" if event.resumed else "round_opened", event.round, **facts, left_s=event.left_s)
         elif isinstance(event, events.PhaseBegan):
             _log("phase_began", event.round, phase=event.phase)
@@ -75,7 +77,8 @@ class EventLog:
         elif isinstance(event, events.RoundEnded):
             self._ended(event)
         elif isinstance(event, events.RunEnded):
-            _log("run_ended", level=logging.ERROR if event.code else logging.INFO, code=event.code, reason=event.reason)
+            level, named = logging.ERROR if event.code else logging.INFO, {"run": event.run} if event.run else {}
+            _log("run_ended", level=level, **named, code=event.code, reason=event.reason)
 
     def _moved(self, event: events.DevicesMoved) -> None:
         for device_id, word in event.progress.items():
@@ -89,6 +92,10 @@ class EventLog:
             facts["metrics"] = event.metrics.get(verdict.device_id, {})
             _log("verdict", event.round, verdict.device_id, **facts)
         end: dict[str, Any] = {"number": event.number, "outcome": event.outcome, "reason": event.reason}
+        if event.evaluates:
+            end["evaluates"] = list(event.evaluates)
+        if event.evaluation:
+            end["evaluation"] = [asdict(one) for one in event.evaluation]
         _log("round_ended", event.round, **end, seconds=round(event.seconds, 3))
 
 

@@ -49,8 +49,8 @@ def metrics(state: State, traffic: Traffic, now: float) -> list[Metric]:
     left_s = max(0.0, state.deadline_at - now) if state.phase else 0.0
     found = [
         Metric("covey_rounds_total", "counter", "Rounds that ended.", _by("outcome", state.outcomes, ENDINGS)),
-        Metric("covey_rounds_published", "gauge", "Published rounds of the run, all starts.", _one(state.done)),
-        Metric("covey_rounds_asked", "gauge", "Rounds the run shall have.", _one(state.rounds)),
+        Metric("covey_rounds_published", "gauge", "Published rounds, all starts.", _one(_sum(state, "done"))),
+        Metric("covey_rounds_asked", "gauge", "Rounds there shall be.", _one(_sum(state, "rounds"))),
         Metric("covey_round_deadline_left_seconds", "gauge", "0 where no round is open.", _one(left_s)),
         Metric("covey_devices_online", "gauge", "Devices that are connected.", _one(online)),
         Metric(
@@ -68,7 +68,32 @@ def metrics(state: State, traffic: Traffic, now: float) -> list[Metric]:
     if state.max_score is not None and state.median_score is not None:
         scores = {"max": state.max_score, "median": state.median_score}
         found.append(Metric("covey_rule_score", "gauge", "Newest round; larger is more suspicious.", _by("of", scores)))
-    return found
+    if len(state.runs) > 1:
+        done = {run: float(line.done) for run, line in state.runs.items()}
+        found.append(Metric("covey_run_rounds_published", "gauge", "Of each task's run.", _by("run", done)))
+    return found + _evaluations(state)
+
+
+def _sum(state: State, name: str) -> int:
+    return sum(getattr(line, name) for line in state.runs.values())
+
+
+def _evaluations(state: State) -> list[Metric]:
+    """Of every run that has had one since the start."""
+    runs = {run: line for run, line in state.runs.items() if line.evaluation}
+    if not runs:
+        return []
+    values: Samples = {
+        (("run", run), ("metric", one.name), ("of", of)): float(getattr(one, of))
+        for run, line in runs.items()
+        for one in line.evaluation
+        for of in ("mean", "median", "spread")
+    }
+    numbers = {run: float(line.evaluated) for run, line in runs.items()}
+    return [
+        Metric("covey_evaluation", "gauge", "Newest evaluation over the devices.", values),
+        Metric("covey_evaluation_round", "gauge", "Whose model that was.", _by("run", numbers)),
+    ]
 
 
 ENDINGS = ("published", "abandoned")

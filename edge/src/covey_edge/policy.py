@@ -1,0 +1,53 @@
+"""What the owner of a device lets it work for, and on which data. Decides by agent.toml alone; reads no data."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Optional
+
+from covey_edge.config import AgentConfig, DataSettings, TaskData
+from covey_protocol.bundle import METRICS
+from covey_protocol.messages import TrainingPlan
+
+
+class DataPlace(NamedTuple):
+    """path: as in agent.toml. held_out: the owner keeps these data for evaluations."""
+
+    source: str
+    path: str
+    held_out: bool = False
+
+
+def data_for(data: DataSettings, plan: TrainingPlan) -> Optional[DataPlace]:
+    """Where the data for this plan are; None where the device has none for its task.
+
+    A device that names the data of tasks has others only for a round without a task: data of one task would train
+    another one's model to nonsense, where their shapes happen to agree.
+    """
+    own = data.tasks.get(plan.task) if data.tasks and plan.task else data
+    if own is None or not own.path:
+        return None
+    if plan.evaluate and own.evaluation_path:
+        return DataPlace(own.source, own.evaluation_path, held_out=True)
+    return DataPlace(own.source, own.path)
+
+
+def places(data: DataSettings) -> list[DataPlace]:
+    """All data of this device, each once."""
+    settings: list[DataSettings | TaskData] = [data, *data.tasks.values()]
+    found = [DataPlace(one.source, path) for one in settings for path in (one.path, one.evaluation_path) if path]
+    return list(dict.fromkeys(found))
+
+
+def unwilling(config: AgentConfig, plan: TrainingPlan) -> str:
+    """Why this device takes no part in a round of this task, or in this evaluation; "" where it does."""
+    policy, name = config.policy, f"task {plan.task!r}" if plan.task else "a round without a task"
+    if plan.task in policy.refuse_tasks or (policy.tasks is not None and plan.task not in policy.tasks):
+        return f"this device does not work for {name} ([policy] in its agent.toml)"
+    if data_for(config.data, plan) is None:
+        return f"this device has no data for {name} ([data] in its agent.toml)"
+    unknown = [metric for metric in plan.evaluate if metric not in METRICS]
+    if unknown:
+        return f"this device cannot measure {', '.join(unknown)}; update its agent"
+    if plan.evaluate and config.privacy.noise_multiplier and not config.privacy.exact_evaluation:
+        return "this device adds noise, and metrics have none (privacy.exact_evaluation in its agent.toml)"
+    return ""
