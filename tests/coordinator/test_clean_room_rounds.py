@@ -161,6 +161,21 @@ def test_its_updates_are_taken_plain_and_compressed_and_nobody_breaks_the_protoc
     assert place.judged().endswith(", 0 violations\n")
 
 
+def test_it_sends_metrics_where_a_round_evaluates_and_keeps_to_its_tasks(place: Place) -> None:
+    place.open("--task", "faces")
+    evaluation = place.run(TrainingPlan(1, 0.1, evaluate=("accuracy", "loss")), device_ids=ALL, quorum=3, encrypt=True)
+    assert statuses(evaluation) == dict.fromkeys(ALL, ACCEPTED)
+    loss = clean_room_device.make_metrics(place.parameters().astype("<f4").tobytes())["loss"]
+    stored = stored_update(place, evaluation.offers[CLEAN].round_id)
+    np.testing.assert_allclose(stored, [0.25, loss], rtol=1e-6)
+    for number, (task, status) in enumerate({"faces": ACCEPTED, "voices": MISSING}.items(), start=1):
+        result = place.run(TrainingPlan(1, 0.1, task=task), number=number, device_ids=[CLEAN], quorum=1)
+        assert statuses(result) == {CLEAN: status}
+    assert "no part in the task voices" in result.verdicts[0].reason
+    place.stop_device()
+    assert place.judged().endswith(", 0 violations\n")
+
+
 def test_its_encrypted_updates_open(place: Place) -> None:
     place.open()
     plans = [TrainingPlan(1, 0.1), TrainingPlan(1, 0.1, compression="rotated-4bit")]

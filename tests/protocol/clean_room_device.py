@@ -259,6 +259,8 @@ PLAN_FIELDS: Fields = {
     "proximal_weight": (real(0, 1000), 0.0),
     "compression": (NAME, "none"),
     "kept_fraction": (real(0, 1), 0.0),
+    "evaluate": (listing(NAME, 0, 32), []),
+    "task": (text(63, "|[A-Za-z0-9][A-Za-z0-9_-]{0,62}"), ""),
 }
 
 
@@ -765,10 +767,17 @@ def make_update(parameters: bytes, device_id: str) -> array[float]:
     return array("f", (-0.01 * p + 0.0001 * ((7 * i + turn) % 13 - 6) for i, p in enumerate(from_bytes(parameters))))
 
 
+def make_metrics(parameters: bytes) -> dict[str, float]:
+    """In place of an evaluation (section 8.3)."""
+    values = from_bytes(parameters)
+    return {"loss": math.fsum(map(abs, values)) / len(values), "accuracy": 0.25}
+
+
 # --- the device (sections 5 and 7)
 
 IDLE, FETCHING, TRAINING, REPORTING = "idle", "fetching", "training", "reporting"
-CAN = ["train", "float32", "rotated-8bit", "rotated-4bit", "encryption", "late"]
+CAN = ["train", "float32", "rotated-8bit", "rotated-4bit", "encryption", "late", "evaluate", "tasks"]
+METRICS = {"loss", "accuracy"}
 REPEAT_S, SLOW_REPEAT_S, FETCH_AGAIN_S, OWED_MOST = 5.0, 30.0, 10.0, 8
 
 
@@ -847,6 +856,13 @@ class Device:
         for name in [*message["requires"], message["plan"]["compression"]]:
             if name not in (*CAN, "none"):
                 return f"this device cannot {name}; update its agent"
+        plan = message["plan"]
+        if plan["task"] and plan["task"] not in self.settings.task:
+            return f"this device takes no part in the task {plan['task']}"
+        if unknown := set(plan["evaluate"]) - METRICS:
+            return f"this device cannot evaluate {', '.join(sorted(unknown))}"
+        if plan["evaluate"] and plan["compression"] != "none":
+            return "metrics do not travel compressed"
         if "encryption" in message["requires"] and message["encryption_key"] is None:
             return "the round is to be encrypted and brings no key"
         if message["encryption_key"] is not None:
@@ -910,8 +926,12 @@ class Device:
             for field, name in (("gradient_clip_norm", "clip_norm"), ("proximal_weight", "proximal")):
                 if plan[field] and name not in manifest.get("train_inputs", []):
                     raise Refused(f"the bundle takes no {name}")
-            update = make_update((self.blobs / self.round["parameters"]["sha256"].hex()).read_bytes(), self.id)
-            self.keep(round_id, self.in_form(update), 10, {"seconds": 0.5})
+            parameters = (self.blobs / self.round["parameters"]["sha256"].hex()).read_bytes()
+            if plan["evaluate"]:
+                metrics = make_metrics(parameters)
+                self.keep(round_id, to_bytes(metrics[name] for name in plan["evaluate"]), 10, {"held_out": 0.0})
+            else:
+                self.keep(round_id, self.in_form(make_update(parameters, self.id)), 10, {"seconds": 0.5})
         except (Refused, OSError) as exc:
             self.give_up({"type": "failure", "round_id": round_id, "reason": str(exc)[:500]})
             return
@@ -1178,6 +1198,7 @@ def main() -> None:
     parser.add_argument(
         "--coordinator-key", action="append", required=True, help="twice while it changes, the next one last"
     )
+    parser.add_argument("--task", action="append", default=[], help="one that its owner allows")
     parser.add_argument("--port", type=int, default=1883)
     parser.add_argument("--max-message-bytes", type=int, default=0, help="what the broker takes, where it is known")
     parser.add_argument(

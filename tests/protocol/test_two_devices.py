@@ -84,6 +84,7 @@ class Both:
         settings = argparse.Namespace(
             id=ME, fleet="golden", state=self.folder, coordinator_key=[GOLDEN["coordinator_key"]], max_message_bytes=0,
             training_waits_for=self.folder / "trained", hold_after_keeping=False,
+            task=[],
         )  # fmt: skip
         self.theirs = clean.Device(settings, self.wire)
         self.theirs.now = self.now
