@@ -390,6 +390,44 @@ def test_f_devices_that_are_refused_do_not_starve_a_round(what: str, setup: Setu
     assert head.endswith(", num_byzantine_left 0 of 2")
 
 
+FAKES = {
+    "NaN": ((np.nan, 1.0), REJECTED, 0),
+    "1e30": ((1e30, 1.0), REJECTED, 0),
+    "a perfect model": ((0.0, 1.0), ACCEPTED, 1),
+}
+
+
+@pytest.mark.parametrize("what", FAKES)
+def test_one_device_cannot_fake_the_fleets_accuracy(what: str, setup: Setup, coordinator_key: SealingKey) -> None:
+    """What the honest agents say, computed here from their data, bounds every number; the model stays as it is."""
+    numbers, status, left = FAKES[what]
+    key = SealingKey.generate()
+    setup.start(roster={"m": key.public})
+    mallory = Mallory(setup.url, key)
+    lie = np.array(numbers, "<f4").tobytes()
+    thread = threading.Thread(target=deliver, args=(mallory, coordinator_key, lie, 2**53))
+    try:
+        mallory.say(Presence(True, 1), channel="presence")
+        thread.start()
+        plan = TrainingPlan(epochs=1, learning_rate=0.1, evaluate=("loss", "accuracy"))
+        result = setup.run(plan, rule="trimmed-mean", num_byzantine=1, device_ids=[*IDS, "m"], quorum=3)
+        thread.join()
+    finally:
+        mallory.close()
+    assert result.outcome == "published", result.reason
+    assert statuses(result) == {**dict.fromkeys(IDS, ACCEPTED), "m": status}
+    model = Model(read_bundle(setup.bundle))
+    honest = np.array([model.evaluate(shard.x, shard.y) for shard in setup.shards], np.float32)
+    for column, metric in zip(honest.T, result.evaluation):
+        assert column.min() <= metric.median <= column.max()
+        assert column.min() - 1e-6 <= metric.mean <= column.max() + 1e-6
+        assert metric.spread <= np.ptp(column) + 1e-6
+    if status == REJECTED:
+        assert result.evaluation[1].median == pytest.approx(np.median(honest[:, 1]))
+    assert result.measurements["num_byzantine_left"] == left
+    np.testing.assert_array_equal(result.parameters, setup.parameters())
+
+
 def test_strangers_forgers_and_nonsense_change_nothing(setup: Setup) -> None:
     setup.start()
     assert setup.fleet is not None

@@ -141,7 +141,14 @@ class Forgetful:
 @mutation("model and verdicts are made durable one after the other")
 def _(patch: Patch) -> None:
     def conclude(
-        original: Any, self: RunStore, round_id: str, phase: Any, reason: str, verdicts: Any, checkpoint: Any = None
+        original: Any,
+        self: RunStore,
+        round_id: str,
+        phase: Any,
+        reason: str,
+        verdicts: Any,
+        checkpoint: Any,
+        *more: Any,
     ) -> None:
         if checkpoint is not None:
             hashes = self._write_checkpoint("run", checkpoint)
@@ -149,7 +156,7 @@ def _(patch: Patch) -> None:
                 values = ("run", checkpoint.number, round_id, *hashes)
                 database.execute("INSERT OR REPLACE INTO checkpoints VALUES (?, ?, ?, ?, ?)", values)
             self.commit()
-        original(self, round_id, phase, reason, verdicts)
+        original(self, round_id, phase, reason, verdicts, None, *more)
 
     wrapped(patch, RunStore, "conclude", conclude)
 
