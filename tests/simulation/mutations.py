@@ -385,14 +385,6 @@ def _(patch: Patch) -> None:
     patch.setattr(device.DeviceMachine, "_offer_again", lambda self, now, owed: [])
 
 
-@mutation("the device excuses itself only once")
-def _(patch: Patch) -> None:
-    def again(original: Any, self: device.DeviceMachine) -> Any:
-        return original(self) if self.state is not device.State.IDLE else []
-
-    wrapped(patch, device.DeviceMachine, "_answer_again", again)
-
-
 @mutation("the device takes a receipt of another update for its own")
 def _(patch: Patch) -> None:
     def received(action: Any, self: Any, event: Any, now: float) -> Any:

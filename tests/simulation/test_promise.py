@@ -56,7 +56,6 @@ HAPPENS = (
     "ends: StorageError",
     "hears: Verdict the round was abandoned",
     "hears: Receipt that round is over",
-    "excuses itself again",
 )
 
 
