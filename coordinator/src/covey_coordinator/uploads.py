@@ -1,7 +1,7 @@
 """When devices are asked for their updates: not faster than what they send is taken. Sans-IO; knows nothing of rounds.
 
-Nothing bounds what waits in a broker or in the inbox for a coordinator that is behind, and every offer of a fleet may
-come in the same second. So a Need waits until the coordinator has nothing else to do; then some go, as many as ask for
+Much can wait in a broker and in the inbox for a coordinator that is behind, and every offer of a fleet may come in the
+same second. So a Need waits until the coordinator has nothing else to do; then some go, as many as ask for
 LET_GO_BYTES. Where that never comes (repeated offers alone can keep it busy), as many go every BUSY_S. On slow links
 the coordinator is idle between two chunks, and all go soon; a busy one asks for no more than it can take. A device
 whose Need waits offers again; it is asked once all the same, also where that offer was waiting in the broker when the
