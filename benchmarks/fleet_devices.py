@@ -34,7 +34,7 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
-from covey_edge.agent import FETCH_RETRY_S, OFFER_EXPIRY_S
+from covey_edge.agent import FETCH_RETRY_MOST_S, FETCH_RETRY_S, OFFER_EXPIRY_S
 from covey_edge.outbox import Entry
 from covey_edge.performer import Performer
 from covey_edge.processes import die_with_parent
@@ -245,7 +245,7 @@ class SimulatedDevice:
         self._topics = Topics(FLEET)
         self._have: set[bytes] = set()
         self._assemblies: dict[bytes, BlobAssembly] = {}
-        self._fetch_progress = 0.0
+        self._fetch_progress, self._fetch_patience_s = 0.0, FETCH_RETRY_S
         self.machine = device.DeviceMachine(self._id)
         outbox: Any = ReplayedOutbox(crowd.base, number)
         self._performer = Performer(self.machine, outbox, self, time.monotonic)
@@ -295,7 +295,7 @@ class SimulatedDevice:
         assembly = self._assemblies.get(sha256)
         if assembly is None or not payload:
             return
-        self._fetch_progress = time.monotonic()
+        self._fetch_progress, self._fetch_patience_s = time.monotonic(), FETCH_RETRY_S
         if assembly.add(index, payload) is None:
             return
         self._have.add(sha256)
@@ -304,7 +304,8 @@ class SimulatedDevice:
 
     def tick(self) -> None:
         self._performer.handle(device.Tick())
-        if self._assemblies and time.monotonic() - self._fetch_progress > FETCH_RETRY_S:
+        if self._assemblies and time.monotonic() - self._fetch_progress > self._fetch_patience_s:
+            self._fetch_patience_s = min(2 * self._fetch_patience_s, FETCH_RETRY_MOST_S)
             for assembly in self._assemblies.values():
                 self._subscribe_missing(assembly)
 

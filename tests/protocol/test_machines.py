@@ -235,6 +235,18 @@ def test_an_unanswered_offer_is_sent_again_also_after_the_deadline() -> None:
     assert machine.handle(device.Tick(), 60.0 + device.ASK_S) == [device.Send(OFFER)]
 
 
+def test_an_offer_that_nothing_answers_is_repeated_less_and_less_often_until_something_is_heard() -> None:
+    machine = DeviceMachine("a")
+    walk(machine, *TO_REPORTING)
+
+    def repeats(start: int, end: int) -> list[int]:
+        return [now for now in range(start, end) if device.Send(OFFER) in machine.handle(device.Tick(), float(now))]
+
+    assert repeats(1, 50) == [5, 15, 35]
+    machine.handle(device.Needed(Need("run.1", OFFER.update.sha256, (0,))), 50.0)
+    assert repeats(51, 60) == [55]
+
+
 def test_a_device_that_is_not_done_at_the_deadline_says_so() -> None:
     machine = DeviceMachine("a")
     walk(machine, *TO_TRAINING)

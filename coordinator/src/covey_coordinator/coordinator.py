@@ -561,9 +561,8 @@ class Coordinator:
                     break
                 received = self.fleet.next(0.0)
             self._take(state, None)
-        if received is None:
-            for device_id, need in self._gate.let_go(self._clock.monotonic_s()):
-                self.fleet.send(device_id, need)
+        for device_id, need in self._gate.let_go(self._clock.monotonic_s(), idle=received is None):
+            self.fleet.send(device_id, need)
 
     @contextlib.contextmanager
     def _together(self) -> Iterator[None]:

@@ -1,10 +1,11 @@
 """When devices are asked for their updates: not faster than what they send is taken. Sans-IO; knows nothing of rounds.
 
-Nothing bounds what waits in a broker or in the inbox for a coordinator that is behind, and every offer of a fleet may
-come in the same second. So a Need waits until the coordinator has nothing else to do; then some go, as many as ask for
-LET_GO_BYTES. On slow links the coordinator is idle between two chunks, and all go soon; a busy one asks for no more
-than it can take. A device whose Need waits offers again; it is asked once all the same, also where that offer was
-waiting in the broker when the Need went.
+Much can wait in a broker and in the inbox for a coordinator that is behind, and every offer of a fleet may come in the
+same second. So a Need waits until the coordinator has nothing else to do; then some go, as many as ask for
+LET_GO_BYTES. Where that never comes (repeated offers alone can keep it busy), as many go every BUSY_S. On slow links
+the coordinator is idle between two chunks, and all go soon; a busy one asks for no more than it can take. A device
+whose Need waits offers again; it is asked once all the same, also where that offer was waiting in the broker when the
+Need went.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from covey_protocol.messages import BlobRef, Need
 
 # how many bytes are asked for at once, and how soon again: 160 MB/s, more than one coordinator takes
 LET_GO_BYTES, LET_GO_S = 8 << 20, 0.05
+BUSY_S = 1.0
 ASK_AGAIN_S = 4.0  # below a device's RESEND_S: an offer that it repeats because nothing came is answered
 
 
@@ -30,9 +32,9 @@ class UploadGate:
         if sha256 != need.sha256 or now - asked_at >= ASK_AGAIN_S:
             self._waiting[device_id] = (need, min(update.size, len(need.indices) * update.chunk_bytes))
 
-    def let_go(self, now: float) -> list[tuple[str, Need]]:
-        """To be called when nothing else waits. What may be sent now."""
-        if now - self._let_go_at < LET_GO_S:
+    def let_go(self, now: float, idle: bool) -> list[tuple[str, Need]]:
+        """What may be sent now. idle: nothing else waits."""
+        if now - self._let_go_at < (LET_GO_S if idle else BUSY_S):
             return []
         gone: list[tuple[str, Need]] = []
         asked = 0

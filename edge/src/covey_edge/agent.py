@@ -48,7 +48,7 @@ log = logging.getLogger("covey.agent")
 
 TICK_S = 1.0
 PROBE_TIMEOUT_S = 120.0
-FETCH_RETRY_S = 10.0
+FETCH_RETRY_S, FETCH_RETRY_MOST_S = 10.0, 160.0  # doubled each time: a broker that is behind must not send twice
 OFFER_EXPIRY_S = 30.0  # the machine repeats an offer: while the broker is away only the newest few are kept for it
 
 
@@ -73,7 +73,7 @@ class AgentProgram:
             lambda token, frame: self._inbox.put((token, frame)), agent.config.training.memory_mb
         )
         self._assemblies: dict[bytes, BlobAssembly] = {}
-        self._fetch_progress = 0.0
+        self._fetch_progress, self._fetch_patience_s = 0.0, FETCH_RETRY_S
         self._runtime = ""
         self._transport = MqttTransport(
             agent.broker, f"covey-{agent.config.fleet}-{agent.config.device_id}", self._inbox
@@ -157,7 +157,7 @@ class AgentProgram:
         if assembly is None or not payload:
             return  # a cleared chunk, or one of a blob we no longer want
         whole = assembly.add(index, payload)
-        self._fetch_progress = time.monotonic()
+        self._fetch_progress, self._fetch_patience_s = time.monotonic(), FETCH_RETRY_S
         self._transport.forget([self._topics.blob(sha256, index)])
         if whole is None:
             return
@@ -290,7 +290,8 @@ class AgentProgram:
     def _retry_fetch(self) -> None:
         # subscribing again makes the broker send its retained chunks again: mends lost and corrupted ones. Not while
         # some still come, or a slow link would carry them twice.
-        if self._assemblies and time.monotonic() - self._fetch_progress > FETCH_RETRY_S:
+        if self._assemblies and time.monotonic() - self._fetch_progress > self._fetch_patience_s:
+            self._fetch_patience_s = min(2 * self._fetch_patience_s, FETCH_RETRY_MOST_S)
             for assembly in self._assemblies.values():
                 self._subscribe_missing(assembly)
 

@@ -38,7 +38,7 @@ from covey_protocol.messages import (
     reason_text,
 )
 
-RESEND_S = 5.0  # how long an unanswered offer waits before it is sent again
+RESEND_S = 5.0  # how long an unanswered offer waits before it is sent again; doubled each time, up to ASK_S
 ASK_S = 30.0  # the same for an offer of a round that this device no longer works for
 MAX_OWED = 8  # updates in the outbox; a verdict that has not come over so many later rounds is not waited for
 # beside the two of the first devices, what a bundle or a plan may need and an old device would pass over in silence
@@ -253,6 +253,7 @@ Effect = Union[Send, CheckConditions, Fetch, Train, Keep, SendChunks, Forget, Di
 class _Owed:
     offer: Offer
     last_sent: float
+    repeats: int = 0  # since something was heard of it: whoever is far behind must not hear more and more
 
 
 class DeviceMachine:
@@ -360,7 +361,7 @@ class DeviceMachine:
         owed = self._owed.get(need.round_id)
         if owed is None or need.sha256 != owed.offer.update.sha256:
             return []
-        owed.last_sent = now
+        owed.last_sent, owed.repeats = now, 0
         known = [index for index in need.indices if index < owed.offer.update.num_chunks]
         return [SendChunks(owed.offer, tuple(dict.fromkeys(known)))] if known else []
 
@@ -369,7 +370,7 @@ class DeviceMachine:
         owed = self._owed.get(receipt.round_id)
         if owed is None or receipt.sha256 != owed.offer.update.sha256:
             return []
-        owed.last_sent = now
+        owed.last_sent, owed.repeats = now, 0
         if not receipt.kept:
             return self._forget(receipt.round_id, f"update refused: {receipt.reason}")
         return self._settle("update delivered") if receipt.round_id == self.round_id else []
@@ -421,12 +422,14 @@ class DeviceMachine:
             late = "the round's time was over before this device was done"
             effects = self._settle(late) if self.state is State.REPORTING else self._give_up(late)
         due = [owed for owed in self._owed.values() if now - owed.last_sent >= self._patience_s(owed)]
+        for owed in due:
+            owed.repeats += 1
         return [*effects, *self._offer_again(now, due)]
 
     # --- what is owed
 
     def _patience_s(self, owed: _Owed) -> float:
-        return RESEND_S if owed.offer.round_id == self.round_id else ASK_S
+        return min(ASK_S, RESEND_S * 2**owed.repeats) if owed.offer.round_id == self.round_id else ASK_S
 
     def _offer_again(self, now: float, owed: list[_Owed]) -> list[Effect]:
         for one in owed:

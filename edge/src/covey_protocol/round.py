@@ -11,6 +11,7 @@ device is never trusted: what breaks the protocol raises PeerError and changes n
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -370,7 +371,8 @@ class RoundMachine:
         self.settings = settings
         self.phase = Phase.INVITING
         self._devices = {device_id: _Participant() for device_id in sorted(device_ids)}
-        self._found: dict[Optional[Progress], str] = {}  # whom `_awaits` saw last
+        self._names = list(self._devices)
+        self._found: dict[Optional[Progress], int] = {}  # whom `_awaits` saw last
         self._opened_at = 0.0
 
     @classmethod
@@ -624,19 +626,15 @@ class RoundMachine:
     def _awaits(self, now: float, progress: Optional[Progress] = None) -> bool:
         """Whether anyone (with this progress) is still waited for.
 
-        Looks first at whom it saw last, who mostly still is: to look at all for every message costs n^2 in a round.
+        Goes on from whom it saw last, who mostly still is: to look at all for every message costs n^2 in a round.
         """
-
-        def is_one(peer: _Participant) -> bool:
-            return progress in (None, peer.progress) and self._still_waited_for(peer, now)
-
-        last = self._found.get(progress)
-        if last is not None and is_one(self._devices[last]):
-            return True
-        found = next((name for name, peer in self._devices.items() if is_one(peer)), None)
-        if found is not None:
-            self._found[progress] = found
-        return found is not None
+        start = self._found.get(progress, 0)
+        for place in itertools.chain(range(start, len(self._names)), range(start)):
+            peer = self._devices[self._names[place]]
+            if progress in (None, peer.progress) and self._still_waited_for(peer, now):
+                self._found[progress] = place
+                return True
+        return False
 
     def _still_waited_for(self, peer: _Participant, now: float) -> bool:
         if peer.progress in FINAL:
