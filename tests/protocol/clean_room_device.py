@@ -778,7 +778,7 @@ def make_metrics(parameters: bytes) -> dict[str, float]:
 IDLE, FETCHING, TRAINING, REPORTING = "idle", "fetching", "training", "reporting"
 CAN = ["train", "float32", "rotated-8bit", "rotated-4bit", "encryption", "late", "evaluate", "tasks"]
 METRICS = {"loss", "accuracy"}
-REPEAT_S, SLOW_REPEAT_S, FETCH_AGAIN_S, OWED_MOST = 5.0, 30.0, 10.0, 8
+REPEAT_S, SLOW_REPEAT_S, FETCH_AGAIN_S, FETCH_AGAIN_MOST_S, OWED_MOST = 5.0, 30.0, 10.0, 160.0, 8
 
 
 class Device:
@@ -798,6 +798,8 @@ class Device:
         self.fetches: dict[str, Fetch] = {}
         self.owed = {offer["round_id"]: offer for offer in self.outbox.offers()}
         self.touched = dict.fromkeys(self.owed, -math.inf)  # when an Offer, a Need or a Receipt was last sent or heard
+        self.unanswered: dict[str, int] = {}  # repeats of an Offer since a Need or a Receipt came
+        self.fetch_again_s = FETCH_AGAIN_S
         self.connection = connection or Connection(settings, state)
 
     # what comes in
@@ -901,7 +903,7 @@ class Device:
         sha, index = topic.split("/")[-2:]
         if sha not in self.fetches or not self.fetches[sha].take(int(index), payload):
             return
-        self.last_chunk = self.now
+        self.last_chunk, self.fetch_again_s = self.now, FETCH_AGAIN_S
         fetch = self.fetches[sha]
         if fetch.missing():
             return
@@ -965,7 +967,7 @@ class Device:
         if not self.owes(message):
             return
         round_id, ref = message["round_id"], self.owed[message["round_id"]]["update"]
-        self.touched[round_id] = self.now
+        self.touched[round_id], self.unanswered[round_id] = self.now, 0
         known = [index for index in dict.fromkeys(message["indices"]) if index < chunk_count(ref)]
         if not known:
             return
@@ -992,7 +994,7 @@ class Device:
         round_id = message["round_id"]
         if not self.owes(message):
             return
-        self.touched[round_id] = self.now
+        self.touched[round_id], self.unanswered[round_id] = self.now, 0
         if not message["kept"]:
             log("not kept", round_id, message["reason"])
             self.forget(round_id)
@@ -1042,9 +1044,13 @@ class Device:
             else:
                 self.give_up({"type": "failure", "round_id": round_id, "reason": "the round's time is over"})
         for round_id in self.owed:
-            if self.now - self.touched[round_id] >= (REPEAT_S if self.works_for(round_id) else SLOW_REPEAT_S):
+            repeats = self.unanswered.get(round_id, 0)
+            patience = min(SLOW_REPEAT_S, REPEAT_S * 2**repeats) if self.works_for(round_id) else SLOW_REPEAT_S
+            if self.now - self.touched[round_id] >= patience:
+                self.unanswered[round_id] = repeats + 1
                 self.send_offer(round_id)
-        if self.state == FETCHING and self.now - self.last_chunk >= FETCH_AGAIN_S:
+        if self.state == FETCHING and self.now - self.last_chunk >= self.fetch_again_s:
+            self.fetch_again_s = min(2 * self.fetch_again_s, FETCH_AGAIN_MOST_S)
             self.subscribe_missing()
         self.admit_the_waiting()
 

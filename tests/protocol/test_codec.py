@@ -60,6 +60,8 @@ plans = st.builds(
     counts,
     st.floats(0, MAX_GRADIENT_NORM),
     st.floats(0, MAX_PROXIMAL_WEIGHT),
+    evaluate=st.lists(names, max_size=3).map(tuple),
+    task=st.one_of(st.just(""), device_ids),
 )
 invitations = st.builds(
     Invitation,
@@ -72,6 +74,8 @@ invitations = st.builds(
     plans,
     st.lists(device_ids, max_size=20).map(tuple),
     st.lists(names, max_size=5).map(tuple),
+    st.integers(0, 100),
+    st.lists(round_ids, max_size=5).map(tuple),
     st.one_of(st.just(msgspec.UNSET), hashes),
 )
 indices = st.lists(st.integers(0, MAX_CHUNKS - 1), min_size=1, max_size=50).map(tuple)
