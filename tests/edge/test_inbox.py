@@ -35,7 +35,7 @@ def test_beyond_the_room_they_are_acknowledged_in_order_when_it_is_there_again()
     heard = []
     for _ in range(5):
         heard.append((inbox.get(), list(said)))
-    assert heard == [(0, [0, 1]), (1, [0, 1]), (2, [0, 1, 2, 3, 4]), (3, [0, 1, 2, 3, 4]), (4, [0, 1, 2, 3, 4])]
+    assert heard == [(0, [0, 1]), (1, [0, 1]), (2, [0, 1, 2]), (3, [0, 1, 2, 3]), (4, [0, 1, 2, 3, 4])]
 
 
 def test_what_a_broker_sends_beyond_its_window_is_dropped_and_acknowledged(caplog: pytest.LogCaptureFixture) -> None:
@@ -61,7 +61,7 @@ def test_messages_that_nothing_holds_back_get_the_room_that_needs_no_holding() -
 @pytest.mark.parametrize("seed", range(50))
 def test_every_message_is_acknowledged_once_and_the_bytes_that_wait_are_bounded(seed: int) -> None:
     rng = random.Random(seed)
-    inbox, said, sent, heard, waiting = Inbox(100, 300), [], 0, 0, 0
+    inbox, said, sent, heard, waiting = Inbox(100, 300), [], 0, 0, 0  # said: what was acknowledged
     for _ in range(300):
         if rng.random() < 0.6 and sent - len(said) < 4:  # a broker with a window
             inbox.put_message(sent, 50, lambda number=sent: said.append(number))
@@ -70,7 +70,7 @@ def test_every_message_is_acknowledged_once_and_the_bytes_that_wait_are_bounded(
             assert inbox.get(0) == heard
             heard, waiting = heard + 1, waiting - 50
         assert waiting <= 100 + 4 * 50
-        assert len(said) == sent or waiting > 100
+        assert len(said) == sent or waiting
     assert said == list(range(len(said)))
     while heard < sent:
         assert inbox.get(0) == heard
@@ -101,7 +101,17 @@ def test_a_flood_waits_at_the_broker_until_it_is_looked_at(
     sender.connect()
     try:
         assert isinstance(inbox.get(PATIENCE_S), ConnectionUp)
-        sent = [sender.publish("flood", b"%06d" % number + PAYLOAD) for number in range(NUMBER)]
+        # one by one until it is full: Mosquitto 2.0.11 may send more than its window while it has a queue and is being
+        # acknowledged to
+        number, end = 0, time.monotonic() + PATIENCE_S
+        while inbox._waiting <= HOLD:
+            before = inbox._waiting
+            assert sender.flush([sender.publish("flood", b"%06d" % number + PAYLOAD)], PATIENCE_S)
+            while inbox._waiting == before:
+                assert time.monotonic() < end
+                time.sleep(0.001)
+            number += 1
+        sent = [sender.publish("flood", b"%06d" % later + PAYLOAD) for later in range(number, NUMBER)]
         assert sender.flush(sent, PATIENCE_S)
         time.sleep(5.0)  # several keep-alives
         most = HOLD + WINDOW * (len(PAYLOAD) + 6 + ITEM_BYTES)

@@ -2,10 +2,12 @@
 
 While more than `hold_bytes` of messages wait, those that come are taken but not acknowledged. The broker then sends at
 most a window of them more and keeps the rest. The connection is read on, so that the broker's acknowledgements and
-pings pass: nothing waits for itself. When there is room again the acknowledgements go out in the order of arrival.
+pings pass: nothing waits for itself. When there is room again the acknowledgements go out in the order of arrival, one
+for each message that is looked at.
 
-What would go beyond `most_bytes` is dropped. Only a broker without a window gets there, or one that comes back again
-and again. Messages of QoS 0, which nothing holds back, are dropped from `hold_bytes` on.
+What would go beyond `most_bytes` is dropped. Only a broker without a window gets there, one that does not keep to it
+(Mosquitto 2.0.11 was seen to send more while a slow receiver acknowledges), or one that comes back again and again.
+Messages of QoS 0, which nothing holds back, are dropped from `hold_bytes` on.
 """
 
 from __future__ import annotations
@@ -74,7 +76,8 @@ class Inbox:
             self._waiting -= size
             if self._waiting <= self._hold_bytes:
                 self._dropping = False
-                while self._owed:
+                # one for one: Mosquitto 2.0.11 may answer each with a whole window of messages
+                for _ in range(min(len(self._owed), 1) if self._waiting else len(self._owed)):
                     self._owed.popleft()()
 
     def _drop(self) -> None:
