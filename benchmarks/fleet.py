@@ -381,8 +381,8 @@ class Stage:
         for _, orders in self._crowds:
             if not orders.poll(CONNECT_PATIENCE_S):
                 raise BenchmarkError("a process of devices does not answer")
-            counts, its_up, its_down, _ = orders.recv()
-            for name in ("online", "lost", "offers", "chunks", "ignored"):
+            counts, its_up, its_down = orders.recv()
+            for name in asdict(counts):
                 setattr(total, name, getattr(total, name) + getattr(counts, name))
             up, down = up + its_up, down + its_down
         return total, up, down

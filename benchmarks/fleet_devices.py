@@ -23,7 +23,7 @@ import struct
 import time
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any, Optional
 
@@ -126,14 +126,13 @@ class ReplayedOutbox:
 
 @dataclass
 class Counts:
-    """Since the start. verdicts: heard, by round. lost: connections. repeats: offers that were said again."""
+    """Since the start. lost: connections. offers, chunks: said. ignored: messages that broke the protocol."""
 
     online: int = 0
     lost: int = 0
     offers: int = 0
     chunks: int = 0
     ignored: int = 0
-    verdicts: dict[str, int] = field(default_factory=dict)
 
 
 class Link:
@@ -286,9 +285,6 @@ class SimulatedDevice:
         message, sequence = codec.decode_from_coordinator(payload, topic=topic, key=self._crowd.coordinator)
         if not self._guard.accept(sequence):
             return
-        if isinstance(message, Verdict):
-            verdicts = self._crowd.counts.verdicts
-            verdicts[message.round_id] = verdicts.get(message.round_id, 0) + (message.round_id in self.machine.owed)
         self._performer.handle(EVENTS[type(message)](message))  # type: ignore[operator]
 
     def _take_chunk(self, sha256: bytes, index: int, payload: bytes) -> None:
@@ -425,8 +421,7 @@ class Crowd:
                 one.raw = RawDevice(one.link, one.machine.device_id, pieces)
         self.counts.lost = self.loop.lost
         up, down = np.sum([one.link.wire_bytes() for one in self.devices], axis=0).tolist()
-        owed = sum(len(one.machine.owed) for one in self.devices)
-        orders.send((self.counts, up, down, owed))
+        orders.send((self.counts, up, down))
         return True
 
 
