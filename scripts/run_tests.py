@@ -16,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PYTEST = [sys.executable, "-m", "pytest"]
-FIRST = ("edge", "models", "protocol", "report", "simulation")  # about as long as all others together
+FIRST = ("demo", "edge", "grid", "inversion", "models", "protocol", "report", "simulation")  # about half of the time
 
 
 def main(arguments: list[str]) -> int:

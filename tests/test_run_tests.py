@@ -28,7 +28,7 @@ def test_every_file_of_tests_is_in_one_half(run_tests: ModuleType) -> None:
     assert {Path(part).name for part in run_tests.halves(ROOT)[0]} == set(run_tests.FIRST)
 
 
-@pytest.mark.parametrize("failing", ["edge", "demo", None])
+@pytest.mark.parametrize("failing", ["edge", "coordinator", None])
 def test_a_failure_in_either_half_is_a_failure_and_is_shown(
     failing: str,
     run_tests: ModuleType,
@@ -36,7 +36,7 @@ def test_a_failure_in_either_half_is_a_failure_and_is_shown(
     monkeypatch: pytest.MonkeyPatch,
     capfdbinary: pytest.CaptureFixture[bytes],
 ) -> None:
-    for name in ("edge", "demo"):
+    for name in ("edge", "coordinator"):
         (tmp_path / "tests" / name).mkdir(parents=True)
         (tmp_path / "tests" / name / f"test_{name}.py").write_text(f"def test_it():\n    assert {name != failing}\n")
     monkeypatch.setattr(run_tests, "ROOT", tmp_path)

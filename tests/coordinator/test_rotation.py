@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -23,6 +24,7 @@ from patience import PATIENCE_S
 
 from covey_coordinator.demo.devices import Shard, make_device
 from covey_coordinator.demo.processes import Process, stop_all
+from covey_edge.inbox import Inbox
 from covey_edge.mqtt import Incoming, MqttTransport, parse_broker
 from covey_protocol import codec
 from covey_protocol.messages import Envelope, FromDevice, Presence, Verdict
@@ -67,7 +69,7 @@ class Clinic:
         (folder / "coordinator.pem").write_bytes(key.pem())
         self.text = CONFIG.replace("{url}", broker.url)
         self.processes: dict[str, Process] = {}
-        self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._inbox = Inbox()
         self._onlooker = MqttTransport(parse_broker(broker.url), "onlooker", self._inbox)
         self._onlooker.subscribe(["covey/1/clinic/device/+/up"])
         self._onlooker.connect()
@@ -153,8 +155,9 @@ class Clinic:
 
     def heard(self) -> list[Incoming]:
         items = []
-        while not self._inbox.empty():
-            items.append(self._inbox.get())
+        with contextlib.suppress(queue.Empty):
+            while True:
+                items.append(self._inbox.get(timeout=0))
         return [item for item in items if isinstance(item, Incoming)]
 
     def publish(self, topic: str, payload: bytes, retain: bool = False) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import sqlite3
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ import msgspec
 import numpy as np
 import pytest
 from brokers import RunningBroker
+from clinic import rows_of
 from patience import PATIENCE_S
 
 from covey_coordinator.aggregation.engines import make_engine
@@ -241,16 +241,7 @@ class Ward:
             time.sleep(0.05)
 
     def rows(self, task: str, query: str) -> list[Any]:
-        path = self.folder / "runs" / f"ward-{task}" / "coordinator.sqlite"
-        if not path.exists():
-            return []
-        database = sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=30)
-        try:
-            return database.execute(query).fetchall()
-        except sqlite3.OperationalError:
-            return []  # not made yet
-        finally:
-            database.close()
+        return list(rows_of(str(self.folder / "runs" / f"ward-{task}" / "coordinator.sqlite"), query))
 
     def data(self, name: str, file: str) -> tuple[np.ndarray, np.ndarray]:
         with np.load(self.folder / name / file) as archive:
