@@ -117,6 +117,18 @@ def test_the_benchmark_of_encryption_says_what_it_costs() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.fleet
+@pytest.mark.timeout(600)
+def test_the_benchmark_of_slow_devices_runs_every_kind_of_rounds(tmp_path: Path) -> None:
+    command = [sys.executable, "benchmarks/asynchronous.py", "--quick", "--plot", str(tmp_path / "plot.png")]
+    ended = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    slow = {line.split(":")[0]: int(line.split()[-1]) for line in ended.stdout.splitlines() if "of slow ones" in line}
+    assert slow["goal of 4"] == 0 < slow["asynchronous, goal of 4"]
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_the_benchmark_of_compressed_rules_shows_that_the_median_of_sparse_rows_learns_nothing(tmp_path: Path) -> None:
     written = tmp_path / "runs.json"

@@ -289,11 +289,11 @@ class Coordinator:
         encrypt: bool = False,
     ) -> RoundResult:
         """One round with these devices. engine None collects the updates and leaves the model as it is (for audits).
-        encrypt: updates come encrypted to a key pair that is this round's alone.
 
-        goal: the round ends when so many updates are stored (over-selection, where more devices are invited); 0 waits
-        for everyone. max_staleness: above 0, the round is one filling of a buffer of `goal` updates (FedBuff): it takes
-        updates for rounds that are behind by at most so many models, and later rounds take what comes too late for it.
+        encrypt: updates come encrypted to a key pair that is this round's alone. goal: the round ends when so many
+        updates are stored (over-selection, where more devices are invited); 0 waits for everyone. max_staleness: above
+        0, the round is one filling of a buffer of `goal` updates (FedBuff): it takes updates for rounds that are behind
+        by at most so many models, and later rounds take what comes too late for it.
 
         A plan with metrics makes it an evaluation round: number is that of the round whose model it evaluates.
 
