@@ -11,6 +11,7 @@ from msgspec.structs import replace
 
 from covey_coordinator.records import ACCEPTED, DeviceVerdict
 from covey_coordinator.store import RunStore
+from covey_coordinator.watching.history import opened
 from covey_protocol.messages import Verdict
 from covey_protocol.round import Earlier, Phase, Progress, RoundSettings
 
@@ -63,6 +64,14 @@ def test_a_restart_finds_the_round_with_its_goal_its_earlier_rounds_and_whose_up
     assert facts.devices["a"].progress is Progress.STORED
     assert facts.devices["a"].offer == offer(1, update(1.0))
     assert store.taken("run.1.abc") == {"a", "b"}
+
+
+def test_who_may_still_deliver_to_a_later_round_is_not_said_to_have_failed(store: RunStore) -> None:
+    take(store)
+    store.conclude("run.2.abc", Phase.PUBLISHED, "", [DeviceVerdict("a", ACCEPTED)])
+    with opened(store.folder) as history:
+        (_, ended) = history.status()["last_rounds"]
+    assert (ended["invited"], ended["accepted"], ended["not_used"]) == (1, 1, [])
 
 
 def test_chunks_of_a_late_update_are_kept_with_the_round_that_takes_it(store: RunStore) -> None:

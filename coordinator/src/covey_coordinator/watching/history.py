@@ -178,7 +178,9 @@ class History:
         }
 
     def _ended_round(self, round_id: str, number: int, outcome: str, reason: str, kind: str) -> Facts:
-        rows = self._all("SELECT id, status, why, offer FROM devices WHERE round = ? ORDER BY id", round_id)
+        rows = self._all(  # without those that may still deliver to a later round
+            "SELECT id, status, why, offer FROM devices WHERE round = ? AND status IS NOT NULL ORDER BY id", round_id
+        )
         offers = [msgspec.msgpack.decode(offer, type=Offer).metrics for *_, offer in rows if offer is not None]
         losses = [metrics["training_loss"] for metrics in offers if "training_loss" in metrics]
         return {
