@@ -31,7 +31,7 @@ from covey_coordinator.uploads import UploadGate
 from covey_coordinator.watching import events
 from covey_protocol import round as rounds
 from covey_protocol.bundle import check_plan, read_bundle
-from covey_protocol.device import LATE, needed_capabilities
+from covey_protocol.device import needed_capabilities
 from covey_protocol.encryption import Entropy, KeyPair
 from covey_protocol.errors import PeerError, RuleError, RunError
 from covey_protocol.messages import (
@@ -307,9 +307,7 @@ class Coordinator:
         check_plan(manifest, plan)
         arrivals = _arrivals(device_ids, plan, len(parameters))
         refs = self._publish(bundle, parameters)
-        requires = needed_capabilities(manifest, plan, encrypt=encrypt)
-        if max_staleness:
-            requires = (*requires, LATE)
+        requires = needed_capabilities(manifest, plan, encrypt=encrypt, late=max_staleness > 0)
         now_ms, key = self._clock.unix_ms(), KeyPair.made(self._entropy) if encrypt else None
         invitation = _invitation(run_id, number, *refs, plan, device_ids, requires, timing, now_ms, max_staleness, key)
         invitation = self._with_earlier(run_id, invitation)

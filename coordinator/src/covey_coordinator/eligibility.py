@@ -38,12 +38,14 @@ def eligible(fleet: Online, requires: Sequence[str], only: Collection[str], excl
     """
     devices, others = [], {}
     known: dict[Sequence[str], list[str]] = {}  # thousands of devices say the same few things
-    for device_id in fleet.online():
+    online = fleet.online()
+    wanted = set(meant(online, only, exclude))
+    for device_id in online:
         can = tuple(fleet.capabilities(device_id))
         if can not in known:
             known[can] = [name for name in requires if name not in can] if can else []
         lacks = known[can]
-        if not meant([device_id], only, exclude):
+        if device_id not in wanted:
             others[device_id] = "is not meant"
         elif lacks:
             others[device_id] = f"cannot {', '.join(lacks)}"

@@ -54,7 +54,7 @@ from covey_edge.retired import RetiredKeys
 from covey_edge.runtime import Model
 from covey_protocol.bundle import METRICS, Bundle, Manifest, check_plan, read_bundle
 from covey_protocol.codec import Sequence
-from covey_protocol.device import LATE, needed_capabilities
+from covey_protocol.device import needed_capabilities
 from covey_protocol.errors import (
     EXIT_BUG,
     EXIT_INTERRUPTED,
@@ -289,11 +289,11 @@ def _check_devices(path: Path, config: CoordinatorConfig) -> None:
     strangers = [name for name in (*asked.only, *asked.exclude) if name not in config.devices]
     if strangers:
         raise ConfigError(f"{path}: [round] names {strangers[0]}, which [devices] does not", "correct the name")
-    meant = [name for name in config.devices if name not in asked.exclude and name in (asked.only or config.devices)]
-    if max(asked.devices, evaluation.devices if evaluation.every else 0) > len(meant):
+    possible = meant(config.devices, asked.only, asked.exclude)
+    if max(asked.devices, evaluation.devices if evaluation.every else 0) > len(possible):
         raise ConfigError(
-            f"{path}: round.devices = {asked.devices}, but [devices] holds {len(meant)} keys"
-            + (" of devices that may be invited" if len(meant) < len(config.devices) else ""),
+            f"{path}: round.devices = {asked.devices}, but [devices] holds {len(possible)} keys"
+            + (" of devices that may be invited" if len(possible) < len(config.devices) else ""),
             "add the missing devices' keys or lower round.devices",
         )
 
@@ -487,9 +487,8 @@ class Task:
 
     def _eligible(self, plan: TrainingPlan) -> Eligible:
         settings = self.config.round
-        requires = needed_capabilities(self._manifest, plan, encrypt=self.config.wire.encryption)
-        if settings.max_staleness and not plan.evaluate:
-            requires = (*requires, LATE)
+        late = settings.max_staleness > 0 and not plan.evaluate
+        requires = needed_capabilities(self._manifest, plan, encrypt=self.config.wire.encryption, late=late)
         return eligible(self.coordinator, requires, settings.only, settings.exclude)
 
     # --- rounds
@@ -508,30 +507,43 @@ class Task:
 
     def _new_round(self, number: int, devices: list[str]) -> RoundResult:
         settings = self.config.round
-        attempt = (self.config.training.seed, self.config.run, number, self._abandoned)
-        return _new_round(
-            self.coordinator,
-            self._engine,
-            self.config,
-            self._work.bundle,
-            self._parameters,
-            number,
-            sampled(devices, settings.sample, *attempt),
+        return self.coordinator.run_round(
+            run_id=self.config.run,
+            number=number,
+            bundle=self._work.bundle,
+            parameters=self._parameters,
+            plan=_plan(self.config, number),
+            device_ids=self._invited(number, devices),
+            quorum=settings.quorum,
+            engine=self._engine,
+            timing=Timing(settings.duration_s, settings.answer_s, settings.grace_s),
+            goal=settings.goal,
+            max_staleness=settings.max_staleness,
+            encrypt=self.config.wire.encryption,
         )
+
+    def _invited(self, number: int, devices: list[str]) -> list[str]:
+        """A sample of these devices; to an asynchronous round all, as who comes later may take part, too."""
+        settings = self.config.round
+        if settings.max_staleness:
+            return meant(self.coordinator.admitted(), settings.only, settings.exclude)
+        return sampled(devices, settings.sample, self.config.training.seed, self.config.run, number, self._abandoned)
 
     def _take(self, result: RoundResult) -> None:
         for line in _lines(result.number, self.config.rounds, result):
             self._say(printable(line))
-        if result.evaluates:
-            pass
-        elif result.outcome == Phase.PUBLISHED.value:
+        if not result.evaluates:
+            self._count(result)
+        self.coordinator.tidy(self.config.run)
+        pause_s = self.config.round.pause_s if self._done < self.config.rounds else 0.0
+        self._not_before = self.coordinator.now_s() + pause_s
+
+    def _count(self, result: RoundResult) -> None:
+        if result.outcome == Phase.PUBLISHED.value:
             self._parameters, self._done, self._abandoned = result.parameters, result.number, 0
         else:
             self._abandoned += 1
             _give_up_if_hopeless(self._abandoned, result.reason)
-        self.coordinator.tidy(self.config.run)
-        pause_s = self.config.round.pause_s if self._done < self.config.rounds else 0.0
-        self._not_before = self.coordinator.now_s() + pause_s
 
     # --- evaluations
 
@@ -626,35 +638,6 @@ def _too_few(found: Eligible, needed: int, wait_s: float) -> RunError:
         + (f" ({', '.join(found.devices)})" if found.devices else "")
         + (f"; not invited: {found.told()}" if found.others else ""),
         "look at the agents' logs, or ask for fewer devices",
-    )
-
-
-def _new_round(
-    coordinator: Coordinator,
-    engine: Engine,
-    config: CoordinatorConfig,
-    bundle: bytes,
-    parameters: npt.NDArray[np.float32],
-    number: int,
-    devices: list[str],
-) -> RoundResult:
-    settings = config.round
-    return coordinator.run_round(
-        run_id=config.run,
-        number=number,
-        bundle=bundle,
-        parameters=parameters,
-        plan=_plan(config, number),
-        # in an asynchronous round who comes later may take part, too
-        device_ids=meant(coordinator.admitted(), settings.only, settings.exclude)
-        if settings.max_staleness
-        else devices,
-        quorum=settings.quorum,
-        engine=engine,
-        timing=Timing(settings.duration_s, settings.answer_s, settings.grace_s),
-        goal=settings.goal,
-        max_staleness=settings.max_staleness,
-        encrypt=config.wire.encryption,
     )
 
 

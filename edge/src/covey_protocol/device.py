@@ -57,7 +57,9 @@ CAPABILITIES: tuple[Name, ...] = (
 )
 
 
-def needed_capabilities(manifest: Manifest, plan: TrainingPlan, *, encrypt: bool = False) -> tuple[Name, ...]:
+def needed_capabilities(
+    manifest: Manifest, plan: TrainingPlan, *, encrypt: bool = False, late: bool = False
+) -> tuple[Name, ...]:
     """What an invitation to train this bundle by this plan must name in `requires`, in the order of CAPABILITIES."""
     needed = {"train", "float32", *manifest.train_inputs}
     if RESET_OPTIMIZER in manifest.signatures:
@@ -67,6 +69,8 @@ def needed_capabilities(manifest: Manifest, plan: TrainingPlan, *, encrypt: bool
     if plan.proximal_weight:
         needed.add("proximal")
     needed.add(plan.compression)
+    if late:
+        needed.add(LATE)
     if encrypt:
         needed.add(ENCRYPTION)
     if plan.evaluate:
