@@ -23,16 +23,13 @@ prepare()
 import numpy as np
 
 from covey_coordinator.aggregation.engines import make_engine
-from covey_coordinator.aggregation.kernels import Updates
-from covey_coordinator.aggregation.kernels.fast import NumpyKernels
 from covey_coordinator.aggregation.registry import make_rule
-from covey_coordinator.aggregation.rules import Batch, Rule
-from covey_coordinator.attacks.contract import Attack, Knowledge
-from covey_coordinator.attacks.mathematics import disguised
+from covey_coordinator.aggregation.rules import Rule
+from covey_coordinator.attacks.contract import Attack
 from covey_coordinator.attacks.plain import NoAttack
 from covey_coordinator.attacks.registry import make_attack
 from covey_coordinator.grid.settings import GridSettings
-from covey_coordinator.grid.simulation import Fleet, World, corrupted_devices, flat, world_of
+from covey_coordinator.grid.simulation import Attackers, Fleet, World, corrupted_devices, flat, world_of
 from covey_coordinator.records import ACCEPTED
 from covey_protocol.compression import decode, encode
 from covey_protocol.errors import RuleError
@@ -77,13 +74,13 @@ class Run:
     """One fleet, attacked, for all rounds."""
 
     def __init__(self, settings: GridSettings, rule: Rule, attack: Attack, form: Compression, seed: int) -> None:
-        self._settings, self._rule, self._attack, self._form, self._seed = settings, rule, attack, form, seed
+        self._settings, self._form = settings, form
         self._world: World = world_of(settings.data, settings.model, settings.devices, settings.alpha, seed)
         attackers = 0 if isinstance(attack, NoAttack) else round(FRACTION * settings.devices)
         self._hostile = corrupted_devices(settings.devices, attackers, seed)
         self._fleet = Fleet(self._world, settings, attack, self._hostile, seed)
         self._engine = make_engine("direct", rule, self._world.specs)
-        self._kernels = NumpyKernels()
+        self._attackers = Attackers(attack, self._hostile, self._fleet.sizes, rule, self._engine, seed)
         self._ids = [f"device-{number:04d}" for number in range(settings.devices)]
         self._withheld = np.zeros((settings.devices, len(self._world.initial)), np.float32)
         self._parameters = self._world.initial
@@ -117,7 +114,8 @@ class Run:
                 if self._form.name in WITHHOLDING:
                     self._withheld[row] = whole - updates[row]
         if hostile:
-            for row, crafted in zip(self._hostile, self._crafted(updates, number)):
+            crafted_rows = self._attackers.crafted(updates, self._parameters, number)
+            for row, crafted in zip(self._hostile, crafted_rows):
                 updates[row] = self._travelled(crafted, number, int(row))
         return updates
 
@@ -126,26 +124,6 @@ class Run:
             return update
         seed = update_seed(f"run.{number}.0", self._ids[row])
         return decode(encode(update, self._form, seed), self._form, seed, len(update))
-
-    def _crafted(self, updates: np.ndarray, number: int) -> np.ndarray:
-        def batch_with(rows: Any) -> Batch:
-            matrix = updates.copy()
-            matrix[self._hostile] = rows
-            return Batch(Updates(matrix), self._fleet.sizes.astype(np.float32), np.arange(len(matrix)))
-
-        knowledge = Knowledge(
-            own=updates[self._hostile],
-            num_byzantine=self._rule.num_byzantine,
-            seed=self._seed,
-            round_number=number,
-            rule=self._rule,
-            rule_state=self._engine.rule_state,
-            batch_with=batch_with,
-            parameters=self._parameters,
-        )
-        honest = Updates(np.delete(updates, self._hostile, axis=0))
-        crafted = disguised(self._kernels, self._attack.craft(self._kernels, honest, len(self._hostile), knowledge))
-        return np.asarray(crafted)
 
 
 def made_rule(label: str, devices: int) -> Rule:

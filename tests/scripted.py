@@ -28,20 +28,25 @@ from covey_protocol.parameters import ParameterSpec
 D = 300
 
 
-def manifest(trainable: bool = True) -> Manifest:
+def manifest_of(*parameters: ParameterSpec) -> Manifest:
+    """Of a model that nobody runs."""
     return Manifest(
         format=1,
-        name="wide",
+        name="scripted",
         model_sha256="",
         model_bytes=0,
         batch_size=1,
         input=TensorSpec((1,), "float32"),
         label=TensorSpec((1,), "float32"),
-        parameters=(ParameterSpec("w", (D - 1,)), ParameterSpec("norm/moving_variance", (1,), trainable=trainable)),
+        parameters=parameters,
         signatures=REQUIRED_SIGNATURES,
         loss="mean_squared_error",
         optimizer="sgd",
     )
+
+
+def manifest(trainable: bool = True) -> Manifest:
+    return manifest_of(ParameterSpec("w", (D - 1,)), ParameterSpec("norm/moving_variance", (1,), trainable=trainable))
 
 
 class Scripted:

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from scripted import Scripted
+from scripted import Scripted, manifest_of
 
 from covey_coordinator.aggregation.engines import make_engine
 from covey_coordinator.aggregation.registry import make_rule
@@ -21,7 +21,7 @@ from covey_coordinator.orders import Orders
 from covey_coordinator.serve import CoordinatorConfig, RoundSettings, Task, Work, run_tasks
 from covey_coordinator.store import RunStore
 from covey_edge.config import BrokerSettings
-from covey_protocol.bundle import REQUIRED_SIGNATURES, Manifest, TensorSpec, write_bundle
+from covey_protocol.bundle import write_bundle
 from covey_protocol.errors import RunError
 from covey_protocol.messages import Invitation
 from covey_protocol.parameters import ParameterSpec
@@ -98,19 +98,7 @@ def test_every_device_is_sampled_about_as_often() -> None:
 # --- in a run
 
 D = 3
-MANIFEST = Manifest(
-    format=1,
-    name="small",
-    model_sha256="",
-    model_bytes=0,
-    batch_size=1,
-    input=TensorSpec((1,), "float32"),
-    label=TensorSpec((1,), "float32"),
-    parameters=(ParameterSpec("w", (D,)),),
-    signatures=REQUIRED_SIGNATURES,
-    loss="mean_squared_error",
-    optimizer="sgd",
-)
+MANIFEST = manifest_of(ParameterSpec("w", (D,)))
 BUNDLE = write_bundle(MANIFEST, b"model", SealingKey.from_seed(bytes(32)))
 ROUND = RoundSettings(devices=4, quorum=2, duration_s=5.0, answer_s=0.2, grace_s=0.1, wait_s=0.5)
 replace = msgspec.structs.replace

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from scripted import Scripted
+from scripted import Scripted, manifest_of
 
 from covey_coordinator.aggregation.engines import make_engine
 from covey_coordinator.aggregation.registry import make_rule
@@ -22,7 +22,7 @@ from covey_coordinator.watching import events
 from covey_coordinator.watching.board import Board
 from covey_coordinator.watching.metrics import Traffic, exposition
 from covey_edge.config import BrokerSettings
-from covey_protocol.bundle import REQUIRED_SIGNATURES, Manifest, TensorSpec, write_bundle
+from covey_protocol.bundle import write_bundle
 from covey_protocol.device import CAPABILITIES
 from covey_protocol.errors import TrainingError
 from covey_protocol.messages import Invitation, TrainingPlan
@@ -31,19 +31,7 @@ from covey_protocol.seals import SealingKey
 
 D = 6
 NAMES = ("loss", "accuracy")
-MANIFEST = Manifest(
-    format=1,
-    name="small",
-    model_sha256="",
-    model_bytes=0,
-    batch_size=1,
-    input=TensorSpec((1,), "float32"),
-    label=TensorSpec((1,), "float32"),
-    parameters=(ParameterSpec("w", (D,)),),
-    signatures=REQUIRED_SIGNATURES,
-    loss="mean_squared_error",
-    optimizer="sgd",
-)
+MANIFEST = manifest_of(ParameterSpec("w", (D,)))
 BUNDLE = write_bundle(MANIFEST, b"model", SealingKey.from_seed(bytes(32)))
 MODEL = np.arange(D, dtype=np.float32)
 PLAN = TrainingPlan(1, 0.5, evaluate=NAMES)

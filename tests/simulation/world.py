@@ -24,6 +24,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 from msgspec.structs import replace
+from scripted import manifest_of
 
 from covey_coordinator import records
 from covey_coordinator.aggregation.staleness import staleness_weight
@@ -38,7 +39,7 @@ from covey_edge.outbox import Outbox
 from covey_edge.performer import Performer
 from covey_protocol import device
 from covey_protocol.blobs import blob_ref, chunks
-from covey_protocol.bundle import REQUIRED_SIGNATURES, Manifest, TensorSpec, write_bundle
+from covey_protocol.bundle import write_bundle
 from covey_protocol.encryption import ENCRYPTION_BYTES, KeyPair, encrypted
 from covey_protocol.errors import CoveyError, RuleError, StorageError
 from covey_protocol.messages import (
@@ -88,19 +89,7 @@ KINDS: dict[str, dict[str, int]] = {  # of rounds
 }
 MOST_STALENESS = max(kind.get("max_staleness", 0) for kind in KINDS.values())
 ENCRYPTED = WireSettings(encryption=True)
-MANIFEST = Manifest(
-    format=1,
-    name="ledger",
-    model_sha256="",
-    model_bytes=0,
-    batch_size=1,
-    input=TensorSpec((1,), "float32"),
-    label=TensorSpec((1,), "float32"),
-    parameters=(ParameterSpec("ledger", (D,)),),
-    signatures=REQUIRED_SIGNATURES,
-    loss="mean_squared_error",
-    optimizer="sgd",
-)
+MANIFEST = manifest_of(ParameterSpec("ledger", (D,)))
 BUNDLE = write_bundle(MANIFEST, b"model", SealingKey.from_seed(bytes(32)))
 STORED = "SELECT id, coalesce(origin, round), sha256, staleness FROM devices WHERE sha256 IS NOT NULL"
 TO_DEVICE = {

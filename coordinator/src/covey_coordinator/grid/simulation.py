@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from covey_coordinator.aggregation.engines import make_engine
+from covey_coordinator.aggregation.engines import Engine, make_engine
 from covey_coordinator.aggregation.kernels import Updates
 from covey_coordinator.aggregation.kernels.fast import NumpyKernels
 from covey_coordinator.aggregation.rules import Batch, Rule
@@ -97,6 +97,39 @@ class Fleet:
         return self._momentum.copy()
 
 
+class Attackers:
+    """The hostile devices of one run, who know all that an attack may know."""
+
+    def __init__(
+        self, attack: Attack, hostile: Integers, sizes: Integers, rule: Rule, engine: Engine, seed: int
+    ) -> None:
+        self._attack, self._hostile, self._sizes = attack, hostile, sizes
+        self._rule, self._engine, self._seed = rule, engine, seed
+        self._kernels = NumpyKernels()
+
+    def crafted(self, updates: Floats, parameters: Floats, number: int) -> Floats:
+        """What they send in this round, in place of their rows of the (n, d) updates."""
+
+        def batch_with(rows: Any) -> Batch:
+            matrix = updates.copy()
+            matrix[self._hostile] = rows
+            return Batch(Updates(matrix), self._sizes.astype(np.float32), np.arange(len(matrix)))
+
+        knowledge = Knowledge(
+            own=updates[self._hostile],
+            num_byzantine=self._rule.num_byzantine,
+            seed=self._seed,
+            round_number=number,
+            rule=self._rule,
+            rule_state=self._engine.rule_state,
+            batch_with=batch_with,
+            parameters=parameters,
+        )
+        honest = Updates(np.delete(updates, self._hostile, axis=0))
+        rows = self._attack.craft(self._kernels, honest, len(self._hostile), knowledge)
+        return np.asarray(disguised(self._kernels, rows))
+
+
 def flat(x: Any) -> Floats:
     return np.ascontiguousarray(x.reshape(len(x), -1), np.float32)
 
@@ -134,10 +167,10 @@ class _Run:
         self._hostile = corrupted_devices(settings.devices, cell.num_hostile, cell.seed)
         self._fleet = Fleet(world, settings, self._attack, self._hostile, cell.seed)
         self._engine = make_engine("direct", rule, world.specs)
+        self._attackers = Attackers(self._attack, self._hostile, self._fleet.sizes, rule, self._engine, cell.seed)
         self._parameters = world.initial
         self._ids = [f"device-{number:04d}" for number in range(settings.devices)]  # sorts as it counts
         self._test_x = flat(world.test.x)
-        self._kernels = NumpyKernels()
         self.curve: list[float] = []
         self.rounds_refused, self.last_refusal = 0, ""
 
@@ -145,7 +178,7 @@ class _Run:
         """One round; a refused one leaves the model as it was, as in live rounds."""
         updates = self._fleet.updates(self._parameters, number)
         if len(self._hostile):
-            updates[self._hostile] = self._crafted(updates, number)
+            updates[self._hostile] = self._attackers.crafted(updates, self._parameters, number)
         try:
             self._parameters = self._engine.step(self._parameters, updates, self._fleet.sizes, self._ids).parameters
         except RuleError as error:
@@ -153,28 +186,6 @@ class _Run:
             self.last_refusal = str(error)
         right = self._world.network.predicted(self._parameters, self._test_x) == self._world.test.y
         self.curve.append(round(float(right.mean()), 6))
-
-    def _crafted(self, updates: Floats, number: int) -> Floats:
-        honest = np.delete(updates, self._hostile, axis=0)
-
-        def batch_with(rows: Any) -> Batch:
-            matrix = updates.copy()
-            matrix[self._hostile] = rows
-            return Batch(Updates(matrix), self._fleet.sizes.astype(np.float32), np.arange(len(matrix)))
-
-        knowledge = Knowledge(
-            own=updates[self._hostile],
-            num_byzantine=self._rule.num_byzantine,
-            seed=self._seed,
-            round_number=number,
-            rule=self._rule,
-            rule_state=self._engine.rule_state,
-            batch_with=batch_with,
-            parameters=self._parameters,
-        )
-        rows = self._attack.craft(self._kernels, Updates(honest), len(self._hostile), knowledge)
-        crafted: Floats = disguised(self._kernels, rows)
-        return crafted
 
     def backdoor_success(self) -> float | None:
         """Share of the test examples of other classes that the trigger turns into the target; None without one."""
