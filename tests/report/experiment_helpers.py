@@ -16,7 +16,10 @@ RULES = ("mean", "median", "multi-krum")
 ATTACKS = ("label-flip", "alie", "sign-flip")
 FRACTIONS = (0.1, 0.2, 0.3)
 # how much of the accuracy is lost per corrupted share
-HARM = {"mean": {"label-flip": 0.6, "alie": 1.2, "sign-flip": 2.6}, "median": {"label-flip": 0.3, "alie": 1.1, "sign-flip": 0.2}}
+HARM = {
+    "mean": {"label-flip": 0.6, "alie": 1.2, "sign-flip": 2.6},
+    "median": {"label-flip": 0.3, "alie": 1.1, "sign-flip": 0.2},
+}
 
 
 def run(
@@ -79,7 +82,9 @@ class Large:
     """
 
     def __init__(self) -> None:
-        self._patterns = [run("multi-krum", "label-flip", 0.2, seed, rounds=100, devices=40, cohort=20) for seed in (0, 1)]
+        self._patterns = [
+            run("multi-krum", "label-flip", 0.2, seed, rounds=100, devices=40, cohort=20) for seed in (0, 1)
+        ]
 
     def __iter__(self) -> Iterator[RunResult]:
         names = (f"number {number} of ten with a name of usual length" for number in range(10))

@@ -52,7 +52,9 @@ def test_a_point_has_the_mean_of_its_seeds_and_their_spread():
 
 def test_rounds_without_a_measurement_are_left_out_of_the_mean_and_not_taken_for_zero():
     short = plain(1, (0.2, 0.6))
-    gap = plain(2, rounds=[RoundRecord(0, None, {"accuracy": 0.3}), RoundRecord(1), RoundRecord(2, None, {"loss": 1.0})])
+    gap = plain(
+        2, rounds=[RoundRecord(0, None, {"accuracy": 0.3}), RoundRecord(1), RoundRecord(2, None, {"loss": 1.0})]
+    )
     (point,) = gathered([short, gap]).points
     assert point.band("accuracy", 10).mean == [0.25, 0.6]
     assert sorted(point.final()) == [0.3, 0.6]  # the last that was measured
@@ -149,7 +151,12 @@ def test_the_page_is_well_formed_loads_nothing_and_shows_every_part(text: str):
     told = " ".join(page.texts)
     for part in ("Results at a glance", "Accuracy round by round", "Who was turned away", "Does every device profit"):
         assert part in told
-    for part in ("How accuracy changes with", "Which data each device holds", "All results", "What a simulation does not"):
+    for part in (
+        "How accuracy changes with",
+        "Which data each device holds",
+        "All results",
+        "What a simulation does not",
+    ):
         assert part in told
     levels = [int(name[1]) for name, _ in page.elements if re.fullmatch("h[1-6]", name)]
     assert levels.count(1) == 1
@@ -239,17 +246,26 @@ ODD = {
     "a run without a round": [plain(rounds=[])],
     "one run": [plain()],
     "no accuracy": [plain(rounds=[RoundRecord(1, 2.0)])],
-    "losses that are not finite": [plain(rounds=[RoundRecord(n, math.inf, {"loss": math.nan, "accuracy": 0.1}) for n in (1, 2)])],
+    "losses that are not finite": [
+        plain(rounds=[RoundRecord(n, math.inf, {"loss": math.nan, "accuracy": 0.1}) for n in (1, 2)])
+    ],
     "losses from tiny to huge": [plain(rounds=[RoundRecord(n, 10.0 ** (9 * n), {"loss": 1e-9}) for n in (-1, 0, 1)])],
     "losses of zero": [plain(rounds=[RoundRecord(n, 0.0, {"loss": 0.0}) for n in (1, 2)])],
     "perfect accuracy": [plain(0, (1.0, 1.0))],
     "one round only": [plain(0, (0.4,))],
     "scores that are not finite": [
-        plain(rounds=[RoundRecord(1, 1.0, verdicts=judged(True, False, scores=(math.nan, math.inf)))], faults={"d1": ("x",)})
+        plain(
+            rounds=[RoundRecord(1, 1.0, verdicts=judged(True, False, scores=(math.nan, math.inf)))],
+            faults={"d1": ("x",)},
+        )
     ],
-    "only a number varied": [plain(n, (0.1, 0.2 * n), key=str(n), varied={"learning_rate": n / 10}) for n in range(1, 5)],
+    "only a number varied": [
+        plain(n, (0.1, 0.2 * n), key=str(n), varied={"learning_rate": n / 10}) for n in range(1, 5)
+    ],
     "twenty rules": [plain(0, (0.1, 0.5), key=str(n), varied={"rule": f"rule-{n}"}) for n in range(20)],
-    "values of several kinds": [plain(0, key=str(n), varied={"x": x}) for n, x in enumerate((None, 1, "a", True, [1], {}))],
+    "values of several kinds": [
+        plain(0, key=str(n), varied={"x": x}) for n, x in enumerate((None, 1, "a", True, [1], {}))
+    ],
     "a key that some runs lack": [plain(0, key="a"), plain(0, key="b", varied={"rule": "krum"})],
     "devices without classes": [plain(counts={"d0": (), "d1": (0, 0)})],
     "counts of different lengths": [plain(counts={"d0": (3,), "d1": (1, 2)})],
@@ -259,7 +275,11 @@ ODD = {
             n,
             key=HOSTILE + str(n),
             varied={"rule": f"{HOSTILE}{n}", "attack": {"kind": HOSTILE}, HOSTILE: n},
-            rounds=[RoundRecord(1, 1.0, {"accuracy": 0.5}, verdicts={HOSTILE: Judged(False, 1.0)}, measurements={HOSTILE: 1.0})],
+            rounds=[
+                RoundRecord(
+                    1, 1.0, {"accuracy": 0.5}, verdicts={HOSTILE: Judged(False, 1.0)}, measurements={HOSTILE: 1.0}
+                )
+            ],
             faults={HOSTILE: (HOSTILE,)},
             counts={HOSTILE: (1, 2)},
             devices={HOSTILE: {"accuracy": 0.5}},

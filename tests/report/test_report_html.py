@@ -29,6 +29,7 @@ from covey_coordinator.report import plots
 from covey_coordinator.report.html import render, write_report
 from covey_protocol.errors import StorageError
 
+
 def hostile_demo() -> DemoRecord:
     verdicts = [DeviceVerdict(HOSTILE, "rejected", HOSTILE), DeviceVerdict("pi-2", ACCEPTED)]
     run_of_it = RunRecord(HOSTILE, HOSTILE, HOSTILE, [HOSTILE], [RoundRecord(1, 0.5, 1.0, verdicts, 1.0, note=HOSTILE)])

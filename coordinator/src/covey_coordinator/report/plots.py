@@ -61,7 +61,9 @@ def accuracy_curves(runs: Sequence[RunRecord]) -> Markup:
         across = left + (number - first) / (last - first) * (width - left - right)
         return across, top + (1 - (accuracy - floor) / (1 - floor)) * (height - top - bottom)
 
-    parts = [svg.opening(width, height, "Accuracy on the test set after every round, one line per run. " + _spoken(runs))]
+    parts = [
+        svg.opening(width, height, "Accuracy on the test set after every round, one line per run. " + _spoken(runs))
+    ]
     parts += [svg.gridline(left, width - right, place(first, level)[1], level) for level in svg.levels(floor)]
     for number in svg.ticks(first, last):
         across = place(number, floor)[0]
@@ -114,7 +116,9 @@ def class_bars(shards: dict[str, Sequence[int]], devices: Sequence[str], class_n
     if most == 0:
         return Markup("")
     width, left, right, row = 1040, 158, 60, 24
-    parts = [svg.opening(width, row * len(rows) + 4, "Stacked bars: how many examples of each class every device holds.")]
+    parts = [
+        svg.opening(width, row * len(rows) + 4, "Stacked bars: how many examples of each class every device holds.")
+    ]
     for line, (device, counts) in enumerate(rows):
         across, down = float(left), line * row + 2
         label = svg.formatted("<title>{}</title>{}", printable(device), svg.shortened(device, 18))
@@ -166,7 +170,11 @@ def feature_bars(inversion: InversionRecord) -> Markup:
     low, high = _shown_range(inversion, truth)
     left, row, top = 190, 16, 40
     column = (1040 - left) / max(1, len(attempts))
-    parts = [svg.opening(1040, top + row * truth.size + 6, "True and recovered value of every feature, a column per attempt.")]
+    parts = [
+        svg.opening(
+            1040, top + row * truth.size + 6, "True and recovered value of every feature, a column per attempt."
+        )
+    ]
 
     def place(value: float, start: float) -> float:
         clipped = min(max(value, low), high) if math.isfinite(value) else (low + high) / 2
@@ -187,9 +195,15 @@ def feature_bars(inversion: InversionRecord) -> Markup:
         for line, (true, found) in enumerate(zip(truth, recovered)):
             down, tip, dot = top + line * row + 8, place(float(true), start), place(float(found), start)
             bar = '<rect class="truth" x="{}" y="{}" width="{}" height="9"/>'
-            parts.append(svg.formatted(bar, svg.number(min(zero, tip)), svg.number(down - 4.5), svg.number(max(1.0, abs(tip - zero)))))
+            parts.append(
+                svg.formatted(
+                    bar, svg.number(min(zero, tip)), svg.number(down - 4.5), svg.number(max(1.0, abs(tip - zero)))
+                )
+            )
             parts.append(svg.line(tip, down, dot, down, "miss"))
-            parts.append(svg.formatted('<circle class="found" cx="{}" cy="{}" r="3"/>', svg.number(dot), svg.number(down)))
+            parts.append(
+                svg.formatted('<circle class="found" cx="{}" cy="{}" r="3"/>', svg.number(dot), svg.number(down))
+            )
     return Markup("").join(parts) + svg.END
 
 
@@ -231,7 +245,10 @@ def _cells(cells: Sequence[str], left: float, down: float, cell: float, row: flo
         if status not in STATUS_COLOURS:
             continue
         x, y, w, h = left + column * cell, down + 1, cell - gap, row - 2.5
-        boxes[status] = boxes.get(status, "") + f"M{svg.number(x)} {svg.number(y)}h{svg.number(w)}v{svg.number(h)}h-{svg.number(w)}z"
+        boxes[status] = (
+            boxes.get(status, "")
+            + f"M{svg.number(x)} {svg.number(y)}h{svg.number(w)}v{svg.number(h)}h-{svg.number(w)}z"
+        )
         marks[status] = marks.get(status, "") + _mark(status, x + w / 2, y + h / 2, min(4.0, w / 2 - 0.5))
     drawn = [svg.formatted('<path fill="{}" d="{}"/>', STATUS_COLOURS[status], path) for status, path in boxes.items()]
     if cell >= 5:
@@ -262,7 +279,9 @@ def _segment(across: float, down: float, wide: float, high: float, index: int, s
     box = '<g><title>{}</title><rect class="segment" x="{}" y="{}" width="{}" height="{}" fill="{}"/>{}</g>'
     fits = len(name) * 7 + 6 <= wide
     label = svg.text(across + wide / 2, down + high - 5, name, "middle", "inside") if fits else Markup("")
-    return svg.formatted(box, spoken, svg.number(across), svg.number(down), svg.number(wide), svg.number(high), colour, label)
+    return svg.formatted(
+        box, spoken, svg.number(across), svg.number(down), svg.number(wide), svg.number(high), colour, label
+    )
 
 
 def _shown_range(inversion: InversionRecord, truth: npt.NDArray[np.float64]) -> tuple[float, float]:

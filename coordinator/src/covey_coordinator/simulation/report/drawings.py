@@ -212,7 +212,8 @@ def shade(share: float) -> str:
 
 def _heat_spoken(rows: Sequence[str], columns: Sequence[str], cells: Sequence[Sequence[Cell]]) -> str:
     told = [
-        f"{printable(row)}: " + ", ".join(f"{printable(c)} {percent(cell.accuracy, 0)}" for c, cell in zip(columns, line))
+        f"{printable(row)}: "
+        + ", ".join(f"{printable(c)} {percent(cell.accuracy, 0)}" for c, cell in zip(columns, line))
         for row, line in zip(rows, cells)
     ]
     return "Final accuracy, rows by columns. " + "; ".join(told)[:4000]
@@ -288,7 +289,9 @@ def roc_curves(lines: Sequence[Accused]) -> Markup:
     parts.append(frame.drawn("healthy devices accused", [0, 0.2, 0.4, 0.6, 0.8, 1]))
     parts.append(svg.line(*frame.place(0, 0), *frame.place(1, 1), "axisline"))
     for line, curve in drawn:
-        parts.append(svg.formatted('<path d="{}" {}/>', _path([frame.place(*p) for p in curve]), svg.stroke(line.index)))
+        parts.append(
+            svg.formatted('<path d="{}" {}/>', _path([frame.place(*p) for p in curve]), svg.stroke(line.index))
+        )
     parts.append(svg.text(LEFT, TOP - 1, "corrupted devices found", "start", "axis"))
     return Markup("").join(parts) + svg.END
 

@@ -24,7 +24,14 @@ from covey_coordinator.report.html import page_environment
 from covey_coordinator.simulation.report import drawings, words
 from covey_coordinator.simulation.report.axes import Axis, Layout, label
 from covey_coordinator.simulation.report.frame import share_floor
-from covey_coordinator.simulation.report.points import Gathered, Point, area_under_roc, canonical, corrupted_devices, gathered
+from covey_coordinator.simulation.report.points import (
+    Gathered,
+    Point,
+    area_under_roc,
+    canonical,
+    corrupted_devices,
+    gathered,
+)
 from covey_coordinator.simulation.results import RunResult
 from covey_edge.files import write_atomic
 from covey_protocol.errors import DataError
@@ -97,7 +104,9 @@ def settings_of(folder: Path) -> dict[str, str]:
     try:
         return dict(_flat(tomllib.loads(path.read_text(encoding="utf-8"))))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as exc:
-        raise DataError(f"{path} cannot be read ({exc})", "restore the file that the experiment was started with") from exc
+        raise DataError(
+            f"{path} cannot be read ({exc})", "restore the file that the experiment was started with"
+        ) from exc
 
 
 def _flat(table: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, str]]:
@@ -175,9 +184,7 @@ def _heat_map(layout: Layout, down: Axis, across: Axis, panel: dict[str, Any]) -
     cells = [
         [_heat_cell(layout.point(**{**panel, down.key: row, across.key: column})) for column in columns] for row in rows
     ]
-    return drawings.heat_map(
-        down.labels[:MAX_HEAT_SIDE], across.labels[:MAX_HEAT_SIDE], cells, worst=len(columns) > 1
-    )
+    return drawings.heat_map(down.labels[:MAX_HEAT_SIDE], across.labels[:MAX_HEAT_SIDE], cells, worst=len(columns) > 1)
 
 
 def _heat_cell(point: Point | None) -> drawings.Cell:
@@ -186,9 +193,7 @@ def _heat_cell(point: Point | None) -> drawings.Cell:
     low, high = point.spread
     seeds = len(point.final())
     between = f", {summary.percent(low)} to {summary.percent(high)}" if seeds > 1 else ""
-    return drawings.Cell(
-        point.accuracy, f"{summary.percent(point.accuracy)}, {words.counted(seeds, 'seed')}{between}"
-    )
+    return drawings.Cell(point.accuracy, f"{summary.percent(point.accuracy)}, {words.counted(seeds, 'seed')}{between}")
 
 
 # --- curves
@@ -311,7 +316,9 @@ def _grids(found: Gathered, layout: Layout, results: Iterable[RunResult]) -> tup
     candidates = [point for point in found.points if point.num_corrupted and point.updates.rejected]
     chosen = {point.first: point for point in _of_every_line(layout, candidates)[:MAX_GRIDS]}
     runs = results if not isinstance(results, Cells) else filter(None, map(results.read, chosen))
-    drawn = {result.key: _grid(result, layout.title(chosen[result.key].varied)) for result in runs if result.key in chosen}
+    drawn = {
+        result.key: _grid(result, layout.title(chosen[result.key].varied)) for result in runs if result.key in chosen
+    }
     return [drawn[key] for key in chosen if key in drawn], len(candidates) - len(drawn)
 
 
@@ -369,7 +376,9 @@ def _boxes(found: Gathered, layout: Layout) -> dict[str, Any]:
     points = [point for point in found.points if point.device_accuracies]
     drawn = []
     for point in points[:MAX_BOXES]:
-        statistics = np.mean([np.percentile(values, [0, 25, 50, 75, 100]) for values in point.device_accuracies], axis=0)
+        statistics = np.mean(
+            [np.percentile(values, [0, 25, 50, 75, 100]) for values in point.device_accuracies], axis=0
+        )
         name = ", ".join(label(point.varied.get(axis.key), 24) for axis in layout.axes) or "all runs"
         drawn.append(drawings.Box(name, *map(float, statistics)))
     return {"drawing": drawings.boxes(drawn), "left_out": len(points) - len(drawn)}
@@ -407,7 +416,9 @@ def _measurements(found: Gathered, layout: Layout) -> dict[str, Any]:
     rows = []
     for point in found.points[:MAX_BOXES]:
         means = [words.mean([one[name] for one in point.measurements if name in one]) for name in shown]
-        rows.append((layout.title(point.varied) or "all runs", [f"{m:.4g}" if math.isfinite(m) else "–" for m in means]))
+        rows.append(
+            (layout.title(point.varied) or "all runs", [f"{m:.4g}" if math.isfinite(m) else "–" for m in means])
+        )
     return {
         "names": shown,
         "rows": rows,

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from covey_coordinator.report.summary import Detection
-from covey_coordinator.simulation.results import Judged, RunResult
+from covey_coordinator.simulation.results import RunResult
 
 Floats = npt.NDArray[np.float64]
 SEED_KEYS = ("seed", "seeds")  # a sweep over seeds varies nothing else
@@ -82,9 +82,7 @@ class Point:
         curves = [curve for curve in self.curves.get(metric, ()) if curve]
         rounds = thinned(sorted({number for curve in curves for number in curve}), most)
         columns = [[curve[number] for curve in curves if number in curve] for number in rounds]
-        return Band(
-            rounds, [float(np.mean(column)) for column in columns], [*map(min, columns)], [*map(max, columns)]
-        )
+        return Band(rounds, [float(np.mean(column)) for column in columns], [*map(min, columns)], [*map(max, columns)])
 
     def auc(self) -> float:
         return area_under_roc(self.suspicions)
@@ -139,17 +137,17 @@ def _add(point: Point, result: RunResult) -> None:
         _add_curve(point, metric, values)
     losses = {record.number: math.nan if record.loss is None else record.loss for record in result.rounds}
     _add_curve(point, "training loss", losses)
-    judged = _by_device(result)
-    corrupted = corrupted_devices(result)
-    point.updates = added(point.updates, _updates(judged, corrupted))
-    point.devices = added(point.devices, _devices(judged, corrupted))
-    point.suspicions += _suspicions(result, corrupted)
-    accuracies = [found["accuracy"] for found in result.devices.values() if math.isfinite(found.get("accuracy", math.nan))]
+    told = _verdicts(result)
+    point.updates, point.devices = added(point.updates, _updates(told)), added(point.devices, _devices(told))
+    point.suspicions += _suspicions(told)
+    accuracies = [
+        found["accuracy"] for found in result.devices.values() if math.isfinite(found.get("accuracy", math.nan))
+    ]
     if accuracies:
         point.device_accuracies.append(np.array(accuracies, np.float64))
     point.measurements.append(result.rounds[-1].measurements)
-    point.num_devices = max(point.num_devices, len(result.faults), len(judged))
-    point.num_corrupted = max(point.num_corrupted, len(corrupted))
+    point.num_devices = max(point.num_devices, len(result.faults), len(told.ids))
+    point.num_corrupted = max(point.num_corrupted, len(corrupted_devices(result)))
     point.num_rounds = max(point.num_rounds, max(record.number for record in result.rounds))
 
 
@@ -162,28 +160,41 @@ def corrupted_devices(result: RunResult) -> set[str]:
     return {device_id for device_id, faults in result.faults.items() if faults}
 
 
-def _by_device(result: RunResult) -> dict[str, list[Judged]]:
-    found: dict[str, list[Judged]] = {}
-    for record in result.rounds:
-        for device_id, judged in record.verdicts.items():
-            found.setdefault(device_id, []).append(judged)
-    return found
+class _Verdicts(NamedTuple):
+    """All verdicts of a run, one entry each. ids: of the devices, sorted. device: places in ids. corrupted: of ids."""
+
+    ids: list[str]
+    corrupted: npt.NDArray[np.bool_]
+    device: npt.NDArray[np.int64]
+    round: npt.NDArray[np.int64]
+    accepted: npt.NDArray[np.bool_]
+    score: Floats
 
 
-def _updates(judged: dict[str, list[Judged]], corrupted: set[str]) -> Detection:
-    rejected = {device_id: sum(not one.accepted for one in all_) for device_id, all_ in judged.items()}
-    return Detection(
-        rejected=sum(rejected.values()),
-        rejected_corrupted=sum(count for device_id, count in rejected.items() if device_id in corrupted),
-        judged_corrupted=sum(len(all_) for device_id, all_ in judged.items() if device_id in corrupted),
-        missing=0,
-    )
+def _verdicts(result: RunResult) -> _Verdicts:
+    ids = sorted({device_id for record in result.rounds for device_id in record.verdicts})
+    places, corrupted = {device_id: place for place, device_id in enumerate(ids)}, corrupted_devices(result)
+    told = [
+        (places[device_id], number, one.accepted, one.score)
+        for number, record in enumerate(result.rounds)
+        for device_id, one in record.verdicts.items()
+    ]
+    columns = zip(*told) if told else ((), (), (), ())
+    types = (np.int64, np.int64, np.bool_, np.float64)
+    arrays: Any = [np.array(column, kind) for column, kind in zip(columns, types)]
+    return _Verdicts(ids, np.array([device_id in corrupted for device_id in ids], bool), *arrays)
 
 
-def _devices(judged: dict[str, list[Judged]], corrupted: set[str]) -> Detection:
+def _updates(told: _Verdicts) -> Detection:
+    corrupted = told.corrupted[told.device]
+    return Detection(int((~told.accepted).sum()), int((~told.accepted & corrupted).sum()), int(corrupted.sum()), 0)
+
+
+def _devices(told: _Verdicts) -> Detection:
     """A device counts as rejected when more than half of its updates were."""
-    rejected = {device_id for device_id, all_ in judged.items() if 2 * sum(not one.accepted for one in all_) > len(all_)}
-    return Detection(len(rejected), len(rejected & corrupted), len(judged.keys() & corrupted), 0)
+    judged = np.bincount(told.device, minlength=len(told.ids))
+    rejected = 2 * np.bincount(told.device[~told.accepted], minlength=len(told.ids)) > judged
+    return Detection(int(rejected.sum()), int((rejected & told.corrupted).sum()), int(told.corrupted.sum()), 0)
 
 
 def added(one: Detection, other: Detection) -> Detection:
@@ -195,22 +206,21 @@ def added(one: Detection, other: Detection) -> Detection:
     )
 
 
-def _suspicions(result: RunResult, corrupted: set[str]) -> list[Suspicion]:
-    """Scores of different rounds have different scales, so their ranks are averaged, ties in the middle."""
-    ranks: dict[str, list[float]] = {}
-    for record in result.rounds:
-        scored = {device_id: one.score for device_id, one in record.verdicts.items() if math.isfinite(one.score)}
-        if len(scored) > 1:
-            for device_id, rank in zip(scored, _ranks(np.array([*scored.values()])) / (len(scored) - 1)):
-                ranks.setdefault(device_id, []).append(float(rank))
-    return [Suspicion(device_id in corrupted, float(np.mean(all_))) for device_id, all_ in sorted(ranks.items())]
-
-
-def _ranks(values: Floats) -> Floats:
-    """0 for the least; equal values share the mean of their places."""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    ends = np.cumsum(counts)
-    return np.asarray((ends - (counts + 1) / 2)[inverse], np.float64)
+def _suspicions(told: _Verdicts) -> list[Suspicion]:
+    """Scores of different rounds have different scales, so their places are averaged; equal scores share theirs."""
+    known = np.isfinite(told.score)
+    order = np.lexsort((told.score[known], told.round[known]))
+    device, number, score = (column[known][order] for column in (told.device, told.round, told.score))
+    if not len(score):
+        return []
+    _, start, size = np.unique(number, return_index=True, return_counts=True)
+    same = np.concatenate([[0], np.cumsum((np.diff(number) != 0) | (np.diff(score) != 0))])  # equal scores of a round
+    place = np.arange(len(score)) - np.repeat(start, size)
+    shared = (np.bincount(same, place) / np.bincount(same))[same]
+    others = np.repeat(size - 1, size)
+    rank, judged = shared[others > 0] / others[others > 0], device[others > 0]
+    total, count = np.bincount(judged, rank, len(told.ids)), np.bincount(judged, minlength=len(told.ids))
+    return [Suspicion(bool(told.corrupted[one]), float(total[one] / count[one])) for one in np.flatnonzero(count)]
 
 
 def roc(suspicions: Sequence[Suspicion]) -> list[tuple[float, float]]:

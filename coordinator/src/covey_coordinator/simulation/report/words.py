@@ -16,7 +16,12 @@ NOTHING_FOUND = Detection(0, 0, 0, 0)
 
 def sentences(found: Gathered, layout: Layout) -> list[str]:
     """What was done, what came best and worst, who held in the worst case, who was turned away."""
-    said = [_done(found, layout), _extremes(found.points, layout), _worst_case(layout), _told_apart(layout, found.points)]
+    said = [
+        _done(found, layout),
+        _extremes(found.points, layout),
+        _worst_case(layout),
+        _told_apart(layout, found.points),
+    ]
     return [sentence for sentence in (*said, _seeds(found)) if sentence]
 
 
@@ -62,7 +67,9 @@ def _extremes(points: Sequence[Point], layout: Layout) -> str:
 def _measured(point: Point) -> str:
     low, high = point.spread
     seeds = len(point.final())
-    return percent(point.accuracy) + (f" (mean of {seeds} seeds, {percent(low)} to {percent(high)})" if seeds > 1 else "")
+    return percent(point.accuracy) + (
+        f" (mean of {seeds} seeds, {percent(low)} to {percent(high)})" if seeds > 1 else ""
+    )
 
 
 def worst_of_line(layout: Layout, axis: Axis) -> list[tuple[str, float, Point]]:
