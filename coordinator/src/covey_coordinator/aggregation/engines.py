@@ -117,8 +117,8 @@ def make_engine(
     """The engine "direct" or "tff" for this rule and model.
 
     worker: the TFF engine runs on it and leaves it running; without one it starts its own and stops it in `close`.
-    refuse_copies: see `screen_updates`. device_ids: get the places 0, 1, ... of `Batch.places`; others the next, as they
-    come. Raises ConfigError for unknown names and a learning rate that is not positive.
+    refuse_copies: see `screen_updates`. device_ids: have the places 0, 1, ... of `Batch.places`; others get the next
+    ones as they come. Raises ConfigError for unknown names and a learning rate that is not positive.
     """
     _known("aggregation engine", name, ENGINE_NAMES)
     optimizer = build_server_optimizer(server_optimizer, server_learning_rate)

@@ -1,8 +1,8 @@
 """Whether a fleet did what a simulation does: the same rounds again in TFF, and how far the models lie apart.
 
 Both train the same steps on the same batches, a fleet in a TFLite runtime and a simulation in TensorFlow, so from equal
-parameters they agree to rounding (`ONE_ROUND`). Over many rounds rounding grows, where a ReLU's kink or a rule's choice
-lies between two numbers that differ by it faster; that is measured beside it (docs/simulation-report.md).
+parameters they agree to rounding (`results.ONE_ROUND`). Over many rounds rounding grows, and faster where a ReLU's kink
+or a rule's choice lies between two numbers that differ by it; that is measured beside it (docs/simulation-report.md).
 """
 
 from __future__ import annotations
@@ -12,15 +12,12 @@ from types import TracebackType
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-from msgspec import Struct
 
 from covey_coordinator.simulation.learning import Array
 from covey_coordinator.simulation.process import RoundOutcome, Simulation
-from covey_coordinator.simulation.results import Judged
+from covey_coordinator.simulation.results import Judged, RoundAgreement
 from covey_protocol.errors import RuleError
 from covey_protocol.parameters import ParameterSpec, offsets
-
-ONE_ROUND = 1e-5  # largest difference after one round from equal parameters, in lengths of the round's update
 
 
 class Step(NamedTuple):
@@ -31,21 +28,6 @@ class Step(NamedTuple):
     before: Array
     after: Array
     outcome: RoundOutcome
-
-
-class RoundAgreement(Struct, frozen=True):
-    """One round of a fleet beside the simulation's. Differences are Euclidean lengths, over that of the fleet's update.
-
-    one_round: after this round alone, from the fleet's own model before it. all_rounds: after all rounds until this
-    one, each on its own. fleet, simulation: accuracy on central test data. same_verdicts: of one_round.
-    """
-
-    number: int
-    one_round: float
-    all_rounds: float
-    fleet: float
-    simulation: float
-    same_verdicts: bool
 
 
 class Learner(Protocol):
@@ -137,8 +119,3 @@ def _split(specs: Sequence[ParameterSpec], parameters: Array) -> dict[bool, list
         kind: [parameters[places[one.name]].reshape(one.shape) for one in specs if one.trainable is kind]
         for kind in (True, False)
     }
-
-
-def worst(found: Sequence[RoundAgreement]) -> float:
-    """The largest difference after one round."""
-    return max((one.one_round for one in found), default=0.0)

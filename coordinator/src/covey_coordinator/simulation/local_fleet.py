@@ -1,4 +1,4 @@
-"""A whole fleet on this machine: a broker and one agent per device as processes, and the coordinator that speaks to them.
+"""A whole fleet on this machine: a broker and one agent per device as processes, and their coordinator.
 
 The demo's parts (`covey_coordinator.demo`), for any devices and any bundle. Decides nothing about rounds.
 """

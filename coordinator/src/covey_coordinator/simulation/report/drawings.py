@@ -26,21 +26,23 @@ HIGHEST_LOSS = 1e6  # attacked models lose without bound; more is drawn at the e
 
 
 class Line(NamedTuple):
-    """index: of its colour and dashes."""
+    """number: of its colour and dashes."""
 
-    index: int
+    number: int
     name: str
     band: Band
 
 
-def curves(lines: Sequence[Line], metric: str, limits: tuple[float, float]) -> Markup:
-    """A metric over rounds with the band of the seeds; limits: lowest and highest value of all panels."""
+def curves(lines: Sequence[Line], metric: str, limits: tuple[float, float], log: bool = False) -> Markup:
+    """A metric over rounds with the band of the seeds. limits: lowest and highest value of all panels.
+
+    "accuracy" is written in percent. log: the axis is logarithmic.
+    """
     lines = [line for line in lines if line.band.rounds]
     if not lines:
         return Markup("")
     first, last = min(one.band.rounds[0] for one in lines), max(one.band.rounds[-1] for one in lines)
     shares = metric == "accuracy"
-    log = not shares and limits[0] > 0 and limits[1] / limits[0] > LOG_RATIO
     frame = Frame(*PANEL, (first, max(last, first + 1)), limits, shares=shares, log=log, right=56 if shares else 14)
     spoken = f"{metric} over rounds. " + " ".join(
         f"{printable(one.name)}: {_value(metric, one.band.mean[-1])} at the end." for one in lines
@@ -48,7 +50,7 @@ def curves(lines: Sequence[Line], metric: str, limits: tuple[float, float]) -> M
     parts = [svg.opening(*PANEL, spoken), frame.drawn("round", _round_ticks(first, last))]
     parts += [_band(frame, one) for one in lines]
     parts += [_curve(frame, one) for one in lines]
-    ends = [(frame.place(last, one.band.mean[-1])[1], one.index, _value(metric, one.band.mean[-1])) for one in lines]
+    ends = [(frame.place(last, one.band.mean[-1])[1], one.number, _value(metric, one.band.mean[-1])) for one in lines]
     if shares:
         parts += _end_labels(PANEL[0] - 52, ends, PANEL[1])
     return Markup("").join(parts) + svg.END
@@ -68,13 +70,18 @@ def _value(metric: str, value: float) -> str:
     return percent(value) if metric == "accuracy" else f"{value:.3g}"
 
 
-def loss_limits(values: Sequence[float]) -> tuple[float, float]:
-    """Lowest and highest loss to show; on whole powers of ten where the axis will be logarithmic."""
-    low, high = min(values), min(max(values), HIGHEST_LOSS)
-    low = min(low, high)
+def loss_limits(values: Sequence[float]) -> tuple[tuple[float, float], bool]:
+    """Lowest and highest loss to show, and whether the axis is logarithmic."""
+    low, high = min(*values, HIGHEST_LOSS), min(max(values), HIGHEST_LOSS)
     if low > 0 and high / low > LOG_RATIO:
-        return 10.0 ** math.floor(math.log10(low)), 10.0 ** math.ceil(math.log10(high))
-    return min(0.0, low), high if high > min(0.0, low) else low + 1.0
+        return whole_powers(low, high), True
+    return (min(0.0, low), high if high > min(0.0, low) else low + 1.0), False
+
+
+def whole_powers(low: float, high: float) -> tuple[float, float]:
+    """The powers of ten below and above two positive numbers."""
+    first = math.floor(math.log10(low))
+    return 10.0**first, 10.0 ** max(math.ceil(math.log10(high)), first + 1)
 
 
 def _round_ticks(first: int, last: int) -> list[float]:
@@ -88,14 +95,14 @@ def _band(frame: Frame, line: Line) -> Markup:
         return Markup("")
     there = [frame.place(x, y) for x, y in zip(band.rounds, band.high)]
     back = [frame.place(x, y) for x, y in zip(band.rounds, band.low)][::-1]
-    colour = svg.LINE_COLOURS[line.index % len(svg.LINE_COLOURS)]
+    colour = svg.LINE_COLOURS[line.number % len(svg.LINE_COLOURS)]
     return svg.formatted('<path class="band" fill="{}" d="{}z"/>', colour, _path([*there, *back]))
 
 
 def _curve(frame: Frame, line: Line) -> Markup:
     placed = [frame.place(x, y) for x, y in zip(line.band.rounds, line.band.mean)]
-    drawn = svg.formatted('<path d="{}" {}/>', _path(placed), svg.stroke(line.index))
-    return drawn + (_dots(placed, line.index) if len(placed) <= 12 else Markup(""))
+    drawn = svg.formatted('<path d="{}" {}/>', _path(placed), svg.stroke(line.number))
+    return drawn + (_dots(placed, line.number) if len(placed) <= 12 else Markup(""))
 
 
 def _dots(placed: Sequence[tuple[float, float]], index: int) -> Markup:
@@ -116,7 +123,7 @@ def _path(placed: Sequence[tuple[float, float]]) -> str:
 class Trend(NamedTuple):
     """values: (x, mean, lowest, highest) of one line."""
 
-    index: int
+    number: int
     name: str
     values: list[tuple[float, float, float, float]]
 
@@ -124,7 +131,7 @@ class Trend(NamedTuple):
 def breakdown(trends: Sequence[Trend], title: str, floor: float) -> Markup:
     """Final accuracy over a numeric key, a line per rule, a whisker over the seeds. floor: the lowest share shown."""
     xs = sorted({x for trend in trends for x, *_ in trend.values})
-    x_shares = title.lower().endswith(("fraction", "share")) and 0 <= xs[0] and xs[-1] <= 1
+    x_shares = title.lower().endswith(("fraction", "share")) and xs[0] >= 0 and xs[-1] <= 1
     ends = (xs[0], xs[-1]) if len(xs) > 1 else (xs[0] - 1, xs[0] + 1)
     frame = Frame(*PANEL, ends, (floor, 1.0), x_shares=x_shares, right=56)
     spoken = f"Final accuracy over {printable(title)}. " + " ".join(
@@ -135,11 +142,11 @@ def breakdown(trends: Sequence[Trend], title: str, floor: float) -> Markup:
         for x, _, low, high in trend.values:
             (across, top), bottom = frame.place(x, high), frame.place(x, low)[1]
             if bottom - top > 1:
-                parts.append(_whisker(across + 2.0 * (trend.index % 7 - 3), top, bottom, trend.index))
+                parts.append(_whisker(across + 2.0 * (trend.number % 7 - 3), top, bottom, trend.number))
         placed = [frame.place(x, mean) for x, mean, *_ in trend.values]
-        parts.append(svg.formatted('<path d="{}" {}/>', _path(placed), svg.stroke(trend.index)))
-        parts.append(_dots(placed, trend.index))
-    lasts = [(frame.place(t.values[-1][0], t.values[-1][1])[1], t.index, percent(t.values[-1][1])) for t in trends]
+        parts.append(svg.formatted('<path d="{}" {}/>', _path(placed), svg.stroke(trend.number)))
+        parts.append(_dots(placed, trend.number))
+    lasts = [(frame.place(t.values[-1][0], t.values[-1][1])[1], t.number, percent(t.values[-1][1])) for t in trends]
     parts += _end_labels(PANEL[0] - 52, lasts, PANEL[1])
     return Markup("").join(parts) + svg.END
 
@@ -265,13 +272,13 @@ def boxes(drawn: Sequence[Box]) -> Markup:
 
 def _box_spoken(box: Box) -> str:
     return (
-        f"{printable(box.name)}: worst {percent(box.worst)}, quarter {percent(box.lower)}, median {percent(box.median)}, "
-        f"three quarters {percent(box.upper)}, best {percent(box.best)}"
+        f"{printable(box.name)}: worst {percent(box.worst)}, quarter {percent(box.lower)}, median "
+        f"{percent(box.median)}, three quarters {percent(box.upper)}, best {percent(box.best)}"
     )
 
 
 class Accused(NamedTuple):
-    index: int
+    number: int
     name: str
     suspicions: list[Suspicion]
 
@@ -290,7 +297,7 @@ def roc_curves(lines: Sequence[Accused]) -> Markup:
     parts.append(svg.line(*frame.place(0, 0), *frame.place(1, 1), "axisline"))
     for line, curve in drawn:
         parts.append(
-            svg.formatted('<path d="{}" {}/>', _path([frame.place(*p) for p in curve]), svg.stroke(line.index))
+            svg.formatted('<path d="{}" {}/>', _path([frame.place(*p) for p in curve]), svg.stroke(line.number))
         )
     parts.append(svg.text(LEFT, TOP - 1, "corrupted devices found", "start", "axis"))
     return Markup("").join(parts) + svg.END

@@ -7,7 +7,6 @@ thousand runs leaves out is bounded here and said on the page.
 from __future__ import annotations
 
 import math
-import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -33,6 +32,7 @@ from covey_coordinator.simulation.report.points import (
     gathered,
 )
 from covey_coordinator.simulation.results import RunResult
+from covey_edge.config import toml_content
 from covey_edge.files import write_atomic
 from covey_protocol.errors import DataError
 
@@ -101,12 +101,7 @@ def settings_of(folder: Path) -> dict[str, str]:
     path = folder / "experiment.toml"
     if not path.exists():
         return {}
-    try:
-        return dict(_flat(tomllib.loads(path.read_text(encoding="utf-8"))))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as exc:
-        raise DataError(
-            f"{path} cannot be read ({exc})", "restore the file that the experiment was started with"
-        ) from exc
+    return dict(_flat(toml_content(path)))
 
 
 def _flat(table: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, str]]:
@@ -210,9 +205,9 @@ def _curves(layout: Layout, metric: str) -> list[dict[str, Any]]:
         return []
     left_out, drawn = len(drawn) - MAX_PANELS, drawn[:MAX_PANELS]
     values = [v for _, lines in drawn for one in lines for v in (*one.band.low, *one.band.high)]
-    limits = (share_floor(values), 1.0) if metric == "accuracy" else drawings.loss_limits(values)
+    limits, log = ((share_floor(values), 1.0), False) if metric == "accuracy" else drawings.loss_limits(values)
     shown = [
-        {"title": layout.title(panel), "lines": lines, "drawing": drawings.curves(lines, metric, limits)}
+        {"title": layout.title(panel), "lines": lines, "drawing": drawings.curves(lines, metric, limits, log)}
         for panel, lines in drawn
     ]
     return [{"metric": metric, "panels": shown, "left_out": max(0, left_out), "shared": _shared(shown)}]
@@ -220,7 +215,7 @@ def _curves(layout: Layout, metric: str) -> list[dict[str, Any]]:
 
 def _shared(panels: Sequence[dict[str, Any]]) -> bool:
     """Whether one legend serves all panels."""
-    return len({tuple((one.index, one.name) for one in panel["lines"]) for panel in panels}) == 1
+    return len({tuple((one.number, one.name) for one in panel["lines"]) for panel in panels}) == 1
 
 
 def _lines(
@@ -307,12 +302,12 @@ def _roc(found: Gathered, layout: Layout) -> dict[str, Any]:
             pooled.setdefault(index, []).extend(point.suspicions)
     names = line.labels if line is not None else ["all runs"]
     accused = [drawings.Accused(index, names[index], pooled[index]) for index in sorted(pooled)[:MAX_LINES]]
-    legend = [(one.index, one.name, area_under_roc(one.suspicions), len(one.suspicions)) for one in accused]
+    legend = [(one.number, one.name, area_under_roc(one.suspicions), len(one.suspicions)) for one in accused]
     return {"drawing": drawings.roc_curves(accused), "legend": legend}
 
 
 def _grids(found: Gathered, layout: Layout, results: Iterable[RunResult]) -> tuple[list[dict[str, Any]], int]:
-    """Verdicts of single runs: the first run of a few points in which somebody is corrupted and somebody turned away."""
+    """Verdicts of single runs: the first of a few points in which somebody is corrupted and some update left out."""
     candidates = [point for point in found.points if point.num_corrupted and point.updates.rejected]
     chosen = {point.first: point for point in _of_every_line(layout, candidates)[:MAX_GRIDS]}
     runs = results if not isinstance(results, Cells) else filter(None, map(results.read, chosen))
