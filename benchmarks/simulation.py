@@ -4,9 +4,9 @@
 
 50 devices a round, each with 20 batches of 20 examples; "ragged" gives them 381 to 400 examples, so that last batches
 are partial. All get the same examples, batches and first weights, and must hold the same model after a round (1e-4 of
-the change). Every contestant is a process of its own; they take turns, round by round, so that a busy machine slows them
-alike. Quote the ratios, which are medians over turns, not the seconds. `--setup` makes .bench/flower with Flower, Ray
-and TensorFlow (1.5 GB); without it Flower is left out, and that is said. `--memory` also runs 50 of 100, 1,000 and
+the change). Every contestant is a process of its own; they take turns, round by round, so that a busy machine slows
+them alike. Quote the ratios, which are medians over turns, not the seconds. `--setup` makes .bench/flower with Flower,
+Ray and TensorFlow (1.5 GB); without it Flower is left out, and that is said. `--memory` also runs 50 of 100, 1,000 and
 10,000 devices and prints what is resident.
 """
 
@@ -32,6 +32,7 @@ prepare()
 
 import numpy as np
 import psutil
+from simulation_contestants import FLOWER_STYLES
 
 HERE = Path(__file__).resolve().parent
 FLOWER = HERE.parent / ".bench" / "flower"
@@ -80,7 +81,7 @@ def compare(model: str, ragged: bool, turns: int) -> None:
         names = ["hand", "covey", "covey, Multi-Krum", "TFF's defaults"]
         pythons = dict.fromkeys(names, sys.executable)
         if (FLOWER / "bin" / "python").exists():
-            pythons["flower"] = str(FLOWER / "bin" / "python")
+            pythons.update(dict.fromkeys(FLOWER_STYLES, str(FLOWER / "bin" / "python")))
         else:
             print("  flower is left out: run with --setup once")
         contestants = [Contestant(name, python, Path(folder)) for name, python in pythons.items()]
@@ -106,11 +107,11 @@ def run(contestants: Sequence[Contestant], initial: list[Any], turns: int) -> No
             if number >= WARM_UP - 1:
                 contestant.times.append(seconds)
     ours = next(contestant for contestant in contestants if contestant.name == "covey")
-    print(f"  {'':<20}{'s a round':>10}{'to hand':>9}{'to covey':>10}{'start s':>9}{'first round s':>15}")
+    print(f"  {'':<26}{'s a round':>10}{'to hand':>9}{'to covey':>10}{'start s':>9}{'first round s':>15}")
     for one in contestants:
         to_hand, to_ours = (ratio(one.times, other.times) for other in (contestants[0], ours))
         median = statistics.median(one.times)
-        print(f"  {one.name:<20}{median:>10.3f}{to_hand:>9.2f}{to_ours:>10.2f}{one.start_s:>9.1f}{one.first_s:>15.2f}")
+        print(f"  {one.name:<26}{median:>10.3f}{to_hand:>9.2f}{to_ours:>10.2f}{one.start_s:>9.1f}{one.first_s:>15.2f}")
 
 
 def ratio(times: Sequence[float], others: Sequence[float]) -> float:

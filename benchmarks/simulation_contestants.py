@@ -4,7 +4,8 @@
 
 FOLDER holds `task.npz` (see `simulation.py`: the same examples, batches and first weights for all). Told "round" on its
 input it runs a round and prints its seconds as JSON; told "save PATH" it writes the model. The first line it prints
-says that it is ready. "flower" runs in an environment of its own that has flwr, Ray and TensorFlow, and no covey.
+says that it is ready. Those of Flower run in an environment of its own that has flwr, Ray and TensorFlow,
+and no covey.
 """
 
 from __future__ import annotations
@@ -53,8 +54,8 @@ def forward(name: str, weights: Weights, x: Any) -> Any:
     return tf.reshape(hidden, [tf.shape(x)[0], -1]) @ weights[-2] + weights[-1]
 
 
-def local_training(name: str) -> Any:
-    """A tf.function (weights, x, y, rows, counts) -> weights: a loop over tensors, ragged batches as they are."""
+def gradient_step(name: str) -> Callable[[Weights, Any, Any], Weights]:
+    """One step of gradient descent on a batch."""
     import tensorflow as tf
 
     def step(weights: Weights, x: Any, y: Any) -> Weights:
@@ -63,6 +64,15 @@ def local_training(name: str) -> Any:
             losses = tf.nn.sparse_softmax_cross_entropy_with_logits(y, forward(name, weights, x))
             loss = tf.reduce_mean(losses)
         return [weight - LEARNING_RATE * gradient for weight, gradient in zip(weights, tape.gradient(loss, weights))]
+
+    return step
+
+
+def local_training(name: str) -> Any:
+    """A tf.function (weights, x, y, rows, counts) -> weights: a loop over tensors, ragged batches as they are."""
+    import tensorflow as tf
+
+    step = gradient_step(name)
 
     def train(weights: Weights, x: Any, y: Any, rows: Any, counts: Any) -> Weights:
         def body(number: Any, weights: Weights) -> tuple[Any, Weights]:
@@ -177,8 +187,8 @@ def tff_default(task: Task) -> tuple[Callable[[], None], Callable[[], Weights]]:
     return one_round, lambda: list(worker.call(process.get_model_weights, state).trainable)
 
 
-def flower(task: Task) -> None:
-    """Flower's simulation on Ray with the hand-written training; rounds begin when they are told to."""
+def flower(task: Task, style: str) -> None:
+    """Flower's simulation on Ray; rounds begin when they are told to. style: how a client trains, see FLOWER_STYLES."""
     from flwr.client import ClientApp, NumPyClient
     from flwr.common import ndarrays_to_parameters, parameters_to_ndarrays
     from flwr.server import ServerApp, ServerAppComponents, ServerConfig
@@ -198,7 +208,7 @@ def flower(task: Task) -> None:
             sys.path.insert(0, str(Path(__file__).parent))
             from simulation_contestants import flower_fit
 
-            return flower_fit(self._folder, self._device, parameters)
+            return flower_fit(self._folder, self._device, parameters, style)
 
     class Told(FedAvg):  # type: ignore[misc]
         started = 0.0
@@ -233,22 +243,72 @@ def flower(task: Task) -> None:
     )  # fmt: skip
 
 
-KEPT: dict[str, Any] = {}  # what a Ray actor keeps from call to call
+KEPT: dict[str, Any] = {}  # what a Ray actor keeps from call to call: better than loading examples in every call
 
 
-def flower_fit(folder: str, device: int, parameters: Weights) -> tuple[Weights, int, dict[str, Any]]:
+def flower_fit(folder: str, device: int, parameters: Weights, style: str) -> tuple[Weights, int, dict[str, Any]]:
     import tensorflow as tf
 
     if not KEPT:
         tf.config.threading.set_intra_op_parallelism_threads(1)  # an actor has one of the cores
-        KEPT["task"] = Task(Path(folder))
-        KEPT["train"] = local_training(KEPT["task"].model_name)
+        task = Task(Path(folder))
+        KEPT.update(task=task, train=FLOWER_STYLES[style](task))
     task = KEPT["task"]
     if device not in KEPT:
-        KEPT[device] = [tf.constant(part) for part in task.examples(device)]
-    weights = [tf.constant(weight) for weight in parameters]
-    trained = KEPT["train"](weights, *KEPT[device], tf.constant(task.rows[device]), tf.constant(task.counts[device]))
-    return [weight.numpy() for weight in trained], int(task.sizes[device]), {}
+        KEPT[device] = (*task.examples(device), task.rows[device], task.counts[device])
+    return KEPT["train"](parameters, *KEPT[device]), int(task.sizes[device]), {}
+
+
+def by_keras_fit(task: Task) -> Callable[..., Weights]:
+    """As in Flower's own quickstart for TensorFlow: a Keras model's fit."""
+    import tensorflow as tf
+
+    model = keras_model(task)
+    loss = tf.keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(tf.keras.optimizers.SGD(LEARNING_RATE), loss)
+
+    def train(weights: Weights, x: Any, y: Any, rows: Any, counts: Any) -> Weights:
+        order = np.concatenate([row[:count] for row, count in zip(rows, counts)])
+        model.set_weights(weights)
+        model.fit(x[order], y[order], epochs=1, batch_size=rows.shape[1], shuffle=False, verbose=0)
+        return list(model.get_weights())
+
+    return train
+
+
+def by_steps(task: Task) -> Callable[..., Weights]:
+    """A tf.function for one batch, called from Python: how a training loop is usually written by hand."""
+    import tensorflow as tf
+
+    step = tf.function(gradient_step(task.model_name), autograph=False, reduce_retracing=True)
+
+    def train(weights: Weights, x: Any, y: Any, rows: Any, counts: Any) -> Weights:
+        held = [tf.constant(weight) for weight in weights]
+        for row, count in zip(rows, counts):
+            held = step(held, tf.constant(x[row[:count]]), tf.constant(y[row[:count]]))
+        return [weight.numpy() for weight in held]
+
+    return train
+
+
+def by_tensor_loop(task: Task) -> Callable[..., Weights]:
+    """The loop of the hand-written contestant, all batches in one call."""
+    import tensorflow as tf
+
+    loop = local_training(task.model_name)
+
+    def train(weights: Weights, *arrays: Any) -> Weights:
+        held = [tf.constant(weight) for weight in weights]
+        return [weight.numpy() for weight in loop(held, *(tf.constant(one) for one in arrays))]
+
+    return train
+
+
+FLOWER_STYLES = {
+    "Flower, Keras fit": by_keras_fit,
+    "Flower, tf.function step": by_steps,
+    "Flower, tensor loop": by_tensor_loop,
+}
 
 
 def wait_for_round(weights: Callable[[], Weights]) -> None:
@@ -272,8 +332,8 @@ CONTESTANTS: dict[str, Callable[[Task], tuple[Callable[[], None], Callable[[], W
 
 def main() -> None:
     name, task = sys.argv[1], Task(Path(sys.argv[2]))
-    if name == "flower":
-        flower(task)
+    if name in FLOWER_STYLES:
+        flower(task, name)
         return
     one_round, weights = CONTESTANTS[name](task)
     print(json.dumps("ready"), flush=True)
