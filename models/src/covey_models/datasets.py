@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Union
+from typing import Any, Optional, Union
 
 import numpy as np
 
@@ -29,6 +29,7 @@ class Dataset:
 
     x: (n, *shape) float32, all finite, within input_range. y: (n,) int32 in 0 .. len(class_names) - 1.
     feature_names: one per number of a flat example, empty for images. input_range: inclusive bounds of all of x.
+    users: (n,) whose each example is, numbers or text, where the source says it.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Dataset:
     class_names: tuple[str, ...]
     feature_names: tuple[str, ...]
     input_range: tuple[float, float]
+    users: Optional[Array] = None
 
     @property
     def num_classes(self) -> int:
@@ -51,7 +53,8 @@ class Dataset:
 
     def take(self, indices: Array) -> Dataset:
         """The examples at these places, in this order."""
-        return replace(self, x=self.x[indices], y=self.y[indices])
+        users = None if self.users is None else self.users[indices]
+        return replace(self, x=self.x[indices], y=self.y[indices], users=users)
 
 
 def digits() -> Dataset:
