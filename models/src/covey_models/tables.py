@@ -29,11 +29,12 @@ def made(kinds: Mapping[str, type[Kind]], what: str, table: Union[str, Mapping[s
     if name not in kinds:
         raise no_such(what, name, kinds)
     kind: Any = kinds[name]
-    value: Kind = kind(**_checked(kind, f"{what} {name!r}", settings))
+    value: Kind = kind(**checked(kind, f"{what} {name!r}", settings))
     return value
 
 
-def _checked(kind: Any, what: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+def checked(kind: Any, what: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings as the dataclass's fields have them. what: whose they are. Raises ConfigError naming the setting."""
     fields = {field.name: field for field in dataclasses.fields(kind)}
     for name in settings:
         if name not in fields:
