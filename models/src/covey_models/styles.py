@@ -1,12 +1,12 @@
 """Handwriting styles, for data whose writers are not told: simple features, and regions of equal size in them. Ours.
 
-Four features per image: slant, stroke thickness, width over height, and ink. Each is taken relative to its class
-(less the class's mean, over its deviation), so that they tell how something is written and not what. A region is a
-box in these features, as in a k-d tree: cut again and again across the feature that spreads most, at the place that
-keeps the sizes of all regions within one of each other.
+Four features per image: slant, stroke thickness, width over height, and ink. A region is a box in these features, as
+in a k-d tree: cut again and again across the feature that spreads most. What is compared is the rank among examples
+of the same class, at every cut anew, so that a region tells how something is written and not what: all have nearly
+the same classes in the same numbers.
 
-What this is not: real writers. A region is more uniform than a person's hand, classes stay about, but not exactly,
-evenly spread over the regions, and nothing was compared with EMNIST.
+What this is not: real writers. A region is more uniform than a person's hand, writers also differ in how much and in
+what they write, and nothing was compared with EMNIST.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ BLOCK = 4096  # images looked at at once: float64 copies of 60,000 would take 38
 
 def style_regions(x: Array, y: Array, num_regions: int) -> Array:
     """(n,) region numbers of the images x (n, height, width[, 1]), any range; sizes differ by at most one."""
-    features = relative_to_class(style_features(x), y)
-    regions = np.empty(len(y), np.int64)
-    _cut(features, np.arange(len(y)), 0, num_regions, regions)
+    labels = np.asarray(y)
+    features = np.stack([relative_to_class(column, labels) for column in style_features(x).T], 1)
+    regions = np.empty(len(labels), np.int64)
+    _cut(features, labels, np.arange(len(labels)), 0, num_regions, regions)
     return regions
 
 
@@ -68,24 +69,30 @@ def _ratio(above: Array, below: Array) -> Array:
     return np.divide(above, below, out=np.zeros_like(above), where=below > 1e-9)
 
 
-def relative_to_class(features: Array, y: Array) -> Array:
-    """Each class with mean 0 and deviation 1 in every feature; a feature that is constant in a class is 0 there."""
-    relative = np.empty_like(features)
-    for label in np.unique(y):
-        rows = features[y == label]
-        deviation = rows.std(0)
-        relative[y == label] = (rows - rows.mean(0)) / np.where(deviation > 1e-12, deviation, 1.0)
+def relative_to_class(values: Array, y: Array) -> Array:
+    """(n,) the ranks of values (n,) among the examples of the same class, evenly spread over 0 to 1.
+
+    Equal values share the mean of their ranks, so that what is constant in a class is 0.5 there.
+    """
+    order = np.lexsort((values, y))
+    labels, ordered = y[order], values[order]
+    starts = np.flatnonzero(np.r_[True, labels[1:] != labels[:-1]])
+    ties = np.flatnonzero(np.r_[True, (labels[1:] != labels[:-1]) | (ordered[1:] != ordered[:-1])])
+    own, tied = (np.diff(np.r_[begin, len(y)]) for begin in (starts, ties))
+    ranks: Array = np.repeat(ties + tied / 2, tied) - np.repeat(starts, own)
+    relative = np.empty(len(y))
+    relative[order] = ranks / np.repeat(own, own)
     return relative
 
 
-def _cut(features: Array, places: Array, first: int, count: int, regions: Array) -> None:
+def _cut(features: Array, y: Array, places: Array, first: int, count: int, regions: Array) -> None:
     """Give these places the regions first .. first + count - 1."""
     if count == 1:
         regions[places] = first
         return
     half = count // 2
     across = int(np.argmax(features[places].std(0)))
-    order = places[np.argsort(features[places, across], kind="stable")]
-    ends = np.rint(np.arange(count + 1) * (len(places) / count)).astype(np.int64)
-    _cut(features, order[: ends[half]], first, half, regions)
-    _cut(features, order[ends[half] :], first + half, count - half, regions)
+    order = places[np.argsort(relative_to_class(features[places, across], y[places]), kind="stable")]
+    end = round(half * len(places) / count)
+    _cut(features, y, order[:end], first, half, regions)
+    _cut(features, y, order[end:], first + half, count - half, regions)
