@@ -59,6 +59,8 @@ class Worker:
     that calls TFF itself. Used as a context manager it starts at once and stops at the end.
     """
 
+    read_our_files = True  # its process runs here, as our user
+
     def __init__(self, log_path: str | os.PathLike[str] | None = None) -> None:
         self._log_path = log_path
         self._keeper: _Keeper | None = None
@@ -307,7 +309,8 @@ def execution_context(
     """A synchronous TFF context on the worker behind this channel.
 
     compiler: None for TFF's own. failed: given the error of a request, what to raise instead; what TFF holds to be
-    retryable (`tff.framework.RetryableError`) it tries again for ever. TFF frees values on the worker 20 at a time by default; at 40 MB per round that is 1 GB more than freeing each.
+    retryable (`tff.framework.RetryableError`) it tries again for ever.
+    TFF frees values on the worker 20 at a time by default; at 40 MB per round that is 1 GB more than freeing each.
     """
     import tensorflow_federated as tff
     from tensorflow_federated.python.core.environments.tensorflow_frontend import tensorflow_computation

@@ -138,7 +138,7 @@ def _started(settings: dict[str, Any]) -> tuple[subprocess.Popen[bytes], int]:
         stdin=subprocess.DEVNULL,
         stdout=sys.stderr,
         env={"TF_CPP_MIN_LOG_LEVEL": "2", **os.environ},
-        preexec_fn=in_the_child,  # noqa: PLW1509
+        preexec_fn=in_the_child,
     )
     deadline = time.monotonic() + START_TIMEOUT_S
     while worker.poll() is None and time.monotonic() < deadline:
@@ -148,7 +148,9 @@ def _started(settings: dict[str, Any]) -> tuple[subprocess.Popen[bytes], int]:
     code = worker.poll()
     _end(worker)
     told = "did not start in time" if code is None else f"ended with code {code}"
-    raise Refused(f"TFF's worker {told}", "look at its output (--log); it needs 1 GB of free memory and of --memory-limit-mb")
+    raise Refused(
+        f"TFF's worker {told}", "look at its output (--log); it needs 1 GB of free memory and of --memory-limit-mb"
+    )
 
 
 def _free_port() -> int:
@@ -178,6 +180,7 @@ def _admit(guest: socket.socket, port: int, who: dict[str, Any]) -> None:
     with guest, contextlib.suppress(OSError):
         guest.settimeout(HELLO_TIMEOUT_S)
         if _first_bytes(guest) == HELLO:
+            guest.recv(len(HELLO))  # unread, it would make the close a reset
             guest.sendall(json.dumps(who).encode() + b"\n")
             return
         guest.settimeout(None)

@@ -49,7 +49,7 @@ class Post:
     def open(self) -> str:
         """Connect and watch. Returns why not, empty if connected. Raises MachineError for another version of TFF."""
         self._try_to_connect()
-        if self._link is None:
+        if not self.is_living:
             return f"worker {self.address}: {self._refusal}"
         threading.Thread(target=self._watch, daemon=True, name=f"watch {self.address}").start()
         return ""
@@ -111,6 +111,9 @@ class Post:
             self._refusal = str(error) or type(error).__name__
             return
         check_same_tff(self.address, who)
+        if self._link is not None and self.reads_our_files and who.get("place") != gate.place():
+            self._refusal = "it is on another machine now, where our files are not"
+            return
         self._link = _Link(self.address, who)
         if self._closed.is_set():  # meanwhile
             self._link.end("we disconnected")
@@ -161,10 +164,12 @@ class _Link:
 
     def _told(self, error: Exception) -> Exception:
         """WorkerLost for an error of the connection or a worker that knows our values no more."""
+        import grpc
         import tensorflow_federated as tff
 
         if isinstance(error, tff.framework.RetryableError):
-            self.end("its connection broke")
+            gone = error.code() == grpc.StatusCode.UNAVAILABLE
+            self.end("its connection broke" if gone else f"it refuses to go on: {error.details()}")
         return WorkerLost(self.lost) if self.lost else error
 
 

@@ -67,8 +67,12 @@ class RemoteWorkers:
 
     @property
     def read_our_files(self) -> bool:
-        """Whether every worker runs here, as our user and with our mounts, and so can open the paths that we can."""
-        return self.is_running and all(post.reads_our_files for post in self._posts)
+        """Whether every worker runs here, as our user and with our mounts, and so can open the paths that we can.
+
+        Connects if needed.
+        """
+        self.start()
+        return all(post.reads_our_files for post in self._posts)
 
     def start(self) -> None:
         """Connect to all workers, unless that is done.

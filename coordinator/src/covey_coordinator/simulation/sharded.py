@@ -5,9 +5,10 @@ another order in every round and verdicts would meet the wrong devices; and it b
 worker waits while the other computes. Here every shard has a thread, and merging follows the clients' order.
 
 The shards are the same for every number of living workers, so a result does not depend on who computed what. What is
-split is a computation with clients among its arguments and one layer of aggregation (all of `tff.learning`'s
-processes) and a result of the server or of the clients, not both; anything else runs whole on one worker. Work at the server before the aggregation is done once per shard and
-must be deterministic: randomness there (TFF's rotations before compression) would differ between shards.
+split is a computation with clients among its arguments, one layer of aggregation (all of `tff.learning`'s processes)
+and a result of the server or of the clients, not both; anything else runs whole on one worker. Work at the server
+before the aggregation is done once per shard and must be deterministic: randomness there (TFF's rotations before
+compression) would differ between shards.
 """
 
 from __future__ import annotations
@@ -79,13 +80,15 @@ def split_of(computation: Any, num_shards: int) -> Split:
     form = tff.backends.native.compile_to_mergeable_comp_form(computation)
     partial = tff.FederatedType(form.up_to_merge.type_signature.result.member, tff.SERVER)
 
-    @tff.federated_computation(form.up_to_merge.type_signature.parameter, [partial] * num_shards)
-    def after(argument: Any, partials: Any) -> Any:
+    def merged_and_after(argument: Any, partials: Any) -> Any:
         merged = partials[0]
         for number in range(1, num_shards):
             merged = tff.federated_map(form.merge, tff.federated_zip((merged, partials[number])))
         return form.after_merge(argument, merged)
 
+    after = tff.federated_computation(
+        merged_and_after, form.up_to_merge.type_signature.parameter, [partial] * num_shards
+    )
     annotated = tff.FunctionType(after.type_signature.parameter, computation.type_signature.result)
     return Split(form.up_to_merge, tff.framework.ConcreteComputation.with_type(after, annotated))
 

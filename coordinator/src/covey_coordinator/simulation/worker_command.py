@@ -17,7 +17,6 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
-from pathlib import Path
 from typing import IO, Any
 
 import click
@@ -34,11 +33,15 @@ STOP_TIMEOUT_S = 10.0
 
 @click.command(name="worker", short_help="Compute for simulations on other machines.")
 @click.option("--listen", default=DEFAULT_LISTEN, show_default=True, help="HOST:PORT; port 0 takes a free one.")
-@click.option("--log", type=click.Path(path_type=Path), help="File for the output of TFF's worker [standard error].")
+@click.option("--log", type=click.File("ab"), help="File for the output of TFF's worker [standard error].")
 @click.option("--memory-limit-mb", default=0, type=click.IntRange(0), help="Address space the worker may take [any].")
 @click.option("--trusted-network", is_flag=True, help="Allow --listen on other addresses than loopback.")
-@click.option("--unconfined", is_flag=True, help="Where no network namespace can be had. TFF's worker is then open to all.")
-def worker_command(listen: str, log: Path | None, memory_limit_mb: int, trusted_network: bool, unconfined: bool) -> None:
+@click.option(
+    "--unconfined", is_flag=True, help="Where no network namespace can be had. TFF's worker is then open to all."
+)
+def worker_command(
+    listen: str, log: IO[bytes] | None, memory_limit_mb: int, trusted_network: bool, unconfined: bool
+) -> None:
     """Run TFF's worker until SIGTERM or Ctrl-C, for `workers = ["HOST:PORT", ...]` of an experiment.
 
     Whoever can connect runs anything TensorFlow can do, as this user: nothing asks who is there. The worker listens on
@@ -51,8 +54,9 @@ def worker_command(listen: str, log: Path | None, memory_limit_mb: int, trusted_
         click.echo("covey worker: WARNING: TFF's worker listens on ALL interfaces, on a port of its own", err=True)
     check = interrupted_by_signals(at_once=False)
     settings = {"host": host, "port": port, "confined": not unconfined, "memory_limit_mb": memory_limit_mb}
-    with _log(log) as output, _gate(settings, output) as said:
+    with contextlib.suppress(KeyboardInterrupt), _gate(settings, log) as said:
         run(said, check)
+    click.echo("covey worker: stopped")
 
 
 def checked_listen(listen: str, trusted_network: bool) -> tuple[str, int]:
@@ -61,11 +65,13 @@ def checked_listen(listen: str, trusted_network: bool) -> tuple[str, int]:
     try:
         loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
-        raise ConfigError(f"--listen {listen}: {host} is not an address of this machine", "give 127.0.0.1:PORT") from None
+        raise ConfigError(
+            f"--listen {listen}: {host} is not an address of this machine", "give 127.0.0.1:PORT"
+        ) from None
     if not loopback and not trusted_network:
         raise ConfigError(
             f"--listen {listen} is open to the network, and whoever connects runs code as this user",
-            "listen on 127.0.0.1 and use a tunnel (docs/scale-out.md), or add --trusted-network for a WireGuard address",
+            "listen on 127.0.0.1 and use a tunnel (docs/scale-out.md), or add --trusted-network for WireGuard",
         )
     if not loopback:
         click.echo(f"covey worker: WARNING: whoever reaches {listen} runs code as this user", err=True)
@@ -90,20 +96,6 @@ def _error(line: dict[str, Any]) -> MachineError:
         return MachineError(line["refused"], line["remedy"])
     told = f"TFF's worker ended with code {line['ended']}" if "ended" in line else "the gate of TFF's worker ended"
     return MachineError(told, "look at its output and at the free memory, then start it again")
-
-
-@contextlib.contextmanager
-def _log(path: Path | None) -> Iterator[IO[bytes] | None]:
-    """The file that the worker's output is added to; None for our standard error."""
-    if path is None:
-        yield None
-        return
-    try:
-        file = open(path, "ab")
-    except OSError as error:
-        raise ConfigError(f"--log {path}: {error.strerror}", "name a file that can be written") from error
-    with file:
-        yield file
 
 
 @contextlib.contextmanager
