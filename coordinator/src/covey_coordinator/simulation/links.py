@@ -81,12 +81,7 @@ class Post:
         link = self._link
         if link is None or link.lost:
             raise WorkerLost(self.reason)
-        try:
-            return link.context(compiler).invoke(computation, argument)
-        except Exception as error:
-            if link.lost and not isinstance(error, WorkerLost):
-                raise WorkerLost(link.lost) from error
-            raise
+        return link.context(compiler).invoke(computation, argument)
 
     def _watch(self) -> None:
         while not self._closed.wait(PROBE_S):
