@@ -25,6 +25,7 @@ DEFAULT_BATCH = 16
 MAX_DEVICES = 100_000
 MAX_SEED = 2**31  # as of `covey serve`: times a million and the round's number, a shuffle_seed stays within 2^53
 MOVING_STATISTICS = ("average", "local")
+PRIVACY_BY = ("device", "coordinator")
 
 AtLeastOne = Annotated[int, Meta(ge=1)]
 Seed = Annotated[int, Meta(ge=0, le=MAX_SEED)]
@@ -68,10 +69,15 @@ class ServerSettings(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class PrivacySettings(Struct, frozen=True, forbid_unknown_fields=True):
-    """clip_norm: largest L2 norm of an update, 0 for no clipping. noise_multiplier: of the noise on the sum."""
+    """clip_norm: largest L2 norm of an update, 0 for no privacy. noise_multiplier: standard deviation in clip_norms.
+
+    by: "device" for noise on every update, "coordinator" for noise on their sum, with an epsilon for this delta.
+    """
 
     clip_norm: NotNegative = 0.0
     noise_multiplier: NotNegative = 0.0
+    by: str = "device"
+    delta: Annotated[float, Meta(gt=0, lt=1)] = 1e-5
 
 
 class ExperimentSettings(Struct, frozen=True, forbid_unknown_fields=True):
@@ -134,6 +140,7 @@ def check_settings(settings: ExperimentSettings) -> None:
     _within("aggregation", settings.rule_spec)
     _within("attack", settings.attack_spec)
     _check_attackers(settings)
+    _known("privacy.by", settings.privacy.by, PRIVACY_BY)
     if settings.privacy.noise_multiplier and not settings.privacy.clip_norm:
         raise ConfigError("privacy.noise_multiplier needs privacy.clip_norm", "set it; noise is measured in it")
 
@@ -182,6 +189,11 @@ def _check_attackers(settings: ExperimentSettings) -> None:
     if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0.0 <= fraction <= 1.0:
         told = "has no fraction" if fraction is None else f"says fraction = {fraction!r}"
         raise ConfigError(f"[attack] {told}", "say which share of the devices attacks, such as fraction = 0.2")
+    if not settings.attack_spec().attack.sends_finite:
+        raise ConfigError(
+            f"the attack {settings.attack['attack']!r} sends numbers that are not finite, which no rule is given",
+            "run it where updates are screened: covey grid",
+        )
     if settings.num_hostile >= settings.devices:
         raise ConfigError(
             f"attack.fraction = {fraction}: {settings.num_hostile} of {settings.devices} devices would attack, and no"
