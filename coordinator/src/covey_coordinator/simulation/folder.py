@@ -1,6 +1,6 @@
 """The folder of an experiment: what was asked, and of every cell its rounds, its newest state and its result.
 
-experiment.toml         the experiment as it runs, overrides and absolute paths included
+experiment.toml         the experiment as it runs, overrides included
 run.json                what else a resumed run must know
 cells/KEY/              of one cell; KEY as in `sweep.Cell`
     rounds.jsonl        a line per round, durable before the next one starts
@@ -20,6 +20,7 @@ import fcntl
 import hashlib
 import json
 import os
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -33,15 +34,23 @@ from covey_edge.config import toml_content
 from covey_edge.files import write_atomic
 from covey_protocol.errors import ConfigError, StorageError
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
 FORMAT = 1  # grows when a folder of an older version would not mean the same
 
 Table = Mapping[str, Any]
 
 
 class RunNotes(Struct, frozen=True):
-    """data_dir: where data sets lie. as_fleet: cells run on real agents. files: the user's code, path -> SHA-256."""
+    """beside: the folder that relative paths start from. data_dir: where data sets lie. as_fleet: cells run on real
+    agents. files: the user's code, path -> SHA-256.
+    """
 
     format: int = FORMAT
+    beside: str = ""
     data_dir: str | None = None
     as_fleet: bool = False
     files: dict[str, str] = {}
@@ -69,6 +78,16 @@ class ExperimentFolder:
         write_atomic(path / "run.json", msgspec.json.format(msgspec.json.encode(notes), indent=1))
         write_atomic(path / "experiment.toml", toml_of(table).encode())
         return cls(path)
+
+    @classmethod
+    def new_or_same(cls, path: Path, table: Table, notes: RunNotes) -> ExperimentFolder:
+        """Make it, or go on where it holds this experiment already. Raises ConfigError where it holds another."""
+        if not (path / "run.json").exists():
+            return cls.new(path, table, notes)
+        folder = cls.old(path)
+        if folder.table != tomllib.loads(toml_of(table)) or folder.notes != notes:
+            raise ConfigError(f"{path} holds another experiment", "choose another folder")
+        return folder
 
     @classmethod
     def old(cls, path: Path) -> ExperimentFolder:

@@ -163,7 +163,7 @@ class _Run:
         settings = self._world.settings
         return number % settings.evaluate_every == 0 or number == settings.rounds
 
-    def _evaluations(self) -> dict[str, dict[str, float]]:
+    def _evaluations(self) -> dict[str, Any]:
         test = self._world.test
         central = self._learner.evaluate(self._state, test.x, test.y)
         if self._backdoor is not None:

@@ -6,9 +6,10 @@ No TensorFlow here. What needs the data (partitions, corruptions, how many devic
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
-from msgspec import Meta, Struct, field
+from msgspec import Meta, Struct, field, structs
 
 from covey_coordinator.aggregation.engines import SERVER_OPTIMIZERS
 from covey_coordinator.aggregation.registry import suggest
@@ -26,6 +27,7 @@ MAX_DEVICES = 100_000
 MAX_SEED = 2**31  # as of `covey serve`: times a million and the round's number, a shuffle_seed stays within 2^53
 MOVING_STATISTICS = ("average", "local")
 PRIVACY_BY = ("device", "coordinator")
+CODE_KEYS = ("name", "loss", "optimizer")  # of [model]: where a function of the user's may be named
 
 AtLeastOne = Annotated[int, Meta(ge=1)]
 Seed = Annotated[int, Meta(ge=0, le=MAX_SEED)]
@@ -217,3 +219,19 @@ def _known(key: str, value: str, known: tuple[str, ...]) -> None:
 def is_user_code(name: str) -> bool:
     """Whether this names a function of the user's own: FILE.py:FUNCTION."""
     return ".py:" in name
+
+
+def with_absolute_paths(settings: ExperimentSettings, beside: Path) -> ExperimentSettings:
+    """Relative paths of data and of the user's code start from this folder."""
+    data, model = settings.data, settings.model
+    if data.path:
+        data = structs.replace(data, path=str(beside.resolve() / data.path))
+    code = {key: getattr(model, key) for key in CODE_KEYS if is_user_code(getattr(model, key))}
+    absolute = {key: str(beside.resolve() / name) for key, name in code.items()}
+    return structs.replace(settings, data=data, model=structs.replace(model, **absolute))
+
+
+def code_files(settings: ExperimentSettings) -> set[str]:
+    """The user's Python files that a cell runs."""
+    named = {getattr(settings.model, key) for key in CODE_KEYS}
+    return {name.rpartition(":")[0] for name in named if is_user_code(name)}

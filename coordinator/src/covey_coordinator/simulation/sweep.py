@@ -7,11 +7,12 @@ import itertools
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from covey_coordinator.simulation.settings import ExperimentSettings, Table, check_settings
+from covey_coordinator.simulation.settings import ExperimentSettings, Table, check_settings, with_absolute_paths
 from covey_edge.config import as_struct
 from covey_protocol.errors import ConfigError, RuleError
 
@@ -27,14 +28,15 @@ Axis = list[dict[str, Any]]  # the settings that take turns: sweep key -> value,
 class Cell:
     """One run: a point of the sweep with one seed.
 
-    key: a folder's name; keys sort in the order of the cells. varied: sweep key -> value. settings: of this point, with
-    an empty sweep and this seed alone.
+    key: a folder's name; those of a seed sort as they come. varied: sweep key -> value. settings: of this point, with
+    an empty sweep, this seed alone and absolute paths. data_dir: where downloaded data sets lie.
     """
 
     key: str
     seed: int
     varied: dict[str, Any]
     settings: ExperimentSettings
+    data_dir: str | None = None
 
     @property
     def said(self) -> str:
@@ -42,21 +44,25 @@ class Cell:
         return ", ".join([*(f"{key}={label_of(value)}" for key, value in self.varied.items()), f"seed {self.seed}"])
 
 
-def cells_of(table: Table, where: str = "the experiment") -> list[Cell]:
-    """Every cell, seed by seed, so that each point has a first result early. where: for errors, the file's name.
+def cells_of(
+    table: Table, where: str = "the experiment", beside: Path = Path(), data_dir: str | None = None
+) -> list[Cell]:
+    """Every cell, seed by seed, so that each point has a first result early.
 
-    Raises ConfigError naming the key, and the point of the sweep where it is wrong only there.
+    where: for errors, the file's name. beside: the folder that relative paths start from. Raises ConfigError naming
+    the key, and the point of the sweep where it is wrong only there.
     """
     points = [_point(table, varied, where) for varied in _points(table.get("sweep", {}))]
     seeds = points[0][1].seed_list
     if len(points) * len(seeds) > MAX_CELLS:
         raise ConfigError(f"{where} is {len(points) * len(seeds)} cells", f"sweep less: at most {MAX_CELLS}")
     width = len(str(len(points) - 1))
-    return [
-        Cell(_key(number, width, varied, seed), seed, varied, msgspec.structs.replace(settings, seeds=(seed,)))
-        for seed in seeds
-        for number, (varied, settings) in enumerate(points)
-    ]
+    found = []
+    for seed in seeds:
+        for number, (varied, settings) in enumerate(points):
+            own = msgspec.structs.replace(with_absolute_paths(settings, beside), seeds=(seed,))
+            found.append(Cell(_key(number, width, varied, seed), seed, varied, own, data_dir))
+    return found
 
 
 def _point(table: Table, varied: dict[str, Any], where: str) -> tuple[dict[str, Any], ExperimentSettings]:

@@ -80,20 +80,17 @@ class World:
         return self.settings.model.batch or DEFAULT_BATCH
 
 
-def world_of(cell: Cell, data_dir: str | None = None) -> World:
-    """Raises ConfigError, DataError or RuleError, naming the cell, for what cannot work.
-
-    data_dir: where downloaded data sets lie, for `datasets.load`.
-    """
+def world_of(cell: Cell) -> World:
+    """Raises ConfigError, DataError or RuleError, naming the cell, for what cannot work."""
     try:
-        return _world(cell, data_dir)
+        return _world(cell)
     except CoveyError as exc:
         raise type(exc)(f"{cell.said}: {exc.what}", exc.remedy) from exc
 
 
-def _world(cell: Cell, data_dir: str | None) -> World:
+def _world(cell: Cell) -> World:
     settings = cell.settings
-    people = _people(_what_people_depend_on(settings, cell.seed), data_dir)
+    people = _people(people_key(cell))
     spec = settings.attack_spec()
     hostile = tuple(corrupted_devices(settings.devices, settings.num_hostile, cell.seed).tolist())
     devices = list(people.devices)
@@ -122,14 +119,17 @@ def _cohorts(settings: ExperimentSettings, seed: int) -> list[list[int]]:
     return [cohort_of(settings, seed, number) for number in range(1, rounds + 1)]
 
 
-def _what_people_depend_on(settings: ExperimentSettings, seed: int) -> bytes:
-    return msgspec.json.encode([settings.data, settings.devices, settings.partition, settings.corruption, seed])
+def people_key(cell: Cell) -> bytes:
+    """The same for cells whose devices hold the same data."""
+    settings = cell.settings
+    parts = [settings.data, settings.devices, settings.partition, settings.corruption, cell.seed, cell.data_dir]
+    return msgspec.json.encode(parts)
 
 
 @functools.lru_cache(maxsize=1)
-def _people(depends_on: bytes, data_dir: str | None) -> People:
-    """Of the newest question; cells of one seed mostly ask the same."""
-    data, devices, partition, corruptions, seed = msgspec.json.decode(depends_on)
+def _people(key: bytes) -> People:
+    """Kept for the next cell, which mostly asks for the same."""
+    data, devices, partition, corruptions, seed, data_dir = msgspec.json.decode(key)
     dataset = datasets.load(data["path"] or data["set"] or DEFAULT_DATA, data_dir)
     train, test = datasets.split(dataset, data["test_fraction"], seed)
     found = population.populate(train, devices=devices, partition=partition, corruptions=corruptions, seed=seed)
