@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import IO
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 

@@ -14,6 +14,7 @@ from msgspec import Meta, Struct, field, structs
 from covey_coordinator.aggregation.engines import SERVER_OPTIMIZERS
 from covey_coordinator.aggregation.registry import suggest
 from covey_coordinator.grid.settings import NO_ATTACK, AttackSpec, RuleSpec, attack_spec, rule_spec
+from covey_coordinator.simulation.learning import ALGORITHMS
 from covey_edge.config import NotNegative, Positive
 from covey_models.names import LOSSES, OPTIMIZERS, no_such
 from covey_protocol.errors import ConfigError
@@ -21,8 +22,6 @@ from covey_protocol.messages import MAX_EPOCHS, MAX_GRADIENT_NORM, MAX_LEARNING_
 from covey_protocol.topics import check_name
 
 FEDSGD = "fedsgd"
-ALGORITHMS = ("fedavg", FEDSGD, "fsvrg", "fsvrg-naive", "scaffold")
-DEFAULT_BATCH = 16
 MAX_DEVICES = 100_000
 MAX_SEED = 2**31  # as of `covey serve`: times a million and the round's number, a shuffle_seed stays within 2^53
 MOVING_STATISTICS = ("average", "local")
@@ -35,23 +34,39 @@ Table = dict[str, Any]
 
 
 class DataSettings(Struct, frozen=True, forbid_unknown_fields=True):
-    """set: a data set by name. path: a file or folder instead of it. test_fraction: kept for the central evaluation."""
+    """set: a data set by name, also one of the data folder. path: a file or folder of the user's own instead of it.
+
+    test_fraction: kept for the central evaluation, where the source has no test part. The rest says how a file is
+    read: as in `covey_models.datasets.Reading`.
+    """
 
     set: str = ""
     path: str = ""
     test_fraction: Annotated[float, Meta(gt=0, lt=1)] = 0.2
+    label: str | None = None
+    users: str | None = None
+    nominal: tuple[str, ...] = ()
+    ignore: tuple[str, ...] = ()
+    standardise: bool = False
+    size: tuple[int, int] | None = None
+
+    def reading(self) -> Table:
+        """What is said of how the file is read."""
+        own = ("set", "path", "test_fraction")
+        told = {info.name: (getattr(self, info.name), info.default) for info in structs.fields(self)}
+        return {name: value for name, (value, usual) in told.items() if name not in own and value != usual}
 
 
 class ModelSettings(Struct, frozen=True, forbid_unknown_fields=True):
     """name: of the zoo, "" for its default, or FILE.py:FUNCTION that returns a built Keras model.
 
-    loss, optimizer: names, or FILE.py:FUNCTION as for `covey export`. batch: 0 for the algorithm's default.
+    loss, optimizer: names, or FILE.py:FUNCTION as for `covey export`.
     """
 
     name: str = ""
     loss: str = "sparse_categorical_crossentropy"
     optimizer: str = "sgd"
-    batch: Annotated[int, Meta(ge=0)] = 0
+    batch: AtLeastOne = 16
     moving_statistics: str = "average"
 
 
@@ -174,13 +189,13 @@ def _check_model(model: ModelSettings) -> None:
 
 def _check_training(settings: ExperimentSettings) -> None:
     training, model = settings.training, settings.model
-    _known("training.algorithm", training.algorithm, ALGORITHMS)
+    _known("training.algorithm", training.algorithm, tuple(ALGORITHMS))
     if training.algorithm != FEDSGD:
         return
-    if training.epochs != 1 or model.batch or model.optimizer != "sgd":
+    if training.epochs != 1 or training.gradient_clip_norm or training.proximal_weight or model.optimizer != "sgd":
         raise ConfigError(
-            "fedsgd takes one step of sgd per round with all of a device's examples",
-            "leave training.epochs, model.batch and model.optimizer out, or take fedavg",
+            "fedsgd is one step of plain gradient descent with all of a device's examples",
+            "leave training.epochs, gradient_clip_norm, proximal_weight and model.optimizer out, or take fedavg",
         )
 
 

@@ -20,7 +20,7 @@ from covey_coordinator.eligibility import sampled
 from covey_coordinator.grid.simulation import POISON, corrupted_devices, stream
 from covey_coordinator.records import Array
 from covey_coordinator.simulation.learning import CentralPrivacy, DeviceData, Learning, Privacy
-from covey_coordinator.simulation.settings import DEFAULT_BATCH, FEDSGD, ExperimentSettings, is_user_code
+from covey_coordinator.simulation.settings import DataSettings, ExperimentSettings, is_user_code
 from covey_coordinator.simulation.sweep import Cell
 from covey_models import datasets, population
 from covey_models.datasets import Dataset
@@ -71,13 +71,6 @@ class World:
     def counts(self) -> dict[str, tuple[int, ...]]:
         classes = self.train.num_classes
         return {device.device_id: tuple(np.bincount(device.y, minlength=classes).tolist()) for device in self.devices}
-
-    @property
-    def batch_size(self) -> int:
-        """Of every step. In fedsgd a device's one step takes all its examples, so the largest device's number."""
-        if self.settings.training.algorithm == FEDSGD:
-            return max(len(device.y) for device in self.devices)
-        return self.settings.model.batch or DEFAULT_BATCH
 
 
 def world_of(cell: Cell) -> World:
@@ -130,8 +123,10 @@ def people_key(cell: Cell) -> bytes:
 def _people(key: bytes) -> People:
     """Kept for the next cell, which mostly asks for the same."""
     data, devices, partition, corruptions, seed, data_dir = msgspec.json.decode(key)
-    dataset = datasets.load(data["path"] or data["set"] or DEFAULT_DATA, data_dir)
-    train, test = datasets.split(dataset, data["test_fraction"], seed)
+    told = msgspec.convert(data, DataSettings)
+    train, test = datasets.load_split(
+        told.path or told.set or DEFAULT_DATA, data_dir, test_fraction=told.test_fraction, seed=seed, **told.reading()
+    )
     found = population.populate(train, devices=devices, partition=partition, corruptions=corruptions, seed=seed)
     return People(train, test, [DeviceData(*device) for device in found.devices], found.parts)
 
@@ -166,11 +161,11 @@ def learning_of(world: World) -> Learning:
             proximal_weight=training.proximal_weight,
         ),
         rule=world.rule,
-        batch_size=world.batch_size,
+        batch_size=model.batch,
         loss=code.function(model.loss) if is_user_code(model.loss) else model.loss,
         optimizer=code.built(model.optimizer) if is_user_code(model.optimizer) else model.optimizer,
         moving_statistics=model.moving_statistics,
-        algorithm="fedavg" if training.algorithm == FEDSGD else training.algorithm,
+        algorithm=training.algorithm,
         attack=world.attack,
         hostile=world.hostile,
         server_optimizer=settings.server.optimizer,
