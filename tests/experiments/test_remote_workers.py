@@ -357,7 +357,9 @@ def test_a_worker_started_anew_on_its_port_is_used_again(start: Callable[..., Ru
         np.testing.assert_array_equal(answer.result(PATIENCE_S), rows)
 
 
-def test_a_tunnel_that_breaks_in_a_round_and_comes_back_loses_nothing(pair: tuple[RunningWorker, RunningWorker]) -> None:
+def test_a_tunnel_that_breaks_and_comes_back_in_a_round_loses_nothing(
+    pair: tuple[RunningWorker, RunningWorker],
+) -> None:
     gathered, rows = numbered_rows(4)
     tunnel = Proxy(split_address(pair[0].address)[1])
     try:
