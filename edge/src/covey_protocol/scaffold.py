@@ -24,7 +24,7 @@ def correction(fleet: Numbers, own: Numbers) -> Numbers:
 
 def next_control(fleet: Numbers, own: Numbers, update: Numbers, steps: int, rate: float) -> Numbers:
     """c_i+ = c_i - c + (x - y_i) / (K eta), y_i - x being the update as it was trained, before clipping and noise."""
-    return own - fleet - update / own.dtype.type(steps * rate)
+    return np.asarray(own - fleet - update / own.dtype.type(steps * rate))
 
 
 def batches(n: int, size: int, steps: int, order: np.random.Generator) -> Iterator[Rows]:

@@ -2,8 +2,8 @@
 
 Numpy alone, and one definition for live devices, the simulation and the reference: whoever calls brings the gradient.
 Source: Konecny, McMahan, Ramage, Richtarik 2016 (arXiv:1610.02527), Algorithms 3 (naive) and 4; sections 3.6.2, 3.6.3.
-Algorithm 4 is written for steps on one example. Here a step is one batch: with n_k examples in batches of b, "n_k steps"
-are ceil(n_k / b), and b = 1 gives the paper's. What the server does of it: covey_coordinator.algorithms.combining.
+Algorithm 4 is written for steps on one example. Here a step is one batch: with n_k examples in batches of b, its n_k
+steps are ceil(n_k / b), and b = 1 gives the paper's. What the server does: covey_coordinator.algorithms.combining.
 """
 
 from __future__ import annotations

@@ -43,11 +43,13 @@ SERVER_MOMENTUM = 0.9  # of sgdm; the value of Reddi et al. 2021 (arXiv:2003.002
 
 @dataclass(frozen=True)
 class StepResult:
-    """parameters: (d,) float32, new. verdicts: in the order of the device ids given. measurements: numbers to log."""
+    """parameters: (d,) float32, new. verdicts: in the order of the device ids given. measurements: numbers to log.
+    aggregate: (d,), what the rule made of the updates."""
 
     parameters: Array
     verdicts: list[DeviceVerdict]
     measurements: dict[str, float]
+    aggregate: Array
 
 
 class Engine(Protocol):
@@ -199,6 +201,7 @@ class _RoundEngine:
                 "num_byzantine_left": float(rule.num_byzantine),
                 **_measurements(screened, judgement, new_parameters - parameters),
             },
+            aggregate=np.asarray(judgement.aggregate),
         )
 
     @property

@@ -19,7 +19,7 @@ def owners(shares: Numbers) -> npt.NDArray[np.int64]:
     f hostile devices move a count by f at most. By claiming a feature they make it move slower, towards the plain
     average; by hiding one they hide only themselves.
     """
-    return np.count_nonzero(shares > 0, axis=0)
+    return np.asarray(np.count_nonzero(shares > 0, axis=0))
 
 
 def boosts(shares: Numbers) -> npt.NDArray[np.float32]:
@@ -28,9 +28,9 @@ def boosts(shares: Numbers) -> npt.NDArray[np.float32]:
     return np.divide(len(shares), omega, out=np.ones(shares.shape[1], np.float32), where=omega > 0, casting="unsafe")
 
 
-def boosted(parameters: Numbers, combined: Numbers, boost: Numbers) -> Numbers:
-    """w + A (w' - w), w' being what the rule and the server optimizer made of w. (d,) each."""
-    return parameters + boost * (combined - parameters)
+def boosted(parameters: Numbers, change: Numbers, boost: Numbers) -> Numbers:
+    """w + A change: the change is what the rule made of the devices' w_k - w. (d,) each."""
+    return np.asarray(parameters + boost * change)
 
 
 def fleet_control(control: Numbers, aggregate: Numbers, steps: int, rate: float, used: int, devices: int) -> Numbers:
@@ -39,4 +39,4 @@ def fleet_control(control: Numbers, aggregate: Numbers, steps: int, rate: float,
     aggregate: (d,), what the rule made of the updates of `used` of `devices` devices.
     """
     change = -control - aggregate / control.dtype.type(steps * rate)
-    return control + control.dtype.type(min(1.0, used / devices)) * change
+    return np.asarray(control + control.dtype.type(min(1.0, used / devices)) * change)

@@ -7,6 +7,7 @@ every round. The inner steps are covey_protocol.svrg's, the server's are `combin
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -62,14 +63,14 @@ Local = Callable[[Numbers, Numbers, int, np.random.Generator], Numbers]
 
 
 def _rounds(
-    devices: list[Posts], decay: float, local: Local, weights: Numbers, boost: npt.NDArray[np.float32], seed: int
+    devices: list[Posts], decay: float, local: Local, weights: Numbers, boost: npt.NDArray[Any], seed: int
 ) -> Iterator[Numbers]:
     w, number = np.zeros(devices[0].features + 1), 0
     while True:
         number += 1
         full = full_gradient(w, devices, decay)
         ends = [local(w, full, k, order_of(seed + number, f"device-{k:03d}")) for k in range(len(devices))]
-        w = boosted(w, w + weights @ (np.stack(ends) - w), boost)
+        w = boosted(w, weights @ (np.stack(ends) - w), boost)
         yield w
 
 

@@ -44,7 +44,7 @@ class Posts:
     def margins(self, w: Numbers) -> Numbers:
         """(n,): w x + bias."""
         sums = np.add.reduceat(np.append(w[self.columns], 0.0), self.starts[:-1])
-        return np.where(np.diff(self.starts) > 0, sums, 0.0) + w[-1]
+        return np.asarray(np.where(np.diff(self.starts) > 0, sums, 0.0) + w[-1])
 
     def dense(self) -> npt.NDArray[np.float32]:
         """(n, F) zeros and ones, for models that take a matrix."""
@@ -103,7 +103,7 @@ class Authors:
         return joined(self.test)
 
     def reshuffled(self, seed: int) -> Authors:
-        """The same sizes, with the training examples dealt out anew: IID, everything else equal (the paper's FSVRGR)."""
+        """The same sizes, with the training examples dealt out anew: IID, everything else equal (FSVRGR)."""
         every, sizes = self.all_train(), [len(one) for one in self.train]
         rows = np.random.default_rng(seed).permutation(len(every))
         return Authors([every.taken(part) for part in np.split(rows, np.cumsum(sizes)[:-1])], self.test)
