@@ -100,7 +100,7 @@ class Reproduction:
     full_time: how long the full form takes, and how that is known. needs: files that a data folder must hold.
     cases, claims: of the quick form or the full. run: one case with one seed; (settings, seed, data folder) -> outcome.
     value: the table's number of an outcome. figure: a PNG of everything measured. seeds: of the full form.
-    remarks: what the measured numbers do not bear out, or what to know before believing them, known from our own runs.
+    found: a sentence about everything measured, for what is no column of the table. remarks: what the measured numbers do not bear out, or what to know before believing them, known from our own runs.
     """
 
     name: str
@@ -117,6 +117,7 @@ class Reproduction:
     run: Callable[[dict[str, Any], int, Path | None], Outcome]
     value: Callable[[Outcome], float]
     figure: Callable[[Sequence[Case], Measured], bytes]
+    found: Callable[[Measured], str] = lambda measured: ""
     needs: tuple[str, ...] = ()
     seeds: int = 3
     in_percent: bool = True

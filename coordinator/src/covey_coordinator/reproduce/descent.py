@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,8 @@ class Descent(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One run. hidden: widths of the hidden layers (ReLU). devices: all, of which `hostile` attack.
 
     rule: as in TOML; its num_byzantine is what it is told. attack: with the key `attack`, other keys are its settings.
-    partition: "iid", or "biased" with `bias`, the share of each class that goes to the devices of its group (Fang et
-    al. 2020). momentum: of each device. server: the server's optimizer with `learning_rate`. measured: rounds between
+    partition: "iid"; "biased", `bias` the share of each class that goes to the devices of its group (Fang et al. 2020);
+    "similar", `bias` the share of all examples dealt out at random, the others by class (ByzFL). momentum: of each device. server: the server's optimizer with `learning_rate`. measured: rounds between
     measurements on the test set. standardised: inputs minus mean over standard deviation of all training inputs.
     """
 
@@ -69,16 +70,19 @@ def settings_of(**settings: Any) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=2)
 def world_of(
-    name: str, hidden: tuple[int, ...], devices: int, share: float, standardised: bool, seed: int, folder: Path | None
+    name: str,
+    hidden: tuple[int, ...],
+    devices: int,
+    partition: str,
+    bias: float,
+    standardised: bool,
+    seed: int,
+    folder: Path | None,
 ) -> World:
-    """share: of `biased_shares`; 0 for IID."""
     train, test = data.spambase(folder, seed) if name == "spambase" else data.mnist(folder)
     if standardised:
         train, test = _standardised(train, test)
-    if share:
-        shards = biased_shares(train.y, devices, share, seed)
-    else:
-        shards = partitions.iid(train.y, devices, seed)
+    shards = shares_of(partition, train.y, devices, bias, seed)
     specs, initial = dense_layers((int(np.prod(train.input_shape)), *hidden, train.num_classes), seed)
     return World(train, test, shards, Network(specs), specs, initial)
 
@@ -104,6 +108,26 @@ def dense_layers(widths: tuple[int, ...], seed: int) -> tuple[list[ParameterSpec
     return specs, np.concatenate(tensors).astype(np.float32)
 
 
+def shares_of(partition: str, y: Any, devices: int, bias: float, seed: int) -> list[Integers]:
+    if partition == "iid":
+        return partitions.iid(y, devices, seed)
+    if partition == "biased":
+        return biased_shares(y, devices, bias, seed)
+    if partition == "similar":
+        return similar_shares(y, devices, bias, seed)
+    raise ConfigError(f"there is no partition {partition!r} here", "take iid, biased or similar")
+
+
+def similar_shares(y: Any, devices: int, similarity: float, seed: int) -> list[Integers]:
+    """A random share `similarity` dealt out evenly, the rest sorted by class and cut into consecutive pieces (ByzFL)."""
+    order = stream(seed, SHARES).permutation(len(y))
+    alike = round(similarity * len(y))
+    rest = order[alike:]
+    by_class = rest[np.argsort(y[rest], kind="stable")]
+    pairs = zip(np.array_split(order[:alike], devices), np.array_split(by_class, devices))
+    return [np.sort(np.concatenate(pair)) for pair in pairs]
+
+
 def biased_shares(y: Any, devices: int, bias: float, seed: int) -> list[Integers]:
     """Devices in as many groups as classes; an example of class l goes to group l with probability bias, else to any other.
 
@@ -127,14 +151,24 @@ class GradientFleet(Fleet):
         return -self._world.network.gradients(parameters, self._x[rows[0]], self._y[rows[0]])
 
 
-def run(settings: dict[str, Any], seed: int, folder: Path | None) -> Outcome:
-    """curve: [round, accuracy on the test set]; last, best: of the curve. backdoor: how often a trigger works, or None."""
+def run(
+    settings: dict[str, Any],
+    seed: int,
+    folder: Path | None,
+    watch: Callable[[int, Floats], None] | None = None,
+    aggregate: Callable[[Floats], Floats] | None = None,
+) -> Outcome:
+    """curve: [round, accuracy on the test set]; last, best: of the curve. backdoor: how often a trigger works, or None.
+
+    watch: called with every round's number and updates (n, d). aggregate: another library's rule, updates -> (d,), in
+    place of the engine; the server then takes plain steps.
+    """
     started = time.monotonic()
     descent = msgspec.convert(settings, Descent)
-    bias = descent.bias if descent.partition == "biased" else 0.0
-    world = world_of(descent.data, descent.hidden, descent.devices, bias, descent.standardised, seed, folder)
+    shape = (descent.data, descent.hidden, descent.devices, descent.partition, descent.bias, descent.standardised)
+    world = world_of(*shape, seed, folder)
     with np.errstate(all="ignore"):  # attacked models overflow; the engine refuses what is not finite
-        one = _Run(descent, world, seed)
+        one = _Run(descent, world, seed, watch, aggregate)
         for number in range(descent.rounds):
             one.round(number)
     accuracies = [accuracy for _, accuracy in one.curve]
@@ -150,8 +184,8 @@ def run(settings: dict[str, Any], seed: int, folder: Path | None) -> Outcome:
 
 
 class _Run:
-    def __init__(self, descent: Descent, world: World, seed: int) -> None:
-        self._descent, self._world = descent, world
+    def __init__(self, descent: Descent, world: World, seed: int, watch: Any = None, aggregate: Any = None) -> None:
+        self._descent, self._world, self._watch, self._aggregate = descent, world, watch, aggregate
         table = dict(descent.attack)
         self._attack: Attack = make_attack(table.pop("attack"), **table)
         rule: Rule = rule_from_table(descent.rule)
@@ -172,14 +206,23 @@ class _Run:
         updates = self._fleet.updates(self._parameters, number)
         if len(self._hostile):
             updates[self._hostile] = self._attackers.crafted(updates, self._parameters, number)
+        if self._watch is not None:
+            self._watch(number, updates)
+        if self._aggregate is not None:
+            rate = np.float32(self._descent.learning_rate)
+            self._parameters = self._parameters + rate * self._aggregate(updates)
+        else:
+            self._step(updates)
+        done = number + 1
+        if done % self._descent.measured == 0 or done == self._descent.rounds:
+            self.curve.append([done, self._accuracy()])
+
+    def _step(self, updates: Floats) -> None:
         try:
             self._parameters = self._engine.step(self._parameters, updates, self._equal, self._ids).parameters
         except RuleError as error:
             self.rounds_refused += 1
             self.last_refusal = str(error)
-        done = number + 1
-        if done % self._descent.measured == 0 or done == self._descent.rounds:
-            self.curve.append([done, self._accuracy()])
 
     def _accuracy(self) -> float:
         found = self._world.network.predicted(self._parameters, self._test_x)

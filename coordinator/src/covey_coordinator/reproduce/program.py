@@ -114,7 +114,8 @@ def _finish(
     folder.write_report(text, reproduction.figure(cases, measured), results)
     display.line()
     display.line(f"{reproduction.measure}:")
-    for line in [*table_lines(reproduction, cases, measured), "", *verdict_lines(verdicts), ""]:
+    found = filter(None, [reproduction.found(measured)])
+    for line in [*table_lines(reproduction, cases, measured), "", *found, *verdict_lines(verdicts), ""]:
         display.line(line)
     display.line(f"{clock(seconds)} of computing; report: {folder.results / 'report.md'}")
     return verdicts

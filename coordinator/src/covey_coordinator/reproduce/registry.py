@@ -13,6 +13,8 @@ MODULES = {  # name -> module of this package and the value in it
     "krum-batch-size": "krum:BATCH_SIZE",
     "alie-mnist": "alie:ALIE",
     "shejwalkar-mnist": "shejwalkar:SHEJWALKAR",
+    "fltrust": "fltrust:FLTRUST",
+    "byzfl-heatmap": "byzfl:BYZFL",
 }
 NAMES = tuple(MODULES)
 

@@ -62,6 +62,7 @@ def report(
         f"Form: {form}, {seeds}; {clock(seconds)} of computing. Numbers: {reproduction.measure}.\n",
         markdown_table(reproduction, cases, measured),
         _noted(cases),
+        f"{told}\n" if (told := reproduction.found(measured)) else "",
         "![Our curves](figure.png)\n",
         _listed("Claims", verdict_lines(verdicts)),
         _listed("Protocol", (f"Engine: {reproduction.engine}", *reproduction.protocol)),
