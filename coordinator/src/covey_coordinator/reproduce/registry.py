@@ -14,7 +14,7 @@ MODULES = {  # name -> module of this package and the value in it
     "alie-mnist": "alie:ALIE",
     "shejwalkar-mnist": "shejwalkar:SHEJWALKAR",
     "fltrust": "fltrust:FLTRUST",
-    "byzfl-heatmap": "byzfl:BYZFL",
+    "byzfl-heatmap": "heatmaps:BYZFL",
 }
 NAMES = tuple(MODULES)
 
