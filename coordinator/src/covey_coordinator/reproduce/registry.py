@@ -14,7 +14,10 @@ MODULES = {  # name -> module of this package and the value in it
     "alie-mnist": "alie:ALIE",
     "shejwalkar-mnist": "shejwalkar:SHEJWALKAR",
     "fltrust": "fltrust:FLTRUST",
+    "fedavg-2nn": "fedavg:FEDAVG",
+    "fsvrg": "fsvrg:FSVRG",
     "byzfl-heatmap": "heatmaps:BYZFL",
+    "tff-image-classification": "image_classification:TUTORIAL",
 }
 NAMES = tuple(MODULES)
 
