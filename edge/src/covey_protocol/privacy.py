@@ -23,7 +23,7 @@ from covey_protocol.errors import UsageError
 Array = npt.NDArray[np.float32]
 
 # float32 rounding moves a norm by up to 6e-8 of itself; scaling by this keeps the clipped norm at or below clip_norm
-_BELOW_ROUNDING = 1.0 - 1.5e-7
+BELOW_ROUNDING = 1.0 - 1.5e-7
 
 
 def clip(update: Array, clip_norm: float) -> Array:
@@ -46,7 +46,7 @@ def clip(update: Array, clip_norm: float) -> Array:
         raise UsageError("the update to clip holds NaN or infinity", "drop updates that are not finite before clipping")
     if norm <= clip_norm:
         return values.copy()
-    wide *= clip_norm / norm * _BELOW_ROUNDING
+    wide *= clip_norm / norm * BELOW_ROUNDING
     return wide.astype(np.float32)
 
 

@@ -9,7 +9,7 @@ is one. A median, Krum and every other rule that compares updates are not: one c
 update to another, so times n by up to 2 n clip norms, and the noise would cover 1 / (2 n) of that. `private_aggregator`
 refuses those. They can still be given noise (TFF's factory around `UnweightedRuleFactory`), without any epsilon.
 
-The noise comes from TensorFlow's generator, which is not a cryptographic one.
+The noise comes from TensorFlow's generators, which are not cryptographic ones.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from __future__ import annotations
 import collections
 from typing import Any
 
+import dp_accounting
 import numpy as np
 import tensorflow as tf
 import tensorflow_federated as tff
@@ -42,12 +43,14 @@ def private_aggregator(
     rounds: int,
     sampling_rate: float = 1.0,
     delta: float = 1e-5,
+    seed: int | None = None,
 ) -> tff.aggregators.UnweightedAggregationFactory:
     """An aggregator for unweighted `tff.learning` processes with an epsilon in its measurements.
 
     Updates are clipped to clip_norm (L2) at the clients; the sum has noise of noise_multiplier * clip_norm per
     coordinate; clients_per_round is the fixed number it is divided by. rounds: how many are planned; the one after
-    fails. Measurements: under `privacy` the `epsilon` after the round, `delta` and `noise_multiplier`; under `dp` those
+    fails. seed: makes the noise the same in every run, for simulations only: whoever knows it can subtract the noise.
+    Measurements: under `privacy` the `epsilon` after the round, `delta` and `noise_multiplier`; under `dp` those
     of TFF and of the rule. Raises ConfigError for a rule whose sensitivity the clip norm does not bound, and for wrong
     settings.
     """
@@ -59,7 +62,9 @@ def private_aggregator(
     check_privacy(noise_multiplier, sampling_rate, delta)
     _check_sizes(clip_norm, clients_per_round, rounds)
     query = tfp.NormalizedQuery(
-        tfp.GaussianSumQuery(l2_norm_clip=clip_norm, stddev=clip_norm * noise_multiplier),
+        _SeededSum(clip_norm, clip_norm * noise_multiplier, seed)
+        if seed is not None
+        else tfp.GaussianSumQuery(l2_norm_clip=clip_norm, stddev=clip_norm * noise_multiplier),
         denominator=clients_per_round,
     )
     noised = tff.aggregators.DifferentiallyPrivateFactory(query, UnweightedRuleFactory(rule, as_sum=True))
@@ -83,6 +88,30 @@ def _check_sizes(clip_norm: float, clients_per_round: float, rounds: int) -> Non
             raise ConfigError(f"{name} = {value}", f"set {name} to a positive number")
     if not 1 <= rounds <= MAX_ROUNDS:
         raise ConfigError(f"rounds = {rounds}", f"set rounds to 1 to {MAX_ROUNDS}")
+
+
+class _SeededSum(tfp.GaussianSumQuery):  # type: ignore[misc]  # tensorflow_privacy ships no types
+    """The Gaussian sum with noise drawn by (seed, number of the round). Its global state: (the parent's, round)."""
+
+    def __init__(self, l2_norm_clip: float, stddev: float, seed: int) -> None:
+        super().__init__(l2_norm_clip, stddev)
+        self._seed = seed
+
+    def initial_global_state(self) -> Any:
+        return super().initial_global_state(), tf.constant(0, tf.int64)
+
+    def derive_sample_params(self, global_state: Any) -> Any:
+        return super().derive_sample_params(global_state[0])
+
+    def get_noised_result(self, sample_state: Any, global_state: Any) -> Any:
+        plain, number = global_state
+        leaves = tf.nest.flatten(sample_state)
+        noised = [
+            leaf + plain.stddev * tf.random.stateless_normal(tf.shape(leaf), [self._seed, number * len(leaves) + place])
+            for place, leaf in enumerate(leaves)
+        ]
+        event = dp_accounting.GaussianDpEvent(plain.stddev / plain.l2_norm_clip)
+        return tf.nest.pack_sequence_as(sample_state, noised), (plain, number + 1), event
 
 
 class _Accounted(tff.aggregators.UnweightedAggregationFactory):  # type: ignore[misc]  # TFF ships no types

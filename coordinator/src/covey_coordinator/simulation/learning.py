@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
+
+from covey_coordinator.aggregation.registry import suggest
 from covey_coordinator.aggregation.rules import Rule
 from covey_coordinator.attacks.contract import Attack
-from covey_coordinator.records import Array
+from covey_protocol.errors import ConfigError
 from covey_protocol.messages import TrainingPlan
+
+Array = np.ndarray[Any, Any]
+ALGORITHMS = {
+    "fedavg": "every device trains plan.epochs epochs (McMahan et al. 2017, arXiv:1602.05629); with a proximal_weight "
+    "above 0 this is FedProx (Li et al. 2020, arXiv:1812.06127)",
+    "fedsgd": "every device sends one gradient step over all its examples (McMahan et al. 2017); no epochs, no "
+    "clipping of gradients, no optimizer on the device",
+}
 
 
 class DeviceData(NamedTuple):
@@ -25,13 +37,44 @@ class DeviceData(NamedTuple):
 
 @dataclass(frozen=True)
 class Privacy:
-    """Central differential privacy: every update clipped to clip_norm, Gaussian noise on the sum (TFF's own factory).
+    """Clipping and Gaussian noise by every device on its own update, as an agent's owner sets them.
 
-    noise_multiplier: standard deviation of the noise on the sum over clip_norm; 0 clips only.
+    Noise has a standard deviation of noise_multiplier * clip_norm on every number; 0 clips only.
+    What hostile devices send is not touched.
     """
 
     clip_norm: float
     noise_multiplier: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_noise(self.clip_norm, self.noise_multiplier)
+
+
+@dataclass(frozen=True)
+class CentralPrivacy:
+    """Differential privacy by the coordinator: updates clipped, noise on their sum, an epsilon after every round.
+
+    devices_per_round: the fixed number the sum is divided by. sampling_rate: the share of all devices in a round.
+    See `aggregation.privacy.private_aggregator`, which refuses every rule but a mean.
+    """
+
+    clip_norm: float
+    noise_multiplier: float
+    devices_per_round: int
+    rounds: int
+    sampling_rate: float = 1.0
+    delta: float = 1e-5
+
+    def __post_init__(self) -> None:
+        check_noise(self.clip_norm, self.noise_multiplier)
+
+
+def check_noise(clip_norm: float, noise_multiplier: float) -> None:
+    """ConfigError for what is no clip norm or no noise."""
+    if not (math.isfinite(clip_norm) and clip_norm > 0):
+        raise ConfigError(f"clip_norm = {clip_norm}", "set it to a positive number")
+    if not (math.isfinite(noise_multiplier) and noise_multiplier >= 0):
+        raise ConfigError(f"noise_multiplier = {noise_multiplier}", "set it to 0 or more")
 
 
 @dataclass(frozen=True)
@@ -39,7 +82,7 @@ class Learning:
     """model: a built tf.keras.Model, whose weights are the first global model; it is not changed.
 
     loss, optimizer, moving_statistics: as for `covey_models.export`. plan: what every device does in a round, as in a
-    live invitation. algorithm: "fedavg", or another of the process. attack: what the devices with the numbers
+    live invitation. algorithm: see `ALGORITHMS`. attack: what the devices with the numbers
     `hostile` send instead.
     """
 
@@ -55,5 +98,10 @@ class Learning:
     hostile: tuple[int, ...] = ()
     server_optimizer: str = "sgd"
     server_learning_rate: float = 1.0
-    privacy: Privacy | None = None
+    privacy: Privacy | CentralPrivacy | None = None
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.algorithm not in ALGORITHMS:
+            known = tuple(ALGORITHMS)
+            raise ConfigError(f"there is no algorithm {self.algorithm!r}", suggest(self.algorithm, known))

@@ -1,0 +1,52 @@
+"""In which batches a device sees its examples in a round, and what it draws in each step: as `covey_edge.trainer` does.
+
+Pure NumPy. The order is computed here and travels to the simulated device, so that it is the real device's own.
+"""
+
+from __future__ import annotations
+
+import zlib
+from typing import NamedTuple
+
+import numpy as np
+
+from covey_coordinator.simulation.learning import Array
+from covey_protocol.messages import TrainingPlan
+from covey_protocol.svrg import step_seed
+
+
+class Schedule(NamedTuple):
+    """rows: (steps, batch) int32, which examples; a partial batch is filled up with its own.
+
+    counts: (steps,) int32, how many of a row's are real. seeds: (steps,) int32, of what the model draws, 0 where it
+    draws nothing.
+    """
+
+    rows: Array
+    counts: Array
+    seeds: Array
+    steps_per_epoch: int
+
+
+def in_order(count: int, batch_size: int) -> tuple[Array, Array]:
+    """(rows, counts) of one pass over examples 0 to count - 1 in their order."""
+    return _cut(np.arange(count), batch_size)
+
+
+def training_schedule(plan: TrainingPlan, device_id: str, count: int, batch_size: int, draws: bool) -> Schedule:
+    """All steps of one round for a device of so many examples (n >= 1, after max_examples)."""
+    random = np.random.default_rng([plan.shuffle_seed, zlib.crc32(device_id.encode())])
+    epochs = [_cut(random.permutation(count), batch_size) for _ in range(plan.epochs)]
+    rows, counts = (np.concatenate(parts) for parts in zip(*epochs))
+    seeds = np.zeros(len(rows), np.int32)
+    if draws:
+        seeds = np.array([step_seed(plan.shuffle_seed, device_id, step) for step in range(len(rows))], np.int32)
+    return Schedule(rows, counts, seeds, len(epochs[0][0]))
+
+
+def _cut(order: Array, batch_size: int) -> tuple[Array, Array]:
+    """The batches of one pass. The last is filled up by np.resize, as `covey_edge.runtime.Model` pads it."""
+    starts = range(0, len(order), batch_size)
+    rows = np.stack([np.resize(order[start : start + batch_size], batch_size) for start in starts])
+    counts = np.array([min(batch_size, len(order) - start) for start in starts], np.int32)
+    return rows.astype(np.int32), counts
