@@ -37,7 +37,7 @@ class DataSettings(Struct, frozen=True, forbid_unknown_fields=True):
     """set: a data set by name, also one of the data folder. path: a file or folder of the user's own instead of it.
 
     test_fraction: kept for the central evaluation, where the source has no test part. The rest says how a file is
-    read: as in `covey_models.datasets.Reading`.
+    read: as in `covey_models.datasets.Reading`. writers: of EMNIST, see `emnist`.
     """
 
     set: str = ""
@@ -49,6 +49,7 @@ class DataSettings(Struct, frozen=True, forbid_unknown_fields=True):
     ignore: tuple[str, ...] = ()
     standardise: bool = False
     size: tuple[int, int] | None = None
+    writers: AtLeastOne | None = None
 
     def reading(self) -> Table:
         """What is said of how the file is read."""
