@@ -63,7 +63,7 @@ class Ticker:
         if self._done == self._first:
             return "started"
         seconds = (time.monotonic() - self._started) / (self._done - self._first) * (self._total - self._done)
-        return f"about {_clock(seconds)} left"
+        return f"about {clock(seconds)} left"
 
 
 class PlainTicker(Ticker):
@@ -92,7 +92,8 @@ def _said(result: dict[str, Any]) -> str:
     return f"{result['rule']} / {result['attack']} / {result['num_hostile']} corrupted: {said}"
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """5:07 or 1:05:07."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

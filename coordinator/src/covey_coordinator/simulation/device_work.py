@@ -32,12 +32,17 @@ Tensor = Any
 
 @dataclass(frozen=True)
 class DeviceWork:
-    """The graphs of one model under one plan. privacy: what a device does to its own update, if anything."""
+    """The graphs of one model under one plan.
+
+    privacy: what a device does to its own update, if anything. one_gradient_step: a device sends -learning_rate times
+    the gradient over all its examples, at the parameters it received, instead of training.
+    """
 
     steps: Steps
     plan: TrainingPlan
     shards: Shards
     privacy: Privacy | None = None
+    one_gradient_step: bool = False
     values: Mapping[int, Array] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -76,21 +81,26 @@ class DeviceWork:
         )
 
     def training(self) -> Any:
-        """A TFF computation: (parameters (d,), task) -> update, num_examples, place, loss of the last epoch.
+        """A TFF computation: (parameters (d,), task) -> update, num_examples, place, loss.
 
         num_examples is 0 where a real device would report a failure: an update that is not finite, too long, or zero.
+        loss: of the last epoch, or at the received parameters for a gradient step.
         """
         return tff.tensorflow.computation(self._training, tff.TensorType(np.float32, [self.dimension]), self.task_type)
 
     def _training(self, parameters: Tensor, task: Any) -> Any:
-        entry = EntryPoints(self.steps, self.values, ("train", "set_parameters", "get_parameters"))
+        entry = EntryPoints(self.steps, self.values, ("train", "gradient", "set_parameters", "get_parameters"))
 
         def run(parameters: Tensor, task: Any) -> Any:
             x, y = self.shards.read(task["shard"])
             with tf.control_dependencies([entry("set_parameters", parameters=parameters)["dimension"]]):
-                loss = self._epochs(entry, x, y, task, self._constants(parameters))
-            with tf.control_dependencies([loss]):
-                update = entry("get_parameters")["parameters"] - parameters
+                if self.one_gradient_step:
+                    loss, gradient = self._gradient(entry, x, y, task)
+                    update = -self.plan.learning_rate * gradient
+                else:
+                    loss = self._epochs(entry, x, y, task, self._constants(parameters))
+                    with tf.control_dependencies([loss]):
+                        update = entry("get_parameters")["parameters"] - parameters
             norm = tf.norm(update)  # infinite or NaN where it is not finite
             usable = tf.logical_and(norm > 0.0, norm <= MAX_UPDATE_NORM)
             count = tf.reduce_sum(task["counts"][: task["steps_per_epoch"]])
@@ -135,6 +145,24 @@ class DeviceWork:
             lambda number, _: number < steps, step, (tf.constant(0), tf.constant(0.0)), parallel_iterations=1
         )
         return total / tf.cast(tf.reduce_sum(task["counts"][first_of_last:]), tf.float32)
+
+    def _gradient(self, entry: EntryPoints, x: Tensor, y: Tensor, task: Any) -> tuple[Tensor, Tensor]:
+        """Mean loss and its gradient (d,) over the first epoch's examples, as `covey_edge.runtime.Model.gradient`."""
+
+        def step(number: Tensor, loss_sum: Tensor, total: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            count = task["counts"][number]
+            seed = {"seed": task["seeds"][number]} if "seed" in self.steps.train_inputs else {}
+            found = entry("gradient", **batch(x, y, task["rows"][number], count), **seed)
+            weight = tf.cast(count, tf.float64)
+            one = tf.cast(found["gradient"], tf.float64) * weight
+            return number + 1, loss_sum + tf.cast(tf.reshape(found["loss"], []), tf.float64) * weight, total + one
+
+        start = (tf.constant(0), tf.constant(0.0, tf.float64), tf.zeros([self.dimension], tf.float64))
+        _, loss_sum, total = tf.while_loop(
+            lambda number, *_: number < task["steps_per_epoch"], step, start, parallel_iterations=1
+        )
+        count = tf.cast(tf.reduce_sum(task["counts"][: task["steps_per_epoch"]]), tf.float64)
+        return tf.cast(loss_sum / count, tf.float32), tf.cast(total / count, tf.float32)
 
     def _protected(self, update: Tensor, noise_seed: Tensor) -> Tensor:
         if self.privacy is None:

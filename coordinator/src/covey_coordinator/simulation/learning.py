@@ -8,12 +8,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from covey_coordinator.aggregation.registry import suggest
 from covey_coordinator.aggregation.rules import Rule
 from covey_coordinator.attacks.contract import Attack
 from covey_protocol.errors import ConfigError
 from covey_protocol.messages import TrainingPlan
 
 Array = np.ndarray[Any, Any]
+ALGORITHMS = {
+    "fedavg": "every device trains plan.epochs epochs (McMahan et al. 2017, arXiv:1602.05629); with a proximal_weight "
+    "above 0 this is FedProx (Li et al. 2020, arXiv:1812.06127)",
+    "fedsgd": "every device sends one gradient step over all its examples (McMahan et al. 2017); no epochs, no "
+    "clipping of gradients, no optimizer on the device",
+}
 
 
 class DeviceData(NamedTuple):
@@ -75,7 +82,7 @@ class Learning:
     """model: a built tf.keras.Model, whose weights are the first global model; it is not changed.
 
     loss, optimizer, moving_statistics: as for `covey_models.export`. plan: what every device does in a round, as in a
-    live invitation. algorithm: "fedavg", or another of the process. attack: what the devices with the numbers
+    live invitation. algorithm: see `ALGORITHMS`. attack: what the devices with the numbers
     `hostile` send instead.
     """
 
@@ -93,3 +100,8 @@ class Learning:
     server_learning_rate: float = 1.0
     privacy: Privacy | CentralPrivacy | None = None
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.algorithm not in ALGORITHMS:
+            known = tuple(ALGORITHMS)
+            raise ConfigError(f"there is no algorithm {self.algorithm!r}", suggest(self.algorithm, known))

@@ -69,7 +69,9 @@ class Simulation:
         self._shards = _shards(self._steps, send_data or not self._worker.read_our_files)
         try:
             self._numbers = [self._shards.add(_checked(one, self._steps)) for one in self._devices]
-            self._work = DeviceWork(self._steps, learning.plan, self._shards, _of_devices(learning))
+            self._work = DeviceWork(
+                self._steps, learning.plan, self._shards, _of_devices(learning), learning.algorithm == "fedsgd"
+            )
             self._process = self._worker.call(learning_process, learning, self._work)
             self._evaluator = self._worker.call(evaluator, self._work)
         except BaseException:
