@@ -293,11 +293,12 @@ def test_a_mean_is_that_of_one_worker_also_when_workers_are_killed_and_the_run_i
         time.sleep(0.5)
         killed_at = time.monotonic()
         first.kill()
-        state, _ = second_round.result(PATIENCE_S)
+        state, outcome = second_round.result(PATIENCE_S)
         assert time.monotonic() - killed_at < 20
-        (note,) = workers.take_notes()
-        assert f"worker {first.address} was lost" in note
-        assert "part 1 of 2 is computed again" in note
+        assert outcome.notes == (
+            f"worker {first.address} was lost: its connection broke",
+            f"part 1 of 2 is computed again, after the loss of {first.address}",
+        )
         state, _ = simulation.next(state, range(5), 2)
         saved = simulation.saved(state)
         second.kill()
@@ -320,6 +321,7 @@ def test_a_round_after_a_loss_is_the_same_to_the_bit(start: Callable[..., Runnin
         before = workers.call(mean, values)
         second.kill()
         eventually(lambda: workers.living == addresses(first, third))
+        assert eventually(workers.take_notes) == (f"worker {second.address} was lost: its connection broke",)
         np.testing.assert_array_equal(workers.call(mean, values), before)
     with connect(addresses(first)) as alone:
         assert not np.array_equal(alone.call(mean, values), before)  # a sum in another order, so the test can fail
@@ -334,8 +336,10 @@ def test_a_worker_that_hangs_is_lost_after_the_patience_and_taken_back(start: Ca
         begun = time.monotonic()
         np.testing.assert_array_equal(workers.call(gathered, rows), rows)
         assert time.monotonic() - begun < 20
-        (note,) = workers.take_notes()
-        assert f"worker {first.address} was lost (it has not answered for 4 s)" in note
+        assert workers.take_notes() == (
+            f"worker {first.address} was lost: it has not answered for 4 s",
+            f"part 1 of 2 is computed again, after the loss of {first.address}",
+        )
         time.sleep(1.5)  # its gate answers all the time
         assert workers.living == [second.address]
         first.thaw()

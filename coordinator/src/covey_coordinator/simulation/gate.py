@@ -128,7 +128,8 @@ def _door(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family, backlog=64)
     except OSError as error:
-        raise Refused(f"cannot listen on {address(host, port)}: {error.strerror}", "choose another --listen") from error
+        told = f"cannot listen on {address(host, port)}: {os.strerror(error.errno or 0)}"
+        raise Refused(told, "choose another --listen") from error
 
 
 def _leave_the_network() -> None:

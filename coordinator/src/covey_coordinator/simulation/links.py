@@ -36,14 +36,16 @@ class WorkerLost(Exception):
 class Post:
     """One address and whoever works there. `open` first; `close` ends it.
 
-    note: told, a sentence, when a worker comes back.
+    note: told, a sentence, when a worker is lost or comes back.
     """
 
     def __init__(self, address: str, patience_s: float, note: Callable[[str], None]) -> None:
         self.address = address
         self._patience_s, self._note = patience_s, note
         self._link: _Link | None = None
+        self._told: _Link | None = None  # the last one whose loss was told
         self._closed = threading.Event()
+        self._lock = threading.Lock()
         self._refusal = "not connected yet"
 
     def open(self) -> str:
@@ -81,15 +83,27 @@ class Post:
         link = self._link
         if link is None or link.lost:
             raise WorkerLost(self.reason)
-        return link.context(compiler).invoke(computation, argument)
+        try:
+            return link.context(compiler).invoke(computation, argument)
+        except WorkerLost:
+            self._tell_loss(link)
+            raise
 
     def _watch(self) -> None:
         while not self._closed.wait(PROBE_S):
             link = self._link
             if link is not None and not link.lost:
                 link.probe(self._patience_s)
+                self._tell_loss(link)
             else:
                 self._come_back()
+
+    def _tell_loss(self, link: _Link) -> None:
+        """Once, whoever notices it first; not when it was us who ended the link."""
+        with self._lock:
+            if link.lost and link is not self._told and not self.is_closed:
+                self._told = link
+                self._note(f"worker {self.address} was lost: {link.lost}")
 
     def _come_back(self) -> None:
         try:
