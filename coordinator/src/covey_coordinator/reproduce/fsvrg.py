@@ -116,9 +116,18 @@ FSVRG = Reproduction(
     cases=cases,
     claims=(
         Claim("FSVRG is at the optimum's test error within 30 rounds", lambda v: v["FSVRG"] <= 30),
-        Claim("The naive form needs more rounds than FSVRG, or does not get there", lambda v: v["FSVRG, naive"] > v["FSVRG"]),
-        Claim("Gradient descent needs more rounds than the naive form, or neither gets there", lambda v: v["gradient descent"] >= v["FSVRG, naive"]),
-        Claim("Reshuffling the data changes little (at most 10 rounds)", lambda v: abs(v["FSVRG, reshuffled"] - v["FSVRG"]) <= 10),
+        Claim(
+            "The naive form needs more rounds than FSVRG, or does not get there",
+            lambda v: v["FSVRG, naive"] > v["FSVRG"],
+        ),
+        Claim(
+            "Gradient descent needs more rounds than the naive form, or neither gets there",
+            lambda v: v["gradient descent"] >= v["FSVRG, naive"],
+        ),
+        Claim(
+            "Reshuffling the data changes little (at most 10 rounds)",
+            lambda v: abs(v["FSVRG, reshuffled"] - v["FSVRG"]) <= 10,
+        ),
     ),
     run=run,
     value=reached,

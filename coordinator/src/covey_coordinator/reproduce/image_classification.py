@@ -20,7 +20,10 @@ PUBLISHED = {2: 3.0699, 4: 2.7276, 6: 2.5942, 8: 2.2257, 10: 2.0716}  # training
 DEVICES, WRITERS, EXAMPLES = 10, 600, 100  # an EMNIST writer has about 100 digits
 CHOSEN = 31  # stream of random numbers of a seed
 DOWNLOAD_TIMEOUT_S = 20.0
-BOTH = {"emnist": "EMNIST's first ten writers", "mnist": "MNIST by writer-like shards, as EMNIST could not be downloaded"}
+BOTH = {
+    "emnist": "EMNIST's first ten writers",
+    "mnist": "MNIST by writer-like shards, as EMNIST could not be downloaded",
+}
 
 
 def cases(quick: bool) -> Sequence[Case]:
@@ -54,7 +57,9 @@ def run(settings: dict[str, Any], seed: int, folder: Path | None) -> Outcome:
             curve.append([number, round(outcome.loss, 5)])
             scores = simulation.evaluate_devices(state, everyone).values()
             weights = [one["num_examples"] for one in scores]
-            accuracies.append([number, round(float(np.average([one["accuracy"] for one in scores], weights=weights)), 5)])
+            accuracies.append(
+                [number, round(float(np.average([one["accuracy"] for one in scores], weights=weights)), 5)]
+            )
     return {
         "curve": curve,
         "accuracies": accuracies,
@@ -145,7 +150,10 @@ TUTORIAL = Reproduction(
     cases=cases,
     claims=(
         Claim("Training loss decreases (rounds 2, 6, 10)", falls),
-        Claim("The model converges: the loss of round 10 is below two thirds of that of round 2", lambda v: v["round 10"] < 2 / 3 * v["round 2"]),
+        Claim(
+            "The model converges: the loss of round 10 is below two thirds of that of round 2",
+            lambda v: v["round 10"] < 2 / 3 * v["round 2"],
+        ),
     ),
     run=run,
     value=loss,

@@ -38,13 +38,14 @@ NOISE = 4  # stream of random numbers of a seed
 class RoundOutcome(NamedTuple):
     """What one round gave. loss: mean training loss over the cohort's examples; losses: by device. verdicts: what the
     rule said; a device whose update was not usable is not accepted. measurements: of the rule, and in differential
-    privacy of the accountant.
+    privacy of the accountant. notes: what became of remote workers meanwhile, a sentence each.
     """
 
     loss: float
     losses: dict[str, float]
     verdicts: dict[str, Judged]
     measurements: dict[str, float]
+    notes: tuple[str, ...] = ()
 
 
 class Simulation:
@@ -124,7 +125,7 @@ class Simulation:
                 f"the round of {self._learning.rule.name} would make parameters that are not finite",
                 "lower the learning rate, or choose a rule that bears corrupted devices",
             )
-        return output.state, _outcome(devices, output.metrics)
+        return output.state, _outcome(devices, output.metrics)._replace(notes=self._worker.take_notes())
 
     def parameters(self, state: Any) -> Array:
         """The global model, (d,) float32, in the order of a bundle's parameters."""

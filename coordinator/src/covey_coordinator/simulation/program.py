@@ -22,6 +22,7 @@ from covey_coordinator.simulation.display import Show, shown
 from covey_coordinator.simulation.folder import ExperimentFolder
 from covey_coordinator.simulation.memory import bounded_jobs, job_bytes, require_for_updates
 from covey_coordinator.simulation.reading import Experiment
+from covey_coordinator.simulation.remote import connect
 from covey_coordinator.simulation.results import RunResult
 from covey_coordinator.simulation.running import Progress, run_cell
 from covey_coordinator.simulation.sweep import Cell
@@ -68,6 +69,7 @@ def run_experiment(
         ready, largest = _checked(missing, folder, display, check)
         if len(ready) < len(experiment.cells) and not ready and not _any_rounds(experiment, folder):
             raise RuleError(_first_refusal(experiment, folder), "lower num_byzantine, or take more devices")
+        _reach_workers(ready)
         jobs = _usable(jobs, ready, largest, experiment.notes.as_fleet, display)
         try:
             failed = _train(experiment, folder, ready, jobs, display, check)
@@ -110,6 +112,12 @@ def _checked(cells: Sequence[Cell], folder: ExperimentFolder, display: Display, 
     if len(told) > MOST_TOLD:
         display.line(f"  and {len(told) - MOST_TOLD} more")
     return [cell for cell in cells if cell.key not in refused], largest
+
+
+def _reach_workers(ready: Sequence[Cell]) -> None:
+    """Raises RunError or MachineError, before anything starts, if one cannot be used."""
+    if ready and ready[0].settings.workers:
+        connect(ready[0].settings.workers).stop()
 
 
 def _any_rounds(experiment: Experiment, folder: ExperimentFolder) -> bool:
@@ -165,7 +173,7 @@ def _events(shared: Shared, cells: Sequence[Cell], jobs: int, show: Show, check:
         ):
             yield from pool.events(cells, check)
         return
-    with _stopping_worker():
+    with _stopping_worker(cells):
         for cell in cells:
 
             def tell(value: Any, cell: Cell = cell) -> None:
@@ -210,25 +218,26 @@ def _simulation(world: World) -> Any:
 
     learning = learning_of(world)
     require_for_updates(world, learning.model.count_params())
-    return Simulation(learning, world.devices, worker=worker())
+    return Simulation(learning, world.devices, worker=worker(world.settings.workers))
 
 
 @functools.lru_cache(maxsize=1)
-def worker() -> Any:
-    """This process's TFF worker, which all its cells share; it ends with the process."""
+def worker(addresses: tuple[str, ...] = ()) -> Any:
+    """What all cells of this process compute with: its own TFF worker, which ends with it, or those at addresses."""
     from covey_coordinator.aggregation.worker import Worker
 
-    return Worker()
+    return connect(addresses) if addresses else Worker()
 
 
 @contextlib.contextmanager
-def _stopping_worker() -> Iterator[None]:
+def _stopping_worker(cells: Sequence[Cell]) -> Iterator[None]:
     """In the user's own process the worker ends with the experiment."""
     try:
         yield
     finally:
         if worker.cache_info().currsize:
-            worker().stop()
+            worker(cells[0].settings.workers).stop()
+            worker.cache_clear()
 
 
 def _briefly(tell: Tell) -> Callable[[Progress], None]:
