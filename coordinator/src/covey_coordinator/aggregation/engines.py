@@ -37,17 +37,19 @@ from covey_protocol.parameters import ParameterSpec, offsets, total_size
 Places = npt.NDArray[np.int64]
 
 ENGINE_NAMES = ("direct", "tff")
-SERVER_OPTIMIZERS = ("sgd", "sgdm", "adam", "yogi")
+SERVER_OPTIMIZERS = ("sgd", "sgdm", "adagrad", "adam", "yogi")
 SERVER_MOMENTUM = 0.9  # of sgdm; the value of Reddi et al. 2021 (arXiv:2003.00295)
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """parameters: (d,) float32, new. verdicts: in the order of the device ids given. measurements: numbers to log."""
+    """parameters: (d,) float32, new. verdicts: in the order of the device ids given. measurements: numbers to log.
+    aggregate: (d,), what the rule made of the updates."""
 
     parameters: Array
     verdicts: list[DeviceVerdict]
     measurements: dict[str, float]
+    aggregate: Array
 
 
 class Engine(Protocol):
@@ -133,7 +135,7 @@ def make_engine(
 
 
 def build_server_optimizer(name: str, learning_rate: float) -> Any:
-    """TFF's optimizer of this name: sgd, sgdm (momentum 0.9), adam or yogi with TFF's own defaults."""
+    """TFF's optimizer of this name: sgd, sgdm (momentum 0.9), adagrad, adam or yogi with TFF's own defaults."""
     _known("server optimizer", name, SERVER_OPTIMIZERS)
     if not (np.isfinite(learning_rate) and learning_rate > 0):
         raise ConfigError(f"server_learning_rate = {learning_rate}", "set it to a positive number")
@@ -143,6 +145,8 @@ def build_server_optimizer(name: str, learning_rate: float) -> Any:
         return tff.learning.optimizers.build_sgdm(learning_rate)
     if name == "sgdm":
         return tff.learning.optimizers.build_sgdm(learning_rate, momentum=SERVER_MOMENTUM)
+    if name == "adagrad":
+        return tff.learning.optimizers.build_adagrad(learning_rate)
     if name == "adam":
         return tff.learning.optimizers.build_adam(learning_rate)
     return tff.learning.optimizers.build_yogi(learning_rate)
@@ -206,6 +210,7 @@ class _RoundEngine:
                 "num_byzantine_left": float(rule.num_byzantine),
                 **_measurements(screened, judgement, new_parameters - parameters),
             },
+            aggregate=np.asarray(judgement.aggregate),
         )
 
     @property

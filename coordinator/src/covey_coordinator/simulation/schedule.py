@@ -11,8 +11,8 @@ from typing import NamedTuple
 import numpy as np
 
 from covey_coordinator.simulation.learning import Array
-from covey_edge.trainer import step_seed
 from covey_protocol.messages import TrainingPlan
+from covey_protocol.svrg import step_seed
 
 
 class Schedule(NamedTuple):
