@@ -7,6 +7,7 @@ num_byzantine by devices that were refused before the rule.
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict
 from collections.abc import Sequence
 from types import TracebackType
@@ -32,6 +33,7 @@ from covey_protocol.errors import DataError, RuleError, StorageError, UsageError
 from covey_protocol.parameters import ParameterSpec
 
 EVALUATED_TOGETHER = 2000  # examples of central test data per piece, so that a worker's cores share them
+TOO_FEW = re.compile(r"\[([^\]]* needs at least \d+ usable updates)\]")  # as `aggregation.factory` words it
 NOISE = 4  # stream of random numbers of a seed
 
 
@@ -119,7 +121,13 @@ class Simulation:
             plan = msgspec.structs.replace(plan, shuffle_seed=shuffle_seed)
         devices = [self._devices[number] for number in cohort]
         tasks = [self._task(number, plan) for number in cohort]
-        output = self._worker.call(self._process.next, state, tasks)
+        try:
+            output = self._worker.call(self._process.next, state, tasks)
+        except Exception as error:
+            refusal = _refusal(error)
+            if refusal is None:
+                raise
+            raise refusal from error
         if not all(np.isfinite(part).all() for part in _parts(output.state.global_model_weights)):
             raise RuleError(
                 f"the round of {self._learning.rule.name} would make parameters that are not finite",
@@ -248,6 +256,12 @@ def _checked(device: DeviceData, steps: Steps) -> Pair:
             "take a model with as many classes as the data have",
         )
     return device.x, device.y
+
+
+def _refusal(error: Exception) -> RuleError | None:
+    """What the rule said inside the worker, where TFF's error is about too few usable updates."""
+    told = TOO_FEW.search(str(error))
+    return RuleError(told[1], "lower the learning rate, or choose a rule that bears more") if told else None
 
 
 def _parts(weights: Any) -> list[Array]:
