@@ -12,6 +12,7 @@ from covey_coordinator.attacks.registry import make_attack
 from covey_coordinator.grid.settings import Cell, GridSettings, plan_of
 from covey_coordinator.grid.simulation import Fleet, corrupted_devices, flat, simulated, world_of
 from covey_models import zoo
+from covey_models.population import populate
 
 SMALL = GridSettings(
     rules=("mean", "trimmed-mean"), fractions=(0.0, 0.25), seeds=1, devices=8, rounds=6, learning_rate=0.3
@@ -49,6 +50,14 @@ def test_corrupted_devices_of_a_smaller_fraction_are_among_those_of_a_larger() -
     assert [len(one) for one in chosen] == [0, 2, 4, 8]
     assert all(fewer <= more for fewer, more in zip(chosen, chosen[1:]))
     assert chosen[3] != set(corrupted_devices(20, 8, 6).tolist())
+
+
+def test_a_population_corrupts_the_devices_that_the_grid_corrupts() -> None:
+    flips = {"kind": "shift-labels", "fraction": 0.25}
+    for seed in range(5):
+        population = populate(world_of("digits", "softmax", 8, 1.0, 0).train, devices=8, corruptions=[flips], seed=seed)
+        found = [number for number, device in enumerate(population.devices) if device.faults]
+        assert found == corrupted_devices(8, 2, seed).tolist()
 
 
 def test_momentum_averages_updates_over_rounds() -> None:

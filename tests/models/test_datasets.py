@@ -17,6 +17,7 @@ from covey_protocol.errors import ConfigError, DataError
 @pytest.mark.parametrize(("name", "shape", "classes", "count"), [
     ("digits", (8, 8, 1), 10, 1797),
     ("breast-cancer", (30,), 2, 569),
+    ("wine", (13,), 3, 178),
 ])  # fmt: skip
 def test_built_in_data_is_finite_and_in_its_range(name: str, shape: tuple[int, ...], classes: int, count: int) -> None:
     data = load(name)
@@ -25,7 +26,8 @@ def test_built_in_data_is_finite_and_in_its_range(name: str, shape: tuple[int, .
     assert (data.x.dtype, data.y.dtype) == (np.float32, np.int32)
     assert low <= data.x.min() < data.x.max() <= high
     assert set(np.unique(data.y)) == set(range(classes))
-    assert len(data.feature_names) == (30 if name == "breast-cancer" else 0)
+    assert len(data.feature_names) == (0 if name == "digits" else shape[0])
+    assert data.users is None
 
 
 def saved(path: Path, **arrays: Any) -> Path:
@@ -131,8 +133,9 @@ def test_bad_data_is_refused_naming_the_file_and_a_remedy(case: str, tmp_path: P
     assert caught.value.remedy
 
 
-def test_an_unknown_name_lists_the_known_ones() -> None:
-    with pytest.raises(DataError, match=r"no data set 'mnist'.*digits, breast-cancer"):
+def test_an_unknown_name_lists_the_known_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COVEY_DATA", raising=False)
+    with pytest.raises(DataError, match=r"no data set 'mnist'.*digits, breast-cancer.*mnist\.npz may lie.*COVEY_DATA"):
         load("mnist")
 
 

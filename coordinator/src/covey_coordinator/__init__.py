@@ -21,6 +21,7 @@ _HOMES = {
     "first_inversion_check": "inversion.check",
     "write_report": "report.html",
     "serve": "serve",
+    "simulate": "simulation.api",
 }
 
 __all__ = [*_HOMES]

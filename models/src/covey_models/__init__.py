@@ -13,15 +13,31 @@ from covey_models.export import export  # the function: it must win over the sub
 _HOMES = {
     "Dataset": "datasets",
     "load": "datasets",
+    "load_split": "datasets",
     "split": "datasets",
     "build": "zoo",
     "default_for": "zoo",
     "iid": "partitions",
     "dirichlet": "partitions",
     "label_shards": "partitions",
+    "Population": "population",
+    "populate": "population",
 }
 
-__all__ = ["Dataset", "build", "default_for", "dirichlet", "export", "iid", "label_shards", "load", "split"]
+__all__ = [
+    "Dataset",
+    "Population",
+    "build",
+    "default_for",
+    "dirichlet",
+    "export",
+    "iid",
+    "label_shards",
+    "load",
+    "load_split",
+    "populate",
+    "split",
+]
 
 
 def __getattr__(name: str) -> Any:

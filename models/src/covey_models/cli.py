@@ -72,10 +72,11 @@ def export_command(
     TensorFlow before it is written; if it fails, nothing is written.
     """
     from covey_models.export import export
+    from covey_models.user_code import UserCode
     from covey_protocol.bundle import read_bundle
 
     sealing = None if key is None else _read_key(key)
-    files = _Files()
+    files = UserCode()
     model = files.built(source)
     data = export(
         model,
@@ -135,51 +136,6 @@ def _shape(text: str) -> tuple[int, ...]:
         return tuple(int(size) for size in text.split(",") if size)
     except ValueError as exc:
         raise ConfigError(f"{text!r} is no shape", "write whole numbers with commas, such as 28,28") from exc
-
-
-class _Files:
-    """The user's Python files, each run once; a file may import what lies beside it."""
-
-    def __init__(self) -> None:
-        self._names: dict[str, dict[str, Any]] = {}
-
-    def function(self, source: str) -> Any:
-        """The function that MODULE.py:FUNCTION names."""
-        path, separator, function = source.rpartition(":")
-        if not separator or not path.endswith(".py"):
-            raise ConfigError(f"{source!r} does not name a function", "write it as MODULE.py:FUNCTION")
-        if not Path(path).is_file():
-            raise ConfigError(f"there is no file {path}", "check the path")
-        if path not in self._names:
-            self._names[path] = self._run(path)
-        if not callable(self._names[path].get(function)):
-            raise ConfigError(f"{path} has no function {function!r}", "name a function of that file")
-        return self._names[path][function]
-
-    def built(self, source: str) -> Any:
-        """What that function returns."""
-        build = self.function(source)
-        try:
-            return build()
-        except Exception as exc:  # whatever the user's code raises
-            what = f"{source} fails with {type(exc).__name__}: {exc}"
-            raise ConfigError(what, "call it in Python to see where") from exc
-
-    def _run(self, path: str) -> dict[str, Any]:
-        import runpy
-        import sys
-
-        from covey_models._tensorflow import import_tensorflow
-
-        import_tensorflow()  # first and quietly, before the user's own import
-        sys.path.insert(0, str(Path(path).resolve().parent))
-        try:
-            return runpy.run_path(path)
-        except Exception as exc:  # whatever the user's code raises
-            what = f"{path} fails with {type(exc).__name__}: {exc}"
-            raise ConfigError(what, "run it in Python to see where") from exc
-        finally:
-            sys.path.pop(0)
 
 
 def _read_key(path: Path) -> SealingKey:

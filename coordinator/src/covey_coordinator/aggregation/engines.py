@@ -114,11 +114,13 @@ def make_engine(
     *,
     worker: Worker | None = None,
     refuse_copies: bool = True,
+    device_ids: Sequence[str] = (),
 ) -> Engine:
     """The engine "direct" or "tff" for this rule and model.
 
     worker: the TFF engine runs on it and leaves it running; without one it starts its own and stops it in `close`.
-    refuse_copies: see `screen_updates`. Raises ConfigError for unknown names and a learning rate that is not positive.
+    refuse_copies: see `screen_updates`. device_ids: have the places 0, 1, ... of `Batch.places`; others get the next
+    ones as they come. Raises ConfigError for unknown names and a learning rate that is not positive.
     """
     _known("aggregation engine", name, ENGINE_NAMES)
     optimizer = build_server_optimizer(server_optimizer, server_learning_rate)
@@ -129,7 +131,7 @@ def make_engine(
         door = TffDoor(rule, parameter_specs, optimizer, worker)
     layout = [(spec.shape, spec.trainable) for spec in parameter_specs]
     description = f"{rule!r}, {server_optimizer}, {server_learning_rate!r}, {layout}"
-    return _RoundEngine(rule, parameter_specs, door, refuse_copies, description)
+    return _RoundEngine(rule, parameter_specs, door, refuse_copies, description, device_ids)
 
 
 def build_server_optimizer(name: str, learning_rate: float) -> Any:
@@ -159,12 +161,19 @@ class _RoundEngine:
     """The one engine; what differs is the door. description: of all settings that a saved state belongs to."""
 
     def __init__(
-        self, rule: Rule, specs: Sequence[ParameterSpec], door: Door, refuse_copies: bool, description: str
+        self,
+        rule: Rule,
+        specs: Sequence[ParameterSpec],
+        door: Door,
+        refuse_copies: bool,
+        description: str,
+        device_ids: Sequence[str],
     ) -> None:
         self._rule, self._door, self._refuse_copies, self._description = rule, door, refuse_copies, description
         self._layout = _Layout(specs)
         self._rule_state, self._optimizer_state = door.initial_states()
-        self._places: dict[str, int] = {}  # numbers of devices, in the order in which they were first seen
+        # numbers of devices: of those named first, then in the order in which they were first seen
+        self._places = {device_id: place for place, device_id in enumerate(device_ids)}
 
     def step(
         self,

@@ -59,6 +59,8 @@ class Worker:
     that calls TFF itself. Used as a context manager it starts at once and stops at the end.
     """
 
+    read_our_files = True  # its process runs here, as our user
+
     def __init__(self, log_path: str | os.PathLike[str] | None = None) -> None:
         self._log_path = log_path
         self._keeper: _Keeper | None = None
@@ -155,7 +157,7 @@ class _Keeper:
     @cached_property
     def context(self) -> Any:
         """Made when first used: it imports TFF, which takes far longer than the start of the worker."""
-        return _execution_context(self._channel, lambda: self.is_running and not self._stopping)
+        return execution_context(self._channel, lambda: self.is_running and not self._stopping)
 
     @property
     def is_running(self) -> bool:
@@ -263,7 +265,7 @@ def _channel_when_ready(process: subprocess.Popen[bytes], port: int) -> Any:
     return None
 
 
-class _WithoutSubscriptions:
+class WithoutSubscriptions:
     """A gRPC channel on which watching the connection does nothing.
 
     TFF's stub watches it, for a flag that only TFF's own worker manager reads; gRPC then polls in a thread of its own,
@@ -298,9 +300,16 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def _execution_context(channel: Any, is_alive: Callable[[], bool]) -> Any:
+def execution_context(
+    channel: Any,
+    is_alive: Callable[[], bool],
+    compiler: Callable[[Any], Any] | None = None,
+    failed: Callable[[Exception], Exception] = lambda error: error,
+) -> Any:
     """A synchronous TFF context on the worker behind this channel.
 
+    compiler: None for TFF's own. failed: given the error of a request, what to raise instead; what TFF holds to be
+    retryable (`tff.framework.RetryableError`) it tries again for ever.
     TFF frees values on the worker 20 at a time by default; at 40 MB per round that is 1 GB more than freeing each.
     """
     import tensorflow_federated as tff
@@ -323,7 +332,9 @@ def _execution_context(channel: Any, is_alive: Callable[[], bool]) -> Any:
                 if is_alive():
                     raise
 
-    stub = Stub(_WithoutSubscriptions(channel))
+    for name in ("get_executor", "create_value", "create_struct", "create_call", "create_selection", "compute"):
+        setattr(Stub, name, _translated(getattr(Stub, name), failed))
+    stub = Stub(WithoutSubscriptions(channel))
 
     def executor(cardinalities: Any) -> Any:
         cardinalities.setdefault(tff.CLIENTS, 0)
@@ -333,7 +344,20 @@ def _execution_context(channel: Any, is_alive: Callable[[], bool]) -> Any:
 
     return tff.framework.SyncExecutionContext(
         tff.framework.ResourceManagingExecutorFactory(executor),
-        tff.backends.native.desugar_and_transform_to_native,
+        compiler or tff.backends.native.desugar_and_transform_to_native,
         transform_args=tensorflow_computation.transform_args,
         transform_result=tensorflow_computation.transform_result,
     )
+
+
+def _translated(request: Callable[..., Any], failed: Callable[[Exception], Exception]) -> Callable[..., Any]:
+    def asked(*arguments: Any) -> Any:
+        try:
+            return request(*arguments)
+        except Exception as error:
+            told = failed(error)
+            if told is error:
+                raise
+            raise told from error
+
+    return asked

@@ -26,12 +26,14 @@ class Attacked(Rule):
 
     hostile: places of devices (`Batch.places`). A device that is not in a round is not replaced; a data attack's
     rows are taken as they are. What honest devices send is not changed. The attack of round r draws from (seed, r).
+    sampled: rounds are of some of the devices, and whoever draws them sees to it that one is honest.
     """
 
     attack: Attack
     hostile: tuple[int, ...]
     inner: Rule
     seed: int = 0
+    sampled: bool = False
 
     def __post_init__(self) -> None:
         if not self.attack.sends_finite:
@@ -55,7 +57,7 @@ class Attacked(Rule):
 
     def check(self, n: int) -> None:
         self.inner.check(n)
-        if n <= len(self.hostile):
+        if not self.sampled and n <= len(self.hostile):
             raise RuleError(f"{n} devices, {len(self.hostile)} of them corrupted", "leave at least one honest device")
 
     def initial_state(self, d: int) -> Any:

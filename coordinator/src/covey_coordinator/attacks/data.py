@@ -10,7 +10,8 @@ import numpy as np
 from covey_coordinator.aggregation.kernels import Kernels, Updates
 from covey_coordinator.attacks.contract import Attack, AttackFacts, DataSetting, Floats, Knowledge
 from covey_coordinator.attacks.plain import require_finite
-from covey_models.corruption import flip_labels
+from covey_models.corruption import Setting, corrupt, flip_labels, triggered
+from covey_models.corruption.trigger import Trigger
 from covey_protocol.errors import ConfigError
 
 
@@ -79,18 +80,9 @@ class ScalingBackdoor(Attack):
             raise ConfigError(
                 f"{self.name}: target = {self.target}, with {setting.num_classes} classes", "name a class there is"
             )
-        chosen = random.permutation(len(y))[: round(self.poisoned_share * len(y))]
-        x, y = x.copy(), y.copy()
-        x[chosen] = self.triggered(x[chosen], setting)
-        y[chosen] = self.target
-        return x, y
+        trigger = Trigger(self.target, self.patch)
+        return corrupt(trigger, x, y, Setting(*setting), random, self.poisoned_share)
 
     def triggered(self, x: Floats, setting: DataSetting) -> Floats:
-        """The examples with the trigger: (n, height, width, channels) or (n, features)."""
-        x = x.copy()
-        high = setting.input_range[1]
-        if x.ndim >= 3:
-            x[:, -self.patch :, -self.patch :] = high
-        else:
-            x[:, -self.patch :] = high
-        return x
+        """The examples with the trigger: see `covey_models.corruption.trigger`."""
+        return triggered(x, self.patch, setting.input_range)

@@ -147,8 +147,8 @@ def plan_of(settings: GridSettings) -> Plan:
         raise ConfigError(f"the grid trains no model {settings.model!r}", suggest(settings.model, MODELS))
     _check_fractions(settings)
     notes: list[str] = []
-    rules = [_rule_spec(spec) for spec in settings.rules] or _default_rules(notes)
-    attacks = [_attack_spec(spec) for spec in settings.attacks or ATTACK_NAMES]
+    rules = [rule_spec(spec) for spec in settings.rules] or _default_rules(notes)
+    attacks = [attack_spec(spec) for spec in settings.attacks or ATTACK_NAMES]
     for kind, labels in (("rule", [r.label for r in rules]), ("attack", [a.label for a in attacks])):
         twice = next((label for label in labels if labels.count(label) > 1), None)
         if twice is not None:
@@ -185,7 +185,8 @@ def _default_rules(notes: list[str]) -> list[RuleSpec]:
     return found
 
 
-def _rule_spec(spec: str | Spec) -> RuleSpec:
+def rule_spec(spec: str | Spec) -> RuleSpec:
+    """The rule that a name or a table says. ConfigError for whatever is wrong with a name or a setting."""
     table = _table("rule", spec)
     name, label = table.pop("rule"), table.pop("label", None)
     told = table.pop("num_byzantine", None)
@@ -203,7 +204,8 @@ def _rule_spec(spec: str | Spec) -> RuleSpec:
     return made
 
 
-def _attack_spec(spec: str | Spec) -> AttackSpec:
+def attack_spec(spec: str | Spec) -> AttackSpec:
+    """As `rule_spec`."""
     table = _table("attack", spec)
     name, label = table.pop("attack"), table.pop("label", None)
     return AttackSpec(_label(name, label, table), make_attack(name, **table))
@@ -251,11 +253,12 @@ def parse_spec(kind: str, text: str) -> Spec:
         key, separator, value = pair.partition("=")
         if not separator or not key:
             raise ConfigError(f"{text!r}: {pair!r} is no setting", "write NAME:KEY=VALUE,KEY=VALUE")
-        table[key.strip()] = _value(value.strip())
+        table[key.strip()] = toml_value(value.strip())
     return table
 
 
-def _value(text: str) -> Any:
+def toml_value(text: str) -> Any:
+    """A value written as in TOML; other words are text."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:

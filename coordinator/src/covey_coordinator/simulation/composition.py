@@ -134,7 +134,7 @@ def learning_process(learning: Learning, work: DeviceWork) -> Any:
 def _aggregation(learning: Learning, vector_type: Any) -> Any:
     rule: Rule = learning.rule
     if learning.attack is not None and learning.hostile:
-        rule = Attacked(learning.attack, tuple(learning.hostile), rule, learning.seed)
+        rule = Attacked(learning.attack, tuple(learning.hostile), rule, learning.seed, sampled=True)
     if isinstance(learning.privacy, CentralPrivacy):
         if rule is not learning.rule:
             raise ConfigError("an attack on updates under central differential privacy", "attack the data instead")

@@ -22,6 +22,7 @@ from covey_coordinator.aggregation.worker import Worker
 from covey_coordinator.simulation.composition import evaluator, learning_process
 from covey_coordinator.simulation.device_work import DeviceWork
 from covey_coordinator.simulation.learning import Array, CentralPrivacy, DeviceData, Learning
+from covey_coordinator.simulation.remote import RemoteWorkers
 from covey_coordinator.simulation.results import Judged
 from covey_coordinator.simulation.schedule import Schedule, in_order, training_schedule
 from covey_coordinator.simulation.shards import FileShards, Pair, SentShards, Shards
@@ -49,8 +50,8 @@ class RoundOutcome(NamedTuple):
 class Simulation:
     """One learning on some devices. Use it in a with block: it holds a worker process and files.
 
-    worker: a worker to share, left running; without one an own one is started when it is needed. send_data: send the
-    devices' examples with every round, for workers that do not see this machine's disk.
+    worker: a worker, or several on other machines, to share, left running; without one an own one is started when it
+    is needed. send_data: send the devices' examples with every round also to workers that see this machine's disk.
     Raises ConfigError and DataError for devices or settings that do not fit the model.
     """
 
@@ -59,13 +60,13 @@ class Simulation:
         learning: Learning,
         devices: Sequence[DeviceData],
         *,
-        worker: Worker | None = None,
+        worker: Worker | RemoteWorkers | None = None,
         send_data: bool = False,
     ) -> None:
         self._learning, self._devices = learning, list(devices)
         self._steps = _traced(learning)
-        self._shards = _shards(self._steps, send_data)
         self._owns_worker, self._worker = worker is None, Worker() if worker is None else worker
+        self._shards = _shards(self._steps, send_data or not self._worker.read_our_files)
         try:
             self._numbers = [self._shards.add(_checked(one, self._steps)) for one in self._devices]
             self._work = DeviceWork(
