@@ -12,7 +12,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import attrs
 import numpy as np
 import tensorflow as tf
 import tensorflow_federated as tff
@@ -94,7 +93,7 @@ class _Exchanges:
     def __init__(self, learning: Learning, algorithm: Algorithm, work: DeviceWork, more: dict[str, Any]) -> None:
         self.learning, self.algorithm, self.work = learning, algorithm, work
         self.wire = Wire(work.steps.specs)
-        self.task_type = tff.types.to_type(OrderedDict([*_fields(work.task_type), *more.items()]))
+        self.task_type = tff.types.to_type(OrderedDict([*tff.structure.to_elements(work.task_type), *more.items()]))
         self.flat = tff.tensorflow.computation(self.wire.flat, self.wire.weights_type)
         self.finalizer = tff.learning.templates.build_apply_optimizer_finalizer(
             build_server_optimizer("sgd", learning.server_learning_rate), self.wire.weights_type
@@ -125,18 +124,17 @@ class _Exchanges:
         return tff.tensorflow.computation(run, *[self.wire.vector_type] * (1 + vectors), self.task_type)
 
     def result(self, vector: Tensor, task: Any, loss: Tensor, noise_seed: Tensor) -> OrderedDict[str, Tensor]:
-        """As DeviceWork's: what the device sends, protected; 0 examples where it would report a failure."""
-        count = tf.reduce_sum(task["counts"][: task["steps_per_epoch"]])
+        """As DeviceWork's: what the device sends, protected; 0 examples where it would report a failure.
+
+        SCAFFOLD's count is of examples used in steps; there every device weighs the same.
+        """
+        count = tf.reduce_sum(task["all_counts" if "all_counts" in task else "counts"])
         return OrderedDict(
             update=self.work.protect(vector, noise_seed),
             num_examples=tf.where(self.work.is_usable(vector), tf.cast(count, tf.float32), 0.0),
             place=task["place"],
             loss=loss,
         )
-
-
-def _fields(task_type: Any) -> list[tuple[str, Any]]:
-    return [(str(name), kind) for name, kind in task_type.items()]
 
 
 class SvrgProcess(_Exchanges):
@@ -283,14 +281,14 @@ class ScaffoldProcess(_Exchanges):
         return base
 
     def initialize(self) -> Any:
-        return attrs.evolve(self._initialize(), distributor=np.zeros((self._devices, self.wire.d), np.float32))
+        return self._initialize()._replace(distributor=np.zeros((self._devices, self.wire.d), np.float32))
 
     def next(self, state: Any, tasks: Sequence[Any]) -> Any:
         return self._next(state, tasks)
 
     def before(self, state: Any, tasks: Sequence[Any]) -> tuple[Any, Sequence[Any]]:
         own = state.distributor
-        return attrs.evolve(state, distributor=()), [
+        return state._replace(distributor=()), [
             OrderedDict([*one.items(), ("own", own[one["place"]])]) for one in tasks
         ]
 
@@ -300,7 +298,7 @@ class ScaffoldProcess(_Exchanges):
         for task, control, (_, count) in zip(tasks, metrics["controls"], np.reshape(metrics["client_work"], (-1, 2))):
             if count > 0:  # else the device has reported a failure
                 own[task["place"]] = control
-        return attrs.evolve(new_state, distributor=own), metrics
+        return new_state._replace(distributor=own), metrics
 
     def _computations(self) -> tuple[Any, Any]:
         wire, finalizer = self.wire, self.finalizer
