@@ -18,14 +18,7 @@ from covey_models import partitions
 
 CLIENTS, HIDDEN = 100, (200, 200)
 COHORT, MODEL = 21, 22  # streams of random numbers of one seed
-PUBLISHED = {
-    ("iid", 1): 316,
-    ("iid", 10): 87,
-    ("iid", 20): 77,
-    ("iid", 50): 75,
-    ("shards", 10): 664,
-    ("shards", 20): 619,
-}
+PUBLISHED = {("iid", 1): 316, ("iid", 10): 87, ("iid", 20): 77, ("iid", 50): 75, ("shards", 10): 664}
 QUICK_TARGET, TARGET = 0.90, 0.97
 
 
@@ -45,9 +38,7 @@ def cases(quick: bool) -> Sequence[Case]:
             "target": QUICK_TARGET if quick else TARGET,
             "rounds": 150 if quick else 800 if partition == "iid" else 1500,
         }
-        found.append(
-            Case(label_of(partition, cohort), settings, None if quick else float(PUBLISHED[partition, cohort]))
-        )
+        found.append(Case(label_of(partition, cohort), settings, None if quick else float(PUBLISHED[partition, cohort])))
     return found
 
 
@@ -163,13 +154,8 @@ FEDAVG = Reproduction(
     full_time="",
     cases=cases,
     claims=(
-        Claim(
-            "Two shards per device need several times (at least 3) the rounds of IID",
-            lambda v: _shards(v) > 3 * v[label_of("iid", 10)],
-        ),
-        Claim(
-            "Ten devices a round need fewer rounds than one", lambda v: v[label_of("iid", 10)] < v[label_of("iid", 1)]
-        ),
+        Claim("Two shards per device need several times (at least 3) the rounds of IID", lambda v: _shards(v) > 3 * v[label_of("iid", 10)]),
+        Claim("Ten devices a round need fewer rounds than one", lambda v: v[label_of("iid", 10)] < v[label_of("iid", 1)]),
         Claim(
             "More than ten devices a round (20, 50) help little: at most a third fewer rounds (IID)",
             lambda v: min(v[label_of("iid", 20)], v[label_of("iid", 50)]) > 0.66 * v[label_of("iid", 10)],
