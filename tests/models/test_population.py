@@ -37,6 +37,7 @@ def test_devices_hold_exactly_the_rows_of_their_parts(kind: str) -> None:
     for device, part in zip(population.devices, population.parts):
         np.testing.assert_array_equal(device.x, DIGITS.x[part])
         np.testing.assert_array_equal(device.y, DIGITS.y[part])
+        assert (np.diff(part) > 0).all()  # sorted
         assert device.faults == ()
     np.testing.assert_array_equal(population.counts().sum(0), np.bincount(DIGITS.y))
 
@@ -100,6 +101,14 @@ def test_another_fraction_leaves_the_other_devices_and_corruptions_as_they_were(
         if ("sensor-noise" in before.faults) == ("sensor-noise" in after.faults):
             np.testing.assert_array_equal(before.x, after.x)
     assert len({device.faults for device in many}) == 4  # two independent choices: all combinations occur
+
+
+def test_devices_are_damaged_each_in_its_own_way() -> None:
+    noise = {"kind": "sensor-noise", "fraction": 1.0, "std": 0.1}
+    clean, noisy = (populate(DIGITS, devices=3, corruptions=tables, seed=4).devices for tables in ([], [noise]))
+    first, second = (after.x[:99] - before.x[:99] for before, after in zip(clean[:2], noisy[:2]))
+    inside = (np.abs(first) > 0) & (np.abs(second) > 0)  # what is cut off at the range says nothing
+    assert abs(np.corrcoef(first[inside], second[inside])[0, 1]) < 0.5
 
 
 def test_ten_thousand_devices_share_one_copy_that_nobody_can_write_to() -> None:
