@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from covey_models.corruption import CORRUPTIONS
 from covey_models.datasets import Dataset, load
 from covey_models.partitions import PARTITIONS
 from covey_models.population import populate
@@ -121,6 +124,18 @@ def test_ten_thousand_devices_share_one_copy_that_nobody_can_write_to() -> None:
     with pytest.raises(ValueError, match="read-only"):
         devices[0].x[0] = 1.0
     assert data.x.flags.writeable
+
+
+@pytest.mark.parametrize(("kinds", "name"), [
+    *((PARTITIONS, name) for name in PARTITIONS), *((CORRUPTIONS, name) for name in CORRUPTIONS)
+])  # fmt: skip
+def test_every_kind_is_documented_with_its_settings_and_defaults(kinds: Any, name: str) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "simulation-data.md").read_text()
+    row = next(line for line in page.splitlines() if line.startswith(f"| `{name}` |"))
+    for field in dataclasses.fields(kinds[name]):
+        assert f"`{field.name}`" in row
+        if isinstance(field.default, (int, float)):
+            assert f"`{field.name}` ({field.default})" in row
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
