@@ -26,7 +26,7 @@ from covey_coordinator.simulation import gate
 from covey_coordinator.simulation.addresses import split_address
 from covey_coordinator.simulation.remote import RemoteWorkers, connect
 from covey_coordinator.simulation.worker_command import who, worker_command
-from covey_protocol.errors import ConfigError, MachineError, RunError
+from covey_protocol.errors import ConfigError, MachineError, RunError, TransportError
 
 pytestmark = pytest.mark.fleet
 
@@ -535,7 +535,7 @@ def test_a_port_that_is_taken_is_named(pair: tuple[RunningWorker, RunningWorker]
     listen = pair[0].address
     command = [sys.executable, "-m", "covey_edge", "worker", "--listen", listen]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
-    assert ended.returncode == MachineError.exit_code
+    assert ended.returncode == TransportError.exit_code
     assert f"cannot listen on {listen}" in ended.stderr
 
 

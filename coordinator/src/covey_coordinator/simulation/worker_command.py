@@ -23,7 +23,7 @@ import click
 from covey_coordinator.aggregation.worker import LAUNCHER, worker_binary
 from covey_coordinator.simulation import gate
 from covey_coordinator.simulation.addresses import split_address
-from covey_protocol.errors import ConfigError, MachineError
+from covey_protocol.errors import ConfigError, CoveyError, MachineError, TransportError
 
 DEFAULT_LISTEN = "127.0.0.1:8470"
 POLL_S = 0.2
@@ -78,7 +78,7 @@ def checked_listen(listen: str, trusted_network: bool) -> tuple[str, int]:
 
 
 def run(said: Callable[[], dict[str, Any] | None], check: Callable[[], None]) -> None:
-    """Tell what the gate says, until a signal (KeyboardInterrupt) or the worker's end (MachineError)."""
+    """Tell what the gate says, until a signal (KeyboardInterrupt) or the worker's end, an error."""
     while True:
         check()
         line = said()
@@ -90,9 +90,10 @@ def run(said: Callable[[], dict[str, Any] | None], check: Callable[[], None]) ->
             raise _error(line)
 
 
-def _error(line: dict[str, Any]) -> MachineError:
+def _error(line: dict[str, Any]) -> CoveyError:
     if "refused" in line:
-        return MachineError(line["refused"], line["remedy"])
+        kind = TransportError if line["kind"] == ["listen"] else MachineError
+        return kind(line["refused"], line["remedy"])
     told = f"TFF's worker ended with code {line['ended']}" if "ended" in line else "the gate of TFF's worker ended"
     return MachineError(told, "look at its output and at the free memory, then start it again")
 
