@@ -143,7 +143,9 @@ def main() -> None:
             "TFF mergeable, 1": lambda: contextlib.nullcontext(Mergeable([first])),
             "TFF mergeable, 2": lambda: contextlib.nullcontext(Mergeable([first, second])),
         }
-        print("| round | worker | best s | median s | own / this (best) | parameters from own |\n|---|---|---|---|---|---|")
+        print(
+            "| round | worker | best s | median s | own / this (best) | parameters from own |\n|---|---|---|---|---|---|"
+        )
         for what, (rule, hidden, passes, devices, size) in work.items():
             told, people = learning(rule, hidden, passes), population(devices, size)
             own: tuple[float, Any] | None = None

@@ -167,9 +167,12 @@ def test_two_workers_judge_devices_exactly_as_one_and_by_their_names(pair: tuple
     from covey_coordinator.aggregation.krum import MultiKrum
 
     rule = MultiKrum(num_byzantine=1, num_selected=3)
-    with connect(addresses(pair[0])) as one, connect(addresses(*pair)) as two:
+    tunnel = Proxy(split_address(pair[1].address)[1])
+    with connect(addresses(pair[0])) as one, connect([pair[0].address, f"127.0.0.1:{tunnel.port}"]) as two:
         assert two.read_our_files
         alone, together = learned(one, rule), learned(two, rule, send_data=True)
+        assert tunnel.up > 100_000  # of devices' examples
+    tunnel.close()
     np.testing.assert_array_equal(together[0], alone[0])
     assert together[1:] == alone[1:]
     rejected = {device_id for device_id, judged in together[2][0].verdicts.items() if not judged.accepted}
@@ -441,6 +444,72 @@ def test_ctrl_c_in_a_call_disconnects(pair: tuple[RunningWorker, RunningWorker])
             assert not workers.is_running
         finally:
             pair[0].thaw()
+
+
+@pytest.mark.slow
+def test_a_part_that_costs_too_many_workers_ends_the_run(start: Callable[..., RunningWorker]) -> None:
+    gathered, rows = numbered_rows(1)
+    five = [start() for _ in range(5)]
+    with connect(addresses(*five), patience_s=PATIENCE_S) as workers:
+        workers.call(gathered, rows)
+        for worker in five:
+            worker.freeze()
+        call = in_background(workers.call, gathered, rows)
+        for worker in five[:4]:
+            assert not call.done()
+            time.sleep(0.5)  # so that the part is there
+            worker.kill()
+        with pytest.raises(RunError, match=f"has cost 4 workers, the last one {five[3].address}"):
+            call.result(PATIENCE_S)
+        assert workers.living == [five[4].address]
+        five[4].thaw()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_an_experiment_gives_the_same_when_one_of_its_workers_is_killed(
+    start: Callable[..., RunningWorker], tmp_path: Path
+) -> None:
+    first, second = start(), start()
+    (tmp_path / "experiment.toml").write_text(
+        f"name = 'remote'\nrounds = 8\ndevices = 6\nworkers = {addresses(first, second)}\n"
+        "[data]\nset = 'digits'\n[aggregation]\nrule = 'multi-krum'\nnum_byzantine = 1\n"
+    )
+
+    def experiment(folder: str) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "covey_edge", "simulate", "experiment.toml", "--jobs", "1", "--out", folder]
+        return subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL)
+
+    def told(folder: str, name: str) -> str:
+        return next((path.read_text() for path in (tmp_path / folder).glob(f"cells/*/{name}")), "")
+
+    assert experiment("unharmed").wait(PATIENCE_S) == 0
+    harmed = experiment("harmed")
+    eventually(lambda: told("harmed", "rounds.jsonl").count("\n") >= 3)
+    first.kill()
+    assert harmed.wait(PATIENCE_S) == 0
+    expected, found = (json.loads(told(folder, "result.json")) for folder in ("unharmed", "harmed"))
+    assert f"worker {first.address} was lost: its connection broke" in found["notes"][0]
+    for one, other in zip(expected["rounds"], found["rounds"]):
+        assert {**one, "seconds": 0} == {**other, "seconds": 0}
+
+
+MEMORY_LIMIT_MB = 3000
+
+
+@pytest.mark.slow
+def test_a_computation_beyond_the_memory_limit_fails_and_the_worker_lives(start: Callable[..., RunningWorker]) -> None:
+    import tensorflow as tf
+    import tensorflow_federated as tff
+
+    total = tff.tensorflow.computation(lambda rows: tf.reduce_sum(tf.ones([rows, 1_000_000])), np.int32)
+    worker = start("--memory-limit-mb", str(MEMORY_LIMIT_MB))
+    with connect([worker.address]) as workers:
+        assert workers.call(total, 10) == 10_000_000
+        with pytest.raises(Exception, match="OOM when allocating"):
+            workers.call(total, MEMORY_LIMIT_MB // 2)
+        assert workers.call(total, 10) == 10_000_000
+        assert workers.take_notes() == ()
 
 
 def test_a_worker_throws_away_what_its_last_coordinator_left(start: Callable[..., RunningWorker]) -> None:
