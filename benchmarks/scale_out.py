@@ -144,7 +144,8 @@ def main() -> None:
             "TFF mergeable, 2": lambda: contextlib.nullcontext(Mergeable([first, second])),
         }
         print(
-            "| round | worker | best s | median s | own / this (best) | parameters from own |\n|---|---|---|---|---|---|"
+            "| round | worker | best s | median s | own / this (best) | parameters from own |\n"
+            "|---|---|---|---|---|---|"
         )
         for what, (rule, hidden, passes, devices, size) in work.items():
             told, people = learning(rule, hidden, passes), population(devices, size)
@@ -154,10 +155,9 @@ def main() -> None:
                     times, parameters = measure(worker, told, people, rounds)
                 best = min(times)
                 own = own or (best, parameters)
-                apart = float(np.abs(parameters - own[1]).max())
+                middle, apart = statistics.median(times), float(np.abs(parameters - own[1]).max())
                 print(
-                    f"| {what} | {name} | {best:.3f} | {statistics.median(times):.3f} | {own[0] / best:.2f} | {apart:.0e} |",
-                    flush=True,
+                    f"| {what} | {name} | {best:.3f} | {middle:.3f} | {own[0] / best:.2f} | {apart:.0e} |", flush=True
                 )
     print(f"\nload average {', '.join(f'{one:.1f}' for one in os.getloadavg())} at the end")
 
