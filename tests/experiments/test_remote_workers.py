@@ -142,7 +142,7 @@ def learned(worker: Any, rule: Any, rounds: int = 2, **options: Any) -> list[Any
         return [simulation.parameters(state), simulation.evaluate_devices(state, [0, 4]), outcomes]
 
 
-def simulation_of(rule: Any, worker: Any, **options: Any) -> Any:
+def simulation_of(rule: Any, worker: Any, algorithm: str = "fedavg", **options: Any) -> Any:
     import tensorflow as tf
     from sklearn.datasets import load_digits
 
@@ -157,8 +157,14 @@ def simulation_of(rule: Any, worker: Any, **options: Any) -> Any:
     devices = [DeviceData(f"device-{n}", x[a:b], y[a:b]) for n, (a, b) in enumerate(zip(starts, starts[1:]))]
     tf.keras.utils.set_random_seed(3)
     model = tf.keras.Sequential([tf.keras.Input((64,)), tf.keras.layers.Dense(10)])
+    steps = 4 if algorithm == "scaffold" else 0
     learning = Learning(
-        model, TrainingPlan(epochs=1, learning_rate=0.1), rule, attack=ATTACKS["sign-flip"](), hostile=(1, 4)
+        model,
+        TrainingPlan(epochs=1, learning_rate=0.1, steps=steps),
+        rule,
+        attack=ATTACKS["sign-flip"](),
+        hostile=(1, 4),
+        algorithm=algorithm,
     )
     return Simulation(learning, devices, worker=worker, **options)
 
@@ -177,6 +183,24 @@ def test_two_workers_judge_devices_exactly_as_one_and_by_their_names(pair: tuple
     assert together[1:] == alone[1:]
     rejected = {device_id for device_id, judged in together[2][0].verdicts.items() if not judged.accepted}
     assert rejected == {"device-1", "device-4"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("algorithm", "is_split"), {"scaffold": True, "fsvrg": False}.items())
+def test_algorithms_of_several_exchanges_are_the_same_on_two_workers(
+    pair: tuple[RunningWorker, RunningWorker], algorithm: str, is_split: bool
+) -> None:
+    from covey_coordinator.aggregation.krum import MultiKrum
+
+    rule = MultiKrum(num_byzantine=1, num_selected=3)
+    with connect(addresses(pair[0])) as one, connect(addresses(*pair)) as two:
+        alone = learned(one, rule, algorithm=algorithm)
+        together = learned(two, rule, algorithm=algorithm)
+    np.testing.assert_allclose(together[0], alone[0], rtol=0, atol=1e-6)
+    told = [outcome.notes for outcome in together[2]]
+    assert told[1] == ()
+    assert len(told[0]) == (0 if is_split else 1)  # said once
+    assert all("TFF cannot split it" in note for note in told[0])
 
 
 def test_tffs_own_federated_averaging_is_the_same_on_two_workers(pair: tuple[RunningWorker, RunningWorker]) -> None:
