@@ -109,6 +109,7 @@ class BarShow(Show):
 
     def ended(self, cell: Cell) -> None:
         super().ended(cell)
+        self._bars.refresh()  # a last look at its bar
         if cell.key in self._tasks:
             self._bars.remove_task(self._tasks.pop(cell.key))  # type: ignore[arg-type]
         self._show_all()

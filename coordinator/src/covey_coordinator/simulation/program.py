@@ -27,7 +27,7 @@ from covey_coordinator.simulation.running import Progress, run_cell
 from covey_coordinator.simulation.sweep import Cell
 from covey_coordinator.simulation.table import table_lines
 from covey_coordinator.simulation.world import World, learning_of, people_key, world_of
-from covey_protocol.errors import RuleError
+from covey_protocol.errors import CoveyError, RuleError
 
 MOST_TOLD = 10  # cells that are named one by one before the start
 HERE = 0  # jobs: train in this process
@@ -62,7 +62,7 @@ def run_experiment(
     jobs: processes, or HERE. check: called all the time; raises to end the run, which can be resumed.
     Raises ConfigError, DataError, RuleError or MachineError, before anything starts, for what cannot work.
     """
-    with folder.held():
+    with folder.held(), _forgotten_if_refused(folder):
         missing = [cell for cell in experiment.cells if folder.cell(cell.key).result() is None]
         _introduce(experiment, len(missing), folder, display)
         ready, largest = _checked(missing, folder, display, check)
@@ -80,6 +80,17 @@ def run_experiment(
 
 
 # ---- before the start
+
+
+@contextlib.contextmanager
+def _forgotten_if_refused(folder: ExperimentFolder) -> Iterator[None]:
+    """An experiment that cannot work leaves no folder, unless there are rounds to go on with."""
+    try:
+        yield
+    except CoveyError:
+        if not folder.has_rounds:
+            folder.delete()
+        raise
 
 
 def _introduce(experiment: Experiment, missing: int, folder: ExperimentFolder, display: Display) -> None:
