@@ -118,6 +118,20 @@ FROM_COORDINATOR: dict[str, tuple[str, Message]] = {
             requires=("train", "float32", "evaluate", "tasks"),
         ),
     ),
+    "invitation-svrg": (
+        TOPICS.round,
+        Invitation(
+            round_id="run.4.abe",
+            number=4,
+            issued_at_ms=1_700_001_200_000,
+            duration_ms=600_000,
+            bundle=BlobRef(HASH, 100_000),
+            parameters=BlobRef(OTHER, 15_272, 4096),
+            plan=TrainingPlan(epochs=1, learning_rate=0.5, work="svrg", steps=20),
+            requires=("train", "float32", "svrg"),
+            vectors=(BlobRef(HASH, 15_272, 4096), BlobRef(OTHER, 15_272, 4096)),
+        ),
+    ),
 }
 FROM_DEVICE: dict[str, tuple[str, Message]] = {
     "presence-online": (

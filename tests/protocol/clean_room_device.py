@@ -261,6 +261,8 @@ PLAN_FIELDS: Fields = {
     "kept_fraction": (real(0, 1), 0.0),
     "evaluate": (listing(NAME, 0, 32), []),
     "task": (text(63, "|[A-Za-z0-9][A-Za-z0-9_-]{0,62}"), ""),
+    "work": (NAME, "train"),
+    "steps": (whole(0, 1_000_000), 0),
 }
 
 
@@ -289,6 +291,7 @@ FROM_COORDINATOR: dict[str, Fields] = {
         "max_staleness": (whole(0, 100), 0),
         "earlier": (listing(ROUND_ID, 0, 100), []),
         "encryption_key": (binary(32, 32), None),
+        "vectors": (listing(blob_ref, 0, 4), []),
     },
     "closed": {"round_id": (ROUND_ID, REQUIRED), "outcome": (NAME, REQUIRED), "reason": (REASON, "")},
     "need": {
@@ -773,11 +776,17 @@ def make_metrics(parameters: bytes) -> dict[str, float]:
     return {"loss": math.fsum(map(abs, values)) / len(values), "accuracy": 0.25}
 
 
+def make_shares(parameters: bytes) -> array[float]:
+    """In place of counting (section 8.4)."""
+    return array("f", [0.5] * (len(parameters) // 4))
+
+
 # --- the device (sections 5 and 7)
 
 IDLE, FETCHING, TRAINING, REPORTING = "idle", "fetching", "training", "reporting"
-CAN = ["train", "float32", "rotated-8bit", "rotated-4bit", "encryption", "late", "evaluate", "tasks"]
+CAN = ["train", "float32", "rotated-8bit", "rotated-4bit", "encryption", "late", "evaluate", "tasks", "svrg"]
 METRICS = {"loss", "accuracy"}
+WORKS = {"train": (0, 0), "features": (0, 0), "gradient": (0, 0), "svrg": (1, 2)}  # fewest and most vectors
 REPEAT_S, SLOW_REPEAT_S, FETCH_AGAIN_S, FETCH_AGAIN_MOST_S, OWED_MOST = 5.0, 30.0, 10.0, 160.0, 8
 
 
@@ -865,6 +874,8 @@ class Device:
             return f"this device cannot evaluate {', '.join(sorted(unknown))}"
         if plan["evaluate"] and plan["compression"] != "none":
             return "metrics do not travel compressed"
+        if plan["work"] not in WORKS:
+            return f"this device cannot do {plan['work']}"
         if "encryption" in message["requires"] and message["encryption_key"] is None:
             return "the round is to be encrypted and brings no key"
         if message["encryption_key"] is not None:
@@ -879,7 +890,8 @@ class Device:
         return ""
 
     def start_fetching(self) -> None:
-        wanted = {m["sha256"].hex(): m for m in (self.round["bundle"], self.round["parameters"])}
+        refs = (self.round["bundle"], self.round["parameters"], *self.round["vectors"])
+        wanted = {m["sha256"].hex(): m for m in refs}
         for path in self.blobs.iterdir():
             if path.name not in wanted:
                 path.unlink()
@@ -933,7 +945,9 @@ class Device:
                 metrics = make_metrics(parameters)
                 self.keep(round_id, to_bytes(metrics[name] for name in plan["evaluate"]), 10, {"held_out": 0.0})
             else:
-                self.keep(round_id, self.in_form(make_update(parameters, self.id)), 10, {"seconds": 0.5})
+                self.check_vectors(len(parameters))
+                update = make_shares(parameters) if plan["work"] == "features" else make_update(parameters, self.id)
+                self.keep(round_id, self.in_form(update), 10, {"seconds": 0.5})
         except (Refused, OSError) as exc:
             self.give_up({"type": "failure", "round_id": round_id, "reason": str(exc)[:500]})
             return
@@ -942,6 +956,15 @@ class Device:
             time.sleep(3600)
         self.state = REPORTING
         self.send_offer(round_id)
+
+    def check_vectors(self, size: int) -> None:
+        """They are as many as the work needs, each as large as the parameters, and numbers."""
+        refs, (fewest, most) = self.round["vectors"], WORKS[self.round["plan"]["work"]]
+        if not fewest <= len(refs) <= most or any(ref["size"] != size for ref in refs):
+            raise Refused(f"{len(refs)} vectors for {self.round['plan']['work']}, or of another size")
+        for ref in refs:
+            if not all(map(math.isfinite, from_bytes((self.blobs / ref["sha256"].hex()).read_bytes()))):
+                raise Refused("a vector that is not finite")
 
     def in_form(self, update: array[float]) -> bytes:
         form = self.round["plan"]["compression"]

@@ -62,6 +62,8 @@ plans = st.builds(
     st.floats(0, MAX_PROXIMAL_WEIGHT),
     evaluate=st.lists(names, max_size=3).map(tuple),
     task=st.one_of(st.just(""), device_ids),
+    work=st.one_of(st.just("train"), names),
+    steps=st.integers(0, 1_000_000),
 )
 invitations = st.builds(
     Invitation,
@@ -77,6 +79,7 @@ invitations = st.builds(
     st.integers(0, 100),
     st.lists(round_ids, max_size=5).map(tuple),
     st.one_of(st.just(msgspec.UNSET), hashes),
+    st.lists(blobs, max_size=4).map(tuple),
 )
 indices = st.lists(st.integers(0, MAX_CHUNKS - 1), min_size=1, max_size=50).map(tuple)
 from_coordinator = st.one_of(

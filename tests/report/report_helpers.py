@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from html.parser import HTMLParser
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,53 @@ from covey_coordinator.records import (
 DEVICES = [f"pi-{number}" for number in range(1, 11)]
 CORRUPTED = ["pi-3", "pi-7", "pi-10"]
 DIGITS = [str(digit) for digit in range(10)]
+
+
+VOID = {"meta", "img", "br", "link", "input", "hr"}
+HOSTILE = "\"'><script>alert(1)</script><img src=x onerror=alert(2)>\u202e\x1b]0;x\x07{{ 7*7 }}$\\frac{\ud800"
+
+
+class Page(HTMLParser):
+    """Elements and their attributes; complains about tags that do not nest."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[str] = []
+        self.text = text
+        self._open: list[str] = []
+        self.feed(text)
+        self.close()
+        assert self._open == []
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attributes)))
+        if tag not in VOID:
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+    def loads_and_runs_nothing(self) -> None:
+        names = {name for name, _ in self.elements}
+        assert not names & {"script", "link", "iframe", "object", "embed", "a", "base", "form", "foreignobject"}
+        for _, attributes in self.elements:
+            assert not any(name.startswith("on") for name in attributes)
+            assert "href" not in attributes
+            assert (attributes.get("src") or "data:image/png;base64,").startswith("data:image/png;base64,")
+        assert not re.search(r"@import|url\(|https?://", self.text)
+        policy = next(m["content"] for m in self.all("meta") if m.get("http-equiv") == "Content-Security-Policy")
+        assert policy is not None
+        assert policy.startswith("default-src 'none'")
 
 
 def run(title: str, rule: str, corrupted: list[str], final: float, rejects: bool, rounds: int = 12) -> RunRecord:

@@ -10,49 +10,24 @@ import re
 import struct
 import zlib
 from dataclasses import replace
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from report_helpers import CORRUPTED, DEVICES, demo, inversion_of_a_picture, inversion_of_a_table, run
+from report_helpers import (
+    CORRUPTED,
+    DEVICES,
+    HOSTILE,
+    Page,
+    demo,
+    inversion_of_a_picture,
+    inversion_of_a_table,
+    run,
+)
 
 from covey_coordinator.records import ACCEPTED, MISSING, DemoRecord, DeviceVerdict, RoundRecord, RunRecord
 from covey_coordinator.report import plots
 from covey_coordinator.report.html import render, write_report
 from covey_protocol.errors import StorageError
-
-VOID = {"meta", "img", "br", "link", "input", "hr"}
-HOSTILE = "\"'><script>alert(1)</script><img src=x onerror=alert(2)>\u202e\x1b]0;x\x07{{ 7*7 }}$\\frac{\ud800"
-
-
-class Page(HTMLParser):
-    """Elements and their attributes; complains about tags that do not nest."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.texts: list[str] = []
-        self._open: list[str] = []
-        self.feed(text)
-        self.close()
-        assert self._open == []
-
-    def handle_starttag(self, tag, attributes):
-        self.elements.append((tag, dict(attributes)))
-        if tag not in VOID:
-            self._open.append(tag)
-
-    def handle_startendtag(self, tag, attributes):
-        self.elements.append((tag, dict(attributes)))
-
-    def handle_endtag(self, tag):
-        assert self._open.pop() == tag
-
-    def handle_data(self, data):
-        self.texts.append(data)
-
-    def all(self, tag: str) -> list[dict[str, str | None]]:
-        return [attributes for name, attributes in self.elements if name == tag]
 
 
 def hostile_demo() -> DemoRecord:
@@ -94,17 +69,7 @@ def test_the_page_is_well_formed_and_shows_every_part(text):
 
 @pytest.mark.parametrize("record", [demo(), hostile_demo()], ids=["ordinary", "hostile"])
 def test_the_page_loads_nothing_and_runs_nothing(record):
-    text = render(record)
-    page = Page(text)
-    names = {name for name, _ in page.elements}
-    assert not names & {"script", "link", "iframe", "object", "embed", "a", "base", "form", "foreignobject"}
-    for _, attributes in page.elements:
-        assert not any(name.startswith("on") for name in attributes)
-        assert "href" not in attributes
-        assert (attributes.get("src") or "data:image/png;base64,").startswith("data:image/png;base64,")
-    assert not re.search(r"@import|url\(|https?://", text)
-    policy = next(m["content"] for m in page.all("meta") if m.get("http-equiv") == "Content-Security-Policy")
-    assert policy.startswith("default-src 'none'")
+    Page(render(record)).loads_and_runs_nothing()
 
 
 def test_hostile_names_are_shown_as_text():

@@ -23,7 +23,7 @@ from msgspec import UNSET
 
 from covey_coordinator import records
 from covey_coordinator.aggregation.evaluating import evaluated, metrics_fault
-from covey_coordinator.aggregation.screening import Arrivals, Screened
+from covey_coordinator.aggregation.screening import Arrivals, Screened, shares_fault
 from covey_coordinator.aggregation.staleness import weighted
 from covey_coordinator.fleet import POLL_S, FromFleet
 from covey_coordinator.store import Checkpoint, RunStore
@@ -36,6 +36,7 @@ from covey_protocol.encryption import Entropy, KeyPair
 from covey_protocol.errors import PeerError, RuleError, RunError
 from covey_protocol.messages import (
     MAX_STALENESS,
+    TRAIN,
     Answer,
     BlobRef,
     Chunk,
@@ -52,6 +53,7 @@ from covey_protocol.messages import (
     run_of,
 )
 from covey_protocol.round import Phase, Progress, RoundFacts, RoundMachine, RoundSettings
+from covey_protocol.works import FEATURES
 
 log = logging.getLogger("covey.coordinator")
 
@@ -127,7 +129,7 @@ class RoundResult:
 
     measurements: the engine's numbers to log, among them num_byzantine_left, what the rule was run with after devices
     at fault were refused. Empty without an aggregation. number, evaluates: of the round, as in its invitation.
-    evaluation: what a published evaluation round gave.
+    evaluation: what a published evaluation round gave. work: as in the round's plan.
     """
 
     parameters: Floats
@@ -140,6 +142,7 @@ class RoundResult:
     number: int = 0
     evaluates: Sequence[str] = ()
     evaluation: Sequence[records.FleetMetric] = ()
+    work: str = TRAIN
 
 
 @dataclass
@@ -287,6 +290,7 @@ class Coordinator:
         goal: int = 0,
         max_staleness: int = 0,
         encrypt: bool = False,
+        vectors: Sequence[Floats] = (),
     ) -> RoundResult:
         """One round with these devices. engine None collects the updates and leaves the model as it is (for audits).
 
@@ -296,6 +300,7 @@ class Coordinator:
         by at most so many models, and later rounds take what comes too late for it.
 
         A plan with metrics makes it an evaluation round: number is that of the round whose model it evaluates.
+        vectors: what the plan's work needs beside the parameters, (d,) each.
 
         Raises, before anything is published, TrainingError for a plan that the bundle cannot follow and RuleError where
         the updates of so many devices would not fit.
@@ -305,11 +310,11 @@ class Coordinator:
         """
         manifest = read_bundle(bundle).manifest
         check_plan(manifest, plan)
-        arrivals = _arrivals(device_ids, plan, len(parameters))
-        refs = self._publish(bundle, parameters)
+        arrivals = arrivals_of(device_ids, plan, len(parameters))
+        refs = self._publish(bundle, parameters, *vectors)
         requires = needed_capabilities(manifest, plan, encrypt=encrypt, late=max_staleness > 0)
         now_ms, key = self._clock.unix_ms(), KeyPair.made(self._entropy) if encrypt else None
-        invitation = _invitation(run_id, number, *refs, plan, device_ids, requires, timing, now_ms, max_staleness, key)
+        invitation = _invitation(run_id, number, refs, plan, device_ids, requires, timing, now_ms, max_staleness, key)
         invitation = self._with_earlier(run_id, invitation)
         earlier = self.store.earlier(invitation)
         settings = RoundSettings.of(invitation, quorum, timing.answer_s, timing.grace_s, goal, earlier)
@@ -322,13 +327,19 @@ class Coordinator:
         return self._collect(state, machine.handle(rounds.Opened(), now))
 
     def resume_round(
-        self, *, run_id: str, bundle: bytes, parameters: Floats, engine: Engine | None
+        self,
+        *,
+        run_id: str,
+        bundle: bytes,
+        parameters: Floats,
+        engine: Engine | None,
+        vectors: Callable[[TrainingPlan], Sequence[Floats]] = lambda plan: (),
     ) -> RoundResult | None:
         """Go on with the round that was under way when the last coordinator of this run ended; None if none was.
 
         Its deadline is what it was. It is abandoned where bundle or parameters are not what it was opened with, or the
         key that opens its updates is gone. The engine must be in the state of the checkpoint that holds these
-        parameters.
+        parameters. vectors: what a round of this plan needs beside the parameters, in that state.
         """
         facts = self._unfinished(run_id)
         if facts is None:
@@ -336,15 +347,15 @@ class Coordinator:
         facts = replace(facts, elapsed_s=self._elapsed_s(facts))
         invitation, now = facts.invitation, self._clock.monotonic_s()
         self.store.keep_time(invitation.round_id, int(facts.elapsed_s * 1000))
-        refs = self._publish(bundle, parameters)
+        refs = self._publish(bundle, parameters, *vectors(invitation.plan))
         machine = RoundMachine.restored(facts, now)
-        arrivals = _arrivals(facts.devices, invitation.plan, len(parameters))
+        arrivals = arrivals_of(facts.devices, invitation.plan, len(parameters))
         opened_at = now - facts.elapsed_s
         state = _Round(machine, parameters, parameters, engine, arrivals, opened_at, kept_time_at=now)
         self._await_late_ones(run_id, invitation)
         self._tell_opened(state, now, resumed=True)
         reason = self._aborted()
-        if reason is None and refs != (invitation.bundle, invitation.parameters):
+        if reason is None and refs != invitation.blobs:
             reason = "the bundle, the model or chunk_bytes is not what the round was opened with"
         if reason is None and not self.store.has_key(invitation):
             reason = "the key that opens the round's updates cannot be read any more"
@@ -450,17 +461,25 @@ class Coordinator:
             own.append(sha256)
         if not invitation.plan.evaluate:
             self._most_models = invitation.max_staleness
+        for sha256 in dict.fromkeys(ref.sha256 for ref in invitation.vectors):
+            self._clear_unless_model(sha256)
         self._clear_all_but(self._most_models, run_of(invitation.round_id))
 
     def _clear_all_but(self, newest: int, run_id: str) -> None:
         own = self._common.models.get(run_id, [])
         while len(own) > newest:
-            sha256 = own.pop(0)
-            if not any(sha256 in models for models in self._common.models.values()):  # of tasks that began alike
-                self.fleet.clear_blob(sha256)
+            self._clear_unless_model(own.pop(0))
 
-    def _publish(self, bundle: bytes, parameters: Floats) -> tuple[BlobRef, BlobRef]:
-        return self.fleet.publish_blob(bundle), self.fleet.publish_blob(parameters.astype("<f4").tobytes())
+    def _clear_unless_model(self, sha256: bytes) -> None:
+        """Of tasks that began alike, or as a vector of zeros is of a model that began with zeros."""
+        if not any(sha256 in models for models in self._common.models.values()):
+            self.fleet.clear_blob(sha256)
+
+    def _publish(self, bundle: bytes, *numbers: Floats) -> tuple[BlobRef, ...]:
+        """The bundle, the parameters, and what there is beside them."""
+        return tuple(
+            self.fleet.publish_blob(data) for data in (bundle, *(one.astype("<f4").tobytes() for one in numbers))
+        )
 
     def _elapsed_s(self, facts: RoundFacts) -> float:
         """By the clock; by what was kept, where the clock says less."""
@@ -502,7 +521,7 @@ class Coordinator:
             )
         )
         ended = state.result, outcome, reason, verdicts, state.offers, seconds, state.measurements
-        return RoundResult(*ended, invitation.number, *kind)
+        return RoundResult(*ended, invitation.number, *kind, invitation.plan.work)
 
     def _end_if_aborted(self, state: _Round) -> None:
         reason = self._aborted()
@@ -668,7 +687,8 @@ class Coordinator:
             return rounds.Aggregated(dict.fromkeys(device_ids, ""))
         refused = sum(progress is Progress.REFUSED for progress in state.machine.progress().values())
         names, engine = state.machine.invitation.plan.evaluate, state.engine
-        screened = state.arrivals.screened(device_ids, refuse_copies=not names, refused_on_arrival=refused)
+        copies = refuses_copies(state.machine.invitation.plan)
+        screened = state.arrivals.screened(device_ids, refuse_copies=copies, refused_on_arrival=refused)
         outcome: StepOutcome
         try:
             if names:
@@ -701,9 +721,17 @@ class Coordinator:
         self.store.conclude(invitation.round_id, outcome, end.reason, state.verdicts, checkpoint, state.evaluation)
 
 
-def _arrivals(device_ids: Iterable[str], plan: TrainingPlan, d: int) -> Arrivals:
+def arrivals_of(device_ids: Iterable[str], plan: TrainingPlan, d: int) -> Arrivals:
+    """With what screening asks of the numbers of this plan."""
     names = plan.evaluate
-    return Arrivals(device_ids, len(names), metrics_fault(names)) if names else Arrivals(device_ids, d)
+    if names:
+        return Arrivals(device_ids, len(names), metrics_fault(names))
+    return Arrivals(device_ids, d, shares_fault if plan.work == FEATURES else None)
+
+
+def refuses_copies(plan: TrainingPlan) -> bool:
+    """Metrics and shares of two honest devices may agree in every bit."""
+    return not plan.evaluate and plan.work != FEATURES
 
 
 def _with_held_out(
@@ -722,8 +750,7 @@ def shuffle_seed(seed: int, number: int) -> int:
 def _invitation(
     run_id: str,
     number: int,
-    bundle: BlobRef,
-    parameters: BlobRef,
+    refs: tuple[BlobRef, ...],
     plan: TrainingPlan,
     device_ids: Sequence[str],
     requires: tuple[str, ...],
@@ -738,13 +765,14 @@ def _invitation(
         number=number,
         issued_at_ms=now_ms,
         duration_ms=int(timing.duration_s * 1000),
-        bundle=bundle,
-        parameters=parameters,
+        bundle=refs[0],
+        parameters=refs[1],
         plan=plan,
         devices=tuple(sorted(device_ids)),
         requires=requires,
         max_staleness=max_staleness,
         encryption_key=key.public if key is not None else UNSET,
+        vectors=refs[2:],
     )
 
 

@@ -14,17 +14,28 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeVar
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 from msgspec import Meta, Struct, field
 from rich.console import Console
 
-from covey_coordinator.aggregation.engines import make_engine
 from covey_coordinator.aggregation.registry import rule_from_table
 from covey_coordinator.aggregation.rules import Rule
-from covey_coordinator.aggregation.screening import Arrivals
 from covey_coordinator.aggregation.trimmed_mean import Median
-from covey_coordinator.coordinator import Common, Coordinator, Engine, RoundResult, Timing, shuffle_seed
+from covey_coordinator.algorithms.engines import asked_by
+from covey_coordinator.algorithms.making import check_algorithm, make_algorithm_engine
+from covey_coordinator.algorithms.settings import FEDAVG, Algorithm
+from covey_coordinator.coordinator import (
+    Common,
+    Coordinator,
+    Engine,
+    RoundResult,
+    Timing,
+    arrivals_of,
+    refuses_copies,
+    shuffle_seed,
+)
 from covey_coordinator.eligibility import Eligible, eligible, meant, sampled
 from covey_coordinator.fleet import MIN_CHUNK_BYTES, POLL_S, Fleet
 from covey_coordinator.orders import Orders, Revocations
@@ -76,6 +87,8 @@ from covey_protocol.messages import (
     MAX_LEARNING_RATE,
     MAX_PROXIMAL_WEIGHT,
     MAX_STALENESS,
+    MAX_STEPS,
+    TRAIN,
     TrainingPlan,
 )
 from covey_protocol.round import Phase
@@ -99,6 +112,9 @@ class TrainingSettings(Struct, frozen=True, forbid_unknown_fields=True):
     seed: Annotated[int, Meta(ge=0, le=2**31)] = 0
     gradient_clip_norm: Annotated[float, Meta(ge=0, le=MAX_GRADIENT_NORM)] = 0.0
     proximal_weight: Annotated[float, Meta(ge=0, le=MAX_PROXIMAL_WEIGHT)] = 0.0
+    algorithm: str = FEDAVG
+    local_steps: Annotated[int, Meta(ge=0, le=MAX_STEPS)] = 0
+    feature_scaling: bool = True
 
 
 class WireSettings(Struct, frozen=True, forbid_unknown_fields=True):
@@ -242,7 +258,10 @@ def serve(
 
 
 class Planned(NamedTuple):
-    """A task that was checked as far as that is possible without devices. data: the bundle's bytes."""
+    """A task that was checked as far as that is possible without devices. data: the bundle's bytes.
+
+    config.rounds counts exchanges with the devices, as everything after this does (algorithms.settings).
+    """
 
     config: CoordinatorConfig
     weight: float
@@ -255,6 +274,7 @@ def _planned(path: Path, config: CoordinatorConfig, weight: float, key: SealingK
     check_name(config.run, "run")
     _check_devices(path, config)
     _check_goal(path, config.round)
+    _check_algorithm(path, config)
     data = read_file(path.parent / config.bundle)
     bundle = read_bundle(data, PublicKey.from_hex(config.bundle_key) if config.bundle_key else key.public)
     _check_plan(path, config, bundle.manifest)
@@ -265,7 +285,8 @@ def _planned(path: Path, config: CoordinatorConfig, weight: float, key: SealingK
             Median(rule.num_byzantine).check(config.evaluation.quorum or config.round.quorum)
         except RuleError as exc:  # as aggregation.evaluating would say of every round
             raise RuleError(f"{path}: [evaluation]: {exc.what}", "raise its quorum, or lower num_byzantine") from exc
-    return Planned(config, weight, data, bundle, rule)
+    exchanges = _algorithm(config).exchanges(config.rounds)
+    return Planned(msgspec.structs.replace(config, rounds=exchanges), weight, data, bundle, rule)
 
 
 def _check_devices(path: Path, config: CoordinatorConfig) -> None:
@@ -306,9 +327,16 @@ def _opened_store(stack: contextlib.ExitStack, folder: Path) -> RunStore:
 
 
 def _made_engine(stack: contextlib.ExitStack, planned: Planned) -> Engine:
-    server = planned.config.server
-    engine = make_engine(
-        server.engine, planned.rule, planned.bundle.manifest.parameters, server.optimizer, server.learning_rate
+    config, server = planned.config, planned.config.server
+    engine = make_algorithm_engine(
+        _algorithm(config),
+        server.engine,
+        planned.rule,
+        planned.bundle.manifest.parameters,
+        server.optimizer,
+        server.learning_rate,
+        rate=config.training.learning_rate,
+        devices=len(meant(config.devices, config.round.only, config.round.exclude)),
     )
     stack.callback(engine.close)
     return engine
@@ -409,6 +437,7 @@ class Task:
         self.failure: CoveyError | None = None
         self.noted = False
         self._engine, self._work, self._say, self._orders, self._watch = engine, work, say, orders, watch
+        self._algorithm = _algorithm(work.config)
         self._manifest = read_bundle(work.bundle).manifest
         self._parameters, self._done = work.initial, 0
         self._abandoned = 0
@@ -429,7 +458,11 @@ class Task:
     def resume(self) -> None:
         """End the round that was under way, if one was."""
         result = self.coordinator.resume_round(
-            run_id=self.config.run, bundle=self._work.bundle, parameters=self._parameters, engine=self._engine
+            run_id=self.config.run,
+            bundle=self._work.bundle,
+            parameters=self._parameters,
+            engine=self._engine,
+            vectors=self._vectors,
         )
         if result is not None:
             self._take(result)
@@ -462,7 +495,7 @@ class Task:
             return False
         if self._done >= self.config.rounds:
             return True  # for an evaluation, which waits for its devices itself
-        found, needed = self._eligible(_plan(self.config, self._done + 1)), self.config.round.devices
+        found, needed = self._eligible(self._next_plan()), self.config.round.devices
         if len(found.devices) >= needed:
             self._waits_since, self._told = None, ""
             return True
@@ -499,20 +532,27 @@ class Task:
             self._evaluate()
         if self._done >= self.config.rounds or self._orders.stand():
             return
-        found = self._eligible(_plan(self.config, self._done + 1))
+        found = self._eligible(self._next_plan())
         if len(found.devices) >= self.config.round.devices:  # an evaluation takes time
             self._take(self._new_round(self._done + 1, found.devices))
         if self._evaluation_is_due() and not self._orders.stand():
             self._evaluate()
 
+    def _next_plan(self) -> TrainingPlan:
+        return self._algorithm.plan(_plan(self.config, self._done + 1), asked_by(self._engine)[0])
+
+    def _vectors(self, plan: TrainingPlan) -> tuple[npt.NDArray[np.float32], ...]:
+        work, vectors = asked_by(self._engine)
+        return vectors if plan.work == work and not plan.evaluate else ()
+
     def _new_round(self, number: int, devices: list[str]) -> RoundResult:
-        settings = self.config.round
+        settings, plan = self.config.round, self._next_plan()
         return self.coordinator.run_round(
             run_id=self.config.run,
             number=number,
             bundle=self._work.bundle,
             parameters=self._parameters,
-            plan=_plan(self.config, number),
+            plan=plan,
             device_ids=self._invited(number, devices),
             quorum=settings.quorum,
             engine=self._engine,
@@ -520,6 +560,7 @@ class Task:
             goal=settings.goal,
             max_staleness=settings.max_staleness,
             encrypt=self.config.wire.encryption,
+            vectors=self._vectors(plan),
         )
 
     def _invited(self, number: int, devices: list[str]) -> list[str]:
@@ -549,10 +590,11 @@ class Task:
 
     def _evaluation_is_due(self) -> bool:
         every, done = self.config.evaluation.every, self._done
-        if not every or not done or done == self._left_out:
+        if not every or not done or done == self._left_out or not self._algorithm.moves(done):
             return False
         last = done >= self.config.rounds
-        return (last or done % every == 0) and not self.coordinator.store.evaluated(self.config.run, done)
+        is_one = last or self._algorithm.rounds(done) % every == 0
+        return is_one and not self.coordinator.store.evaluated(self.config.run, done)
 
     def _evaluate(self) -> None:
         """One round, whatever comes of it: training does not wait for numbers."""
@@ -665,10 +707,29 @@ def _warn_of_sparse_rows(config: CoordinatorConfig, say: Say) -> None:
 
 def _check_plan(path: Path, config: CoordinatorConfig, manifest: Manifest) -> None:
     try:
-        for plan in (_plan(config, 1), _evaluation_plan(config)):
+        algorithm, plain = _algorithm(config), _plan(config, 1)
+        for plan in (*(algorithm.plan(plain, work) for work in algorithm.works), _evaluation_plan(config)):
             check_plan(manifest, plan)
     except (ConfigError, TrainingError) as exc:
         raise ConfigError(f"{path}: {exc.what}", f"{exc.remedy}, or leave the setting out") from exc
+
+
+def _algorithm(config: CoordinatorConfig) -> Algorithm:
+    training = config.training
+    return Algorithm(training.algorithm, training.local_steps, training.feature_scaling)
+
+
+def _check_algorithm(path: Path, config: CoordinatorConfig) -> None:
+    try:
+        algorithm = _algorithm(config)
+        check_algorithm(algorithm, config.server.optimizer)
+    except ConfigError as exc:
+        raise ConfigError(f"{path}: {exc.what}", exc.remedy) from exc
+    if algorithm.name != FEDAVG and config.round.max_staleness:
+        raise ConfigError(
+            f"{path}: algorithm {algorithm.name!r} with round.max_staleness: its vectors belong to one model",
+            "leave max_staleness out; round.goal alone does not wait for slow devices either",
+        )
 
 
 def _check_goal(path: Path, settings: RoundSettings) -> None:
@@ -722,8 +783,8 @@ def _resume(
     parameters, done = (found.parameters, found.number) if found is not None else (initial, 0)
     if found is not None and found.state and not engine.load_state(found.state):
         say("the rule or the server optimizer is another one now: its memory starts afresh")
-    for round_id, number, sha256 in store.later_models(run, done):
-        mended = _mended(store, engine, run, round_id, Checkpoint(number, parameters, b""), sha256)
+    for round_id, number, *hashes in store.later_models(run, done):
+        mended = _mended(store, engine, run, round_id, Checkpoint(number, parameters, b""), *hashes)
         if mended is None:
             say(f"the model of round {number} is damaged and cannot be computed again: its updates are lost")
             break
@@ -735,19 +796,27 @@ def _resume(
 
 
 def _mended(
-    store: RunStore, engine: Engine, run: str, round_id: str, before: Checkpoint, sha256: str
+    store: RunStore, engine: Engine, run: str, round_id: str, before: Checkpoint, sha256: str, state_sha256: str
 ) -> npt.NDArray[np.float32] | None:
-    """The parameters that the round made of those before it; None, and nothing changed, unless they have this hash."""
+    """The parameters that the round made of those before it; None, and nothing changed, unless they have this hash.
+
+    An exchange that leaves the model as it is (algorithms) has made what is in the engine's state: then that, too.
+    """
     updates, state = store.kept_updates(round_id), engine.saved_state()
-    arrivals = Arrivals(updates, len(before.parameters))
+    plan = store.invitation(round_id).plan
+    arrivals = arrivals_of(updates, plan, len(before.parameters))
     for device_id, (offer, update) in updates.items():
         arrivals.add(device_id, update, offer.num_examples)
     try:
-        screened = arrivals.screened(updates, refused_on_arrival=store.num_refused(round_id))
+        refused = store.num_refused(round_id)
+        screened = arrivals.screened(updates, refuse_copies=refuses_copies(plan), refused_on_arrival=refused)
         parameters = engine.aggregate(before.parameters, screened).parameters
     except RuleError:
         return None
-    if hashlib.sha256(parameters.astype("<f4").tobytes()).hexdigest() != sha256:
+    same = hashlib.sha256(parameters.astype("<f4").tobytes()).hexdigest() == sha256
+    if plan.work != TRAIN:
+        same = same and hashlib.sha256(engine.saved_state()).hexdigest() == state_sha256
+    if not same:
         engine.load_state(state)
         return None
     store.mend_checkpoint(run, Checkpoint(before.number, parameters, engine.saved_state()))
@@ -767,8 +836,9 @@ def _lines(number: int, rounds: int, result: RoundResult) -> list[str]:
     losses = [offer.metrics["training_loss"] for offer in result.offers.values() if "training_loss" in offer.metrics]
     loss = f", median training loss {np.median(losses):.4f}" if losses else ""
     what = "evaluation of round" if result.evaluates else "round"
+    work = f" ({result.work})" if result.work != TRAIN else ""
     metrics = f", {evaluation_text(result.evaluation)}" if result.evaluation else ""
-    head = f"{what} {number}/{rounds} {result.outcome}: {used} of {len(result.verdicts)} updates{loss}{metrics}"
+    head = f"{what} {number}/{rounds}{work} {result.outcome}: {used} of {len(result.verdicts)} updates{loss}{metrics}"
     reasons = [f"  {v.device_id} {v.status}: {v.reason}" for v in result.verdicts if v.status != ACCEPTED]
     return [f"{head}{_byzantine_left(result)}{f' ({result.reason})' if result.reason else ''}", *reasons]
 

@@ -588,10 +588,10 @@ class RunStore:
                 return found
         return None
 
-    def later_models(self, run_id: str, number: int) -> list[tuple[str, int, str]]:
-        """(round, its number, sha256 of its model) of the published rounds after this number, in order."""
+    def later_models(self, run_id: str, number: int) -> list[tuple[str, int, str, str]]:
+        """(round, its number, sha256 of its model, of its state) of the published rounds after this one, in order."""
         return self._all(
-            "SELECT round, number, parameters FROM checkpoints WHERE run = ? AND number > ? ORDER BY number",
+            "SELECT round, number, parameters, state FROM checkpoints WHERE run = ? AND number > ? ORDER BY number",
             run_id,
             number,
         )

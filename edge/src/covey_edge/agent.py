@@ -24,7 +24,7 @@ from covey_edge.performer import Performer
 from covey_edge.policy import data_for, places, unwilling
 from covey_edge.retired import RetiredKeys
 from covey_edge.training_process import TrainingProcess
-from covey_edge.withheld import NO_WITHHELD_NOISE, WithheldFile
+from covey_edge.withheld import NO_WITHHELD_NOISE, WithheldFile, withholds
 from covey_protocol import codec, device, errors
 from covey_protocol.blobs import BlobAssembly
 from covey_protocol.codec import CHUNK_ROOM_BYTES, COORDINATOR, Sequence
@@ -66,8 +66,8 @@ class AgentProgram:
         self._session = self._sequence.next()
         retired = RetiredKeys(agent.state_dir / "retired.json")
         self._keys = KeyRing(agent.coordinators, retired.of(COORDINATOR), retired.retire(COORDINATOR))
-        # a bundle and a model for every task, and those before
-        self._cache = BlobCache(agent.state_dir / "blobs", 2 * max(2, len(agent.config.data.tasks)))
+        # a bundle, a model and vectors for every task, and those before
+        self._cache = BlobCache(agent.state_dir / "blobs", 4 * max(2, len(agent.config.data.tasks)))
         self._performer = Performer(self._machine, Outbox(agent.state_dir), self, time.monotonic)
         self._child = TrainingProcess(
             lambda token, frame: self._inbox.put((token, frame)), agent.config.training.memory_mb
@@ -276,7 +276,7 @@ class AgentProgram:
         if self._child.busy:
             self._child.stop()  # it works for a round that is over
         invitation = self._machine.invitation
-        self._cache.prune({invitation.bundle.sha256, invitation.parameters.sha256} if invitation else set())
+        self._cache.prune({ref.sha256 for ref in invitation.blobs} if invitation else set())
 
     # --- fetching and training
 
@@ -314,8 +314,9 @@ class AgentProgram:
             privacy.noise_multiplier,
             privacy.min_examples,
             privacy.noise_moving_statistics,
-            withheld.load(invitation) if invitation.plan.compression in WITHHOLDING else b"",
+            withheld.load(invitation) if withholds(invitation.plan) else b"",
             data is not None and data.held_out,
+            tuple(self._cache.path(ref.sha256).read_bytes() for ref in invitation.vectors),
         )
         self._child.request(invitation.round_id, request, self._config.training.timeout_s)
 

@@ -28,8 +28,8 @@ class Open(msgspec.Struct, frozen=True, tag="open"):
 class Run(msgspec.Struct, frozen=True, tag="run"):
     """Train from these parameters and answer with the update; or evaluate them, where the plan asks for metrics.
 
-    withheld: what earlier updates left out, float32, to be sent now; b"" for nothing. held_out: the data that were
-    opened are kept for evaluations.
+    withheld: what earlier updates left out, float32, to be sent now, or the control that SCAFFOLD keeps; b"" for
+    nothing. held_out: the data that were opened are kept for evaluations. vectors: the invitation's, float32.
     """
 
     round_id: str
@@ -42,6 +42,7 @@ class Run(msgspec.Struct, frozen=True, tag="run"):
     noise_moving_statistics: bool = False
     withheld: bytes = b""
     held_out: bool = False
+    vectors: tuple[bytes, ...] = ()
 
 
 class Probe(msgspec.Struct, frozen=True, tag="probe"):
@@ -54,7 +55,7 @@ class Probe(msgspec.Struct, frozen=True, tag="probe"):
 class Done(msgspec.Struct, frozen=True, tag="done"):
     """A request went well. update and metrics are set for Run only, num_examples for Probe as well.
 
-    withheld: what this update leaves out, float32; b"" where its form leaves nothing out.
+    withheld: what is to be kept for later rounds, float32: what this update leaves out, or SCAFFOLD's control.
     """
 
     update: bytes = b""

@@ -7,6 +7,7 @@ from typing import NamedTuple, Optional
 from covey_edge.config import AgentConfig, DataSettings, TaskData
 from covey_protocol.bundle import METRICS
 from covey_protocol.messages import TrainingPlan
+from covey_protocol.works import FEATURES, WORKS
 
 
 class DataPlace(NamedTuple):
@@ -50,4 +51,8 @@ def unwilling(config: AgentConfig, plan: TrainingPlan) -> str:
         return f"this device cannot measure {', '.join(unknown)}; update its agent"
     if plan.evaluate and config.privacy.noise_multiplier and not config.privacy.exact_evaluation:
         return "this device adds noise, and metrics have none (privacy.exact_evaluation in its agent.toml)"
+    if plan.work not in WORKS:
+        return f"this device cannot do {plan.work!r}; update its agent"
+    if plan.work == FEATURES and config.privacy.noise_multiplier:
+        return "this device adds noise, and shares of its examples have none"
     return ""

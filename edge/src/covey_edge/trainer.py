@@ -1,5 +1,7 @@
 """The training child: loads the bundle and the data, trains, clips, noises, compresses; or evaluates. Answers frames.
 
+Works other than training are in `works`.
+
 Started by `training_process`; never talks to the network. A crash in the runtime ends this process and costs the device
 one round, not the agent. Run as ``python -m covey_edge.trainer``.
 """
@@ -11,7 +13,6 @@ import os
 import signal
 import sys
 import time
-import zlib
 from pathlib import Path
 from typing import BinaryIO, Optional
 
@@ -22,14 +23,17 @@ from covey_edge.frames import Done, Frame, Open, Probe, Problem, Run, read_frame
 from covey_edge.processes import die_with_parent
 from covey_edge.runtime import Floats, Model, installed
 from covey_edge.withheld import NO_WITHHELD_NOISE
+from covey_edge.works import Made, counted, made
 from covey_protocol.bundle import METRICS, Manifest, check_plan, read_bundle
 from covey_protocol.compression import decode, encode
 from covey_protocol.errors import BundleError, CoveyError, DataError, TrainingError
 from covey_protocol.forms import WITHHOLDING, compression_of, update_seed
-from covey_protocol.messages import TrainingPlan
+from covey_protocol.messages import TRAIN, TrainingPlan
 from covey_protocol.parameters import MAX_UPDATE_NORM, offsets
 from covey_protocol.privacy import add_gaussian_noise, clip
 from covey_protocol.seals import PublicKey
+from covey_protocol.svrg import order_of, step_seed
+from covey_protocol.works import FEATURES
 
 
 class Trainer:
@@ -90,14 +94,15 @@ class Trainer:
             raise TrainingError(f"{len(x)} examples are fewer than this device's policy asks ({request.min_examples})")
         if request.plan.evaluate:
             return evaluated(self._model, (x, y), request)
+        if request.plan.work == FEATURES:
+            return counted(self._model, (x, y), request)
         if request.noise_multiplier and not request.noise_moving_statistics:
             refuse_moving_statistics(self._model.manifest)
         received = np.frombuffer(request.parameters, "<f4").astype(np.float32)
         started = time.monotonic()
         self._model.set_parameters(received)
         loss_before, accuracy_before = self._model.evaluate(x, y)
-        loss = train(self._model, (x, y), request.plan, request.device_id)
-        update = self._model.parameters() - received
+        update, loss, kept = _made(self._model, (x, y), request, received)
         if not np.isfinite(update).all():
             raise TrainingError("training diverged: the update is not finite", "lower the learning rate")
         update = protect(update, request.clip_norm, request.noise_multiplier)
@@ -107,7 +112,7 @@ class Trainer:
         metrics = {
             "loss_before": loss_before,
             "accuracy_before": accuracy_before,
-            "training_loss": loss,
+            **({"training_loss": loss} if loss is not None else {}),
             "seconds": time.monotonic() - started,
         }
         if request.noise_multiplier:  # the rest is exact functions of the data, which the noise is to cover
@@ -115,7 +120,15 @@ class Trainer:
         # a metric that is not a number would only confuse whoever averages it
         finite = {name: value for name, value in metrics.items() if np.isfinite(value)}
         data, withheld = compressed(update, request)
-        return Done(data, len(x), finite, self._model.runtime, withheld)
+        return Done(data, len(x), finite, self._model.runtime, withheld or kept)
+
+
+def _made(model: Model, examples: Examples, request: Run, received: Floats) -> Made:
+    """The plan's work on the model, which holds the parameters `received`."""
+    if request.plan.work != TRAIN:
+        return made(model, examples, request, received)
+    loss = train(model, examples, request.plan, request.device_id)
+    return Made(model.parameters() - received, loss)
 
 
 def evaluated(model: Model, examples: Examples, request: Run) -> Done:
@@ -156,7 +169,7 @@ def train(model: Model, examples: Examples, plan: TrainingPlan, device_id: str) 
     FedProx's centre is the parameters the model holds at the start.
     """
     x, y = examples
-    rng = np.random.default_rng([plan.shuffle_seed, zlib.crc32(device_id.encode())])
+    rng = order_of(plan.shuffle_seed, device_id)
     size = model.manifest.batch_size
     draws = "seed" in model.manifest.train_inputs
     mean_loss, step = float("nan"), 0
@@ -170,12 +183,6 @@ def train(model: Model, examples: Examples, plan: TrainingPlan, device_id: str) 
             step += 1
         mean_loss = loss_sum / len(x)
     return mean_loss
-
-
-def step_seed(shuffle_seed: int, device_id: str, step: int) -> int:
-    """The seed (0 to 2^31 - 1) of what the model draws in one step of a round, counted from 0 (docs/protocol.md)."""
-    entropy = [shuffle_seed, zlib.crc32(device_id.encode()), step]
-    return int(np.random.SeedSequence(entropy).generate_state(1)[0]) & 0x7FFFFFFF
 
 
 def protect(update: Floats, clip_norm: float, noise_multiplier: float) -> Floats:
@@ -194,7 +201,7 @@ def compressed(update: Floats, request: Run) -> tuple[bytes, bytes]:
 
     Withheld before, request.withheld, is added first. So what is sent may be longer than this round's update; with a
     clip_norm it is clipped again, and what that takes away is withheld, too. TrainingError on a device that adds noise:
-    the largest numbers of a noised update are mostly noise.
+    the largest numbers of a noised update are mostly noise. Other works do not go with such a form (works.check_work).
     Source: Karimireddy et al. 2019 (arXiv:1901.09847), Algorithm 1 (EF-SGD), there a step's gradient times its rate.
     """
     form, seed = compression_of(request.plan), update_seed(request.round_id, request.device_id)

@@ -1,4 +1,5 @@
-"""What this device's updates have left out so far (top-k), kept for its next update of the same task.
+"""What this device's updates have left out so far (top-k), kept for its next update of the same task; in the same way
+the control c_i of SCAFFOLD, in a file of its own.
 
 Each of a fleet's tasks has a file. In it, a run and a bundle belong together: another run, or another bundle (so
 another model's shape), starts with nothing. The file is written before the update that it belongs to is kept. After a
@@ -13,12 +14,19 @@ from pathlib import Path
 import msgspec
 
 from covey_edge.files import DISK, Disk
-from covey_protocol.messages import Invitation, run_of
+from covey_protocol.forms import WITHHOLDING
+from covey_protocol.messages import Invitation, TrainingPlan, run_of
+from covey_protocol.works import SCAFFOLD
 
 NO_WITHHELD_NOISE = (
     "this device adds noise, and a form that sends the largest numbers only would send mostly noise",
     'use "rotated-8bit" or "rotated-4bit" in the coordinator\'s [wire]',
 )
+
+
+def withholds(plan: TrainingPlan) -> bool:
+    """Whether a round of this plan needs what the one before has left."""
+    return plan.compression in WITHHOLDING or plan.work == SCAFFOLD
 
 
 class Withheld(msgspec.Struct, frozen=True):
@@ -42,8 +50,8 @@ class WithheldFile:
     @classmethod
     def of(cls, folder: Path, invitation: Invitation) -> WithheldFile:
         """That of the invitation's task: tasks take turns, and one's numbers wait for its next round."""
-        task = invitation.plan.task
-        return cls(folder / (f"withheld-{task}.msgpack" if task else "withheld.msgpack"))
+        task, name = invitation.plan.task, "control" if invitation.plan.work == SCAFFOLD else "withheld"
+        return cls(folder / (f"{name}-{task}.msgpack" if task else f"{name}.msgpack"))
 
     def load(self, invitation: Invitation) -> bytes:
         """b"" where nothing readable is there for this round's task and size."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 import zipfile
 from collections.abc import Mapping, Sequence
 from typing import Optional, Union
@@ -23,6 +24,7 @@ from covey_protocol.forms import NONE, compression_of
 from covey_protocol.messages import TrainingPlan
 from covey_protocol.parameters import ParameterSpec, total_size
 from covey_protocol.seals import PublicKey, SealingKey
+from covey_protocol.works import BundleFacts, check_work
 
 FORMAT_VERSION = 1
 MODEL_NAME = "model.tflite"
@@ -95,6 +97,12 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         """d, the length of the flat parameter vector."""
         return total_size(self.parameters)
 
+    @property
+    def facts(self) -> BundleFacts:
+        """What the works of a plan depend on."""
+        size = math.prod(self.input.shape)
+        return BundleFacts(self.name, self.parameters, self.signatures, self.train_inputs, self.optimizer, size)
+
 
 class Bundle(msgspec.Struct, frozen=True):
     """A checked bundle in memory. sealed: whether a seal is present (see `read_bundle` for whose)."""
@@ -156,6 +164,7 @@ def check_plan(manifest: Manifest, plan: TrainingPlan) -> None:
         raise TrainingError(
             f"the plan asks for the metrics {', '.join(plan.evaluate)}", f"ask for some of {', '.join(METRICS)}, once"
         )
+    check_work(manifest.facts, plan)
     _check_compression(manifest, plan)
 
 

@@ -37,6 +37,7 @@ from covey_protocol.messages import (
     Verdict,
     reason_text,
 )
+from covey_protocol.works import CAPABILITY_OF, SCAFFOLD, SVRG
 
 RESEND_S = 5.0  # how long an unanswered offer waits before it is sent again; doubled each time, up to ASK_S
 ASK_S = 30.0  # the same for an offer of a round that this device no longer works for
@@ -54,6 +55,8 @@ CAPABILITIES: tuple[Name, ...] = (
     ENCRYPTION,
     EVALUATE,
     TASKS,
+    SVRG,
+    SCAFFOLD,
 )
 
 
@@ -77,6 +80,7 @@ def needed_capabilities(
         needed.add(EVALUATE)
     if plan.task:
         needed.add(TASKS)
+    needed.add(CAPABILITY_OF.get(plan.work, plan.work))
     return tuple(name for name in CAPABILITIES if name in needed)
 
 
@@ -334,9 +338,8 @@ class DeviceMachine:
         if not event.ok:
             return self._decline(event.reason)
         self.state = State.FETCHING
-        blobs = (invitation.bundle, invitation.parameters)
-        self._awaited = {ref.sha256 for ref in blobs}
-        return [Send(Answer(invitation.round_id, True)), Fetch(blobs)]
+        self._awaited = {ref.sha256 for ref in invitation.blobs}
+        return [Send(Answer(invitation.round_id, True)), Fetch(invitation.blobs)]
 
     def _blob_ready(self, event: BlobReady, now: float) -> list[Effect]:
         self._awaited.discard(event.sha256)
@@ -417,7 +420,7 @@ class DeviceMachine:
         """What was said last may be lost with the connection: say it again. Repeats are harmless."""
         effects = self._answer_again()
         if self.state is State.FETCHING and self.invitation is not None:
-            effects.append(Fetch((self.invitation.bundle, self.invitation.parameters)))
+            effects.append(Fetch(self.invitation.blobs))
         return [*effects, *self._offer_again(now, list(self._owed.values()))]
 
     def _tick(self, event: Tick, now: float) -> list[Effect]:

@@ -25,6 +25,9 @@ MAX_GRADIENT_NORM = 1e9  # far above the norm of any gradient worth a step; keep
 MAX_PROXIMAL_WEIGHT = 1000.0  # FedProx's mu; with learning_rate * mu above 1 a step already overshoots its centre
 MAX_DURATION_MS = 30 * 24 * 3600 * 1000  # a month
 MAX_STALENESS = 100  # rounds; and as many earlier rounds an invitation can name
+MAX_STEPS = 1_000_000  # on one device in one round
+MAX_VECTORS = 4  # beside the parameters
+TRAIN = "train"  # the work of a plan that asks for no other
 
 DeviceId = Annotated[str, Meta(pattern=r"\A[A-Za-z0-9][A-Za-z0-9_-]{0,62}\Z")]
 RoundId = Annotated[str, Meta(pattern=r"\A[A-Za-z0-9][A-Za-z0-9._-]{0,94}\Z")]
@@ -72,6 +75,8 @@ class TrainingPlan(Struct, frozen=True, omit_defaults=True):
     the update travels, see `compression`; no Literal, so that a device declines one it does not know.
     evaluate: names of metrics. Where there are any, nothing is trained: the update is these numbers of the received
     model on the device's data, in this order. task: which of the fleet's tasks this is, "" where it has only one.
+    work: what the device makes of its data, see `works`; no Literal, as for compression. steps: so many local steps
+    in place of epochs, 0 for epochs.
     """
 
     epochs: Annotated[int, Meta(ge=1, le=MAX_EPOCHS)]
@@ -84,6 +89,8 @@ class TrainingPlan(Struct, frozen=True, omit_defaults=True):
     kept_fraction: Annotated[float, Meta(ge=0, le=1)] = 0.0
     evaluate: Annotated[tuple[Name, ...], Meta(max_length=MAX_METRICS)] = ()
     task: TaskName = ""
+    work: Name = TRAIN
+    steps: Annotated[int, Meta(ge=0, le=MAX_STEPS)] = 0
 
     def __post_init__(self) -> None:
         # omit_defaults leaves out what *is* the default; a 0.0 from a configuration is another 0.0
@@ -106,6 +113,7 @@ class Invitation(Struct, frozen=True, tag="invitation", omit_defaults=True):
     a device goes on with its work when the round is closed. earlier: ended rounds whose updates are still taken, by
     this round or a later one; of each run the newest first.
     encryption_key: of the round, where updates are to be encrypted to it (see `encryption`).
+    vectors: what the plan's work needs beside the parameters, each as large as they are.
     """
 
     round_id: RoundId
@@ -121,6 +129,12 @@ class Invitation(Struct, frozen=True, tag="invitation", omit_defaults=True):
     max_staleness: Annotated[int, Meta(ge=0, le=MAX_STALENESS)] = 0
     earlier: Annotated[tuple[RoundId, ...], Meta(max_length=MAX_STALENESS)] = ()
     encryption_key: Union[EncryptionKey, UnsetType] = UNSET
+    vectors: Annotated[tuple[BlobRef, ...], Meta(max_length=MAX_VECTORS)] = ()
+
+    @property
+    def blobs(self) -> tuple[BlobRef, ...]:
+        """All that a device fetches."""
+        return (self.bundle, self.parameters, *self.vectors)
 
     @property
     def dimension(self) -> int:

@@ -213,7 +213,7 @@ class Judge:
             self._earlier(invitation)
             self._rounds[invitation.round_id] = _Round(invitation, live=not record.retained)
         self._current = invitation.round_id
-        for ref in () if record.retained else (invitation.bundle, invitation.parameters):
+        for ref in () if record.retained else invitation.blobs:
             self._check_blob(ref)
 
     def _earlier(self, invitation: Invitation) -> None:
@@ -363,7 +363,8 @@ class Judge:
     def _models_of(self, current: _Round) -> set[bytes]:
         """Of the round and of those that it takes updates of."""
         earlier = [self._rounds[name] for name in current.invitation.earlier if name in self._rounds]
-        return {known.invitation.parameters.sha256 for known in (current, *earlier)}
+        models = [known.invitation.parameters for known in (current, *earlier)]
+        return {ref.sha256 for ref in (*models, *current.invitation.vectors)}
 
     def _check_blob(self, ref: BlobRef) -> None:
         chunks = self._blobs.get(ref.sha256, {})

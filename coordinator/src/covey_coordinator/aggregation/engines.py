@@ -37,17 +37,19 @@ from covey_protocol.parameters import ParameterSpec, offsets, total_size
 Places = npt.NDArray[np.int64]
 
 ENGINE_NAMES = ("direct", "tff")
-SERVER_OPTIMIZERS = ("sgd", "sgdm", "adam", "yogi")
+SERVER_OPTIMIZERS = ("sgd", "sgdm", "adagrad", "adam", "yogi")
 SERVER_MOMENTUM = 0.9  # of sgdm; the value of Reddi et al. 2021 (arXiv:2003.00295)
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """parameters: (d,) float32, new. verdicts: in the order of the device ids given. measurements: numbers to log."""
+    """parameters: (d,) float32, new. verdicts: in the order of the device ids given. measurements: numbers to log.
+    aggregate: (d,), what the rule made of the updates."""
 
     parameters: Array
     verdicts: list[DeviceVerdict]
     measurements: dict[str, float]
+    aggregate: Array
 
 
 class Engine(Protocol):
@@ -112,11 +114,13 @@ def make_engine(
     *,
     worker: Worker | None = None,
     refuse_copies: bool = True,
+    device_ids: Sequence[str] = (),
 ) -> Engine:
     """The engine "direct" or "tff" for this rule and model.
 
     worker: the TFF engine runs on it and leaves it running; without one it starts its own and stops it in `close`.
-    refuse_copies: see `screen_updates`. Raises ConfigError for unknown names and a learning rate that is not positive.
+    refuse_copies: see `screen_updates`. device_ids: have the places 0, 1, ... of `Batch.places`; others get the next
+    ones as they come. Raises ConfigError for unknown names and a learning rate that is not positive.
     """
     _known("aggregation engine", name, ENGINE_NAMES)
     optimizer = build_server_optimizer(server_optimizer, server_learning_rate)
@@ -127,11 +131,11 @@ def make_engine(
         door = TffDoor(rule, parameter_specs, optimizer, worker)
     layout = [(spec.shape, spec.trainable) for spec in parameter_specs]
     description = f"{rule!r}, {server_optimizer}, {server_learning_rate!r}, {layout}"
-    return _RoundEngine(rule, parameter_specs, door, refuse_copies, description)
+    return _RoundEngine(rule, parameter_specs, door, refuse_copies, description, device_ids)
 
 
 def build_server_optimizer(name: str, learning_rate: float) -> Any:
-    """TFF's optimizer of this name: sgd, sgdm (momentum 0.9), adam or yogi with TFF's own defaults."""
+    """TFF's optimizer of this name: sgd, sgdm (momentum 0.9), adagrad, adam or yogi with TFF's own defaults."""
     _known("server optimizer", name, SERVER_OPTIMIZERS)
     if not (np.isfinite(learning_rate) and learning_rate > 0):
         raise ConfigError(f"server_learning_rate = {learning_rate}", "set it to a positive number")
@@ -141,6 +145,8 @@ def build_server_optimizer(name: str, learning_rate: float) -> Any:
         return tff.learning.optimizers.build_sgdm(learning_rate)
     if name == "sgdm":
         return tff.learning.optimizers.build_sgdm(learning_rate, momentum=SERVER_MOMENTUM)
+    if name == "adagrad":
+        return tff.learning.optimizers.build_adagrad(learning_rate)
     if name == "adam":
         return tff.learning.optimizers.build_adam(learning_rate)
     return tff.learning.optimizers.build_yogi(learning_rate)
@@ -155,12 +161,19 @@ class _RoundEngine:
     """The one engine; what differs is the door. description: of all settings that a saved state belongs to."""
 
     def __init__(
-        self, rule: Rule, specs: Sequence[ParameterSpec], door: Door, refuse_copies: bool, description: str
+        self,
+        rule: Rule,
+        specs: Sequence[ParameterSpec],
+        door: Door,
+        refuse_copies: bool,
+        description: str,
+        device_ids: Sequence[str],
     ) -> None:
         self._rule, self._door, self._refuse_copies, self._description = rule, door, refuse_copies, description
         self._layout = _Layout(specs)
         self._rule_state, self._optimizer_state = door.initial_states()
-        self._places: dict[str, int] = {}  # numbers of devices, in the order in which they were first seen
+        # numbers of devices: of those named first, then in the order in which they were first seen
+        self._places = {device_id: place for place, device_id in enumerate(device_ids)}
 
     def step(
         self,
@@ -197,6 +210,7 @@ class _RoundEngine:
                 "num_byzantine_left": float(rule.num_byzantine),
                 **_measurements(screened, judgement, new_parameters - parameters),
             },
+            aggregate=np.asarray(judgement.aggregate),
         )
 
     @property

@@ -54,18 +54,13 @@ def metrics_fault(names: Sequence[str]) -> Callable[[Array, float], str]:
 
 def evaluated(names: Sequence[str], parameters: Array, screened: Screened, num_byzantine: int) -> Evaluated:
     """Raises RuleError where so few devices cannot bear num_byzantine, less those that screening refused."""
-    kernels, n = NumpyKernels(), len(screened.device_ids)
-    left = max(0, num_byzantine - screened.num_faulty)
-    rule = Median(left)
-    rule.check(n)
-    values = screened.updates
-    low, high = (kernels.ranked_means(Updates(values), rank, rank + 1, cut=0)[0] for rank in (left, n - 1 - left))
+    kernels, n, values = NumpyKernels(), len(screened.device_ids), screened.updates
+    left = number_of_liars(screened, num_byzantine)
 
     def median(rows: Array) -> Array:
-        return np.asarray(rule.step(kernels, Batch(Updates(rows), screened.num_examples, None)).aggregate)
+        return np.asarray(Median(left).step(kernels, Batch(Updates(rows), screened.num_examples, None)).aggregate)
 
-    within = Batch(Updates(np.clip(values, low, high)), screened.num_examples, None)
-    mean, middle = Mean().step(kernels, within).aggregate, median(values)
+    mean, middle = cut_mean(screened, left), median(values)
     distances = np.abs(values - middle)
     spread = median(distances)
     metrics = tuple(
@@ -74,6 +69,22 @@ def evaluated(names: Sequence[str], parameters: Array, screened: Screened, num_b
     )
     measurements = {"num_byzantine": float(num_byzantine), "num_byzantine_left": float(left)}
     return Evaluated(parameters, _verdicts(screened, _spreads(distances, spread)), measurements, metrics)
+
+
+def number_of_liars(screened: Screened, num_byzantine: int) -> int:
+    """How many may be among those that screening let pass. RuleError where so few devices cannot bear them."""
+    left = max(0, num_byzantine - screened.num_faulty)
+    Median(left).check(len(screened.device_ids))
+    return left
+
+
+def cut_mean(screened: Screened, left: int) -> Array:
+    """(n, m) -> (m,): the mean, weighted by capped numbers of examples, of the values cut to the range from the
+    (left + 1)-th smallest to the (left + 1)-th largest."""
+    kernels, n, values = NumpyKernels(), len(screened.device_ids), screened.updates
+    low, high = (kernels.ranked_means(Updates(values), rank, rank + 1, cut=0)[0] for rank in (left, n - 1 - left))
+    within = Batch(Updates(np.clip(values, low, high)), screened.num_examples, None)
+    return np.asarray(Mean().step(kernels, within).aggregate)
 
 
 def _spreads(distances: Array, spread: Array) -> Array:

@@ -28,6 +28,7 @@ MAX_NUM_EXAMPLES = float(1 << 24)  # float32 counts exactly up to here; rules wi
 GIB = 1 << 30
 MAX_MATRIX_BYTES = 4 * GIB  # of all updates of a round; what the rules are tested to
 MEMORY_RATIO = 1.3  # what a rule needs at most, as a multiple of the matrix of updates
+SHARE_ROUNDING = 1e-6  # of a share of examples, which is a float32
 FINGERPRINT_VALUES = 64  # sampled numbers of an update; only updates equal in these are hashed in full
 
 
@@ -203,6 +204,14 @@ def number_fault(update: Array, norm: float) -> str:
     if norm > MAX_UPDATE_NORM:
         return f"update has norm {norm:.1e}, beyond what float32 can square"
     return ""
+
+
+def shares_fault(row: Array, norm: float) -> str:
+    """What screening asks of shares of examples. Those of two devices may be the same."""
+    fault = number_fault(row, norm)
+    if not fault and not (row.min() >= 0 and row.max() <= 1 + SHARE_ROUNDING):
+        fault = f"shares of examples from {row.min():g} to {row.max():g}, not from 0 to 1"
+    return fault
 
 
 def _value_fault(update: Array, norm: float) -> str:

@@ -6,6 +6,7 @@ import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -17,10 +18,10 @@ from covey_protocol.seals import PublicKey, SealingKey
 
 @dataclass(frozen=True)
 class Shard:
-    """One device's own examples. x (n, ...) float32, y (n,) int32."""
+    """One device's own examples. x (n, ...), y (n, ...), as the model takes them."""
 
-    x: npt.NDArray[np.float32]
-    y: npt.NDArray[np.int32]
+    x: npt.NDArray[Any]
+    y: npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,15 @@ class DeviceFiles:
 
 
 def make_device(
-    device_id: str, folder: Path, fleet: str, broker: dict[str, str], coordinator: PublicKey, shard: Shard
+    device_id: str,
+    folder: Path,
+    fleet: str,
+    broker: dict[str, str],
+    coordinator: PublicKey,
+    shard: Shard,
+    **tables: Mapping[str, object],
 ) -> DeviceFiles:
-    """Write everything one agent needs. broker: the [broker] table of its agent.toml."""
+    """Write everything one agent needs. broker: the [broker] table of its agent.toml; tables: further ones."""
     key = SealingKey.generate()
     write_atomic(folder / "device.pem", key.pem(), mode=0o600)
     config = {
@@ -55,6 +62,7 @@ def make_device(
         "broker": broker,
         "identity": {"key_file": "device.pem", "coordinator_key": coordinator.hex()},
         "data": {"source": "npz", "path": "data.npz"},
+        **tables,
     }
     write_atomic(folder / "agent.toml", _toml(config).encode(), mode=0o600)
     files = DeviceFiles(device_id, folder, key.public)
@@ -63,11 +71,11 @@ def make_device(
 
 
 def _toml(config: Mapping[str, object]) -> str:
-    """TOML of strings in at most one level of tables; a JSON string is a TOML basic string."""
+    """TOML of strings and of one level of tables; a JSON string, number or true is one of TOML."""
     quoted = {name: msgspec.json.encode(value).decode() for name, value in config.items() if isinstance(value, str)}
     lines = [f"{name} = {value}" for name, value in quoted.items()]
     for table, values in config.items():
-        if isinstance(values, dict):
+        if isinstance(values, Mapping):
             lines += ["", f"[{table}]"]
             lines += [f"{name} = {msgspec.json.encode(value).decode()}" for name, value in values.items()]
     return "\n".join(lines) + "\n"

@@ -1,7 +1,7 @@
-"""The operating-system processes of a demo: the embedded broker and the agents, each ended with the demo.
+"""The operating-system processes of a fleet on this machine: the embedded broker and the agents.
 
-Every child runs in a session of its own, so that Ctrl-C reaches the demo alone, which then ends them in order; and
-every child asks Linux to end it with its parent, so that even a killed demo leaves nothing behind.
+Every child runs in a session of its own, so that Ctrl-C reaches the demo or simulation alone, which then ends them in
+order; and every child asks Linux to end it with its parent, so that even a killed parent leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ class BrokerProcess:
         ended = self._process.ended()
         if ended is not None:
             raise TransportError(
-                f"the embedded broker at {self.url} ended ({ended})", f"see {self._process.log} and run the demo again"
+                f"the embedded broker at {self.url} ended ({ended})", f"see {self._process.log} and run again"
             )
 
     @property

@@ -12,7 +12,6 @@ measures accuracy is the demo's own; no device has it.
 from __future__ import annotations
 
 import contextlib
-import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from covey_coordinator.aggregation.worker import Worker
 from covey_coordinator.coordinator import Coordinator, RoundResult, Timing, shuffle_seed
 from covey_coordinator.demo.devices import DeviceFiles, Shard, make_device
 from covey_coordinator.demo.display import Display, RunDisplay, why_rejected
+from covey_coordinator.demo.logs import logged_to
 from covey_coordinator.demo.processes import AgentProcesses, BrokerProcess
 from covey_coordinator.demo.settings import DemoSettings
 from covey_coordinator.fleet import Fleet
@@ -113,7 +113,7 @@ class Demo:
         self._running: RunDisplay | None = None
         self._tff_worker: Worker | None = None
         self._key = SealingKey.generate()
-        self._log()
+        stack.enter_context(logged_to(folder / "logs" / "coordinator.log"))
 
     def run(self, started: float) -> records.DemoRecord:
         settings, display = self._settings, self._display
@@ -412,19 +412,6 @@ class Demo:
         if self._agents is not None and self._running is not None:
             for device_id, how in self._agents.newly_lost().items():
                 self._running.note(f"the agent of {device_id} ended ({how}); the round goes on without it")
-
-    def _log(self) -> None:
-        """The coordinator's own log goes to a file; the terminal shows the display."""
-        path = self._folder / "logs" / "coordinator.log"
-        write_atomic(path, b"")
-        handler = logging.FileHandler(path)
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        logger = logging.getLogger("covey")
-        logger.setLevel(logging.INFO)
-        logger.propagate = False  # TensorFlow's import gives the root logger a handler on the terminal
-        logger.addHandler(handler)
-        self._stack.callback(handler.close)
-        self._stack.callback(logger.removeHandler, handler)
 
 
 def _initial(model: _Model) -> Floats:

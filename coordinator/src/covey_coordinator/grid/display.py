@@ -24,13 +24,13 @@ class Display:
         self.console.print(text, markup=False)
 
     @contextmanager
-    def cells(self, done: int, total: int) -> Iterator[Ticker]:
-        """Show how cells finish. done: those that were there before."""
+    def cells(self, done: int, total: int, things: str = "cells") -> Iterator[Ticker]:
+        """Show how cells, or other things, finish. done: those that were there before."""
         if not self.console.is_terminal:
-            yield PlainTicker(self, done, total, self._plain_every_s)
+            yield PlainTicker(self, done, total, self._plain_every_s, things)
             return
         columns = (
-            TextColumn("  cells"),
+            TextColumn(f"  {things}"),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TextColumn("{task.fields[left]}"),
@@ -48,11 +48,12 @@ class Ticker:
         self._first, self._done, self._total = done + 1, done, total
         self._started = time.monotonic()
 
-    def finished(self, result: dict[str, Any]) -> None:
+    def finished(self, said: str) -> None:
+        """said: what finished and how, in a few words."""
         self._done += 1
         if self._done == self._first:
             self._started = time.monotonic()
-        self.show(_said(result))
+        self.show(said)
 
     def show(self, last: str) -> None:
         raise NotImplementedError
@@ -67,15 +68,15 @@ class Ticker:
 
 
 class PlainTicker(Ticker):
-    def __init__(self, display: Display, done: int, total: int, every_s: float) -> None:
+    def __init__(self, display: Display, done: int, total: int, every_s: float, things: str) -> None:
         super().__init__(done, total)
-        self._display, self._every_s, self._shown = display, every_s, time.monotonic()
+        self._display, self._every_s, self._things, self._shown = display, every_s, things, time.monotonic()
 
     def show(self, last: str) -> None:
         now = time.monotonic()
         if now - self._shown >= self._every_s or self._done == self._total:
             self._shown = now
-            self._display.line(f"  {self._done}/{self._total} cells, {self.left()}; {last}")
+            self._display.line(f"  {self._done}/{self._total} {self._things}, {self.left()}; {last}")
 
 
 class BarTicker(Ticker):
@@ -87,7 +88,8 @@ class BarTicker(Ticker):
         self._progress.update(self._task, completed=self._done, left=self.left(), last=last)
 
 
-def _said(result: dict[str, Any]) -> str:
+def said_of(result: dict[str, Any]) -> str:
+    """A finished cell, for a ticker."""
     said = f"{result['accuracy']:.1%}" if not result["refused"] else "refused"
     return f"{result['rule']} / {result['attack']} / {result['num_hostile']} corrupted: {said}"
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from covey_coordinator.grid.display import Display
+from covey_coordinator.grid.display import Display, said_of
 from covey_coordinator.grid.folder import Folder
 from covey_coordinator.grid.settings import Cell, GridSettings, Plan, canonical, plan_of
 from covey_coordinator.grid.summary import panels_of, seeds, summary_of, table_lines
@@ -110,7 +110,7 @@ def _train(
         for cell, result in workers.results(missing, check):
             folder.save(cell, result)
             results[cell] = result
-            ticker.finished(result)
+            ticker.finished(said_of(result))
 
 
 def _finish(plan: Plan, folder: Folder, results: list[dict[str, Any]], display: Display) -> dict[str, Any]:

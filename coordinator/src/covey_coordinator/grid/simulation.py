@@ -91,10 +91,17 @@ class Fleet:
         settings = self._settings
         drawn = stream(self._seed, BATCHES, number).random((settings.steps, settings.devices, settings.batch))
         rows = self._starts[None, :, None] + (drawn * self.sizes[None, :, None]).astype(np.int64)
-        trained = self._world.network.trained(parameters, self._x, self._y, rows, settings.learning_rate)
+        change = self.change(parameters, rows)
+        if not settings.momentum:
+            return change
         beta = np.float32(settings.momentum)
-        self._momentum = beta * self._momentum + (1 - beta) * (trained - parameters)
+        self._momentum = beta * self._momentum + (1 - beta) * change
         return self._momentum.copy()
+
+    def change(self, parameters: Floats, rows: Integers) -> Floats:
+        """(n, d): what training on these rows (steps, n, batch) of the fleet's examples changes."""
+        trained = self._world.network.trained(parameters, self._x, self._y, rows, self._settings.learning_rate)
+        return trained - parameters
 
 
 class Attackers:

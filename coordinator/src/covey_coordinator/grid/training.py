@@ -1,4 +1,4 @@
-"""Local training of all devices at once in numpy: softmax regression and a net with one hidden layer.
+"""Local training of all devices at once in numpy: softmax regression and nets of dense layers.
 
 All devices take the same number of SGD steps on batches drawn with replacement from their own examples, so one matrix
 product per layer trains the whole fleet. Weights start as those of `covey_models.zoo` (same names, same layout), and
@@ -41,6 +41,17 @@ class Network:
             for tensor, gradient in zip(tensors, _gradients(tensors, x[rows], y[rows])):
                 tensor -= rate * gradient
         return devices
+
+    def gradients(self, flat: Floats, x: Floats, y: Integers) -> Floats:
+        """(n, d): each device's gradient of its mean loss at the same parameters flat (d,).
+
+        x: (n, batch, features), y: (n, batch).
+        """
+        found = np.empty((len(x), len(flat)), np.float32)
+        tensors = [tensor[None] for tensor in self.tensors(flat)]
+        for (place, _), gradient in zip(self._places, _gradients(tensors, x, y)):
+            found[:, place] = gradient.reshape(len(x), -1)
+        return found
 
     def predicted(self, flat: Floats, x: Floats) -> Integers:
         """(count,): the class of each example."""

@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from covey_coordinator.records import ACCEPTED, MISSING, REJECTED, DemoRecord, InversionRecord
@@ -138,8 +138,13 @@ def _meaning(inversion: InversionRecord, as_picture: bool) -> list[str]:
 
 @lru_cache(maxsize=1)
 def _template() -> Template:
+    return page_environment().get_template("report.html.jinja")
+
+
+def page_environment(*packages: str) -> Environment:
+    """Templates of these packages, then of this one: everything that is put into a page is escaped and printable."""
     environment = Environment(
-        loader=PackageLoader("covey_coordinator.report", "templates"),
+        loader=ChoiceLoader([PackageLoader(package, "templates") for package in (*packages, __package__)]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -154,7 +159,7 @@ def _template() -> Template:
         class_name=plots.class_name,
         isfinite=math.isfinite,
     )
-    return environment.get_template("report.html.jinja")
+    return environment
 
 
 def _finalize(value: Any) -> Any:

@@ -19,10 +19,9 @@ import numpy.typing as npt
 from markupsafe import Markup
 
 from covey_coordinator.records import ACCEPTED, MISSING, REJECTED, InversionRecord, RoundRecord, RunRecord
+from covey_coordinator.report import svg
 from covey_coordinator.report.summary import percent, printable
 
-LINE_COLOURS = ("#000000", "#0072b2", "#d55e00", "#009e73", "#aa4499", "#b8860b", "#56a0d8")
-DASHES = ("", "8 3", "2 3", "10 3 2 3", "5 5", "1 4", "14 4")
 # Paul Tol's "light" and "muted" tones in an order where neighbours differ in lightness too
 CLASS_COLOURS = (
     "#77aadd",
@@ -44,8 +43,8 @@ PICTURE_PIXELS = 176  # shown edge length of a picture
 
 def swatch(index: int) -> Markup:
     """A piece of the line of run number `index`, for legends and tables."""
-    line = _format('<line x1="1" y1="7" x2="33" y2="7" {}/>', _stroke(index))
-    return Markup('<svg class="swatch" width="34" height="14" viewBox="0 0 34 14" aria-hidden="true">') + line + _END
+    line = svg.formatted('<line x1="1" y1="7" x2="33" y2="7" {}/>', svg.stroke(index))
+    return Markup('<svg class="swatch" width="34" height="14" viewBox="0 0 34 14" aria-hidden="true">') + line + svg.END
 
 
 def accuracy_curves(runs: Sequence[RunRecord]) -> Markup:
@@ -62,21 +61,23 @@ def accuracy_curves(runs: Sequence[RunRecord]) -> Markup:
         across = left + (number - first) / (last - first) * (width - left - right)
         return across, top + (1 - (accuracy - floor) / (1 - floor)) * (height - top - bottom)
 
-    parts = [_svg(width, height, "Accuracy on the test set after every round, one line per run. " + _spoken(runs))]
-    parts += [_gridline(left, width - right, place(first, level)[1], level) for level in _levels(floor)]
-    for number in _ticks(first, last):
+    parts = [
+        svg.opening(width, height, "Accuracy on the test set after every round, one line per run. " + _spoken(runs))
+    ]
+    parts += [svg.gridline(left, width - right, place(first, level)[1], level) for level in svg.levels(floor)]
+    for number in svg.ticks(first, last):
         across = place(number, floor)[0]
-        parts.append(_text(across, height - bottom + 20, str(number), "middle"))
-    parts.append(_text((left + width - right) / 2, height - 6, "round", "middle", "axis"))
+        parts.append(svg.text(across, height - bottom + 20, str(number), "middle"))
+    parts.append(svg.text((left + width - right) / 2, height - 6, "round", "middle", "axis"))
     ends: list[tuple[float, int, str]] = []
     for index, run in enumerate(runs):
         parts.append(_curve(index, run.rounds, place))
         if run.rounds and math.isfinite(run.final_accuracy):
             ends.append((place(last, run.final_accuracy)[1], index, percent(run.final_accuracy)))
-    for height_of_label, index, label in _spread(ends, 15.0):
-        colour = LINE_COLOURS[index % len(LINE_COLOURS)]
-        parts.append(_text(width - right + 8, height_of_label + 4, label, "start", "end", colour))
-    return Markup("").join(parts) + _END
+    for height_of_label, index, label in svg.spread(ends, 15.0):
+        colour = svg.LINE_COLOURS[index % len(svg.LINE_COLOURS)]
+        parts.append(svg.text(width - right + 8, height_of_label + 4, label, "start", "end", colour))
+    return Markup("").join(parts) + svg.END
 
 
 def verdict_grid(run: RunRecord, grid: dict[str, list[str]]) -> Markup:
@@ -91,21 +92,21 @@ def verdict_grid(run: RunRecord, grid: dict[str, list[str]]) -> Markup:
     cell = max(2.0, min(22.0, 330 / len(rounds)))
     row, left, top = 22.0, 158, 22
     width, height = left + cell * len(rounds) + 4, top + row * len(grid) + 2
-    parts = [_svg(width, height, _grid_spoken(run, grid), "grid")]
+    parts = [svg.opening(width, height, _grid_spoken(run, grid), "grid")]
     step = max(1, math.ceil((12 + 9 * len(str(max(rounds)))) / cell))
     for column, number in enumerate(rounds):
         if column % step == 0:
-            parts.append(_text(left + (column + 0.5) * cell, 14, str(number), "middle", "tick"))
+            parts.append(svg.text(left + (column + 0.5) * cell, 14, str(number), "middle", "tick"))
     corrupted = set(run.corrupted)
     for line, (device, cells) in enumerate(grid.items()):
         across, down = float(left), top + line * row
         marked = device in corrupted
         if marked:
-            parts.append(_format('<path class="mark" d="M4 {}l6 -10l6 10z"/>', _number(down + 16)))
-        label = _format("<title>{}</title>{}", printable(device), _shortened(device, 16))
-        parts.append(_text(22, down + 15, label, "start", "corrupted" if marked else "device"))
+            parts.append(svg.formatted('<path class="mark" d="M4 {}l6 -10l6 10z"/>', svg.number(down + 16)))
+        label = svg.formatted("<title>{}</title>{}", printable(device), svg.shortened(device, 16))
+        parts.append(svg.text(22, down + 15, label, "start", "corrupted" if marked else "device"))
         parts += _cells(cells[-MAX_CELLS_ACROSS:], across, down, cell, row)
-    return Markup("").join(parts) + _END
+    return Markup("").join(parts) + svg.END
 
 
 def class_bars(shards: dict[str, Sequence[int]], devices: Sequence[str], class_names: Sequence[str]) -> Markup:
@@ -115,24 +116,26 @@ def class_bars(shards: dict[str, Sequence[int]], devices: Sequence[str], class_n
     if most == 0:
         return Markup("")
     width, left, right, row = 1040, 158, 60, 24
-    parts = [_svg(width, row * len(rows) + 4, "Stacked bars: how many examples of each class every device holds.")]
+    parts = [
+        svg.opening(width, row * len(rows) + 4, "Stacked bars: how many examples of each class every device holds.")
+    ]
     for line, (device, counts) in enumerate(rows):
         across, down = float(left), line * row + 2
-        label = _format("<title>{}</title>{}", printable(device), _shortened(device, 18))
-        parts.append(_text(4, down + 15, label, "start", "device"))
+        label = svg.formatted("<title>{}</title>{}", printable(device), svg.shortened(device, 18))
+        parts.append(svg.text(4, down + 15, label, "start", "device"))
         for index, count in enumerate(counts):
             wide = count / most * (width - left - right)
             name = class_name(class_names, index)
             parts.append(_segment(across, down, wide, row - 4, index, f"{name}: {count}", name))
             across += wide
-        parts.append(_text(across + 6, down + 15, str(sum(counts)), "start", "tick"))
-    return Markup("").join(parts) + _END
+        parts.append(svg.text(across + 6, down + 15, str(sum(counts)), "start", "tick"))
+    return Markup("").join(parts) + svg.END
 
 
 def class_swatch(index: int) -> Markup:
     colour = CLASS_COLOURS[index % len(CLASS_COLOURS)]
-    box = _format('<rect x="0.5" y="0.5" width="13" height="13" fill="{}" stroke="#555"/>', colour)
-    return Markup('<svg class="swatch" width="14" height="14" aria-hidden="true">') + box + _END
+    box = svg.formatted('<rect x="0.5" y="0.5" width="13" height="13" fill="{}" stroke="#555"/>', colour)
+    return Markup('<svg class="swatch" width="14" height="14" aria-hidden="true">') + box + svg.END
 
 
 def class_name(class_names: Sequence[str], index: int | None) -> str:
@@ -167,7 +170,11 @@ def feature_bars(inversion: InversionRecord) -> Markup:
     low, high = _shown_range(inversion, truth)
     left, row, top = 190, 16, 40
     column = (1040 - left) / max(1, len(attempts))
-    parts = [_svg(1040, top + row * truth.size + 6, "True and recovered value of every feature, a column per attempt.")]
+    parts = [
+        svg.opening(
+            1040, top + row * truth.size + 6, "True and recovered value of every feature, a column per attempt."
+        )
+    ]
 
     def place(value: float, start: float) -> float:
         clipped = min(max(value, low), high) if math.isfinite(value) else (low + high) / 2
@@ -175,100 +182,46 @@ def feature_bars(inversion: InversionRecord) -> Markup:
 
     for line in range(truth.size):
         name = inversion.feature_names[line] if line < len(inversion.feature_names) else f"feature {line}"
-        label = _format("<title>{}</title>{}", printable(name), _shortened(name, 26))
-        parts.append(_text(left - 10, top + line * row + 12, label, "end", "small"))
+        label = svg.formatted("<title>{}</title>{}", printable(name), svg.shortened(name, 26))
+        parts.append(svg.text(left - 10, top + line * row + 12, label, "end", "small"))
     for index, attempt in enumerate(attempts):
         start = left + index * column + 12
         words = attempt.title.split(", ", 1)
         for line, words_of_line in enumerate(words):
-            parts.append(_text(start, 14 + 14 * line, _shortened(words_of_line, 26), "start", "small"))
+            parts.append(svg.text(start, 14 + 14 * line, svg.shortened(words_of_line, 26), "start", "small"))
         recovered = attempt.image.astype(np.float64).reshape(-1)[:MAX_FEATURES]
         zero = place(0.0, start)
-        parts.append(_line(zero, top, zero, top + row * truth.size, "axisline"))
+        parts.append(svg.line(zero, top, zero, top + row * truth.size, "axisline"))
         for line, (true, found) in enumerate(zip(truth, recovered)):
             down, tip, dot = top + line * row + 8, place(float(true), start), place(float(found), start)
             bar = '<rect class="truth" x="{}" y="{}" width="{}" height="9"/>'
-            parts.append(_format(bar, _number(min(zero, tip)), _number(down - 4.5), _number(max(1.0, abs(tip - zero)))))
-            parts.append(_line(tip, down, dot, down, "miss"))
-            parts.append(_format('<circle class="found" cx="{}" cy="{}" r="3"/>', _number(dot), _number(down)))
-    return Markup("").join(parts) + _END
-
-
-_END = Markup("</svg>")
-
-
-def _format(template: str, *values: object) -> Markup:
-    # the templates are literals of this file; Markup.format escapes every value
-    return Markup(template).format(*values)  # noqa: S704
-
-
-def _svg(width: float, height: float, spoken: str, kind: str = "plot") -> Markup:
-    opening = '<svg class="{}" role="img" aria-label="{}" viewBox="0 0 {} {}" width="{}" height="{}">'
-    size = _number(width), _number(height)
-    return _format(opening, kind, spoken, *size, *size)
-
-
-def _text(
-    across: float, down: float, content: str | Markup, anchor: str, kind: str = "tick", colour: str = ""
-) -> Markup:
-    fill = _format(' style="fill:{}"', colour) if colour else Markup("")
-    template = '<text class="{}" x="{}" y="{}" text-anchor="{}"{}>{}</text>'
-    return _format(template, kind, _number(across), _number(down), anchor, fill, content)
-
-
-def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> Markup:
-    ends = (_number(value) for value in (x1, y1, x2, y2))
-    return _format('<line class="{}" x1="{}" y1="{}" x2="{}" y2="{}"/>', kind, *ends)
-
-
-def _number(value: float) -> str:
-    return f"{value:.1f}".rstrip("0").rstrip(".")
-
-
-def _stroke(index: int) -> Markup:
-    colour, dash = LINE_COLOURS[index % len(LINE_COLOURS)], DASHES[index % len(DASHES)]
-    return _format('fill="none" stroke="{}" stroke-width="2.4" stroke-dasharray="{}"', colour, dash or "none")
-
-
-def _gridline(left: float, right: float, down: float, level: float) -> Markup:
-    label = _text(left - 8, down + 4, percent(level, 0), "end")
-    return _line(left, down, right, down, "gridline") + label
-
-
-def _levels(floor: float) -> list[float]:
-    step = 0.1 if floor >= 0.45 else 0.2
-    return [level for level in np.round(np.arange(1.0, floor - 1e-9, -step), 3).tolist() if level >= floor - 1e-9]
-
-
-def _ticks(first: int, last: int) -> list[int]:
-    step = next(step for step in (1, 2, 5, 10, 20, 50, 100, 10**9) if (last - first) / step <= 20)
-    return [number for number in range(first, last + 1) if number % step == 0 or number == first]
+            parts.append(
+                svg.formatted(
+                    bar, svg.number(min(zero, tip)), svg.number(down - 4.5), svg.number(max(1.0, abs(tip - zero)))
+                )
+            )
+            parts.append(svg.line(tip, down, dot, down, "miss"))
+            parts.append(
+                svg.formatted('<circle class="found" cx="{}" cy="{}" r="3"/>', svg.number(dot), svg.number(down))
+            )
+    return Markup("").join(parts) + svg.END
 
 
 def _curve(index: int, rounds: Sequence[RoundRecord], place: Any) -> Markup:
     path, drawing, dots = "", False, Markup("")
-    colour = LINE_COLOURS[index % len(LINE_COLOURS)]
+    colour = svg.LINE_COLOURS[index % len(svg.LINE_COLOURS)]
     for finished in rounds:
         if not math.isfinite(finished.accuracy):
             drawing = False
             continue
-        across, down = (_number(value) for value in place(finished.number, finished.accuracy))
+        across, down = (svg.number(value) for value in place(finished.number, finished.accuracy))
         path += f"{'L' if drawing else 'M'}{across} {down}"
         drawing = True
         if len(rounds) <= 60:
             hollow = finished.outcome == "abandoned"
             dot = '<circle cx="{}" cy="{}" r="3" fill="{}" stroke="{}" stroke-width="1.5"/>'
-            dots += _format(dot, across, down, "#fff" if hollow else colour, colour)
-    return _format('<path d="{}" {}/>', path, _stroke(index)) + dots
-
-
-def _spread(labels: list[tuple[float, int, str]], least: float) -> list[tuple[float, int, str]]:
-    """Labels moved down just enough that none covers another."""
-    placed: list[tuple[float, int, str]] = []
-    for height, index, label in sorted(labels):
-        floor = placed[-1][0] + least if placed else height
-        placed.append((max(height, floor), index, label))
-    return placed
+            dots += svg.formatted(dot, across, down, "#fff" if hollow else colour, colour)
+    return svg.formatted('<path d="{}" {}/>', path, svg.stroke(index)) + dots
 
 
 def _spoken(runs: Sequence[RunRecord]) -> str:
@@ -292,16 +245,19 @@ def _cells(cells: Sequence[str], left: float, down: float, cell: float, row: flo
         if status not in STATUS_COLOURS:
             continue
         x, y, w, h = left + column * cell, down + 1, cell - gap, row - 2.5
-        boxes[status] = boxes.get(status, "") + f"M{_number(x)} {_number(y)}h{_number(w)}v{_number(h)}h-{_number(w)}z"
+        boxes[status] = (
+            boxes.get(status, "")
+            + f"M{svg.number(x)} {svg.number(y)}h{svg.number(w)}v{svg.number(h)}h-{svg.number(w)}z"
+        )
         marks[status] = marks.get(status, "") + _mark(status, x + w / 2, y + h / 2, min(4.0, w / 2 - 0.5))
-    drawn = [_format('<path fill="{}" d="{}"/>', STATUS_COLOURS[status], path) for status, path in boxes.items()]
+    drawn = [svg.formatted('<path fill="{}" d="{}"/>', STATUS_COLOURS[status], path) for status, path in boxes.items()]
     if cell >= 5:
-        drawn += [_format('<path class="{}" d="{}"/>', status, path) for status, path in marks.items()]
+        drawn += [svg.formatted('<path class="{}" d="{}"/>', status, path) for status, path in marks.items()]
     return drawn
 
 
 def _mark(status: str, x: float, y: float, reach: float) -> str:
-    n = _number
+    n = svg.number
     if status == REJECTED:
         return (
             f"M{n(x - reach)} {n(y - reach)}L{n(x + reach)} {n(y + reach)}"
@@ -315,20 +271,17 @@ def _mark(status: str, x: float, y: float, reach: float) -> str:
 def status_sample(status: str) -> Markup:
     """One cell of a verdict grid, for the legend."""
     opening = Markup('<svg class="swatch" width="20" height="20" viewBox="0 0 20 20" aria-hidden="true">')
-    return opening + Markup("").join(_cells([status], 0, 0, 20, 20)) + _END
+    return opening + Markup("").join(_cells([status], 0, 0, 20, 20)) + svg.END
 
 
 def _segment(across: float, down: float, wide: float, high: float, index: int, spoken: str, name: str) -> Markup:
     colour = CLASS_COLOURS[index % len(CLASS_COLOURS)]
     box = '<g><title>{}</title><rect class="segment" x="{}" y="{}" width="{}" height="{}" fill="{}"/>{}</g>'
     fits = len(name) * 7 + 6 <= wide
-    label = _text(across + wide / 2, down + high - 5, name, "middle", "inside") if fits else Markup("")
-    return _format(box, spoken, _number(across), _number(down), _number(wide), _number(high), colour, label)
-
-
-def _shortened(text: str, letters: int) -> str:
-    shown = printable(text)
-    return shown if len(shown) <= letters else shown[: letters - 1] + "…"
+    label = svg.text(across + wide / 2, down + high - 5, name, "middle", "inside") if fits else Markup("")
+    return svg.formatted(
+        box, spoken, svg.number(across), svg.number(down), svg.number(wide), svg.number(high), colour, label
+    )
 
 
 def _shown_range(inversion: InversionRecord, truth: npt.NDArray[np.float64]) -> tuple[float, float]:

@@ -22,6 +22,7 @@ from covey_coordinator.simulation.display import shown
 from covey_coordinator.simulation.folder import ExperimentFolder
 from covey_coordinator.simulation.memory import bounded_jobs, job_bytes, require_for_updates
 from covey_coordinator.simulation.reading import Experiment
+from covey_coordinator.simulation.remote import connect
 from covey_coordinator.simulation.results import RunResult
 from covey_coordinator.simulation.running import Progress, run_cell
 from covey_coordinator.simulation.sweep import Cell
@@ -68,6 +69,7 @@ def run_experiment(
         ready, largest = _checked(missing, folder, display, check)
         if len(ready) < len(experiment.cells) and not ready and not _any_rounds(experiment, folder):
             raise RuleError(_first_refusal(experiment, folder), "lower num_byzantine, or take more devices")
+        _reach_workers(ready)
         jobs = _usable(jobs, ready, largest, experiment.notes.as_fleet, display)
         try:
             failed = _train(experiment, folder, ready, jobs, display, check)
@@ -121,6 +123,12 @@ def _checked(cells: Sequence[Cell], folder: ExperimentFolder, display: Display, 
     if len(told) > MOST_TOLD:
         display.line(f"  and {len(told) - MOST_TOLD} more")
     return [cell for cell in cells if cell.key not in refused], largest
+
+
+def _reach_workers(ready: Sequence[Cell]) -> None:
+    """Raises RunError or MachineError, before anything starts, if one cannot be used."""
+    if ready and ready[0].settings.workers:
+        connect(ready[0].settings.workers).stop()
 
 
 def _any_rounds(experiment: Experiment, folder: ExperimentFolder) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 from msgspec import Struct, field
 
 HEALTHY: tuple[str, ...] = ()
+ONE_ROUND = 1e-5  # a fleet's largest difference from a simulation after one round, in lengths of the round's update
 
 
 class Judged(Struct, frozen=True):
@@ -50,3 +51,18 @@ class RunResult(Struct, frozen=True):
     devices: dict[str, dict[str, float]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     seconds: float = 0.0
+
+
+class RoundAgreement(Struct, frozen=True):
+    """One round of a fleet beside the simulation's. Differences are Euclidean lengths, over that of the fleet's update.
+
+    one_round: after this round alone, from the fleet's own model before it. all_rounds: after all rounds until this
+    one, each on its own. fleet, simulation: accuracy on central test data. same_verdicts: of one_round.
+    """
+
+    number: int
+    one_round: float
+    all_rounds: float
+    fleet: float
+    simulation: float
+    same_verdicts: bool

@@ -1,0 +1,57 @@
+"""The engine of an algorithm, from the settings of a run. Checks what can be checked before any device is asked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from covey_coordinator.aggregation.engines import Engine, make_engine
+from covey_coordinator.aggregation.rules import Rule
+from covey_coordinator.aggregation.worker import Worker
+from covey_coordinator.algorithms.engines import ScaffoldEngine, SvrgEngine
+from covey_coordinator.algorithms.settings import FEDAVG, FSVRG_NAIVE, Algorithm
+from covey_protocol.errors import ConfigError
+from covey_protocol.parameters import ParameterSpec, total_size
+
+
+def check_algorithm(algorithm: Algorithm, server_optimizer: str) -> None:
+    """ConfigError where the algorithm's step of the server would not be its own."""
+    if algorithm.name != FEDAVG and server_optimizer != "sgd":
+        raise ConfigError(
+            f"algorithm {algorithm.name!r} with the server optimizer {server_optimizer!r}",
+            'its step of the server is its own: set the optimizer to "sgd", with any learning rate',
+        )
+
+
+def make_algorithm_engine(
+    algorithm: Algorithm,
+    name: str,
+    rule: Rule,
+    specs: Sequence[ParameterSpec],
+    server_optimizer: str = "sgd",
+    server_learning_rate: float = 1.0,
+    *,
+    rate: float,
+    devices: int,
+    worker: Worker | None = None,
+) -> Engine | SvrgEngine | ScaffoldEngine:
+    """As make_engine, for an algorithm. rate: the devices' learning rate. devices: how many may take part.
+
+    Raises ConfigError.
+    """
+    check_algorithm(algorithm, server_optimizer)
+    if not algorithm.svrg:
+        plain = make_engine(name, rule, specs, server_optimizer, server_learning_rate, worker=worker)
+        if algorithm.name == FEDAVG:
+            return plain
+        return ScaffoldEngine(plain, total_size(specs), algorithm.steps, rate, devices)
+    shared = Worker() if name == "tff" and worker is None else worker  # one for both engines
+    try:
+        gradients = make_engine(name, rule, specs, worker=shared)
+        updates = make_engine(name, rule, specs, server_optimizer, server_learning_rate, worker=shared)
+    except BaseException:
+        if shared is not None and worker is None:
+            shared.stop()
+        raise
+    close = shared.stop if shared is not None and worker is None else lambda: None
+    equal = algorithm.name == FSVRG_NAIVE
+    return SvrgEngine(gradients, updates, server_learning_rate, scaled=algorithm.scaled, equal=equal, close=close)

@@ -1,0 +1,1 @@
+"""`covey reproduce`: published experiments re-run, the paper's numbers and ours side by side, and what of it holds."""

@@ -1,0 +1,57 @@
+"""The data of published experiments, from a folder of the user's: nothing is downloaded.
+
+mnist.npz: the Keras layout (x_train, y_train, x_test, y_test; 28x28 uint8). spambase.csv: UCI Spambase, a line of names,
+57 features and the class (0 or 1) in the last column.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+
+from covey_models.csv_tables import load_csv
+from covey_models.datasets import DATA_VARIABLE, Dataset, load_npz_parts, split
+from covey_protocol.errors import DataError
+
+WHAT = {
+    "mnist.npz": "MNIST as Keras has it (x_train, y_train, x_test, y_test)",
+    "spambase.csv": "UCI Spambase: a line of names, then 57 features and the class in each line",
+}
+SPAMBASE_FEATURES = 57
+SPAMBASE_TEST = 0.25
+
+
+def located(folder: Path | None, name: str) -> Path:
+    """The file of this name. DataError says what it should hold and where to put it."""
+    remedy = f"put {name} ({WHAT[name]}) into a folder and name it with --data DIR or {DATA_VARIABLE}"
+    if folder is None:
+        raise DataError(f"this needs {name}, and no data folder is given", remedy)
+    path = folder / name
+    if not path.is_file():
+        raise DataError(f"there is no {path}", remedy)
+    return path
+
+
+def mnist(folder: Path | None) -> tuple[Dataset, Dataset]:
+    """(train of 60,000, test of 10,000), pixels in [0, 1], (n, 28, 28, 1), in the order of the file."""
+    path = located(folder, "mnist.npz")
+    train, test = load_npz_parts(path)
+    if test is None:
+        raise DataError(f"{path} holds no x_test and y_test", f"put {WHAT['mnist.npz']} there")
+    return train, test
+
+
+def spambase(folder: Path | None, seed: int) -> tuple[Dataset, Dataset]:
+    """(train, test) of the seed's split, three quarters and one. Features are log(1 + x), then standardised."""
+    path = located(folder, "spambase.csv")
+    table = load_csv(path)
+    if table.input_shape != (SPAMBASE_FEATURES,) or table.num_classes != 2 or table.x.min() < 0:
+        raise DataError(
+            f"{path} holds {table.num_classes} classes and {table.input_shape} features", f"put {WHAT['spambase.csv']} there"
+        )
+    x = np.log1p(table.x.astype(np.float64))
+    x = ((x - x.mean(0)) / x.std(0)).astype(np.float32)
+    bounds = (float(x.min()), float(x.max()))
+    return split(dataclasses.replace(table, x=x, input_range=bounds), SPAMBASE_TEST, seed)

@@ -1,0 +1,96 @@
+"""What a plan may ask a device to make of its data instead of a trained update: names, and what a bundle must have.
+
+docs/protocol.md, section 8.4. Without NumPy, which the agent's own process does not load; the arithmetic is in `svrg`
+and `scaffold`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Optional
+
+from covey_protocol.errors import TrainingError
+from covey_protocol.messages import TRAIN, TrainingPlan
+from covey_protocol.parameters import ParameterSpec
+
+FEATURES, GRADIENT, SVRG, SCAFFOLD = "features", "gradient", "svrg", "scaffold"
+WORKS = (TRAIN, FEATURES, GRADIENT, SVRG, SCAFFOLD)
+# the capability that a work needs; one of a later version is its own, so that this device declines by its name
+CAPABILITY_OF = {TRAIN: "train", FEATURES: SVRG, GRADIENT: SVRG, SVRG: SVRG, SCAFFOLD: SCAFFOLD}
+VECTORS = {SVRG: (1, 2), SCAFFOLD: (1, 1)}  # fewest and most of an invitation; others have none
+
+
+class BundleFacts(NamedTuple):
+    """What matters here of a bundle's manifest. input_size: numbers in one example."""
+
+    name: str
+    parameters: Sequence[ParameterSpec]
+    signatures: Sequence[str]
+    train_inputs: Sequence[str]
+    optimizer: str
+    input_size: int
+
+
+def feature_units(bundle: BundleFacts) -> Optional[int]:
+    """How many numbers of the first tensor multiply one number of an example: u, where it is a kernel (F, u) on
+    examples of F numbers, as of a Dense layer that sees the inputs. None for other models."""
+    first = bundle.parameters[0]
+    fits = first.trainable and len(first.shape) == 2 and first.shape[0] == bundle.input_size
+    return first.shape[1] if fits else None
+
+
+def check_work(bundle: BundleFacts, plan: TrainingPlan) -> None:
+    """TrainingError where the plan's work is none, or not this bundle's, or does not go with the rest of the plan."""
+    if plan.work == TRAIN:
+        if plan.steps:
+            raise TrainingError(f"the plan asks for {plan.steps} steps of {TRAIN!r}", "set epochs instead")
+        return
+    if plan.work not in WORKS:
+        raise TrainingError(f"the plan asks for the work {plan.work!r}", f"ask for one of {', '.join(WORKS)}")
+    _check_beside(plan)
+    moving = [spec.name for spec in bundle.parameters if not spec.trainable]
+    if moving:
+        raise TrainingError(
+            f"the plan asks for {plan.work}, and {len(moving)} tensors of bundle {bundle.name!r} are moving statistics "
+            f"({moving[0]}, ...), which have no gradient",
+            "export the model with `--moving-statistics local`, or use GroupNormalization",
+        )
+    if plan.work in (GRADIENT, SVRG) and "gradient" not in bundle.signatures:
+        raise TrainingError(f"bundle {bundle.name!r} has no entry point `gradient`", "export it again")
+    if plan.work == FEATURES and feature_units(bundle) is None:
+        raise TrainingError(
+            f"the first tensor of bundle {bundle.name!r}, {bundle.parameters[0].name}, is no kernel on its inputs, so "
+            "no parameter belongs to a feature",
+            "turn feature_scaling off",
+        )
+    if plan.work == SCAFFOLD:
+        _check_scaffold(bundle, plan)
+
+
+def _check_beside(plan: TrainingPlan) -> None:
+    """What would make another algorithm of it, or mix two kinds of numbers in what a device withholds."""
+    beside = {
+        "metrics to evaluate": plan.evaluate,
+        "gradient_clip_norm": plan.gradient_clip_norm,
+        "proximal_weight": plan.proximal_weight,
+        "kept_fraction (top-k)": plan.kept_fraction,
+        "compression": plan.work == FEATURES and plan.compression != "none",
+    }
+    for name, value in beside.items():
+        if value:
+            raise TrainingError(f"the plan asks for {plan.work} with {name}", "leave one of them out")
+
+
+def _check_scaffold(bundle: BundleFacts, plan: TrainingPlan) -> None:
+    if "correction" not in bundle.train_inputs:
+        raise TrainingError(
+            f"bundle {bundle.name!r} cannot add a correction to its gradient",
+            "export the model with `covey export --correction`",
+        )
+    if bundle.optimizer != "sgd":
+        raise TrainingError(
+            f"SCAFFOLD reads a device's mean gradient off its update, which {bundle.optimizer} does not allow",
+            "export the model with `--optimizer sgd`",
+        )
+    if not plan.steps:
+        raise TrainingError("SCAFFOLD without a number of steps", "set steps: the same on every device")
