@@ -113,6 +113,8 @@ def test_labels_are_what_people_call_the_values() -> None:
         ({"model": {"optimizer": "adamm"}}, "did you mean 'adam'"),
         ({"training": {"algorithm": "fedavgg"}}, "did you mean 'fedavg'"),
         ({"training": {"algorithm": "fedsgd", "epochs": 2}}, "take fedavg"),
+        ({"training": {"algorithm": "scaffold"}}, "local_steps = 0"),
+        ({"training": {"algorithm": "fsvrg"}, "server": {"optimizer": "adam"}}, "server optimizer 'adam'"),
         ({"training": {"learning_rte": 1.0}}, "did you mean `learning_rate`"),
         ({"aggregation": {"rule": "medain"}}, r"\[aggregation\]: there is no aggregation rule.*'median'"),
         ({"aggregation": {"rule": "median", "radius": 1}}, "no setting 'radius'"),

@@ -109,7 +109,7 @@ def test_a_killed_experiment_leaves_no_process_and_goes_on_to_the_same_result(
     assert 5 <= len(before) <= ROUNDS
     resumed = CliRunner().invoke(simulate_command, ["--resume", str(folder), "--jobs", "1"], catch_exceptions=False)
     assert resumed.exit_code == 0
-    assert "results:" in resumed.output
+    assert f"report: {folder / 'report.html'}" in resumed.output
     assert results_in(folder) == whole
     kept = (cell / "rounds.jsonl").read_bytes().splitlines()
     assert kept[:4] == before[:4]  # also its times: rounds before the saved state were not made again

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ from covey_coordinator.simulation.folder import ExperimentFolder
 from covey_coordinator.simulation.memory import bounded_jobs, job_bytes, require_for_updates
 from covey_coordinator.simulation.reading import Experiment
 from covey_coordinator.simulation.remote import connect
+from covey_coordinator.simulation.report.html import write_experiment_report
 from covey_coordinator.simulation.results import RunResult
 from covey_coordinator.simulation.running import Progress, run_cell
 from covey_coordinator.simulation.sweep import Cell
@@ -245,8 +245,11 @@ def _simulation(world: World) -> Any:
 
 
 def _fleet(world: World, place: Path, check: Check) -> Any:
-    as_fleet = importlib.import_module("covey_coordinator.simulation.as_fleet")
-    return as_fleet.FleetLearner(learning_of(world), world.devices, place, check=check)
+    """Real agents; beside them the simulation, held against them in PLACE/agreement.html."""
+    from covey_coordinator.simulation.agreement import ComparedFleet
+
+    test, said = (world.test.x, world.test.y), world.cell.said
+    return ComparedFleet(learning_of(world), world.devices, place, test, title=said, worker=worker(()), check=check)
 
 
 @functools.lru_cache(maxsize=1)
@@ -290,7 +293,9 @@ def _conclude(
     for line in table_lines(experiment.cells, results, set(failed)):
         display.line(line)
     display.line()
-    display.line(f"results: {folder.path}")
+    if experiment.notes.as_fleet:
+        display.line(f"fleet and simulation side by side: {folder.path}/cells/*/fleet/agreement.html")
+    display.line(f"report: {write_experiment_report(folder.path)}")
 
 
 def _many(count: int, what: str) -> str:
