@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -245,11 +246,8 @@ def _simulation(world: World) -> Any:
 
 
 def _fleet(world: World, place: Path, check: Check) -> Any:
-    """Real agents; beside them the simulation, held against them in PLACE/agreement.html."""
-    from covey_coordinator.simulation.agreement import ComparedFleet
-
-    test, said = (world.test.x, world.test.y), world.cell.said
-    return ComparedFleet(learning_of(world), world.devices, place, test, title=said, worker=worker(()), check=check)
+    as_fleet = importlib.import_module("covey_coordinator.simulation.as_fleet")
+    return as_fleet.FleetLearner(learning_of(world), world.devices, place, check=check)
 
 
 @functools.lru_cache(maxsize=1)
@@ -293,8 +291,6 @@ def _conclude(
     for line in table_lines(experiment.cells, results, set(failed)):
         display.line(line)
     display.line()
-    if experiment.notes.as_fleet:
-        display.line(f"fleet and simulation side by side: {folder.path}/cells/*/fleet/agreement.html")
     display.line(f"report: {write_experiment_report(folder.path)}")
 
 
