@@ -189,13 +189,11 @@ def _events(
 ) -> Iterator[tuple[Cell, Event]]:
     """As `Pool.events`; what is said by runs in this process goes to `told` at once."""
     if jobs == HERE:
+        work = functools.partial(train, check=check)
         with _stopping_worker(cells):
             for cell in cells:
                 check()
-                yield (
-                    cell,
-                    outcome_of(functools.partial(train, check=check), shared, cell, functools.partial(told, cell)),
-                )
+                yield cell, outcome_of(work, shared, cell, functools.partial(told, cell))
         return
     # a process that is ended in the middle leaves its files: they lie where we delete them
     with (
