@@ -34,6 +34,7 @@ SMALL: dict[str, Any] = {
     "attack": {"attack": "sign-flip", "fraction": 0.25},
     "server": {"optimizer": "adam", "learning_rate": 0.02},
 }
+NONE = {"attack": "none"}
 
 
 def cell(**more: Any) -> Cell:
@@ -222,6 +223,12 @@ def test_a_backdoors_success_is_measured_beside_the_accuracy(runner: Runner) -> 
     result = runner(cell(rounds=3, attack=attack, aggregation={"rule": "mean"}, server={}), "backdoor")
     assert result.rounds[-1].evaluation["backdoor_success"] > 0.9
     assert result.rounds[0].evaluation["backdoor_success"] < 0.5
+
+
+def test_the_success_of_a_trigger_in_the_data_is_measured_too(runner: Runner) -> None:
+    corruption = [{"kind": "trigger", "target": 3, "fraction": 1.0}]
+    result = runner(cell(rounds=1, corruption=corruption, attack=NONE, aggregation={"rule": "mean"}), "trigger")
+    assert set(result.rounds[1].evaluation) == {"loss", "accuracy", "backdoor_success"}
 
 
 # ---- the library's way in

@@ -226,7 +226,7 @@ def train(shared: Shared, cell: Cell, tell: Tell, check: Check = lambda: None) -
         """Without what only the folder needs: with many devices that is most of a record."""
         brief = msgspec.structs.replace(progress.record, verdicts={}, measurements={})
         tell(progress._replace(record=brief))
-        for note in worker_notes(cell):
+        for note in progress.notes:
             tell(note)
 
     def learner() -> Any:
@@ -255,13 +255,6 @@ def worker(addresses: tuple[str, ...]) -> Any:
     from covey_coordinator.simulation.remote import RemoteWorkers
 
     return RemoteWorkers(addresses) if addresses else Worker()
-
-
-def worker_notes(cell: Cell) -> tuple[str, ...]:
-    """What happened to workers elsewhere since the last round."""
-    addresses = cell.settings.workers
-    notes: tuple[str, ...] = worker(addresses).take_notes() if addresses else ()
-    return notes
 
 
 @contextlib.contextmanager
