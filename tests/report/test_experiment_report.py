@@ -176,6 +176,30 @@ def test_the_heat_map_writes_the_mean_of_the_seeds_in_its_cells(text: str):
             assert f"{rule}: {cells}" in told
 
 
+def test_more_rules_than_colours_are_all_drawn_in_panels_of_their_own():
+    names = [f"rule-{number}" for number in range(9)]
+    runs = [
+        plain(0, (0.1, 0.5), key=f"{name}{share}", varied={"rule": name, "fraction": share})
+        for name in names
+        for share in (0.1, 0.2)
+    ]
+    drawn = [label["aria-label"] or "" for label in Page(render("many", {}, runs)).all("svg") if "aria-label" in label]
+    trends = [told for told in drawn if told.startswith("Final accuracy over fraction")]
+    curves = [told for told in drawn if told.startswith("accuracy over rounds")]
+    assert len(trends) == 2
+    assert len(curves) == 4
+    assert all(any(f"{name}: " in told for told in group) for name in names for group in (trends, curves))
+
+
+def test_a_long_sentence_of_the_summary_is_not_cut():
+    names = [f"{letter * 40}" for letter in "abc"]
+    keys = [f"a-key-of-some-length-{number}" for number in range(3)]
+    runs = [plain(0, (0.1, 0.3 + n / 10), key=str(n), varied=dict.fromkeys(keys, name)) for n, name in enumerate(names)]
+    (worst,) = [told for told in Page(render("long", {}, runs)).texts if told.startswith("The best combination")]
+    assert len(worst) > 300
+    assert worst.endswith(f"{keys[2]} {names[0]}).")
+
+
 def test_the_summary_names_best_worst_and_who_holds_in_the_worst_case():
     runs = [
         plain(0, (0.1, value), key=f"{rule}{attack}", varied={"rule": rule, "attack": attack})
@@ -327,8 +351,13 @@ def test_cells_that_cannot_be_read_are_named_and_left_out(tmp_path: Path):
     folder = folder_of(tmp_path, experiment(seeds=(0,), rounds=2))
     (folder / "cells" / "mean-alie-0.1-0" / "result.json").write_text('{"key": 3}')
     (folder / "cells" / "mean-alie-0.2-0" / "result.json").unlink()
+    failed = folder / "cells" / "mean-alie-0.3-0"
+    (failed / "result.json").rename(failed / "rounds.jsonl")
+    (failed / "error.json").write_text('{"error": "the disk is full", "traceback": ""}')
     told = " ".join(Page(write_experiment_report(str(folder)).read_text()).texts)
-    assert "2 runs of 27 left no result" in told
+    assert "3 runs of 27 left no result" in told
+    assert "Run mean-alie-0.3-0 failed: the disk is full" in told
+    assert "4 runs of 28 left no result" in write_experiment_report(folder, 28).read_text()
     assert "Run mean-alie-0.1-0 failed: result.json cannot be read" in told
     assert "Run mean-alie-0.2-0 failed: it left no result" in told
 

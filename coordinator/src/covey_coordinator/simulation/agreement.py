@@ -126,8 +126,8 @@ class ComparedFleet:
         return self._fleet.evaluate_devices(state.fleet, numbers)
 
     def saved(self, state: BothStates) -> bytes:
-        both = (self._simulation.saved(one) for one in (state.together, state.alone))
-        return msgspec.msgpack.encode(_Saved(self._fleet.saved(state.fleet), *both, found=self.found))
+        together, alone = (self._simulation.saved(one) for one in (state.together, state.alone))
+        return msgspec.msgpack.encode(_Saved(self._fleet.saved(state.fleet), together, alone, self.found))
 
     def loaded(self, data: bytes) -> BothStates:
         saved = msgspec.msgpack.decode(data, type=_Saved)

@@ -253,6 +253,10 @@ def _conclude(
         display.line(line)
     display.line()
     display.line(f"results: {folder.path}")
+    if results:
+        from covey_coordinator.simulation.report.html import write_experiment_report
+
+        display.line(f"report: {write_experiment_report(folder.path, len(experiment.cells))}")
 
 
 def _many(count: int, what: str) -> str:
