@@ -126,7 +126,7 @@ class ComparedFleet:
         return self._fleet.evaluate_devices(state.fleet, numbers)
 
     def saved(self, state: BothStates) -> bytes:
-        together, alone = (self._simulation.saved(one) for one in (state.together, state.alone))
+        together, alone = self._simulation.saved(state.together), self._simulation.saved(state.alone)
         return msgspec.msgpack.encode(_Saved(self._fleet.saved(state.fleet), together, alone, self.found))
 
     def loaded(self, data: bytes) -> BothStates:
