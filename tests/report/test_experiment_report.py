@@ -72,6 +72,12 @@ def test_a_device_is_turned_away_when_more_than_half_of_its_updates_were_left_ou
     assert (point.num_corrupted, point.num_devices) == (3, 5)
 
 
+def test_the_worst_served_device_is_a_healthy_one():
+    devices = {"d0": {"accuracy": 0.1}, "d1": {"accuracy": 0.8}, "d2": {"accuracy": 0.6}, "d3": {}}
+    (point,) = gathered([plain(devices=devices, faults={"d0": ("noise",), "d1": (), "d2": ()})]).points
+    assert [sorted(values) for values in point.device_accuracies] == [[0.6, 0.8]]
+
+
 def test_suspicion_is_the_mean_place_among_the_devices_of_a_round_whatever_the_scores_scale():
     verdicts = [judged(*[True] * 3, scores=scores) for scores in ((1.0, 2.0, 3.0), (100.0, 300.0, 300.0))]
     rounds = [RoundRecord(number, 1.0, verdicts=one) for number, one in enumerate(verdicts, 1)]
@@ -149,7 +155,12 @@ def test_the_page_is_well_formed_loads_nothing_and_shows_every_part(text: str):
     page = Page(text)
     page.loads_and_runs_nothing()
     told = " ".join(page.texts)
-    for part in ("Results at a glance", "Accuracy round by round", "Who was turned away", "Does every device profit"):
+    for part in (
+        "Results at a glance",
+        "Accuracy round by round",
+        "Who was turned away",
+        "Does every healthy device profit",
+    ):
         assert part in told
     for part in (
         "How accuracy changes with",
