@@ -198,8 +198,15 @@ def test_more_rules_than_colours_are_all_drawn_in_panels_of_their_own():
     trends = [told for told in drawn if told.startswith("Final accuracy over fraction")]
     curves = [told for told in drawn if told.startswith("accuracy over rounds")]
     assert len(trends) == 2
+    assert "1 more curve is left out, to keep this page small." in " ".join(
+        Page(render("eight", {}, with_faults(runs[:16]))).texts
+    )
     assert len(curves) == 4
     assert all(any(f"{name}: " in told for told in group) for name in names for group in (trends, curves))
+
+
+def with_faults(runs: list[RunResult]) -> list[RunResult]:
+    return [msgspec.structs.replace(run, faults={"d0": ("noise",)}) for run in runs]
 
 
 def test_a_long_sentence_of_the_summary_is_not_cut():
