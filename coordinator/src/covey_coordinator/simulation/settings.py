@@ -13,12 +13,14 @@ from msgspec import Meta, Struct, field, structs
 
 from covey_coordinator.aggregation.engines import SERVER_OPTIMIZERS
 from covey_coordinator.aggregation.registry import suggest
+from covey_coordinator.algorithms.making import check_algorithm
+from covey_coordinator.algorithms.settings import Algorithm
 from covey_coordinator.grid.settings import NO_ATTACK, AttackSpec, RuleSpec, attack_spec, rule_spec
 from covey_coordinator.simulation.learning import ALGORITHMS
 from covey_edge.config import NotNegative, Positive
 from covey_models.names import LOSSES, OPTIMIZERS, no_such
 from covey_protocol.errors import ConfigError
-from covey_protocol.messages import MAX_EPOCHS, MAX_GRADIENT_NORM, MAX_LEARNING_RATE, MAX_PROXIMAL_WEIGHT
+from covey_protocol.messages import MAX_EPOCHS, MAX_GRADIENT_NORM, MAX_LEARNING_RATE, MAX_PROXIMAL_WEIGHT, MAX_STEPS
 from covey_protocol.topics import check_name
 
 FEDSGD = "fedsgd"
@@ -78,6 +80,8 @@ class TrainingSettings(Struct, frozen=True, forbid_unknown_fields=True):
     learning_rate: Annotated[float, Meta(gt=0, le=MAX_LEARNING_RATE)] = 0.1
     gradient_clip_norm: Annotated[float, Meta(ge=0, le=MAX_GRADIENT_NORM)] = 0.0
     proximal_weight: Annotated[float, Meta(ge=0, le=MAX_PROXIMAL_WEIGHT)] = 0.0
+    local_steps: Annotated[int, Meta(ge=0, le=MAX_STEPS)] = 0
+    feature_scaling: bool = True
 
 
 class ServerSettings(Struct, frozen=True, forbid_unknown_fields=True):
@@ -191,6 +195,8 @@ def _check_training(settings: ExperimentSettings) -> None:
     training, model = settings.training, settings.model
     _known("training.algorithm", training.algorithm, tuple(ALGORITHMS))
     if training.algorithm != FEDSGD:
+        algorithm = Algorithm(training.algorithm, training.local_steps, training.feature_scaling)
+        check_algorithm(algorithm, settings.server.optimizer)
         return
     if training.epochs != 1 or training.gradient_clip_norm or training.proximal_weight or model.optimizer != "sgd":
         raise ConfigError(
