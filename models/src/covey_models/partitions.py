@@ -99,13 +99,14 @@ def by_user(users: Sequence[Any] | Array, num_devices: int, seed: int) -> list[A
             f"there are {len(first)} users for {num_devices} devices", f"take {len(first)} devices or fewer"
         )
     _check(len(owner), num_devices, 1)
-    drawn = np.random.default_rng(seed).permutation(len(sizes))
-    loads = [(0, device) for device in range(num_devices)]  # a heap: the least loaded device is on top
+    random = np.random.default_rng(seed)
+    drawn, devices = random.permutation(len(sizes)), random.permutation(num_devices)
+    loads = [(0, number) for number in range(num_devices)]  # a heap: the least loaded device is on top
     device_of = np.empty(len(sizes), np.int64)
     for user in drawn[np.argsort(-sizes[drawn], kind="stable")]:
-        load, device = loads[0]
-        device_of[user] = device
-        heapq.heapreplace(loads, (load + int(sizes[user]), device))
+        load, number = loads[0]
+        device_of[user] = devices[number]
+        heapq.heapreplace(loads, (load + int(sizes[user]), number))
     return _grouped(device_of[owner], num_devices)
 
 

@@ -69,11 +69,16 @@ ALIE = Reproduction(
     claims=(
         Claim("The attack lowers every rule below the clean mean", lambda v: v[CLEAN] > max(_attacked(v).values())),
         Claim("Krum suffers most", lambda v: min(_attacked(v), key=_attacked(v).__getitem__) == "krum, attacked"),
-        Claim("No defence at all is the best defence", lambda v: max(_attacked(v), key=_attacked(v).__getitem__) == "mean, attacked"),
+        Claim(
+            "No defence at all is the best defence",
+            lambda v: max(_attacked(v), key=_attacked(v).__getitem__) == "mean, attacked",
+        ),
         Claim(
             "Trimmed mean and Bulyan lie between the mean and Krum",
-            lambda v: v["krum, attacked"] < min(v["trimmed-mean, attacked"], v["bulyan, attacked"])
-            and max(v["trimmed-mean, attacked"], v["bulyan, attacked"]) < v["mean, attacked"],
+            lambda v: (
+                v["krum, attacked"] < min(v["trimmed-mean, attacked"], v["bulyan, attacked"])
+                and max(v["trimmed-mean, attacked"], v["bulyan, attacked"]) < v["mean, attacked"]
+            ),
         ),
     ),
     run=descent.run,

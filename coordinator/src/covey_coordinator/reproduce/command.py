@@ -38,10 +38,10 @@ def reproduce_command(
         return
     from covey_coordinator.grid.command import usable_jobs
     from covey_coordinator.grid.display import Display
-    from covey_coordinator.reproduce.data import folder_of
     from covey_coordinator.reproduce.program import Request, reproduce
     from covey_coordinator.reproduce.registry import reproduction_of
     from covey_edge.processes import interrupted_by_signals
+    from covey_models.datasets import data_folder as folder_of
 
     request = Request(reproduction_of(name), quick, folder_of(data_folder), seeds, out, usable_jobs(jobs))
     reproduce(request, Display(), interrupted_by_signals())

@@ -1,36 +1,31 @@
 """The data of published experiments, from a folder of the user's: nothing is downloaded.
 
-mnist.npz: the Keras layout (x_train, y_train, x_test, y_test; 28x28 uint8). spambase.csv: UCI Spambase, 57 features and
-the class (0 or 1) in the last column, a line of names first or not.
+mnist.npz: the Keras layout (x_train, y_train, x_test, y_test; 28x28 uint8). spambase.csv: UCI Spambase, a line of names,
+57 features and the class (0 or 1) in the last column.
 """
 
 from __future__ import annotations
 
-import os
+import dataclasses
 from pathlib import Path
 
 import numpy as np
 
-from covey_models.datasets import Dataset, load_npz, split
+from covey_models.csv_tables import load_csv
+from covey_models.datasets import DATA_VARIABLE, Dataset, load_npz_parts, split
 from covey_protocol.errors import DataError
 
-VARIABLE = "COVEY_DATA"
 WHAT = {
     "mnist.npz": "MNIST as Keras has it (x_train, y_train, x_test, y_test)",
-    "spambase.csv": "UCI Spambase: 57 features and the class in each line",
+    "spambase.csv": "UCI Spambase: a line of names, then 57 features and the class in each line",
 }
 SPAMBASE_FEATURES = 57
 SPAMBASE_TEST = 0.25
 
 
-def folder_of(given: Path | None) -> Path | None:
-    """--data, or the environment's folder."""
-    return given if given is not None else Path(os.environ[VARIABLE]) if os.environ.get(VARIABLE) else None
-
-
 def located(folder: Path | None, name: str) -> Path:
     """The file of this name. DataError says what it should hold and where to put it."""
-    remedy = f"put {name} ({WHAT[name]}) into a folder and name it with --data DIR or {VARIABLE}"
+    remedy = f"put {name} ({WHAT[name]}) into a folder and name it with --data DIR or {DATA_VARIABLE}"
     if folder is None:
         raise DataError(f"this needs {name}, and no data folder is given", remedy)
     path = folder / name
@@ -42,28 +37,21 @@ def located(folder: Path | None, name: str) -> Path:
 def mnist(folder: Path | None) -> tuple[Dataset, Dataset]:
     """(train of 60,000, test of 10,000), pixels in [0, 1], (n, 28, 28, 1), in the order of the file."""
     path = located(folder, "mnist.npz")
-    train = load_npz(path)
-    with np.load(path) as arrays:
-        if "x_test" not in arrays or "y_test" not in arrays:
-            raise DataError(f"{path} holds no x_test and y_test", f"put {WHAT['mnist.npz']} there")
-        x = arrays["x_test"].astype(np.float32)[..., None] / 255
-        test = Dataset("mnist", x, arrays["y_test"].astype(np.int32), train.class_names, (), (0.0, 1.0))
+    train, test = load_npz_parts(path)
+    if test is None:
+        raise DataError(f"{path} holds no x_test and y_test", f"put {WHAT['mnist.npz']} there")
     return train, test
 
 
 def spambase(folder: Path | None, seed: int) -> tuple[Dataset, Dataset]:
     """(train, test) of the seed's split, three quarters and one. Features are log(1 + x), then standardised."""
     path = located(folder, "spambase.csv")
-    try:
-        with path.open() as file:
-            skipped = int(not file.readline()[:1].isdigit())
-        table = np.loadtxt(path, np.float64, delimiter=",", skiprows=skipped)
-    except (OSError, ValueError) as exc:
-        raise DataError(f"{path} cannot be read ({exc})", f"put {WHAT['spambase.csv']} there") from exc
-    if table.ndim != 2 or table.shape[1] != SPAMBASE_FEATURES + 1:
-        raise DataError(f"{path} holds a table of shape {table.shape}", f"put {WHAT['spambase.csv']} there")
-    x = np.log1p(table[:, :-1])
+    table = load_csv(path)
+    if table.input_shape != (SPAMBASE_FEATURES,) or table.num_classes != 2 or table.x.min() < 0:
+        raise DataError(
+            f"{path} holds {table.num_classes} classes and {table.input_shape} features", f"put {WHAT['spambase.csv']} there"
+        )
+    x = np.log1p(table.x.astype(np.float64))
     x = ((x - x.mean(0)) / x.std(0)).astype(np.float32)
-    y = table[:, -1].astype(np.int32)
-    whole = Dataset("spambase", x, y, ("mail", "spam"), (), (float(x.min()), float(x.max())))
-    return split(whole, SPAMBASE_TEST, seed)
+    bounds = (float(x.min()), float(x.max()))
+    return split(dataclasses.replace(table, x=x, input_range=bounds), SPAMBASE_TEST, seed)

@@ -95,8 +95,10 @@ FLTRUST = Reproduction(
     claims=(
         Claim(
             "Fang's attack on Krum ruins Krum (error above 0.5) and no other rule",
-            lambda v: v[label_of("krum", "fang-krum")] > 0.5
-            and max(v[label_of(rule, "fang-krum")] for rule in PUBLISHED if rule != "krum") < 0.5,
+            lambda v: (
+                v[label_of("krum", "fang-krum")] > 0.5
+                and max(v[label_of(rule, "fang-krum")] for rule in PUBLISHED if rule != "krum") < 0.5
+            ),
         ),
         Claim(
             "Fang's trim attack harms mean, trimmed mean and median, each at least by 3 points",
@@ -109,12 +111,16 @@ FLTRUST = Reproduction(
             "Krum is not moved by the trim attack (within 3 points)",
             lambda v: v[label_of("krum", "fang-trim")] < v[label_of("krum", "none")] + 0.03,
         ),
-        Claim("Without attackers Krum is the worst", lambda v: max(PUBLISHED, key=lambda rule: v[label_of(rule, "none")]) == "krum"),
+        Claim(
+            "Without attackers Krum is the worst",
+            lambda v: max(PUBLISHED, key=lambda rule: v[label_of(rule, "none")]) == "krum",
+        ),
         Claim("Without attackers the mean is the best", lambda v: lowest(v, "none") == "mean"),
         Claim(
             "Label flips by 20% cost trimmed mean and median less than 3 points",
             lambda v: all(
-                v[label_of(rule, "label-flip")] < v[label_of(rule, "none")] + 0.03 for rule in ("trimmed-mean", "median")
+                v[label_of(rule, "label-flip")] < v[label_of(rule, "none")] + 0.03
+                for rule in ("trimmed-mean", "median")
             ),
         ),
         Claim(

@@ -11,7 +11,9 @@ from covey_coordinator.reproduce.pictures import Panel, curves, new_figure, plai
 
 DEVICES, GAUSSIAN, TOLD = 20, 6, 6
 PAPER = "Blanchard, El Mhamdi, Guerraoui, Stainer 2017, Machine Learning with Adversaries (arXiv:1703.02757)"
-ENGINE = "one gradient per round in numpy, engine.step of live rounds for screening, rule and optimizer (no TFF process)"
+ENGINE = (
+    "one gradient per round in numpy, engine.step of live rounds for screening, rule and optimizer (no TFF process)"
+)
 OMNISCIENT = {"attack": "sign-flip", "scale": 100.0}
 NOISE: dict[str, Any] = {"attack": "gaussian", "sigma": 200.0}
 NOBODY = {"attack": "none"}
@@ -69,7 +71,9 @@ def spambase_figure(cases: Sequence[Case], measured: Measured) -> bytes:
     labels = [case.label for case in cases]
     return curves(
         [
-            Panel("Gaussian attack, batch 3", [label for label in labels if "omni" not in label and "30" != label[-2:]]),
+            Panel(
+                "Gaussian attack, batch 3", [label for label in labels if "omni" not in label and label[-2:] != "30"]
+            ),
             *([Panel("Omniscient attack", [label for label in labels if "omni" in label])] if len(cases) > 5 else []),
         ],
         measured,
@@ -119,8 +123,9 @@ SPAMBASE = Reproduction(
         ),
         Claim(
             "The omniscient attack ruins the mean; Krum and Multi-Krum hold",
-            lambda v: v["mean, 40% omniscient"]
-            > max(v["krum, 40% omniscient"], v["multi-krum, 40% omniscient"]) + 0.15,
+            lambda v: (
+                v["mean, 40% omniscient"] > max(v["krum, 40% omniscient"], v["multi-krum, 40% omniscient"]) + 0.15
+            ),
         ),
     ),
     run=descent.run,
@@ -166,7 +171,11 @@ def batch_figure(cases: Sequence[Case], measured: Measured) -> bytes:
     """The paper's figure 5: error at the last round over the batch size."""
     figure, axes = new_figure(1, size=(6.0, 4.0))
     one, batches = axes[0][0], batches_of(measured)
-    styles = (("mean, no attack", "#000000", "o-"), ("krum, f = 8", "#0072b2", "s--"), ("krum, 9 attack", "#d55e00", "^:"))
+    styles = (
+        ("mean, no attack", "#000000", "o-"),
+        ("krum, f = 8", "#0072b2", "s--"),
+        ("krum, 9 attack", "#d55e00", "^:"),
+    )
     for name, colour, style in styles:
         labels = [f"{name}, batch {batch}" for batch in batches]
         one.plot(batches, [measured.mean(label) for label in labels], style, color=colour, label=name)

@@ -40,7 +40,9 @@ def cases(quick: bool) -> Sequence[Case]:
     for rule in QUICK_RULES if quick else CLEAN:
         for name in QUICK_ATTACKS if quick else ATTACKS:
             table = {"rule": rule, "num_byzantine": hostile}
-            settings = descent.settings_of(**shape, rule=table, attack=ATTACKS[name], hostile=0 if name == "none" else hostile)
+            settings = descent.settings_of(
+                **shape, rule=table, attack=ATTACKS[name], hostile=0 if name == "none" else hostile
+            )
             published = CLEAN[rule] if name == "none" else CLEAN[rule] - IMPACT[name][rule] / 100
             found.append(Case(f"{rule}, {name}", settings, published))
     return found

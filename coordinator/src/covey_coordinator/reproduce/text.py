@@ -54,12 +54,12 @@ def report(
     form: str,
     seconds: float,
 ) -> str:
-    """The whole report. seconds: of computing, all runs together."""
+    """The whole report. seconds: of computing, all runs together; of the processor's time where no TFF worker runs."""
     seeds = f"{measured.seeds} seed{'s' if measured.seeds > 1 else ''}"
     parts = [
         f"# {reproduction.title}\n",
         f"{reproduction.paper}. Published numbers: {reproduction.source}.\n",
-        f"Form: {form}, {seeds}; {clock(seconds)} of computing. Numbers: {reproduction.measure}.\n",
+        f"Form: {form}, {seeds}; {clock(seconds)} of computing on one core. Numbers: {reproduction.measure}.\n",
         markdown_table(reproduction, cases, measured),
         _noted(cases),
         f"{told}\n" if (told := reproduction.found(measured)) else "",

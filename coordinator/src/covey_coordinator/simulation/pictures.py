@@ -17,13 +17,15 @@ from markupsafe import Markup
 
 from covey_coordinator.report import svg
 from covey_coordinator.report.plots import CLASS_COLOURS, class_name
+from covey_coordinator.report.summary import printable
 
 Array = npt.NDArray[Any]
 
 MAX_BARS = 60
+CORRUPTED_COLOUR = "#d55e00"
 MAX_STROKES = 100  # more would cover the curve; the corrupted devices then have a curve of their own
 MAX_POINTS = 500  # of a curve
-WIDTH, LEFT, RIGHT, TOP, HIGH = 1040, 76, 30, 84, 250
+LEFT, RIGHT, TOP, HIGH = 76, 30, 84, 250
 GAP = 96  # between the two curves
 CROWDED = 50  # largest over median from which a curve's scale is logarithmic
 # For a picture that stands alone; a report's page has the same names, and these rules do not reach beyond the picture
@@ -46,17 +48,18 @@ def partition_plot(
     class_names: Sequence[str],
     faults: Mapping[str, Sequence[str]] | None = None,
     title: str = "How the examples lie on the devices",
+    width: int = 1040,
 ) -> Markup:
-    """counts: device id -> examples per class. faults: device id -> what is wrong with its data. An empty picture
-    where there are no devices.
+    """counts: device id -> examples per class. faults: device id -> what is wrong with its data. width: pixels, 640 or
+    more. Empty where there are no devices.
     """
     if not counts:
         return Markup("")
     matrix = np.array(list(counts.values()), np.int64).reshape(len(counts), -1)
     corrupted = np.array([bool((faults or {}).get(device)) for device in counts])
     if len(matrix) <= MAX_BARS and matrix.shape[1] <= len(CLASS_COLOURS):
-        return _bars(matrix, list(counts), class_names, corrupted, title)
-    return _curves(matrix, corrupted, title)
+        return _bars(matrix, list(counts), class_names, corrupted, title, width)
+    return _curves(matrix, corrupted, title, width)
 
 
 def standalone(picture: Markup) -> bytes:
@@ -71,32 +74,42 @@ def effective_classes(counts: Array) -> Array:
     return np.asarray(np.exp(-(shares * logarithms).sum(1)))
 
 
-def _opened(height: float, title: str, matrix: Array, corrupted: Array) -> Markup:
+def _opened(width: int, height: float, title: str, matrix: Array, corrupted: Array) -> Markup:
     sizes, effective = matrix.sum(1), effective_classes(matrix)
-    spoken = (
-        f"{_whole(len(matrix))} devices, examples on each: {_whole(sizes.min())} to {_whole(sizes.max())}, median "
+    told = (
+        f"{_whole(len(matrix))} devices; examples on each: {_whole(sizes.min())} to {_whole(sizes.max())}, median "
         f"{_whole(float(np.median(sizes)))}; effective classes: {effective.min():.1f} to {effective.max():.1f} of "
         f"{matrix.shape[1]}"
     )
-    drawn = svg.opening(WIDTH, height, f"{title}: {spoken}; corrupted: {corrupted.sum()}", "partition")
-    drawn += svg.formatted("<style>{}</style>", Markup(STYLE)) + svg.text(
-        LEFT, 20, svg.shortened(title, 100), "start", "title"
-    )  # noqa: S704 - ours
-    told = f"{spoken}; marked: {_whole(int(corrupted.sum()))} with corrupted data" if corrupted.any() else spoken
-    return drawn + svg.text(LEFT, 41, told, "start")
+    drawn = svg.opening(width, height, f"{title}. {told}; corrupted: {corrupted.sum()}", "partition")
+    drawn += svg.formatted("<style>{}</style>", Markup(STYLE))  # noqa: S704 - our own text
+    letters = int((width - LEFT) / 9)
+    return (
+        drawn + svg.text(LEFT, 20, svg.shortened(title, letters), "start", "title") + svg.text(LEFT, 41, told, "start")
+    )
 
 
-def _bars(matrix: Array, ids: list[str], class_names: Sequence[str], corrupted: Array, title: str) -> Markup:
+def _key(width: int, down: float, sign: str, corrupted: Array) -> Markup:
+    """How corrupted devices are marked, and how many they are."""
+    if not corrupted.any():
+        return Markup("")
+    words = f"{sign} corrupted data: {_whole(int(corrupted.sum()))}"
+    return svg.text(width - RIGHT, down, words, "end", "tick", CORRUPTED_COLOUR)
+
+
+def _bars(
+    matrix: Array, ids: list[str], class_names: Sequence[str], corrupted: Array, title: str, width: int
+) -> Markup:
     most = max(int(matrix.sum(1).max()), 1)
-    across = (WIDTH - LEFT - RIGHT) / len(matrix)
+    across = (width - LEFT - RIGHT) / len(matrix)
     wide = min(0.84 * across, 60.0)
     bottom = TOP + HIGH
 
     def level(value: float) -> float:
         return bottom - value / most * HIGH
 
-    parts = [_opened(bottom + 62, title, matrix, corrupted), _legend(class_names, matrix.shape[1])]
-    parts += [_level(LEFT, WIDTH - RIGHT, level(tick), _whole(tick)) for tick in _ticks(most)]
+    parts = [_opened(width, bottom + 62, title, matrix, corrupted), _legend(class_names, matrix.shape[1], width)]
+    parts += [_level(LEFT, width - RIGHT, level(tick), _whole(tick)) for tick in _ticks(most)]
     step = math.ceil(len(matrix) / 30)
     for number, row in enumerate(matrix):
         middle = LEFT + (number + 0.5) * across
@@ -107,8 +120,9 @@ def _bars(matrix: Array, ids: list[str], class_names: Sequence[str], corrupted: 
             parts.append(
                 svg.formatted('<path class="mark" d="M{} {}l5.5 10h-11z"/>', svg.number(middle), svg.number(bottom + 6))
             )
-    parts.append(svg.text((LEFT + WIDTH - RIGHT) / 2, bottom + 56, "number of the device", "middle", "axis"))
+    parts.append(svg.text((LEFT + width - RIGHT) / 2, bottom + 56, "number of the device", "middle", "axis"))
     parts.append(_upright(LEFT - 60, TOP + HIGH / 2, "examples"))
+    parts.append(_key(width, bottom + 56, "▲", corrupted))
     return Markup("").join(parts) + svg.END
 
 
@@ -121,15 +135,15 @@ def _bar(
             box = '<rect x="{}" y="{}" width="{}" height="{}" fill="{}"><title>{}</title></rect>'
             place = svg.number(left), svg.number(level(below + count)), svg.number(wide)
             high = f"{level(below) - level(below + count):.2f}"
-            spoken = f"{device}, {class_name(class_names, index)}: {count}"
+            spoken = f"{printable(device)}, {class_name(class_names, index)}: {count}"
             drawn += svg.formatted(box, *place, high, CLASS_COLOURS[index], spoken)
         below += count
     return drawn
 
 
-def _legend(class_names: Sequence[str], classes: int) -> Markup:
+def _legend(class_names: Sequence[str], classes: int, width: int) -> Markup:
     drawn, across = svg.text(LEFT, 68, "class", "start"), LEFT + 48.0
-    room = (WIDTH - RIGHT - across) / classes
+    room = (width - RIGHT - across) / classes
     for index in range(classes):
         name = svg.shortened(class_name(class_names, index), max(1, int((room - 28) / 8)))
         box = '<rect x="{}" y="57" width="13" height="13" fill="{}" stroke="#555"/>'
@@ -138,15 +152,16 @@ def _legend(class_names: Sequence[str], classes: int) -> Markup:
     return drawn
 
 
-def _curves(matrix: Array, corrupted: Array, title: str) -> Markup:
-    wide = (WIDTH - LEFT - RIGHT - GAP) / 2
+def _curves(matrix: Array, corrupted: Array, title: str, width: int) -> Markup:
+    wide = (width - LEFT - RIGHT - GAP) / 2
     bottom = TOP + HIGH
-    parts = [_opened(bottom + 50, title, matrix, corrupted)]
+    parts = [_opened(width, bottom + 50, title, matrix, corrupted)]
     for left, values, name, least in (
         (float(LEFT), matrix.sum(1), "examples", 0.0),
         (LEFT + wide + GAP, effective_classes(matrix), "effective number of classes", 1.0),
     ):
         parts.append(_curve(np.asarray(values, np.float64), corrupted, left, wide, name, least))
+    parts.append(_key(width, TOP - 20, "dashed:" if corrupted.sum() > MAX_STROKES else "strokes:", corrupted))
     return Markup("").join(parts) + svg.END
 
 

@@ -7,6 +7,7 @@ num_byzantine by devices that were refused before the rule.
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict
 from collections.abc import Sequence
 from types import TracebackType
@@ -34,19 +35,21 @@ from covey_protocol.parameters import ParameterSpec
 from covey_protocol.works import SCAFFOLD
 
 EVALUATED_TOGETHER = 2000  # examples of central test data per piece, so that a worker's cores share them
+TOO_FEW = re.compile(r"\[([^\]]* needs at least \d+ usable updates)\]")  # as `aggregation.factory` words it
 NOISE = 4  # stream of random numbers of a seed
 
 
 class RoundOutcome(NamedTuple):
     """What one round gave. loss: mean training loss over the cohort's examples; losses: by device. verdicts: what the
     rule said; a device whose update was not usable is not accepted. measurements: of the rule, and in differential
-    privacy of the accountant.
+    privacy of the accountant. notes: what became of remote workers meanwhile, a sentence each.
     """
 
     loss: float
     losses: dict[str, float]
     verdicts: dict[str, Judged]
     measurements: dict[str, float]
+    notes: tuple[str, ...] = ()
 
 
 class Simulation:
@@ -124,13 +127,19 @@ class Simulation:
             plan = msgspec.structs.replace(plan, shuffle_seed=shuffle_seed)
         devices = [self._devices[number] for number in cohort]
         tasks = [self._task(number, plan) for number in cohort]
-        new_state, metrics = self._next(state, tasks)
+        try:
+            new_state, metrics = self._next(state, tasks)
+        except Exception as error:
+            refusal = _refusal(error)
+            if refusal is None:
+                raise
+            raise refusal from error
         if not all(np.isfinite(part).all() for part in _parts(new_state.global_model_weights)):
             raise RuleError(
                 f"the round of {self._learning.rule.name} would make parameters that are not finite",
                 "lower the learning rate, or choose a rule that bears corrupted devices",
             )
-        return new_state, _outcome(devices, metrics)
+        return new_state, _outcome(devices, metrics)._replace(notes=self._worker.take_notes())
 
     def _next(self, state: Any, tasks: list[Any]) -> tuple[Any, Any]:
         if self._exchanges is None:
@@ -263,6 +272,12 @@ def _checked(device: DeviceData, steps: Steps) -> Pair:
             "take a model with as many classes as the data have",
         )
     return device.x, device.y
+
+
+def _refusal(error: Exception) -> RuleError | None:
+    """What the rule said inside the worker, where TFF's error is about too few usable updates."""
+    told = TOO_FEW.search(str(error))
+    return RuleError(told[1], "lower the learning rate, or choose a rule that bears more") if told else None
 
 
 def _parts(weights: Any) -> list[Array]:
