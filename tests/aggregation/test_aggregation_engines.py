@@ -46,8 +46,7 @@ OPTIMIZERS = {"sgd": 1.0, "sgdm": 0.5, "adagrad": 0.1, "adam": 0.01, "yogi": 0.0
 
 @pytest.mark.parametrize(
     ("rule_name", "optimizer"),
-    [(rule_name, "sgd") for rule_name in ALL_RULES]
-    + [("mean", "sgdm"), ("multi-krum", "adam"), ("median", "yogi")],
+    [(rule_name, "sgd") for rule_name in ALL_RULES] + [("mean", "sgdm"), ("multi-krum", "adam"), ("median", "yogi")],
 )
 def test_both_engines_give_the_same_bits_round_after_round(rule_name: str, optimizer: str, worker: Worker) -> None:
     rule = make_rule(rule_name, ALL_RULES[rule_name])
