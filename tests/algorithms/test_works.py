@@ -41,7 +41,10 @@ def authors() -> list[Posts]:
 def bundle(coordinator_key: SealingKey) -> bytes:
     layers, keras = tf.keras.layers, tf.keras
     model = keras.Sequential(
-        [layers.InputLayer((FEATURES,)), layers.Dense(1, "sigmoid", kernel_regularizer=keras.regularizers.L2(DECAY / 2))]
+        [
+            layers.InputLayer((FEATURES,)),
+            layers.Dense(1, "sigmoid", kernel_regularizer=keras.regularizers.L2(DECAY / 2)),
+        ]
     )
     return covey_models.export(
         model, name="words", loss="binary_crossentropy", batch_size=BATCH, correction=True, key=coordinator_key
@@ -70,7 +73,9 @@ def asked(tmp_path: Path, bundle: bytes, authors: list[Posts], coordinator_key: 
     def ask(vectors: tuple[Array, ...] = (), *, kept: bytes = b"", noise: float = 0.0, **changes: Any) -> Any:
         plan = msgspec.structs.replace(PLAN, **changes)
         sent = tuple(vector.astype("<f4").tobytes() for vector in vectors)
-        request = Run("r.1.a", "pi", START.tobytes(), plan, 1.0 if noise else 0.0, noise, 1, withheld=kept, vectors=sent)
+        request = Run(
+            "r.1.a", "pi", START.tobytes(), plan, 1.0 if noise else 0.0, noise, 1, withheld=kept, vectors=sent
+        )
         return trainer.answer(request)
 
     return ask

@@ -443,7 +443,11 @@ def test_ctrl_c_in_a_call_disconnects(pair: tuple[RunningWorker, RunningWorker])
 
 def sockets_of(process: psutil.Process) -> list[str]:
     """The addresses, in this machine's network, on which a process listens."""
-    inodes = {os.readlink(path)[8:-1] for path in Path(f"/proc/{process.pid}/fd").iterdir() if "socket:" in str(path.resolve())}
+    inodes = {
+        os.readlink(path)[8:-1]
+        for path in Path(f"/proc/{process.pid}/fd").iterdir()
+        if "socket:" in str(path.resolve())
+    }
     found = []
     for table in ("tcp", "tcp6"):
         for line in Path(f"/proc/self/net/{table}").read_text().splitlines()[1:]:

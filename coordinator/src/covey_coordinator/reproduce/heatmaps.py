@@ -1,4 +1,4 @@
-"""ByzFL's heat maps: trimmed mean and geometric median behind clipping and NNM, worst of three attacks; ours beside theirs."""
+"""ByzFL's heat maps: trimmed mean and geometric median behind clipping and NNM, ours beside theirs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,12 @@ HONEST = 10
 SIMILARITIES = (0.0, 0.33, 0.66, 1.0)
 PUBLISHED = {  # rows: similarity; columns: f = 1 to 4
     "trimmed-mean": ((0.87, 0.61, 0.26, 0.21), (0.98, 0.97, 0.94, 0.91), (0.98, 0.97, 0.97, 0.97), (0.98,) * 4),
-    "geometric-median": ((0.87, 0.56, 0.26, 0.27), (0.98, 0.96, 0.94, 0.94), (0.98, 0.97, 0.97, 0.96), (0.98, 0.98, 0.98, 0.97)),
+    "geometric-median": (
+        (0.87, 0.56, 0.26, 0.27),
+        (0.98, 0.96, 0.94, 0.94),
+        (0.98, 0.97, 0.97, 0.96),
+        (0.98, 0.98, 0.98, 0.97),
+    ),
 }
 ATTACKS: tuple[dict[str, Any], ...] = (
     {"attack": "sign-flip"},
@@ -45,7 +50,9 @@ def label_of(rule: str, similarity: float, f: int) -> str:
 
 def cases(quick: bool) -> Sequence[Case]:
     """peer: whether ByzFL's Python is named; a run with it is another run."""
-    cells = QUICK_CELLS if quick else [(rule, one, f) for rule in PUBLISHED for one in SIMILARITIES for f in range(1, 5)]
+    cells = (
+        QUICK_CELLS if quick else [(rule, one, f) for rule in PUBLISHED for one in SIMILARITIES for f in range(1, 5)]
+    )
     found = []
     for rule, similarity, f in cells:
         shape = descent.settings_of(
@@ -103,7 +110,9 @@ def peer_of(rule: str, f: int) -> Iterator[Peer]:
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment
         )
     except OSError as exc:
-        raise MachineError(f"{VARIABLE} = {command[0]!r} cannot be run", "name a Python with byzfl, or unset it") from exc
+        raise MachineError(
+            f"{VARIABLE} = {command[0]!r} cannot be run", "name a Python with byzfl, or unset it"
+        ) from exc
     try:
         yield Peer(process)
     finally:
@@ -219,16 +228,18 @@ BYZFL = Reproduction(
     title="ByzFL's heat maps: what unlike data cost, with clipping and NNM before the rule",
     paper="Gonzalez et al. 2025, ByzFL (arXiv:2505.24802), the benchmark's figures on MNIST",
     source="the figures of its documentation: worst accuracy over the attacks",
-    engine="one gradient per round in numpy, engine.step of live rounds for screening, rule and optimizer (no TFF process); "
-    "ByzFL's own aggregators from their own Python",
+    engine=f"{descent.ENGINE}; ByzFL's own aggregators from their own Python",
     measure="worst accuracy over the attacks after the last round (800; quick 200)",
     protocol=(
-        "10 honest devices and f hostile ones; a share `similarity` of MNIST is dealt out at random, the rest sorted by class.",
+        "10 honest devices and f hostile ones; a share `similarity` of MNIST is dealt out at random, the rest "
+        "sorted by class.",
         "Every device: one gradient of a batch of 25, momentum 0.9 over rounds. Learning rate 0.1. The rule is told f.",
         "Before the rule: clipping to 2 and nearest-neighbour mixing.",
-        "Attacks: sign flip, and two that search on the rule itself, along the mean (as ByzFL's optimal IPM) and along the standard deviation "
+        "Attacks: sign flip, and two that search on the rule itself, along the mean (as ByzFL's optimal IPM) and "
+        "along the standard deviation "
         "(as its optimal ALIE). Quick form: the first two.",
-        f"Where {VARIABLE} names a Python with byzfl, each run is done again from the same seed with ByzFL's Clipping, NNM and rule in place of ours; "
+        f"Where {VARIABLE} names a Python with byzfl, each run is done again from the same seed with ByzFL's "
+        "Clipping, NNM and rule in place of ours; "
         "the attackers search on our rule in both.",
     ),
     deviations=(

@@ -53,10 +53,8 @@ def reproduce(request: Request, display: Display, check: Check = lambda: None) -
             outcomes[task.key] = outcome
             shown = reproduction.shown(reproduction.value(outcome))
             ticker.finished(f"{task.label}, seed {task.seed}: {shown}")
-    found: dict[str, list[Outcome]] = {case.label: [] for case in cases}
-    for task in tasks:
-        found[task.label].append(outcomes[task.key])
-    return _finish(request, folder, cases, Measured(found, reproduction.value), display)
+    by_case = {case.label: [outcomes[task.key] for task in tasks if task.label == case.label] for case in cases}
+    return _finish(request, folder, cases, Measured(by_case, reproduction.value), display)
 
 
 def _introduce(display: Display, request: Request, runs: int, there: int) -> None:

@@ -40,7 +40,9 @@ def cases(quick: bool) -> Sequence[Case]:
     for rule in QUICK_RULES if quick else CLEAN:
         for name in QUICK_ATTACKS if quick else ATTACKS:
             table = {"rule": rule, "num_byzantine": hostile}
-            settings = descent.settings_of(**shape, rule=table, attack=ATTACKS[name], hostile=0 if name == "none" else hostile)
+            settings = descent.settings_of(
+                **shape, rule=table, attack=ATTACKS[name], hostile=0 if name == "none" else hostile
+            )
             published = CLEAN[rule] if name == "none" else CLEAN[rule] - IMPACT[name][rule] / 100
             found.append(Case(f"{rule}, {name}", settings, published))
     return found
@@ -68,12 +70,14 @@ SHEJWALKAR = Reproduction(
     title="Min-Max and Min-Sum against LIE on MNIST",
     paper="Shejwalkar and Houmansadr 2021, Manipulating the Byzantine (NDSS)",
     source="table II, MNIST, updates known, rule unknown; accuracy = clean accuracy - attack impact",
-    engine="one gradient per round in numpy, engine.step of live rounds for screening, rule and optimizer (no TFF process)",
+    engine=descent.ENGINE,
     measure="maximum accuracy on the test set over the run, measured every 5 rounds",
     protocol=(
         "IID shares of MNIST; one gradient per round and device; 20% of the devices attack, and the rules are told so.",
-        "Server: Adam, learning rate 0.001. Full form: 100 devices, a net of 784-512-10, batch 100. Quick form: 50 devices, 784-64-10, batch 50.",
-        "100 rounds. LIE's z is the paper's formula (0.29 for 20 of 100); Min-Max and Min-Sum push along the standard deviation.",
+        "Server: Adam, learning rate 0.001. Full form: 100 devices, a net of 784-512-10, batch 100. Quick form: "
+        "50 devices, 784-64-10, batch 50.",
+        "100 rounds. LIE's z is the paper's formula (0.29 for 20 of 100); Min-Max and Min-Sum push along the "
+        "standard deviation.",
     ),
     deviations=(
         "100 rounds instead of 500: the accuracies are those of shorter training; look at the ordering.",
