@@ -44,8 +44,9 @@ class Descent(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     rule: as in TOML; its num_byzantine is what it is told. attack: with the key `attack`, other keys are its settings.
     partition: "iid"; "biased", `bias` the share of each class that goes to the devices of its group (Fang et al. 2020);
-    "similar", `bias` the share of all examples dealt out at random, the others by class (ByzFL). momentum: of each device. server: the server's optimizer with `learning_rate`. measured: rounds between
-    measurements on the test set. standardised: inputs minus mean over standard deviation of all training inputs.
+    "similar", `bias` the share of all examples dealt out at random, the others by class (ByzFL). momentum: of each
+    device. server: the server's optimizer with `learning_rate`. measured: rounds between measurements on the test set.
+    standardised: inputs minus mean over standard deviation of all training inputs.
     """
 
     data: str
@@ -132,10 +133,10 @@ def similar_shares(y: Any, devices: int, similarity: float, seed: int) -> list[I
 
 
 def biased_shares(y: Any, devices: int, bias: float, seed: int) -> list[Integers]:
-    """Devices in as many groups as classes; an example of class l goes to group l with probability bias, else elsewhere.
+    """Devices in as many groups as classes; an example of class l goes to group l with probability bias.
 
-    Within a group to any device alike. bias = 1 / classes is IID. Source: Fang et al. 2020 (arXiv:1911.11815), section
-    5.1, also in FLTrust.
+    Else it goes to any other group alike, and within a group to any device alike. bias = 1 / classes is IID.
+    Source: Fang et al. 2020 (arXiv:1911.11815), section 5.1, also in FLTrust.
     """
     random, classes = stream(seed, SHARES), int(y.max()) + 1
     if devices < classes:

@@ -246,7 +246,7 @@ BYZFL = Reproduction(
         "A net of 784-100-10 instead of ByzFL's small convolutional net.",
         "All devices have shares of equal size; attacks are ours, not ByzFL's.",
     ),
-    full_time="",
+    full_time="96 runs, scaled from the quick form: some hours",
     cases=cases,
     claims=(
         Claim(

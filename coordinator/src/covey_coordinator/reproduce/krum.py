@@ -105,7 +105,7 @@ SPAMBASE = Reproduction(
         "The paper gives neither widths, learning rate nor preprocessing; ours are 100 and 50, 0.1, log(1 + x) "
         "standardised.",
     ),
-    full_time="",
+    full_time="27 runs, measured: 8 minutes of one core",
     cases=spambase_cases,
     claims=(
         Claim(
@@ -232,7 +232,7 @@ BATCH_SIZE = Reproduction(
         "that the paper's curve can be drawn at all.",
         "The paper gives neither the net's widths nor the learning rate nor the attack's scale.",
     ),
-    full_time="",
+    full_time="63 runs, measured on a part: about 50 minutes of one core",
     cases=batch_cases,
     claims=(
         Claim(
