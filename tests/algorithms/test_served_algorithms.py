@@ -24,7 +24,9 @@ from covey_coordinator.algorithms.combining import fleet_control
 from covey_coordinator.algorithms.sparse_logistic import gradient
 from covey_coordinator.coordinator import shuffle_seed
 from covey_coordinator.demo.processes import AgentProcesses
+from covey_coordinator.serve import serve
 from covey_protocol import scaffold
+from covey_protocol.errors import ConfigError
 from covey_protocol.seals import SealingKey
 from covey_protocol.svrg import order_of, passes
 
@@ -33,47 +35,47 @@ pytestmark = [pytest.mark.broker, pytest.mark.fleet]
 NAMES = ("a", "b", "c")
 CONFIG = """
 fleet = "home"
-run = "{run}"
-rounds = {rounds}
+run = "run"
+rounds = 1
 bundle = "words.covey"
 key_file = "coordinator.pem"
 [broker]
 url = "{url}"
+[aggregation]
+rule = "mean"
 [round]
 devices = 3
 quorum = 3
-[aggregation]
-rule = "mean"
-[training]
-seed = 4
-{training}
+{more}
 [devices]
 {devices}
 """
-Serve = Callable[..., tuple[np.ndarray, str]]
+
+
+TASKS = {  # name: rounds of the algorithm, [training]
+    "scaled": (3, 'algorithm = "fsvrg", learning_rate = 2.0'),
+    "naive": (2, 'algorithm = "fsvrg-naive", local_steps = 6, learning_rate = 0.3'),
+    "controlled": (3, 'algorithm = "scaffold", local_steps = 5, learning_rate = 0.3'),
+    "near": (1, "proximal_weight = 0.5, epochs = 2, learning_rate = 0.3"),
+}
 
 
 class Fleet:
-    """Three agents, and `covey serve` for one run after another."""
+    """Three agents, and `covey serve` for four tasks, each with an algorithm of its own."""
 
     def __init__(self, folder: Path, url: str, keys: str) -> None:
         self.folder, self._values = folder, {"url": url, "devices": keys}
 
-    def configure(self, run: str, rounds: int, training: str) -> list[str]:
-        text = CONFIG.format(run=run, rounds=rounds, training=training, **self._values)
+    def configure(self, tasks: dict[str, tuple[int, str]], more: str = "") -> list[str]:
+        text = CONFIG.format(**self._values, more=more)
+        for name, (rounds, training) in tasks.items():
+            text += f'[[tasks]]\nname = "{name}"\nrounds = {rounds}\ntraining = {{ seed = 4, {training} }}\n'
         (self.folder / "coordinator.toml").write_text(text)
         return [sys.executable, "-m", "covey_edge", "serve", "--config", str(self.folder / "coordinator.toml")]
 
-    def serve(self, run: str, rounds: int, training: str) -> str:
-        """What it says. All rounds are published."""
-        command = self.configure(run, rounds, training)
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE_S)
-        assert done.returncode == 0, done.stderr[-2000:] + done.stdout
-        return done.stdout
-
-    def models(self, run: str) -> list[Any]:
+    def models(self, task: str) -> list[Any]:
         """After each exchange."""
-        folder = self.folder / "runs" / run / "checkpoints" / run
+        folder = self.folder / "runs" / f"run-{task}" / "checkpoints" / f"run-{task}"
         return [np.frombuffer(path.read_bytes(), "<f4") for path in sorted(folder.glob("*.f32"))]
 
 
@@ -100,47 +102,44 @@ def order(exchange: Callable[[int], int]) -> reference.Order:
     return lambda number, device: order_of(shuffle_seed(4, exchange(number)), NAMES[device])
 
 
-def test_federated_svrg_is_the_references_also_stopped_in_its_middle(fleet: Fleet, mosquitto: RunningBroker) -> None:
-    training = 'algorithm = "fsvrg"\nlearning_rate = 2.0'
-    command = fleet.configure("scaled", 3, training)
-    first = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert first.stdout is not None
-    for line in first.stdout:
-        if line.startswith("round 4/7"):
-            break
-    first.send_signal(signal.SIGKILL)
-    first.wait()
-    said = fleet.serve("scaled", 3, training)
-    assert "going on after round" in said
-    assert "round 6/7 (gradient) published: 3 of 3" in said
-    assert "round 7/7 (svrg) published: 3 of 3" in said
+def test_every_algorithm_is_what_numpy_says_also_where_the_coordinator_is_killed(
+    fleet: Fleet, mosquitto: RunningBroker
+) -> None:
+    command = fleet.configure(TASKS)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout is not None
+        for line in first.stdout:
+            if line.startswith("scaled: round 4/7"):  # a gradient, which the next exchange needs
+                break
+        first.send_signal(signal.SIGKILL)
+    second = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE_S)
+    assert second.returncode == 0, second.stderr[-2000:] + second.stdout
+    assert "scaled: going on after round" in second.stdout
+    assert "scaled: round 6/7 (gradient) published: 3 of 3" in second.stdout
+    assert "scaled: round 7/7 (svrg) published: 3 of 3" in second.stdout
+
+    authors, decay, batch = words.authors(), words.DECAY, words.BATCH
     models = fleet.models("scaled")
-    assert len(models) == 7  # one of features, and a gradient and a local one each round
-    found = [models[number] for number in (2, 4, 6)]
-    assert all(np.array_equal(models[number], models[number - 1]) for number in (1, 3, 5))  # a gradient moves nothing
-    expected = reference.fsvrg(words.authors(), words.DECAY, 2.0, batch=words.BATCH, order=order(lambda n: 2 * n + 1))
-    for model, right in zip(found, itertools.islice(expected, 3)):
+    assert len(models) == 7  # one of features, and a gradient and a local one for each round
+    assert all(np.array_equal(models[place], models[place - 1]) for place in (1, 3, 5))  # a gradient moves nothing
+    expected = reference.fsvrg(authors, decay, 2.0, batch=batch, order=order(lambda number: 2 * number + 1))
+    for model, right in zip(models[2::2], itertools.islice(expected, 3)):
         assert_allclose(model, right, atol=5e-6)
-    assert np.abs(found[-1]).max() > 0.1
-    left = {topic.split("/")[-1] for topic in retained_topics(mosquitto.port)}
-    assert left <= {"presence"}  # no vector stays on the broker
+    assert np.abs(models[-1]).max() > 0.1
 
-
-def test_the_naive_form_and_scaffold_and_fedprox(fleet: Fleet) -> None:
-    fleet.serve("naive", 2, 'algorithm = "fsvrg-naive"\nlocal_steps = 6\nlearning_rate = 0.3')
-    expected = reference.fsvrg_naive(
-        words.authors(), words.DECAY, 0.3, 6, batch=words.BATCH, order=order(lambda n: 2 * n)
-    )
     models = fleet.models("naive")
-    for model, right in zip((models[1], models[3]), itertools.islice(expected, 2)):
+    expected = reference.fsvrg_naive(authors, decay, 0.3, 6, batch=batch, order=order(lambda number: 2 * number))
+    for model, right in zip(models[1::2], itertools.islice(expected, 2)):
         assert_allclose(model, right, atol=5e-6)
 
-    fleet.serve("controlled", 3, 'algorithm = "scaffold"\nlocal_steps = 5\nlearning_rate = 0.3')
-    for model, right in zip(fleet.models("controlled"), scaffolded(5, 0.3)):
+    models = fleet.models("controlled")
+    assert len(models) == 3
+    for model, right in zip(models, scaffolded(5, 0.3)):
         assert_allclose(model, right, atol=1e-5)
 
-    fleet.serve("near", 1, "proximal_weight = 0.5\nepochs = 2\nlearning_rate = 0.3")
     assert_allclose(fleet.models("near")[0], near(0.5, 2, 0.3), atol=5e-6)
+    left = {topic.split("/")[-1] for topic in retained_topics(mosquitto.port)}
+    assert left <= {"presence"}  # no model and no vector stays on the broker
 
 
 def scaffolded(steps: int, rate: float) -> Iterator[Any]:
@@ -175,14 +174,16 @@ def near(weight: float, epochs: int, rate: float) -> Any:
     return np.average(ends, axis=0, weights=sizes)
 
 
+ASYNCHRONOUS = "goal = 3\nmax_staleness = 1"
 BAD = {
     "a misspelt algorithm": ('algorithm = "fsvrk"', "did you mean 'fsvrg'"),
-    "steps where epochs count": ('algorithm = "fsvrg"\nlocal_steps = 3', "local_steps = 3"),
+    "steps where epochs count": ('algorithm = "fsvrg", local_steps = 3', "local_steps = 3"),
     "no steps where they count": ('algorithm = "scaffold"', "local_steps = 0"),
-    "clipped gradients": ('algorithm = "fsvrg"\ngradient_clip_norm = 1.0', "--clip|leave one of them out"),
-    "FedProx beside it": ('algorithm = "fsvrg"\nproximal_weight = 1.0', "leave one of them out"),
-    "top-k": ('algorithm = "fsvrg"\n[wire]\ncompression = "top-k"\nkept_fraction = 0.1', "leave one of them out"),
-    "another server optimizer": ('algorithm = "fsvrg"\n[server]\noptimizer = "adam"', 'set the optimizer to "sgd"'),
+    "clipped gradients": ('algorithm = "fsvrg", gradient_clip_norm = 1.0', "--clip|leave one of them out"),
+    "FedProx beside it": ('algorithm = "fsvrg", proximal_weight = 1.0', "leave one of them out"),
+    "top-k": ('algorithm = "fsvrg"', "leave one of them out", '[wire]\ncompression = "top-k"\nkept_fraction = 0.1'),
+    "another server optimizer": ('algorithm = "fsvrg"', 'optimizer to "sgd"', '[server]\noptimizer = "adam"'),
+    "asynchronous rounds": ('algorithm = "scaffold", local_steps = 2', "leave max_staleness out", ASYNCHRONOUS),
 }
 
 
@@ -190,14 +191,11 @@ BAD = {
 def test_what_does_not_go_together_is_said_before_anything_starts(
     what: str, tmp_path: Path, words_bundle: bytes, coordinator_key: SealingKey
 ) -> None:
-    from covey_coordinator.serve import serve
-    from covey_protocol.errors import ConfigError
-
-    training, expected = BAD[what]
+    training, expected, *more = BAD[what]
     (tmp_path / "words.covey").write_bytes(words_bundle)
     (tmp_path / "coordinator.pem").write_bytes(coordinator_key.pem())
     keys = "\n".join(f'{name} = "{SealingKey.from_seed(name.encode() * 32).public.hex()}"' for name in NAMES)
-    Fleet(tmp_path, "mqtt://127.0.0.1:9", keys).configure("bad", 1, training)
+    Fleet(tmp_path, "mqtt://127.0.0.1:9", keys).configure({"bad": (1, training)}, *more)
     with pytest.raises(ConfigError) as refused:
         serve(tmp_path / "coordinator.toml", print)
     assert re.search(expected, str(refused.value)), refused.value

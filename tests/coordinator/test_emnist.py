@@ -9,6 +9,8 @@ import pytest
 import tensorflow_federated as tff
 
 from covey_coordinator.simulation import emnist
+from covey_coordinator.simulation.sweep import cells_of
+from covey_coordinator.simulation.world import world_of
 from covey_models import load
 from covey_models.population import populate
 from covey_protocol.errors import ConfigError, DataError, MachineError
@@ -28,18 +30,31 @@ def test_writers_become_users_and_ink_becomes_1() -> None:
     assert [len(set(data.users[part])) for part in population.parts] == [1, 1]
 
 
+def without_network(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nobody listens there, so that no download begins
+    monkeypatch.setenv("no_proxy", "")
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.delenv("COVEY_DATA", raising=False)
+
+
 def test_without_a_network_the_message_says_where_it_was_sought_and_what_to_use_instead(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nobody listens there, so that no download begins
-    monkeypatch.setenv("no_proxy", "")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.delenv("COVEY_DATA", raising=False)
+    without_network(tmp_path, monkeypatch)
     with pytest.raises(MachineError, match=r"storage\.googleapis\.com/tff-datasets-public") as caught:
         emnist.load_split("emnist")
     assert str(tmp_path / ".tff") in caught.value.remedy
     assert "writer-like" in caught.value.remedy
     assert not (tmp_path / ".tff" / emnist.FILE).exists()
+
+
+def test_an_experiment_can_name_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    without_network(tmp_path, monkeypatch)
+    data = {"set": "emnist", "writers": 30}
+    (cell,) = cells_of({"name": "writers", "rounds": 1, "data": data, "partition": {"kind": "by-user"}})
+    assert cell.settings.data.reading() == {"writers": 30}
+    with pytest.raises(MachineError, match="EMNIST is not here"):
+        world_of(cell)
 
 
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:

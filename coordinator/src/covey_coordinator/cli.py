@@ -13,7 +13,12 @@ A_FILE = click.Path(path_type=Path)
 
 
 @click.command(name="demo", short_help="Train ten devices, three of them corrupted, and report.")
-@click.option("--data", default="digits", show_default=True, help="digits, breast-cancer, or your own PATH.npz (x, y).")
+@click.option(
+    "--data",
+    default="digits",
+    show_default=True,
+    help="digits, breast-cancer, wine, or your own .npz, .csv or image folder.",
+)
 @click.option("--broker", help="mqtt://HOST:PORT or mqtts://HOST:PORT instead of the embedded broker.")
 @click.option("--ca-file", type=A_FILE, help="Authority of the broker's certificate (mqtts).")
 @click.option("--cert-file", type=A_FILE, help="Client certificate (mqtts).")

@@ -66,6 +66,10 @@ class Worker:
         self._keeper: _Keeper | None = None
         self._lock = threading.RLock()
 
+    def take_notes(self) -> tuple[str, ...]:
+        """Nothing: this worker's end is an error. As `simulation.remote.RemoteWorkers`."""
+        return ()
+
     @property
     def pid(self) -> int | None:
         """The process id of the worker, None when it is not running."""

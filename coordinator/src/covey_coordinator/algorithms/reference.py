@@ -3,7 +3,7 @@
 What live rounds and the simulation are held against, and what `covey reproduce fsvrg` draws. All devices take part in
 every round. The inner steps are covey_protocol.svrg's, the server's are `combining`'s.
 
-order_of: (round, from 1; device, from 0) -> what the order of its examples is drawn from.
+order: (round, from 1; device, from 0) -> what the order of its examples is drawn from; without one by `seed`.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ Numbers = npt.NDArray[np.float64]
 Order = Callable[[int, int], np.random.Generator]
 
 
-def by_number(number: int, device: int) -> np.random.Generator:
-    return order_of(number, f"device-{device:03d}")
+def by_seed(seed: int) -> Order:
+    return lambda number, device: order_of(seed + number, f"device-{device:03d}")
 
 
 def full_gradient(w: Numbers, devices: list[Posts], decay: float) -> Numbers:
@@ -41,7 +41,7 @@ def gradient_descent(devices: list[Posts], decay: float, rate: float) -> Iterato
 
 
 def fsvrg(
-    devices: list[Posts], decay: float, rate: float, *, batch: int = 1, order: Order = by_number
+    devices: list[Posts], decay: float, rate: float, *, batch: int = 1, seed: int = 0, order: Order | None = None
 ) -> Iterator[Numbers]:
     """Algorithm 4: h_k = h / n_k, S_k, updates weighted by n_k / n, A. The parameters after each round, from zeros."""
     own = np.stack([one.shares() for one in devices])
@@ -53,11 +53,18 @@ def fsvrg(
         steps, pace = passes(len(devices[k]), batch, 1, drawn_from), local_rate(rate, len(devices[k]), batch)
         return local_steps(w, full, _gradient_of(devices[k], decay), steps, pace, scale[k])
 
-    return _rounds(devices, decay, local, sizes / sizes.sum(), boost, order)
+    return _rounds(devices, decay, local, sizes / sizes.sum(), boost, order or by_seed(seed))
 
 
 def fsvrg_naive(
-    devices: list[Posts], decay: float, rate: float, steps: int, *, batch: int = 1, order: Order = by_number
+    devices: list[Posts],
+    decay: float,
+    rate: float,
+    steps: int,
+    *,
+    batch: int = 1,
+    seed: int = 0,
+    order: Order | None = None,
 ) -> Iterator[Numbers]:
     """Algorithm 3: the same rate and number of steps everywhere, examples drawn with replacement, a plain average."""
 
@@ -67,7 +74,7 @@ def fsvrg_naive(
         )
 
     equal = np.full(len(devices), 1.0 / len(devices))
-    return _rounds(devices, decay, local, equal, np.ones(devices[0].features + 1), order)
+    return _rounds(devices, decay, local, equal, np.ones(devices[0].features + 1), order or by_seed(seed))
 
 
 Local = Callable[[Numbers, Numbers, int, np.random.Generator], Numbers]

@@ -16,7 +16,7 @@ MIN_DEVICES = 2
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """data: "digits", "breast-cancer" or the path of an .npz file. broker: None starts an embedded one.
+    """data: a name or path as of `covey_models.load`. broker: None starts an embedded one.
 
     rule: the robust rule the plain mean is compared with. corrupted: how many devices are corrupted, and the rule's
     num_byzantine. alpha: of the Dirichlet partition; smaller is less alike.

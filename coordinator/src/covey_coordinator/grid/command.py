@@ -15,7 +15,7 @@ A_FILE = click.Path(path_type=Path)
 
 @click.command(name="grid", short_help="Run rules against attacks and draw the heat map.")
 @click.option("--config", "config_path", type=A_FILE, help="TOML file with the same settings; options win over it.")
-@click.option("--data", help="digits, breast-cancer, or your own PATH.npz (x, y).  [default: digits]")
+@click.option("--data", help="digits, breast-cancer, wine, or your own .npz, .csv or image folder.  [default: digits]")
 @click.option("--model", help="mlp or softmax.  [default: mlp]")
 @click.option("--rule", "rules", multiple=True, help="NAME[:KEY=VALUE,...] or STEP+NAME; repeat.  [default: all]")
 @click.option("--attack", "attacks", multiple=True, help="NAME[:KEY=VALUE,...]; repeat.  [default: all]")

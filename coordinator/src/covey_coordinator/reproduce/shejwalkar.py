@@ -55,7 +55,7 @@ def best(outcome: Outcome) -> float:
 def figure(cases: Sequence[Case], measured: Measured) -> bytes:
     rules = dict.fromkeys(case.label.partition(",")[0] for case in cases)
     panels = [Panel(rule, [case.label for case in cases if case.label.startswith(f"{rule},")]) for rule in rules]
-    return curves(panels, measured, limits=(0.0, 1.0))
+    return curves(panels, measured, limits=(0.5, 1.0))
 
 
 def stronger(attack: str, than: str, rule: str) -> Claim:

@@ -1,4 +1,4 @@
-"""Whether a fleet did what a simulation does: the same rounds again in TFF, and how far the models lie apart.
+"""A fleet and a simulation side by side: the same rounds by real agents and in TFF, and how far the models lie apart.
 
 Both train the same steps on the same batches, a fleet in a TFLite runtime and a simulation in TensorFlow, so from equal
 parameters they agree to rounding (`results.ONE_ROUND`). Over many rounds rounding grows, and faster where a ReLU's kink
@@ -7,97 +7,139 @@ or a rule's choice lies between two numbers that differ by it; that is measured 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 
-from covey_coordinator.simulation.learning import Array
+from covey_coordinator.aggregation.worker import Worker
+from covey_coordinator.simulation.as_fleet import FleetLearner, FleetState
+from covey_coordinator.simulation.learning import Array, DeviceData, Learning
 from covey_coordinator.simulation.process import RoundOutcome, Simulation
+from covey_coordinator.simulation.report.agreement import write_agreement
 from covey_coordinator.simulation.results import Judged, RoundAgreement
 from covey_protocol.errors import RuleError
 from covey_protocol.parameters import ParameterSpec, offsets
 
 
-class Step(NamedTuple):
-    """One round that a fleet made. before, after: the global model, (d,) float32."""
+class BothStates(NamedTuple):
+    """fleet: what counts. together: of the simulation that starts every round at the fleet's model. alone: of the one
+    that goes its own way."""
 
-    cohort: tuple[int, ...]
-    shuffle_seed: int | None
-    before: Array
-    after: Array
-    outcome: RoundOutcome
-
-
-class Learner(Protocol):
-    """As `process.Simulation`."""
-
-    def initial_state(self) -> Any: ...
-    def next(self, state: Any, cohort: Sequence[int], shuffle_seed: int | None = None) -> tuple[Any, RoundOutcome]: ...
-    def parameters(self, state: Any) -> Array: ...
-    def evaluate(self, state: Any, x: Array, y: Array) -> dict[str, float]: ...
-    def evaluate_devices(self, state: Any, numbers: Sequence[int]) -> dict[str, dict[str, float]]: ...
-    def saved(self, state: Any) -> bytes: ...
-    def loaded(self, data: bytes) -> Any: ...
-    def close(self) -> None: ...
+    fleet: FleetState
+    together: Any
+    alone: Any
 
 
-class Recorded:
-    """A learner, and the rounds it makes. steps: those that were not refused, in order."""
+class _Saved(msgspec.Struct, frozen=True):
+    fleet: bytes
+    together: bytes
+    alone: bytes
+    found: list[RoundAgreement]
 
-    def __init__(self, learner: Learner) -> None:
-        self._learner = learner
-        self.steps: list[Step] = []
 
-    def __enter__(self) -> Recorded:
+class ComparedFleet:
+    """A `FleetLearner` whose every round the simulation makes, too: `found`, and FOLDER/agreement.html at the end.
+
+    Use it in a with block. test: central x and y. title: of the page. worker: for the simulation, as there. Where
+    devices add noise to their updates, the two differ by it.
+    """
+
+    def __init__(
+        self,
+        learning: Learning,
+        devices: Sequence[DeviceData],
+        folder: Path,
+        test: tuple[Array, Array],
+        *,
+        title: str = "",
+        url: str | None = None,
+        worker: Worker | None = None,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.found: list[RoundAgreement] = []
+        self._folder, self._test, self._title = folder, test, title or folder.name
+        self._fleet = FleetLearner(learning, devices, folder, url=url, check=check)
+        try:
+            self._simulation = Simulation(learning, devices, worker=worker)
+        except BaseException:
+            self._fleet.close()
+            raise
+
+    def __enter__(self) -> ComparedFleet:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._learner.close()
+        try:
+            if kind is None:
+                write_agreement(self._folder, self._title, self.found)
+        finally:
+            self.close()
 
-    def next(self, state: Any, cohort: Sequence[int], shuffle_seed: int | None = None) -> tuple[Any, RoundOutcome]:
-        before = self._learner.parameters(state)
-        state, outcome = self._learner.next(state, cohort, shuffle_seed)
-        self.steps.append(Step(tuple(cohort), shuffle_seed, before, self._learner.parameters(state), outcome))
-        return state, outcome
+    def close(self) -> None:
+        try:
+            self._fleet.close()
+        finally:
+            self._simulation.close()
 
-    def __getattr__(self, name: str) -> Any:
-        """The rest of a learner."""
-        return getattr(self._learner, name)
+    def initial_state(self) -> BothStates:
+        fleet = self._fleet.initial_state()
+        first = with_parameters(self._simulation, self._simulation.initial_state(), fleet.vector)
+        return BothStates(fleet, first, first)
 
-
-def agreement(steps: Sequence[Step], simulation: Simulation, x: Array, y: Array) -> list[RoundAgreement]:
-    """The fleet's rounds again in the simulation. x, y: central test data."""
-    alone = together = simulation.initial_state()
-    found = []
-    for number, step in enumerate(steps, 1):
-        alone, outcome = simulation.next(
-            with_parameters(simulation, alone, step.before), step.cohort, step.shuffle_seed
-        )
-        together = _next(simulation, together, step)
-        length = float(np.linalg.norm(step.after - step.before)) or 1.0
-        distances = [np.linalg.norm(simulation.parameters(one) - step.after) / length for one in (alone, together)]
-        of_fleet = simulation.evaluate(with_parameters(simulation, alone, step.after), x, y)
-        found.append(
+    def next(
+        self, state: BothStates, cohort: Sequence[int], shuffle_seed: int | None = None
+    ) -> tuple[BothStates, RoundOutcome]:
+        """The fleet's outcome. Raises as `FleetLearner.next`; a round that it refuses is not compared."""
+        simulation, before = self._simulation, state.fleet.vector
+        fleet, outcome = self._fleet.next(state.fleet, cohort, shuffle_seed)
+        same_start = with_parameters(simulation, state.together, before)
+        together, simulated = simulation.next(same_start, cohort, shuffle_seed)
+        alone = _next(simulation, state.alone, cohort, shuffle_seed)
+        after = fleet.vector
+        length = float(np.linalg.norm(after - before)) or 1.0
+        x, y = self._test
+        self.found.append(
             RoundAgreement(
-                number,
-                float(distances[0]),
-                float(distances[1]),
-                of_fleet["accuracy"],
-                simulation.evaluate(together, x, y)["accuracy"],
-                _accepted(outcome.verdicts) == _accepted(step.outcome.verdicts),
+                number=len(self.found) + 1,
+                one_round=float(np.linalg.norm(simulation.parameters(together) - after)) / length,
+                all_rounds=float(np.linalg.norm(simulation.parameters(alone) - after)) / length,
+                fleet=self._fleet.evaluate(fleet, x, y)["accuracy"],
+                simulation=simulation.evaluate(alone, x, y)["accuracy"],
+                same_verdicts=_accepted(outcome.verdicts) == _accepted(simulated.verdicts),
             )
         )
-    return found
+        return BothStates(fleet, together, alone), outcome
+
+    def parameters(self, state: BothStates) -> Array:
+        return self._fleet.parameters(state.fleet)
+
+    def evaluate(self, state: BothStates, x: Array, y: Array) -> dict[str, float]:
+        return self._fleet.evaluate(state.fleet, x, y)
+
+    def evaluate_devices(self, state: BothStates, numbers: Sequence[int]) -> dict[str, dict[str, float]]:
+        return self._fleet.evaluate_devices(state.fleet, numbers)
+
+    def saved(self, state: BothStates) -> bytes:
+        together, alone = self._simulation.saved(state.together), self._simulation.saved(state.alone)
+        return msgspec.msgpack.encode(_Saved(self._fleet.saved(state.fleet), together, alone, self.found))
+
+    def loaded(self, data: bytes) -> BothStates:
+        saved = msgspec.msgpack.decode(data, type=_Saved)
+        self.found = saved.found
+        fleet = self._fleet.loaded(saved.fleet)
+        return BothStates(fleet, self._simulation.loaded(saved.together), self._simulation.loaded(saved.alone))
 
 
-def _next(simulation: Simulation, state: Any, step: Step) -> Any:
-    """A round that only the simulation's rule refuses leaves its model as it was."""
+def _next(simulation: Simulation, state: Any, cohort: Sequence[int], shuffle_seed: int | None) -> Any:
+    """A round that only this simulation's rule refuses leaves its model as it was."""
     try:
-        return simulation.next(state, step.cohort, step.shuffle_seed)[0]
+        return simulation.next(state, cohort, shuffle_seed)[0]
     except RuleError:
         return state
 

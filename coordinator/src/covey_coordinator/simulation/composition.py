@@ -63,7 +63,7 @@ def learning_process(learning: Learning, work: DeviceWork) -> Any:
     first = tff.tensorflow.computation(lambda: wire.weights(tf.constant(start)))
     flat = tff.tensorflow.computation(wire.flat, wire.weights_type)
     train = work.training()
-    aggregation = _aggregation(learning, wire.vector_type)
+    aggregation = aggregation_of(learning, wire.vector_type)
     finalizer = tff.learning.templates.build_apply_optimizer_finalizer(
         build_server_optimizer(learning.server_optimizer, learning.server_learning_rate), wire.weights_type
     )
@@ -131,7 +131,7 @@ def learning_process(learning: Learning, work: DeviceWork) -> Any:
     )
 
 
-def _aggregation(learning: Learning, vector_type: Any) -> Any:
+def aggregation_of(learning: Learning, vector_type: Any) -> Any:
     rule: Rule = learning.rule
     if learning.attack is not None and learning.hostile:
         rule = Attacked(learning.attack, tuple(learning.hostile), rule, learning.seed, sampled=True)

@@ -95,25 +95,23 @@ class DeviceWork:
             x, y = self.shards.read(task["shard"])
             with tf.control_dependencies([entry("set_parameters", parameters=parameters)["dimension"]]):
                 if self.one_gradient_step:
-                    loss, gradient = self._gradient(entry, x, y, task)
+                    loss, gradient = self.full_gradient(entry, x, y, task)
                     update = -self.plan.learning_rate * gradient
                 else:
-                    loss = self._epochs(entry, x, y, task, self._constants(parameters))
+                    loss = self.epochs(entry, x, y, task, self.constants(parameters))
                     with tf.control_dependencies([loss]):
                         update = entry("get_parameters")["parameters"] - parameters
-            norm = tf.norm(update)  # infinite or NaN where it is not finite
-            usable = tf.logical_and(norm > 0.0, norm <= MAX_UPDATE_NORM)
             count = tf.reduce_sum(task["counts"][: task["steps_per_epoch"]])
             return OrderedDict(
-                update=self._protected(update, task["noise_seed"]),
-                num_examples=tf.where(usable, tf.cast(count, tf.float32), 0.0),
+                update=self.protect(update, task["noise_seed"]),
+                num_examples=tf.where(self.is_usable(update), tf.cast(count, tf.float32), 0.0),
                 place=task["place"],
                 loss=loss,
             )
 
         return tf.function(run, autograph=False)(parameters, task)
 
-    def _constants(self, parameters: Tensor) -> dict[str, Tensor]:
+    def constants(self, parameters: Tensor) -> dict[str, Tensor]:
         """What all steps of a round share, of those inputs that the model's `train` has."""
         inputs = {
             "clip_norm": {"clip_norm": tf.constant(self.plan.gradient_clip_norm or NO_CLIPPING, tf.float32)},
@@ -128,7 +126,7 @@ class DeviceWork:
             shared.update(inputs.get(name, {}))
         return shared
 
-    def _epochs(self, entry: EntryPoints, x: Tensor, y: Tensor, task: Any, shared: dict[str, Tensor]) -> Tensor:
+    def epochs(self, entry: EntryPoints, x: Tensor, y: Tensor, task: Any, shared: dict[str, Tensor]) -> Tensor:
         """All steps; the mean loss of the last epoch's examples."""
         steps = tf.shape(task["counts"])[0]
         first_of_last = steps - task["steps_per_epoch"]
@@ -146,7 +144,7 @@ class DeviceWork:
         )
         return total / tf.cast(tf.reduce_sum(task["counts"][first_of_last:]), tf.float32)
 
-    def _gradient(self, entry: EntryPoints, x: Tensor, y: Tensor, task: Any) -> tuple[Tensor, Tensor]:
+    def full_gradient(self, entry: EntryPoints, x: Tensor, y: Tensor, task: Any) -> tuple[Tensor, Tensor]:
         """Mean loss and its gradient (d,) over the first epoch's examples, as `covey_edge.runtime.Model.gradient`."""
 
         def step(number: Tensor, loss_sum: Tensor, total: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -164,7 +162,12 @@ class DeviceWork:
         count = tf.cast(tf.reduce_sum(task["counts"][: task["steps_per_epoch"]]), tf.float64)
         return tf.cast(loss_sum / count, tf.float32), tf.cast(total / count, tf.float32)
 
-    def _protected(self, update: Tensor, noise_seed: Tensor) -> Tensor:
+    def is_usable(self, update: Tensor) -> Tensor:
+        """Whether a device would send it; else it reports a failure."""
+        norm = tf.norm(update)  # infinite or NaN where it is not finite
+        return tf.logical_and(norm > 0.0, norm <= MAX_UPDATE_NORM)
+
+    def protect(self, update: Tensor, noise_seed: Tensor) -> Tensor:
         if self.privacy is None:
             return update
         return protected(update, self.privacy, noise_seed)

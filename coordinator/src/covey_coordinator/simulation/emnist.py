@@ -2,7 +2,7 @@
 
 TFF keeps the unpacked file (emnist_all.sqlite) in ~/.tff and downloads it where it is not there. A file of that name
 in the data folder is taken instead, so that a machine without a network can have it. Loading reads all images into
-memory, 3 KB each: 1.2 GB for all digits; `writers` takes fewer people.
+memory, 3 KB each: 1.2 GB for all digits, twice that while they are read; `writers` takes fewer people.
 
 For everything that is not EMNIST `load_split` is that of `covey_models`.
 """

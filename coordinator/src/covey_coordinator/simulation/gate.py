@@ -36,6 +36,8 @@ HELLO_TIMEOUT_S = 10.0
 INNER_PORT = 10000  # in a network of its own every port is free
 START_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 5.0
+FORGET_AFTER_S = 2.0  # a tunnel that is made anew within that finds what it had
+POLL_S = 0.1
 PIECE = 1 << 18
 CLONE_NEWUSER, CLONE_NEWNET = 0x10000000, 0x40000000
 SIOCSIFFLAGS, IFF_UP = 0x8914, 0x1
@@ -47,25 +49,64 @@ class Refused(Exception):
 
 
 def main(settings: dict[str, Any]) -> int:
-    """settings: binary, host, port, parent (a pid), confined, memory_limit_mb (0: none), who (the answer to HELLO)."""
+    """settings: binary, launcher (`aggregation.worker.LAUNCHER`), host, port, parent (a pid), confined,
+    memory_limit_mb (0: none), who (the answer to HELLO).
+    """
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
+    guests = Guests()
     try:
         door = _door(settings["host"], settings["port"])
         if settings["confined"]:
             _leave_the_network()
         _die_with(settings["parent"])
-        worker, port = _started(settings)
+        port = INNER_PORT if settings["confined"] else _free_port()
+        first = Inner(settings, port)
+        threading.Thread(target=_serve, args=(door, port, settings["who"], guests), daemon=True).start()
+        say({"listening": address(*door.getsockname()[:2])})
+        say({"ended": _one_after_another(first, guests)})
     except Refused as refused:
         what, remedy = refused.args
         say({"refused": what, "remedy": remedy})
-        return 1
-    try:
-        threading.Thread(target=_serve, args=(door, port, settings["who"]), daemon=True).start()
-        say({"listening": address(*door.getsockname()[:2])})
-        say({"ended": worker.wait()})
-    finally:
-        _end(worker)
     return 1
+
+
+def _one_after_another(inner: Inner, guests: Guests) -> int:
+    """A new worker whenever all guests of the old one have left, so that none inherits the memory and the unfinished
+    computations of another. The code of the first that ends by itself.
+    """
+    while True:
+        with inner:
+            while (code := inner.process.poll()) is None and not guests.have_left():
+                time.sleep(POLL_S)
+        if code is not None:
+            return code
+        inner = Inner(inner.settings, inner.port)
+
+
+class Guests:
+    """Counts gRPC connections."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._present = 0
+        self._left_at: float | None = None
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._present += 1
+            self._left_at = None
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._present -= 1
+            self._left_at = None if self._present else time.monotonic()
+
+    def have_left(self) -> bool:
+        """Whether there were some, and the last one left FORGET_AFTER_S ago. Says so once."""
+        with self._lock:
+            left = self._left_at is not None and time.monotonic() - self._left_at > FORGET_AFTER_S
+            self._left_at = None if left else self._left_at
+            return left
 
 
 def say(line: dict[str, Any]) -> None:
@@ -87,7 +128,8 @@ def _door(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family, backlog=64)
     except OSError as error:
-        raise Refused(f"cannot listen on {address(host, port)}: {error.strerror}", "choose another --listen") from error
+        told = f"cannot listen on {address(host, port)}: {os.strerror(error.errno or 0)}"
+        raise Refused(told, "choose another --listen") from error
 
 
 def _leave_the_network() -> None:
@@ -123,34 +165,46 @@ def _die_with(parent: int) -> None:
         sys.exit(1)
 
 
-def _started(settings: dict[str, Any]) -> tuple[subprocess.Popen[bytes], int]:
-    """The worker, ready to serve, and its port on our loopback."""
-    port = INNER_PORT if settings["confined"] else _free_port()
-    libc, limit = ctypes.CDLL(None), settings["memory_limit_mb"] * 1_000_000
+class Inner:
+    """One life of TFF's worker, ready to serve once this is made; the end of the with block ends it."""
 
-    def in_the_child() -> None:
-        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if limit:
-            resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    def __init__(self, settings: dict[str, Any], port: int) -> None:
+        self.settings, self.port = settings, port
+        command = [sys.executable, "-I", "-S", "-c", settings["launcher"], str(os.getpid())]
+        self.process = subprocess.Popen(
+            [*command, settings["binary"], f"--port={port}"],
+            stdin=subprocess.DEVNULL,
+            stdout=sys.stderr,
+            env={"TF_CPP_MIN_LOG_LEVEL": "2", **os.environ},
+        )
+        with contextlib.ExitStack() as on_error:
+            on_error.enter_context(self)
+            if limit := settings["memory_limit_mb"] * 1_000_000:
+                resource.prlimit(self.process.pid, resource.RLIMIT_AS, (limit, limit))
+            self._wait_until_it_listens()
+            on_error.pop_all()
 
-    worker = subprocess.Popen(  # we have one thread only, so code may run between fork and exec
-        [settings["binary"], f"--port={port}"],
-        stdin=subprocess.DEVNULL,
-        stdout=sys.stderr,
-        env={"TF_CPP_MIN_LOG_LEVEL": "2", **os.environ},
-        preexec_fn=in_the_child,
-    )
-    deadline = time.monotonic() + START_TIMEOUT_S
-    while worker.poll() is None and time.monotonic() < deadline:
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
-            return worker, port
-        time.sleep(0.02)
-    code = worker.poll()
-    _end(worker)
-    told = "did not start in time" if code is None else f"ended with code {code}"
-    raise Refused(
-        f"TFF's worker {told}", "look at its output (--log); it needs 1 GB of free memory and of --memory-limit-mb"
-    )
+    def _wait_until_it_listens(self) -> None:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while self.process.poll() is None and time.monotonic() < deadline:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port)):
+                return
+            time.sleep(0.02)
+        code = self.process.poll()
+        told = "did not start in time" if code is None else f"ended with code {code}"
+        raise Refused(f"TFF's worker {told}", "look at its output; it needs 1 GB of memory, also of --memory-limit-mb")
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *error: object) -> None:
+        if self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(STOP_TIMEOUT_S)
+            except subprocess.TimeoutExpired:  # it was stopped (SIGSTOP)
+                self.process.kill()
+        self.process.wait()
 
 
 def _free_port() -> int:
@@ -160,23 +214,13 @@ def _free_port() -> int:
         return port
 
 
-def _end(worker: subprocess.Popen[bytes]) -> None:
-    if worker.poll() is None:
-        worker.terminate()
-        try:
-            worker.wait(STOP_TIMEOUT_S)
-        except subprocess.TimeoutExpired:  # it was stopped (SIGSTOP)
-            worker.kill()
-    worker.wait()
-
-
-def _serve(door: socket.socket, port: int, who: dict[str, Any]) -> None:
+def _serve(door: socket.socket, port: int, who: dict[str, Any], guests: Guests) -> None:
     while True:
         guest, _ = door.accept()
-        threading.Thread(target=_admit, args=(guest, port, who), daemon=True).start()
+        threading.Thread(target=_admit, args=(guest, port, who, guests), daemon=True).start()
 
 
-def _admit(guest: socket.socket, port: int, who: dict[str, Any]) -> None:
+def _admit(guest: socket.socket, port: int, who: dict[str, Any], guests: Guests) -> None:
     with guest, contextlib.suppress(OSError):
         guest.settimeout(HELLO_TIMEOUT_S)
         if _first_bytes(guest) == HELLO:
@@ -184,7 +228,7 @@ def _admit(guest: socket.socket, port: int, who: dict[str, Any]) -> None:
             guest.sendall(json.dumps(who).encode() + b"\n")
             return
         guest.settimeout(None)
-        with socket.create_connection(("127.0.0.1", port)) as worker:
+        with guests, _connection(port) as worker:
             for end in (guest, worker):
                 end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             back = threading.Thread(target=_pass, args=(worker, guest), daemon=True)
@@ -202,6 +246,18 @@ def _first_bytes(guest: socket.socket) -> bytes:
             return seen
         time.sleep(0.01)
     raise TimeoutError
+
+
+def _connection(port: int) -> socket.socket:
+    """To TFF's worker, which may just be starting."""
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while True:
+        try:
+            return socket.create_connection(("127.0.0.1", port))
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.02)
 
 
 def _pass(source: socket.socket, sink: socket.socket) -> None:

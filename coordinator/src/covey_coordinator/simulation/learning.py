@@ -20,6 +20,10 @@ ALGORITHMS = {
     "above 0 this is FedProx (Li et al. 2020, arXiv:1812.06127)",
     "fedsgd": "every device sends one gradient step over all its examples (McMahan et al. 2017); no epochs, no "
     "clipping of gradients, no optimizer on the device",
+    "fsvrg": "Federated SVRG (Konecny et al. 2016, arXiv:1610.02527, Algorithm 4): a round is two exchanges, of "
+    "gradients and of passes over the local data; with feature_scaling S_k and A for sparse data",
+    "fsvrg-naive": "its naive form (Algorithm 3): plan.steps steps on every device, a plain average",
+    "scaffold": "plan.steps steps on every device, corrected by controls (Karimireddy et al. 2020, arXiv:1910.06378)",
 }
 
 
@@ -83,7 +87,7 @@ class Learning:
 
     loss, optimizer, moving_statistics: as for `covey_models.export`. plan: what every device does in a round, as in a
     live invitation. algorithm: see `ALGORITHMS`. attack: what the devices with the numbers
-    `hostile` send instead.
+    `hostile` send instead. feature_scaling: of fsvrg, for models whose first tensor is a kernel on the inputs.
     """
 
     model: Any
@@ -100,6 +104,7 @@ class Learning:
     server_learning_rate: float = 1.0
     privacy: Privacy | CentralPrivacy | None = None
     seed: int = 0
+    feature_scaling: bool = True
 
     def __post_init__(self) -> None:
         if self.algorithm not in ALGORITHMS:

@@ -23,7 +23,7 @@ from covey_coordinator.simulation.addresses import split_address
 from covey_protocol.errors import MachineError
 
 PROBE_S = 1.0
-ANSWER_S = 5.0  # for the hello and for one probe
+ANSWER_S = 10.0  # for the hello and for one probe; one that has just thrown its memory away needs 1 s
 MAX_HELLO_BYTES = 4096
 OWN_CONNECTION = (("grpc.use_local_subchannel_pool", 1), ("grpc.max_reconnect_backoff_ms", 1000))
 NOTHING_TO_DISPOSE = "/tensorflow_federated.v0.ExecutorGroup/Dispose", b""  # a request that does nothing
@@ -36,14 +36,16 @@ class WorkerLost(Exception):
 class Post:
     """One address and whoever works there. `open` first; `close` ends it.
 
-    note: told, a sentence, when a worker comes back.
+    note: told, a sentence, when a worker is lost or comes back.
     """
 
     def __init__(self, address: str, patience_s: float, note: Callable[[str], None]) -> None:
         self.address = address
         self._patience_s, self._note = patience_s, note
         self._link: _Link | None = None
+        self._told: _Link | None = None  # the last one whose loss was told
         self._closed = threading.Event()
+        self._lock = threading.Lock()
         self._refusal = "not connected yet"
 
     def open(self) -> str:
@@ -70,7 +72,7 @@ class Post:
     @property
     def reason(self) -> str:
         """Why it is not living."""
-        return self._link.lost if self._link is not None else self._refusal
+        return (self._link is not None and self._link.lost) or self._refusal
 
     @property
     def reads_our_files(self) -> bool:
@@ -81,15 +83,27 @@ class Post:
         link = self._link
         if link is None or link.lost:
             raise WorkerLost(self.reason)
-        return link.context(compiler).invoke(computation, argument)
+        try:
+            return link.context(compiler).invoke(computation, argument)
+        except WorkerLost:
+            self._tell_loss(link)
+            raise
 
     def _watch(self) -> None:
         while not self._closed.wait(PROBE_S):
             link = self._link
             if link is not None and not link.lost:
                 link.probe(self._patience_s)
+                self._tell_loss(link)
             else:
                 self._come_back()
+
+    def _tell_loss(self, link: _Link) -> None:
+        """Once, whoever notices it first; not when it was us who ended the link."""
+        with self._lock:
+            if link.lost and link is not self._told and not self.is_closed:
+                self._told = link
+                self._note(f"worker {self.address} was lost: {link.lost}")
 
     def _come_back(self) -> None:
         try:
@@ -109,9 +123,14 @@ class Post:
         if self._link is not None and self.reads_our_files and who.get("place") != gate.place():
             self._refusal = "it is on another machine now, where our files are not"
             return
-        self._link = _Link(self.address, who)
+        link = _Link(self.address, who)
+        if not link.answers(ANSWER_S):
+            link.end("it does not answer")
+            self._refusal = "TFF's worker behind the gate does not answer"
+            return
+        self._link = link
         if self._closed.is_set():  # meanwhile
-            self._link.end("we disconnected")
+            link.end("we disconnected")
 
 
 class _Link:
@@ -124,7 +143,7 @@ class _Link:
         self._channel = grpc.insecure_channel(address, (*GRPC_OPTIONS, *OWN_CONNECTION))
         self._probes = grpc.insecure_channel(address, OWN_CONNECTION)
         self._ask = self._probes.unary_unary(NOTHING_TO_DISPOSE[0])
-        self._answered = time.monotonic()
+        self._silent_since: float | None = None
         self._lock = threading.Lock()
         self._context: Any = None
 
@@ -144,18 +163,27 @@ class _Link:
 
     def probe(self, patience_s: float) -> None:
         """Ask for a sign of life; end this link if there is none for too long, or nobody listens."""
+        asked = time.monotonic()
+        if self.answers(min(ANSWER_S, patience_s)):
+            self._silent_since = None
+            return
+        self._silent_since = asked if self._silent_since is None else self._silent_since
+        if time.monotonic() - self._silent_since >= patience_s:
+            self.end(f"it has not answered for {patience_s:g} s")
+
+    def answers(self, timeout_s: float) -> bool:
+        """Whether TFF's worker answers in time. Ends this link where nobody listens any more."""
         import grpc
 
         try:
-            self._ask(NOTHING_TO_DISPOSE[1], timeout=min(ANSWER_S, patience_s))
-            self._answered = time.monotonic()
+            self._ask(NOTHING_TO_DISPOSE[1], timeout=timeout_s)
         except grpc.RpcError as error:
             if error.code() == grpc.StatusCode.UNAVAILABLE:
                 self.end("its connection broke")
-            elif time.monotonic() - self._answered >= patience_s:
-                self.end(f"it has not answered for {patience_s:g} s")
-        except ValueError:
-            pass  # closed meanwhile
+            return False
+        except ValueError:  # closed meanwhile
+            return False
+        return True
 
     def _told(self, error: Exception) -> Exception:
         """WorkerLost for an error of the connection or a worker that knows our values no more."""

@@ -17,6 +17,7 @@ from markupsafe import Markup
 
 from covey_coordinator.report import svg
 from covey_coordinator.report.plots import CLASS_COLOURS, class_name
+from covey_coordinator.report.summary import printable
 
 Array = npt.NDArray[Any]
 
@@ -134,7 +135,7 @@ def _bar(
             box = '<rect x="{}" y="{}" width="{}" height="{}" fill="{}"><title>{}</title></rect>'
             place = svg.number(left), svg.number(level(below + count)), svg.number(wide)
             high = f"{level(below) - level(below + count):.2f}"
-            spoken = f"{device}, {class_name(class_names, index)}: {count}"
+            spoken = f"{printable(device)}, {class_name(class_names, index)}: {count}"
             drawn += svg.formatted(box, *place, high, CLASS_COLOURS[index], spoken)
         below += count
     return drawn

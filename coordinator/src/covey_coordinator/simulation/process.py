@@ -7,6 +7,7 @@ num_byzantine by devices that were refused before the rule.
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict
 from collections.abc import Sequence
 from types import TracebackType
@@ -21,30 +22,34 @@ from covey_coordinator.aggregation.states import pack_state, unpack_state
 from covey_coordinator.aggregation.worker import Worker
 from covey_coordinator.simulation.composition import evaluator, learning_process
 from covey_coordinator.simulation.device_work import DeviceWork
+from covey_coordinator.simulation.exchanges import algorithm_of, process_for
 from covey_coordinator.simulation.learning import Array, CentralPrivacy, DeviceData, Learning
 from covey_coordinator.simulation.remote import RemoteWorkers
 from covey_coordinator.simulation.results import Judged
-from covey_coordinator.simulation.schedule import Schedule, in_order, training_schedule
+from covey_coordinator.simulation.schedule import Schedule, in_order, schedule_of
 from covey_coordinator.simulation.shards import FileShards, Pair, SentShards, Shards
 from covey_models.losses import loss_for
 from covey_models.steps import Recipe, Steps, training_steps
 from covey_protocol.errors import DataError, RuleError, StorageError, UsageError
 from covey_protocol.parameters import ParameterSpec
+from covey_protocol.works import SCAFFOLD
 
 EVALUATED_TOGETHER = 2000  # examples of central test data per piece, so that a worker's cores share them
+TOO_FEW = re.compile(r"\[([^\]]* needs at least \d+ usable updates)\]")  # as `aggregation.factory` words it
 NOISE = 4  # stream of random numbers of a seed
 
 
 class RoundOutcome(NamedTuple):
     """What one round gave. loss: mean training loss over the cohort's examples; losses: by device. verdicts: what the
     rule said; a device whose update was not usable is not accepted. measurements: of the rule, and in differential
-    privacy of the accountant.
+    privacy of the accountant. notes: what became of remote workers meanwhile, a sentence each.
     """
 
     loss: float
     losses: dict[str, float]
     verdicts: dict[str, Judged]
     measurements: dict[str, float]
+    notes: tuple[str, ...] = ()
 
 
 class Simulation:
@@ -72,7 +77,11 @@ class Simulation:
             self._work = DeviceWork(
                 self._steps, learning.plan, self._shards, _of_devices(learning), learning.algorithm == "fedsgd"
             )
-            self._process = self._worker.call(learning_process, learning, self._work)
+            self._exchanges: Any = None
+            algorithm = algorithm_of(learning)
+            if algorithm is not None:
+                self._exchanges = self._worker.call(process_for, learning, algorithm, self._work, self._devices)
+            self._process = self._exchanges or self._worker.call(learning_process, learning, self._work)
             self._evaluator = self._worker.call(evaluator, self._work)
         except BaseException:
             self.close()
@@ -118,13 +127,26 @@ class Simulation:
             plan = msgspec.structs.replace(plan, shuffle_seed=shuffle_seed)
         devices = [self._devices[number] for number in cohort]
         tasks = [self._task(number, plan) for number in cohort]
-        output = self._worker.call(self._process.next, state, tasks)
-        if not all(np.isfinite(part).all() for part in _parts(output.state.global_model_weights)):
+        try:
+            new_state, metrics = self._next(state, tasks)
+        except Exception as error:
+            refusal = _refusal(error)
+            if refusal is None:
+                raise
+            raise refusal from error
+        if not all(np.isfinite(part).all() for part in _parts(new_state.global_model_weights)):
             raise RuleError(
                 f"the round of {self._learning.rule.name} would make parameters that are not finite",
                 "lower the learning rate, or choose a rule that bears corrupted devices",
             )
-        return output.state, _outcome(devices, output.metrics)
+        return new_state, _outcome(devices, metrics)._replace(notes=self._worker.take_notes())
+
+    def _next(self, state: Any, tasks: list[Any]) -> tuple[Any, Any]:
+        if self._exchanges is None:
+            output = self._worker.call(self._process.next, state, tasks)
+            return output.state, output.metrics
+        given = self._exchanges.before(state, tasks)
+        return self._exchanges.after(state, tasks, self._worker.call(self._exchanges.next, *given))  # type: ignore[no-any-return]
 
     def parameters(self, state: Any) -> Array:
         """The global model, (d,) float32, in the order of a bundle's parameters."""
@@ -161,16 +183,18 @@ class Simulation:
     def _description(self) -> str:
         told = self._learning
         layout = [(spec.shape, spec.trainable) for spec in self._steps.specs]
-        return f"{told.rule!r}, {told.attack!r}, {told.server_optimizer}, {told.server_learning_rate!r}, {layout}"
+        server = f"{told.server_optimizer}, {told.server_learning_rate!r}"
+        return f"{told.rule!r}, {told.attack!r}, {server}, {layout}, {told.algorithm}"
 
     def _task(self, number: int, plan: Any) -> OrderedDict[str, Any]:
         device = self._devices[number]
         count = min(len(device.y), plan.max_examples or len(device.y))
         draws = "seed" in self._steps.train_inputs
-        schedule = training_schedule(plan, device.device_id, count, self._steps.batch_size, draws)
+        schedule = schedule_of(self._learning.algorithm, plan, device.device_id, count, self._steps.batch_size, draws)
         random = np.random.SeedSequence([self._learning.seed, NOISE, plan.shuffle_seed, number])
         noise_seed = int(random.generate_state(1, np.uint64)[0] >> np.uint64(1))
-        return self._work.task(self._numbers[number], number, schedule, noise_seed)
+        task = self._work.task(self._numbers[number], number, schedule, noise_seed)
+        return task if self._exchanges is None else self._exchanges.task(task, number, device, count, plan)
 
     def _check_cohort(self, cohort: Sequence[int]) -> None:
         if len(set(cohort)) < len(cohort) or not all(0 <= number < len(self._devices) for number in cohort):
@@ -209,6 +233,7 @@ def _traced(learning: Learning) -> Steps:
         learning.optimizer,
         clip=learning.plan.gradient_clip_norm > 0,
         proximal=learning.plan.proximal_weight > 0,
+        correction=learning.algorithm == SCAFFOLD,
         moving_statistics=learning.moving_statistics,
     )
     return training_steps(learning.model, recipe)
@@ -247,6 +272,12 @@ def _checked(device: DeviceData, steps: Steps) -> Pair:
             "take a model with as many classes as the data have",
         )
     return device.x, device.y
+
+
+def _refusal(error: Exception) -> RuleError | None:
+    """What the rule said inside the worker, where TFF's error is about too few usable updates."""
+    told = TOO_FEW.search(str(error))
+    return RuleError(told[1], "lower the learning rate, or choose a rule that bears more") if told else None
 
 
 def _parts(weights: Any) -> list[Array]:

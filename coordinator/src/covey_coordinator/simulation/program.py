@@ -18,10 +18,11 @@ import msgspec
 
 from covey_coordinator.grid.display import Display
 from covey_coordinator.pool import Died, Done, Event, Failed, Pool, Tell, Told, outcome_of
-from covey_coordinator.simulation.display import Show, shown
+from covey_coordinator.simulation.display import shown
 from covey_coordinator.simulation.folder import ExperimentFolder
 from covey_coordinator.simulation.memory import bounded_jobs, job_bytes, require_for_updates
 from covey_coordinator.simulation.reading import Experiment
+from covey_coordinator.simulation.remote import connect
 from covey_coordinator.simulation.results import RunResult
 from covey_coordinator.simulation.running import Progress, run_cell
 from covey_coordinator.simulation.sweep import Cell
@@ -68,6 +69,7 @@ def run_experiment(
         ready, largest = _checked(missing, folder, display, check)
         if len(ready) < len(experiment.cells) and not ready and not _any_rounds(experiment, folder):
             raise RuleError(_first_refusal(experiment, folder), "lower num_byzantine, or take more devices")
+        _reach_workers(ready)
         jobs = _usable(jobs, ready, largest, experiment.notes.as_fleet, display)
         try:
             failed = _train(experiment, folder, ready, jobs, display, check)
@@ -112,6 +114,12 @@ def _checked(cells: Sequence[Cell], folder: ExperimentFolder, display: Display, 
     return [cell for cell in cells if cell.key not in refused], largest
 
 
+def _reach_workers(ready: Sequence[Cell]) -> None:
+    """Raises RunError or MachineError, before anything starts, if one cannot be used."""
+    if ready and ready[0].settings.workers:
+        connect(ready[0].settings.workers).stop()
+
+
 def _any_rounds(experiment: Experiment, folder: ExperimentFolder) -> bool:
     return any(result.rounds for result in folder.results([cell.key for cell in experiment.cells]))
 
@@ -121,7 +129,8 @@ def _first_refusal(experiment: Experiment, folder: ExperimentFolder) -> str:
 
 
 def _usable(jobs: int, ready: Sequence[Cell], largest: int, as_fleet: bool, display: Display) -> int:
-    if as_fleet or jobs == HERE or not ready:
+    """Fleets and workers elsewhere serve one run at a time."""
+    if jobs == HERE or not ready or as_fleet or ready[0].settings.workers:
         return HERE
     wanted = min(jobs, len(ready))
     usable = bounded_jobs(wanted, largest)
@@ -145,9 +154,16 @@ def _train(
     failed: dict[str, str] = {}
     shared = Shared(folder.path, experiment.notes.as_fleet)
     with shown(display, len(cells), sum(cell.settings.rounds for cell in cells)) as show:
-        for cell, event in _events(shared, cells, jobs, show, check):
+
+        def told(cell: Cell, value: Any) -> None:
+            if isinstance(value, Progress):
+                show.advanced(cell, value)
+            else:
+                show.line(f"  {cell.said}: {value}")
+
+        for cell, event in _events(shared, cells, jobs, told, check):
             if isinstance(event, Told):
-                show.advanced(cell, event.value)
+                told(cell, event.value)
                 continue
             show.ended(cell)
             if not isinstance(event, Done):
@@ -156,27 +172,25 @@ def _train(
     return failed
 
 
-def _events(shared: Shared, cells: Sequence[Cell], jobs: int, show: Show, check: Check) -> Iterator[tuple[Cell, Event]]:
-    if jobs != HERE:
-        # a process that is ended in the middle leaves its files: they lie where we delete them
-        with (
-            tempfile.TemporaryDirectory(prefix="covey-simulate-") as scratch,
-            Pool(train, shared._replace(scratch=scratch), jobs) as pool,
-        ):
-            yield from pool.events(cells, check)
-        return
-    with _stopping_worker():
-        for cell in cells:
-
-            def tell(value: Any, cell: Cell = cell) -> None:
+def _events(
+    shared: Shared, cells: Sequence[Cell], jobs: int, told: Callable[[Cell, Any], None], check: Check
+) -> Iterator[tuple[Cell, Event]]:
+    """As `Pool.events`; what is said by runs in this process goes to `told` at once."""
+    if jobs == HERE:
+        with _stopping_worker(cells):
+            for cell in cells:
                 check()
-                if isinstance(value, Progress):
-                    show.advanced(cell, value)
-                else:
-                    show.line(f"  {value}")
-
-            check()
-            yield cell, outcome_of(train, shared, cell, tell)
+                yield (
+                    cell,
+                    outcome_of(functools.partial(train, check=check), shared, cell, functools.partial(told, cell)),
+                )
+        return
+    # a process that is ended in the middle leaves its files: they lie where we delete them
+    with (
+        tempfile.TemporaryDirectory(prefix="covey-simulate-") as scratch,
+        Pool(train, shared._replace(scratch=scratch), jobs) as pool,
+    ):
+        yield from pool.events(cells, check)
 
 
 def _recorded(folder: ExperimentFolder, cell: Cell, event: Event) -> str:
@@ -189,20 +203,26 @@ def _recorded(folder: ExperimentFolder, cell: Cell, event: Event) -> str:
     return what
 
 
-def train(shared: Shared, cell: Cell, tell: Tell) -> None:
+def train(shared: Shared, cell: Cell, tell: Tell, check: Check = lambda: None) -> None:
     """One cell, in whatever process this is. Its result is in its folder."""
-    folder = ExperimentFolder(shared.folder)
-    place = folder.cell(cell.key)
-    if shared.scratch:
-        tempfile.tempdir = shared.scratch
-    if shared.as_fleet:
-        as_fleet = importlib.import_module("covey_coordinator.simulation.as_fleet")
-        place.finish(as_fleet.run_as_fleet(cell, place.path, tell))
-        return
     from covey_coordinator.simulation.boards import tensor_board
 
-    world = world_of(cell)
-    run_cell(world, place, lambda: _simulation(world), tensor_board(folder.board(cell.key), cell), _briefly(tell))
+    if shared.scratch:
+        tempfile.tempdir = shared.scratch
+    folder = ExperimentFolder(shared.folder)
+    place, world = folder.cell(cell.key), world_of(cell)
+
+    def advanced(progress: Progress) -> None:
+        """Without what only the folder needs: with many devices that is most of a record."""
+        brief = msgspec.structs.replace(progress.record, verdicts={}, measurements={})
+        tell(progress._replace(record=brief))
+        for note in worker_notes(cell):
+            tell(note)
+
+    def learner() -> Any:
+        return _fleet(world, place.path / "fleet", check) if shared.as_fleet else _simulation(world)
+
+    run_cell(world, place, learner, tensor_board(folder.board(cell.key), cell), advanced, check)
 
 
 def _simulation(world: World) -> Any:
@@ -210,32 +230,39 @@ def _simulation(world: World) -> Any:
 
     learning = learning_of(world)
     require_for_updates(world, learning.model.count_params())
-    return Simulation(learning, world.devices, worker=worker())
+    return Simulation(learning, world.devices, worker=worker(world.settings.workers))
+
+
+def _fleet(world: World, place: Path, check: Check) -> Any:
+    as_fleet = importlib.import_module("covey_coordinator.simulation.as_fleet")
+    return as_fleet.FleetLearner(learning_of(world), world.devices, place, check=check)
 
 
 @functools.lru_cache(maxsize=1)
-def worker() -> Any:
-    """This process's TFF worker, which all its cells share; it ends with the process."""
+def worker(addresses: tuple[str, ...]) -> Any:
+    """This process's TFF worker, or the ones at these addresses: its cells share them. It ends with the process."""
     from covey_coordinator.aggregation.worker import Worker
+    from covey_coordinator.simulation.remote import RemoteWorkers
 
-    return Worker()
+    return RemoteWorkers(addresses) if addresses else Worker()
+
+
+def worker_notes(cell: Cell) -> tuple[str, ...]:
+    """What happened to workers elsewhere since the last round."""
+    addresses = cell.settings.workers
+    notes: tuple[str, ...] = worker(addresses).take_notes() if addresses else ()
+    return notes
 
 
 @contextlib.contextmanager
-def _stopping_worker() -> Iterator[None]:
+def _stopping_worker(cells: Sequence[Cell]) -> Iterator[None]:
     """In the user's own process the worker ends with the experiment."""
+    addresses = cells[0].settings.workers if cells else ()  # the same in all
     try:
         yield
     finally:
-        if worker.cache_info().currsize:
-            worker().stop()
-
-
-def _briefly(tell: Tell) -> Callable[[Progress], None]:
-    """Without what only the folder needs: with many devices that is most of a record."""
-    return lambda progress: tell(
-        progress._replace(record=msgspec.structs.replace(progress.record, verdicts={}, measurements={}))
-    )
+        worker(addresses).stop()
+        worker.cache_clear()
 
 
 # ---- after the end

@@ -243,5 +243,7 @@ class _Allotment:
                     "look at the workers' output and memory",
                 ) from lost
             self._waiting.appendleft(number)
-            part = f"part {number + 1} of {len(self._tasks)}" if len(self._tasks) > 1 else "its work"
-            self._note(f"worker {post.address} was lost ({lost}); {part} is computed again by another")
+            if len(self._tasks) > 1:
+                self._note(
+                    f"part {number + 1} of {len(self._tasks)} is computed again, after the loss of {post.address}"
+                )

@@ -114,6 +114,7 @@ class _Run:
             told: dict[str, Any] = {"measurements": {"refused": 1.0}}
             self._refused(number, error)
         else:
+            self._notes = (*self._notes, *(f"round {number}: {note}" for note in outcome.notes))
             told = {
                 "loss": outcome.loss if math.isfinite(outcome.loss) else None,
                 "verdicts": outcome.verdicts,

@@ -15,6 +15,7 @@ from covey_coordinator.aggregation.engines import SERVER_OPTIMIZERS
 from covey_coordinator.aggregation.registry import suggest
 from covey_coordinator.grid.settings import NO_ATTACK, AttackSpec, RuleSpec, attack_spec, rule_spec
 from covey_coordinator.simulation.learning import ALGORITHMS
+from covey_coordinator.simulation.remote import RemoteWorkers
 from covey_edge.config import NotNegative, Positive
 from covey_models.names import LOSSES, OPTIMIZERS, no_such
 from covey_protocol.errors import ConfigError
@@ -37,7 +38,7 @@ class DataSettings(Struct, frozen=True, forbid_unknown_fields=True):
     """set: a data set by name, also one of the data folder. path: a file or folder of the user's own instead of it.
 
     test_fraction: kept for the central evaluation, where the source has no test part. The rest says how a file is
-    read: as in `covey_models.datasets.Reading`.
+    read: as in `covey_models.datasets.Reading`. writers: of EMNIST, see `emnist`.
     """
 
     set: str = ""
@@ -49,6 +50,7 @@ class DataSettings(Struct, frozen=True, forbid_unknown_fields=True):
     ignore: tuple[str, ...] = ()
     standardise: bool = False
     size: tuple[int, int] | None = None
+    writers: AtLeastOne | None = None
 
     def reading(self) -> Table:
         """What is said of how the file is read."""
@@ -101,7 +103,7 @@ class ExperimentSettings(Struct, frozen=True, forbid_unknown_fields=True):
     """One point of an experiment: `sweep` is empty in what a cell is given.
 
     sample: devices per round, 0 for all. seeds: how many (0, 1, ...) or which. evaluate_every, save_every: in rounds.
-    evaluate_devices: the model on every healthy device's own data, too.
+    evaluate_devices: the model on every healthy device's own data, too. workers: addresses of `covey worker`s.
     """
 
     name: str
@@ -157,6 +159,8 @@ def check_settings(settings: ExperimentSettings) -> None:
     _within("aggregation", settings.rule_spec)
     _within("attack", settings.attack_spec)
     _check_attackers(settings)
+    if settings.workers:
+        RemoteWorkers(settings.workers)  # raises ConfigError for what is no address; connects to none
     _known("privacy.by", settings.privacy.by, PRIVACY_BY)
     if settings.privacy.noise_multiplier and not settings.privacy.clip_norm:
         raise ConfigError("privacy.noise_multiplier needs privacy.clip_norm", "set it; noise is measured in it")

@@ -164,7 +164,7 @@ def label_of(value: Any) -> str:
     if isinstance(value, Mapping):
         if isinstance(value.get("label"), str):
             return str(value["label"])
-        named = [name for name in ("rule", "attack", "kind", "name") if isinstance(value.get(name), str)][:1]
+        named = [name for name in ("rule", "attack", "kind", "step") if isinstance(value.get(name), str)][:1]
         others = [f"{key}={label_of(inner)}" for key, inner in value.items() if key not in named]
         return " ".join([*(str(value[name]) for name in named), *others])
     if isinstance(value, (list, tuple)):

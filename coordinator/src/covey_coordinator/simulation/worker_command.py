@@ -11,7 +11,6 @@ import ipaddress
 import json
 import os
 import queue
-import secrets
 import subprocess
 import sys
 import threading
@@ -21,7 +20,7 @@ from typing import IO, Any
 
 import click
 
-from covey_coordinator.aggregation.worker import worker_binary
+from covey_coordinator.aggregation.worker import LAUNCHER, worker_binary
 from covey_coordinator.simulation import gate
 from covey_coordinator.simulation.addresses import split_address
 from covey_protocol.errors import ConfigError, MachineError
@@ -101,7 +100,7 @@ def _error(line: dict[str, Any]) -> MachineError:
 @contextlib.contextmanager
 def _gate(settings: dict[str, Any], output: IO[bytes] | None) -> Iterator[Callable[[], dict[str, Any] | None]]:
     """The gate's process; what it says next, or None after POLL_S of silence. It is gone when the block is left."""
-    told = {**settings, "binary": str(worker_binary()), "parent": os.getpid(), "who": who()}
+    told = {**settings, "binary": str(worker_binary()), "launcher": LAUNCHER, "parent": os.getpid(), "who": who()}
     process = subprocess.Popen(
         [sys.executable, "-I", "-S", gate.__file__, json.dumps(told)],
         stdin=subprocess.DEVNULL,
@@ -144,6 +143,5 @@ def who() -> dict[str, Any]:
     return {
         "covey": version("covey-coordinator"),
         "tensorflow_federated": version("tensorflow-federated"),
-        "instance": secrets.token_hex(8),
         "place": gate.place(),
     }

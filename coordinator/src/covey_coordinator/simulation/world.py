@@ -19,10 +19,11 @@ from covey_coordinator.attacks.contract import Attack, DataSetting
 from covey_coordinator.eligibility import sampled
 from covey_coordinator.grid.simulation import POISON, corrupted_devices, stream
 from covey_coordinator.records import Array
+from covey_coordinator.simulation import emnist
 from covey_coordinator.simulation.learning import CentralPrivacy, DeviceData, Learning, Privacy
 from covey_coordinator.simulation.settings import DataSettings, ExperimentSettings, is_user_code
 from covey_coordinator.simulation.sweep import Cell
-from covey_models import datasets, population
+from covey_models import population
 from covey_models.datasets import Dataset
 from covey_models.user_code import UserCode
 from covey_protocol.errors import CoveyError, RuleError
@@ -124,7 +125,7 @@ def _people(key: bytes) -> People:
     """Kept for the next cell, which mostly asks for the same."""
     data, devices, partition, corruptions, seed, data_dir = msgspec.json.decode(key)
     told = msgspec.convert(data, DataSettings)
-    train, test = datasets.load_split(
+    train, test = emnist.load_split(
         told.path or told.set or DEFAULT_DATA, data_dir, test_fraction=told.test_fraction, seed=seed, **told.reading()
     )
     found = population.populate(train, devices=devices, partition=partition, corruptions=corruptions, seed=seed)

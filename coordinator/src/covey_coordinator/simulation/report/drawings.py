@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
-import numpy as np
 from markupsafe import Markup
 
 from covey_coordinator.grid.picture import DARK_BELOW, REFUSED
@@ -300,32 +299,4 @@ def roc_curves(lines: Sequence[Accused]) -> Markup:
             svg.formatted('<path d="{}" {}/>', _path([frame.place(*p) for p in curve]), svg.stroke(line.number))
         )
     parts.append(svg.text(LEFT, TOP - 1, "corrupted devices found", "start", "axis"))
-    return Markup("").join(parts) + svg.END
-
-
-# --- data
-
-
-def counts_map(counts: dict[str, tuple[int, ...]], devices: Sequence[str]) -> Markup:
-    """For many devices: a column per device, a row per class, darker for more examples."""
-    table = np.array([counts[device] for device in devices], np.float64)
-    if table.size == 0 or table.max() <= 0:
-        return Markup("")
-    num_devices, num_classes = table.shape
-    left, wide, high = 40.0, 990 / num_devices, min(22.0, 320 / num_classes)
-    width, height = 1040.0, high * num_classes + 34
-    spoken = f"Examples per class (rows) of {num_devices} devices (columns); the darkest is {int(table.max())}."
-    parts = [svg.opening(width, height, spoken)]
-    step = max(1, math.ceil(14 / high))
-    for number in range(0, num_classes, step):
-        parts.append(svg.text(left - 8, high * (number + 0.5) + 4, str(number), "end"))
-    levels = np.ceil(table / table.max() * 9).astype(int)  # ten tones, one path each
-    for level in range(1, 10):
-        path = "".join(
-            f"M{svg.number(left + device * wide)} {svg.number(number * high)}h{wide:.2f}v{high:.2f}h-{wide:.2f}z"
-            for device, number in np.argwhere(levels == level)
-        )
-        if path:
-            parts.append(svg.formatted('<path fill="#0b4f7a" fill-opacity="{}" d="{}"/>', f"{level / 9:.2f}", path))
-    parts.append(svg.text(left + 495, height - 6, f"{num_devices} devices, one column each", "middle", "axis"))
     return Markup("").join(parts) + svg.END

@@ -20,6 +20,7 @@ from covey_coordinator.records import ACCEPTED, REJECTED, DeviceVerdict, RunReco
 from covey_coordinator.records import RoundRecord as DrawnRound
 from covey_coordinator.report import plots, summary
 from covey_coordinator.report.html import page_environment
+from covey_coordinator.simulation.pictures import partition_plot
 from covey_coordinator.simulation.report import drawings, words
 from covey_coordinator.simulation.report.axes import Axis, Layout, label
 from covey_coordinator.simulation.report.frame import share_floor
@@ -49,8 +50,6 @@ MAX_GRID_DEVICES = 40
 MAX_BOXES = 40
 MAX_ROWS = 200
 MAX_MEASUREMENTS = 12
-MAX_BARS = 30  # devices drawn as bars of their classes; of more, a map
-MAX_MAP_DEVICES = 400
 
 
 def write_experiment_report(folder: str | Path) -> Path:
@@ -144,7 +143,6 @@ def render(
         grids_not_drawn=not_drawn,
         boxes=_boxes(found, layout),
         partitions=_partitions(found, class_names),
-        class_names=class_names,
         measurements=_measurements(found, layout),
         rows=_rows(found, layout),
         axes=layout.axes,
@@ -381,24 +379,13 @@ def _boxes(found: Gathered, layout: Layout) -> dict[str, Any]:
 
 def _partitions(found: Gathered, class_names: Sequence[str]) -> list[dict[str, Any]]:
     shown = []
-    for key, counts in found.counts.items():
-        most = max(map(len, counts.values()), default=0)
-        padded = {device: (*row, *[0] * (most - len(row))) for device, row in counts.items()}
-        devices = sorted(padded)[:MAX_MAP_DEVICES]
-        bars = len(devices) <= MAX_BARS
-        drawing = plots.class_bars(dict(padded), devices, class_names) if bars else drawings.counts_map(padded, devices)
-        sizes = [sum(row) for row in padded.values()]
-        shown.append(
-            {
-                "key": key,
-                "drawing": drawing,
-                "bars": bars,
-                "classes": most,
-                "least": min(sizes),
-                "most": max(sizes),
-                "left_out": len(padded) - len(devices),
-            }
-        )
+    for held in found.data:
+        most = max(map(len, held.counts.values()), default=0)
+        counts = {device: (*row, *[0] * (most - len(row))) for device, row in sorted(held.counts.items())}
+        if most and any(map(any, counts.values())):
+            names = class_names or [str(number) for number in range(most)]
+            title = f"Run {summary.printable(held.key)}"
+            shown.append({"key": held.key, "drawing": partition_plot(counts, names, held.faults, title)})
     return shown
 
 

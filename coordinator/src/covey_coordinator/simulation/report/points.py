@@ -20,7 +20,7 @@ from covey_coordinator.simulation.results import RunResult
 Floats = npt.NDArray[np.float64]
 SEED_KEYS = ("seed", "seeds")  # a sweep over seeds varies nothing else
 MAX_NOTES = 200
-MAX_COUNTS = 3  # tables of examples per class that are kept: partitions differ with seeds, and a few show how
+MAX_HELD = 3  # runs whose devices' data are drawn: they differ with seeds, and a few show how
 ROUND_METRICS = ("accuracy", "loss")  # of the central test data
 
 
@@ -88,18 +88,26 @@ class Point:
         return area_under_roc(self.suspicions)
 
 
+class Held(NamedTuple):
+    """What the devices of one run hold: examples per class, and what is wrong with whom."""
+
+    key: str
+    counts: dict[str, tuple[int, ...]]
+    faults: dict[str, tuple[str, ...]]
+
+
 @dataclass(frozen=True)
 class Gathered:
     """points: in the order of the runs. unfinished: keys of runs without a round. notes: run's key, what it noted.
 
-    counts: the first examples-per-class tables that differ, by the key of the run they are of.
+    data: the first runs whose devices hold different data.
     """
 
     points: list[Point]
     num_runs: int
     unfinished: list[str]
     notes: list[tuple[str, str]]
-    counts: dict[str, dict[str, tuple[int, ...]]]
+    data: list[Held]
     seconds: float
 
 
@@ -108,7 +116,7 @@ def gathered(results: Iterable[RunResult]) -> Gathered:
     points: dict[str, Point] = {}
     unfinished: list[str] = []
     notes: list[tuple[str, str]] = []
-    counts: dict[str, dict[str, tuple[int, ...]]] = {}
+    data: list[Held] = []
     number, seconds = 0, 0.0
     for result in results:
         number += 1
@@ -119,9 +127,9 @@ def gathered(results: Iterable[RunResult]) -> Gathered:
             continue
         varied = {name: value for name, value in result.varied.items() if name.split(".")[-1] not in SEED_KEYS}
         _add(points.setdefault(canonical(varied), Point(varied)), result)
-        if result.counts and len(counts) < MAX_COUNTS and result.counts not in counts.values():
-            counts[result.key] = result.counts
-    return Gathered(list(points.values()), number, unfinished, notes, counts, seconds)
+        if result.counts and len(data) < MAX_HELD and all(result.counts != held.counts for held in data):
+            data.append(Held(result.key, result.counts, result.faults))
+    return Gathered(list(points.values()), number, unfinished, notes, data, seconds)
 
 
 def canonical(value: Any) -> str:
