@@ -139,6 +139,10 @@ def ran(reproduction: Reproduction, out: Path, quick: bool = False) -> str:
     return file.getvalue()
 
 
+def interrupted() -> None:
+    raise KeyboardInterrupt
+
+
 @pytest.mark.fleet
 def test_the_program_runs_reports_and_goes_on_where_it_was(tmp_path: Path) -> None:
     said = ran(tiny(), tmp_path)
@@ -162,6 +166,14 @@ def test_the_program_runs_reports_and_goes_on_where_it_was(tmp_path: Path) -> No
     assert "going on: 2 runs" in quick
     assert (tmp_path / "fsvrg" / "quick" / "report.md").exists()
     assert "going on" not in ran(tiny(rounds=5), tmp_path)  # other settings are other runs
+
+
+@pytest.mark.fleet
+def test_an_interrupted_program_says_what_is_saved(tmp_path: Path) -> None:
+    file = io.StringIO()
+    with pytest.raises(KeyboardInterrupt):
+        reproduce(Request(tiny(), False, None, None, tmp_path, 1), Display(file), interrupted)
+    assert f"0 of 4 runs are saved in {tmp_path}; the same command goes on" in file.getvalue()
 
 
 def test_a_run_that_cannot_be_read_is_named(tmp_path: Path) -> None:

@@ -245,6 +245,7 @@ BYZFL = Reproduction(
     deviations=(
         "A net of 784-100-10 instead of ByzFL's small convolutional net.",
         "All devices have shares of equal size; attacks are ours, not ByzFL's.",
+        "ByzFL's geometric median takes three smoothed steps, ours goes on until it is there.",
     ),
     full_time="96 runs, scaled from the quick form: some hours",
     cases=cases,
