@@ -160,6 +160,7 @@ def learning_of(world: World) -> Learning:
             learning_rate=training.learning_rate,
             gradient_clip_norm=training.gradient_clip_norm,
             proximal_weight=training.proximal_weight,
+            steps=training.local_steps,
         ),
         rule=world.rule,
         batch_size=model.batch,
@@ -173,6 +174,7 @@ def learning_of(world: World) -> Learning:
         server_learning_rate=settings.server.learning_rate,
         privacy=_privacy(settings),
         seed=cell.seed,
+        feature_scaling=training.feature_scaling,
     )
 
 
