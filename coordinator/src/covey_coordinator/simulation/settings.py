@@ -75,7 +75,7 @@ class ModelSettings(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class TrainingSettings(Struct, frozen=True, forbid_unknown_fields=True):
-    """As [training] of `covey serve`, without its seed, which is the experiment's."""
+    """As [training] of `covey serve`, without its seed, which is the experiment's; and fedsgd beside its algorithms."""
 
     algorithm: str = "fedavg"
     epochs: Annotated[int, Meta(ge=1, le=MAX_EPOCHS)] = 1
@@ -201,12 +201,15 @@ def _check_training(settings: ExperimentSettings) -> None:
     if training.algorithm != FEDSGD:
         algorithm = Algorithm(training.algorithm, training.local_steps, training.feature_scaling)
         check_algorithm(algorithm, settings.server.optimizer)
-        return
-    if training.epochs != 1 or training.gradient_clip_norm or training.proximal_weight or model.optimizer != "sgd":
+    elif not _is_plain(training) or model.optimizer != "sgd":
         raise ConfigError(
             "fedsgd is one step of plain gradient descent with all of a device's examples",
-            "leave training.epochs, gradient_clip_norm, proximal_weight and model.optimizer out, or take fedavg",
+            "of [training] set only the learning_rate, and leave model.optimizer out, or take fedavg",
         )
+
+
+def _is_plain(training: TrainingSettings) -> bool:
+    return training == TrainingSettings(FEDSGD, learning_rate=training.learning_rate)
 
 
 def _check_attackers(settings: ExperimentSettings) -> None:
