@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tomllib
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -113,6 +113,8 @@ def test_labels_are_what_people_call_the_values() -> None:
         ({"model": {"optimizer": "adamm"}}, "did you mean 'adam'"),
         ({"training": {"algorithm": "fedavgg"}}, "did you mean 'fedavg'"),
         ({"training": {"algorithm": "fedsgd", "epochs": 2}}, "take fedavg"),
+        ({"training": {"algorithm": "scaffold"}}, "local_steps = 0"),
+        ({"training": {"algorithm": "fsvrg"}, "server": {"optimizer": "adam"}}, "server optimizer 'adam'"),
         ({"training": {"learning_rte": 1.0}}, "did you mean `learning_rate`"),
         ({"aggregation": {"rule": "medain"}}, r"\[aggregation\]: there is no aggregation rule.*'median'"),
         ({"aggregation": {"rule": "median", "radius": 1}}, "no setting 'radius'"),
@@ -162,7 +164,9 @@ def test_what_cannot_work_is_refused_by_name(more: dict[str, Any], what: str) ->
     ],
     ids=str,
 )
-def test_what_the_data_cannot_bear_is_said_of_the_cell(more: dict[str, Any], error: type[CoveyError], what: str) -> None:
+def test_what_the_data_cannot_bear_is_said_of_the_cell(
+    more: dict[str, Any], error: type[CoveyError], what: str
+) -> None:
     with pytest.raises(error, match=what):
         world_of(cell(**more))
 
@@ -282,7 +286,9 @@ SCALARS = st.one_of(
     st.booleans(), st.integers(-(2**60), 2**60), st.floats(allow_nan=False), st.text(st.characters(codec="utf-8"))
 )
 VALUES = st.recursive(
-    SCALARS, lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(KEYS, inner, max_size=3)), max_leaves=8
+    SCALARS,
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(KEYS, inner, max_size=3)),
+    max_leaves=8,
 )
 
 

@@ -207,7 +207,7 @@ def _check_learning(learning: Learning) -> None:
 def _rule(learning: Learning) -> Rule:
     if learning.attack is None or not learning.hostile:
         return learning.rule
-    return Attacked(learning.attack, tuple(learning.hostile), learning.rule, learning.seed)
+    return Attacked(learning.attack, tuple(learning.hostile), learning.rule, learning.seed, sampled=True)
 
 
 def _policy(learning: Learning) -> dict[str, dict[str, Any]]:

@@ -41,8 +41,9 @@ def simulate_command(
     from covey_edge.processes import interrupted_by_signals
     from covey_protocol.errors import RunError
 
+    jobs = usable_jobs(jobs)
     experiment, folder = _opened(file, settings, out, resume, options)
-    outcome = run_experiment(experiment, folder, usable_jobs(jobs), Display(), interrupted_by_signals())
+    outcome = run_experiment(experiment, folder, jobs, Display(), interrupted_by_signals())
     if outcome.failed:
         first = next(iter(outcome.failed))
         raise RunError(

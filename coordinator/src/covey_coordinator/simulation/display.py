@@ -29,7 +29,7 @@ class Rounds:
         before = self._number.get(cell.key)
         if before is None:
             self.total -= max(progress.number - 1, 0)
-            before = min(progress.number, 0) if not progress.number else progress.number - 1
+            before = max(progress.number - 1, 0)
         self.finished += progress.number - before
         self._number[cell.key] = progress.number
         if not self._started:
@@ -109,6 +109,7 @@ class BarShow(Show):
 
     def ended(self, cell: Cell) -> None:
         super().ended(cell)
+        self._bars.refresh()  # a last look at its bar
         if cell.key in self._tasks:
             self._bars.remove_task(self._tasks.pop(cell.key))  # type: ignore[arg-type]
         self._show_all()
@@ -127,10 +128,10 @@ def shown(display: Display, cells: int, total: int, every_s: float = PLAIN_EVERY
         yield PlainShow(display, rounds, every_s)
         return
     columns = (
-        TextColumn("  {task.description}"),
+        TextColumn("  {task.description}", markup=False),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[told]}"),
+        TextColumn("{task.fields[told]}", markup=False),
     )
     with Progress(*columns, console=display.console) as bars:
         yield BarShow(display, rounds, bars)

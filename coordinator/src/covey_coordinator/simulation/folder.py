@@ -20,6 +20,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -129,6 +130,14 @@ class ExperimentFolder:
             except OSError as exc:
                 raise ConfigError(f"another covey simulate works in {self.path}", "wait for it") from exc
             yield
+
+    @property
+    def has_rounds(self) -> bool:
+        """Whether any cell has begun."""
+        return any(self.path.glob("cells/*/rounds.jsonl"))
+
+    def delete(self) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
 
     def cell(self, key: str) -> CellFolder:
         return CellFolder(self.path / "cells" / key)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -23,12 +22,13 @@ from covey_coordinator.simulation.folder import ExperimentFolder
 from covey_coordinator.simulation.memory import bounded_jobs, job_bytes, require_for_updates
 from covey_coordinator.simulation.reading import Experiment
 from covey_coordinator.simulation.remote import connect
+from covey_coordinator.simulation.report.html import write_experiment_report
 from covey_coordinator.simulation.results import RunResult
 from covey_coordinator.simulation.running import Progress, run_cell
 from covey_coordinator.simulation.sweep import Cell
 from covey_coordinator.simulation.table import table_lines
 from covey_coordinator.simulation.world import World, learning_of, people_key, world_of
-from covey_protocol.errors import RuleError
+from covey_protocol.errors import CoveyError, RuleError
 
 MOST_TOLD = 10  # cells that are named one by one before the start
 HERE = 0  # jobs: train in this process
@@ -63,7 +63,7 @@ def run_experiment(
     jobs: processes, or HERE. check: called all the time; raises to end the run, which can be resumed.
     Raises ConfigError, DataError, RuleError or MachineError, before anything starts, for what cannot work.
     """
-    with folder.held():
+    with folder.held(), _forgotten_if_refused(folder):
         missing = [cell for cell in experiment.cells if folder.cell(cell.key).result() is None]
         _introduce(experiment, len(missing), folder, display)
         ready, largest = _checked(missing, folder, display, check)
@@ -82,6 +82,17 @@ def run_experiment(
 
 
 # ---- before the start
+
+
+@contextlib.contextmanager
+def _forgotten_if_refused(folder: ExperimentFolder) -> Iterator[None]:
+    """An experiment that cannot work leaves no folder, unless there are rounds to go on with."""
+    try:
+        yield
+    except CoveyError:
+        if not folder.has_rounds:
+            folder.delete()
+        raise
 
 
 def _introduce(experiment: Experiment, missing: int, folder: ExperimentFolder, display: Display) -> None:
@@ -177,13 +188,11 @@ def _events(
 ) -> Iterator[tuple[Cell, Event]]:
     """As `Pool.events`; what is said by runs in this process goes to `told` at once."""
     if jobs == HERE:
+        work = functools.partial(train, check=check)
         with _stopping_worker(cells):
             for cell in cells:
                 check()
-                yield (
-                    cell,
-                    outcome_of(functools.partial(train, check=check), shared, cell, functools.partial(told, cell)),
-                )
+                yield cell, outcome_of(work, shared, cell, functools.partial(told, cell))
         return
     # a process that is ended in the middle leaves its files: they lie where we delete them
     with (
@@ -216,11 +225,11 @@ def train(shared: Shared, cell: Cell, tell: Tell, check: Check = lambda: None) -
         """Without what only the folder needs: with many devices that is most of a record."""
         brief = msgspec.structs.replace(progress.record, verdicts={}, measurements={})
         tell(progress._replace(record=brief))
-        for note in worker_notes(cell):
+        for note in progress.notes:
             tell(note)
 
     def learner() -> Any:
-        return _fleet(world, place.path / "fleet", check) if shared.as_fleet else _simulation(world)
+        return _fleet(world, place.path / "fleet", tell, check) if shared.as_fleet else _simulation(world)
 
     run_cell(world, place, learner, tensor_board(folder.board(cell.key), cell), advanced, check)
 
@@ -233,9 +242,14 @@ def _simulation(world: World) -> Any:
     return Simulation(learning, world.devices, worker=worker(world.settings.workers))
 
 
-def _fleet(world: World, place: Path, check: Check) -> Any:
-    as_fleet = importlib.import_module("covey_coordinator.simulation.as_fleet")
-    return as_fleet.FleetLearner(learning_of(world), world.devices, place, check=check)
+def _fleet(world: World, place: Path, tell: Tell, check: Check) -> Any:
+    """Real agents, and the simulation beside them, so that the result says how far the two lie apart."""
+    from covey_coordinator.simulation.agreement import fleet_of
+
+    learning, test = learning_of(world), (world.test.x, world.test.y)
+    return fleet_of(
+        learning, world.devices, place, test, title=world.cell.said, worker=worker(()), say=tell, check=check
+    )
 
 
 @functools.lru_cache(maxsize=1)
@@ -245,13 +259,6 @@ def worker(addresses: tuple[str, ...]) -> Any:
     from covey_coordinator.simulation.remote import RemoteWorkers
 
     return RemoteWorkers(addresses) if addresses else Worker()
-
-
-def worker_notes(cell: Cell) -> tuple[str, ...]:
-    """What happened to workers elsewhere since the last round."""
-    addresses = cell.settings.workers
-    notes: tuple[str, ...] = worker(addresses).take_notes() if addresses else ()
-    return notes
 
 
 @contextlib.contextmanager
@@ -280,6 +287,8 @@ def _conclude(
         display.line(line)
     display.line()
     display.line(f"results: {folder.path}")
+    if results:
+        display.line(f"report: {write_experiment_report(folder.path, len(experiment.cells))}")
 
 
 def _many(count: int, what: str) -> str:

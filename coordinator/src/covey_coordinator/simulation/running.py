@@ -15,15 +15,18 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from covey_coordinator.attacks.contract import DataSetting
 from covey_coordinator.attacks.data import ScalingBackdoor
 from covey_coordinator.coordinator import shuffle_seed
 from covey_coordinator.records import Array
 from covey_coordinator.simulation.folder import CellFolder, SavedState
 from covey_coordinator.simulation.results import RoundRecord, RunResult
 from covey_coordinator.simulation.world import World
+from covey_models.corruption import Setting, triggered
+from covey_models.corruption.trigger import Trigger
+from covey_models.population import place
 from covey_protocol.errors import RuleError
 
+EVALUATED_TOGETHER = 500  # devices
 MOST_REFUSED_NOTES = 3  # so many refused rounds are told with their reasons; all are counted
 
 
@@ -45,11 +48,12 @@ class Board(Protocol):
 
 
 class Progress(NamedTuple):
-    """Said after every round. number, of: rounds. record: of this one. started: the first since (re)start."""
+    """Said after every round. number, of: rounds. record: of this one. notes: what happened to workers in it."""
 
     number: int
     of: int
     record: RoundRecord
+    notes: tuple[str, ...] = ()
 
 
 Tell = Callable[[Progress], None]
@@ -111,23 +115,25 @@ class _Run:
         try:
             self._state, outcome = self._learner.next(self._state, cohort, self._shuffle_seed(number))
         except RuleError as error:
+            notes: tuple[str, ...] = ()
             told: dict[str, Any] = {"measurements": {"refused": 1.0}}
             self._refused(number, error)
         else:
-            self._notes = (*self._notes, *(f"round {number}: {note}" for note in outcome.notes))
+            notes = tuple(f"round {number}: {note}" for note in outcome.notes)
+            self._notes = (*self._notes, *notes)
             told = {
                 "loss": outcome.loss if math.isfinite(outcome.loss) else None,
                 "verdicts": outcome.verdicts,
                 "measurements": finite({**outcome.measurements, **_spread(outcome.losses)}),
             }
         evaluations = self._evaluations() if self._is_evaluated(number) else {}
-        self._keep(RoundRecord(number, **told, **evaluations, seconds=_since(started)))
+        self._keep(RoundRecord(number, **told, **evaluations, seconds=_since(started)), notes)
         if number % self._world.settings.save_every == 0 and number < self._world.settings.rounds:
             self._place.save(SavedState(number, self._learner.saved(self._state), self._notes))
 
     def result(self) -> RunResult:
         world = self._world
-        every = list(range(len(world.devices)))
+        devices = self._on_devices(list(range(len(world.devices))))
         return RunResult(
             key=world.cell.key,
             seed=world.cell.seed,
@@ -135,7 +141,7 @@ class _Run:
             rounds=self._records,
             faults=world.faults,
             counts=world.counts,
-            devices={name: finite(told) for name, told in self._learner.evaluate_devices(self._state, every).items()},
+            devices={name: finite(told) for name, told in devices.items()},
             notes=self._all_notes(),
             seconds=round(sum(record.seconds for record in self._records), 3),
         )
@@ -143,11 +149,11 @@ class _Run:
     def _shuffle_seed(self, number: int) -> int:
         return shuffle_seed(self._world.cell.seed, number)
 
-    def _keep(self, record: RoundRecord) -> None:
+    def _keep(self, record: RoundRecord, notes: tuple[str, ...] = ()) -> None:
         self._place.append(record)
         self._records.append(record)
         self._board.write(record)
-        self._tell(Progress(record.number, self._world.settings.rounds, record))
+        self._tell(Progress(record.number, self._world.settings.rounds, record, notes))
 
     def _refused(self, number: int, error: RuleError) -> None:
         if sum("refused" in record.measurements for record in self._records) < MOST_REFUSED_NOTES:
@@ -171,7 +177,7 @@ class _Run:
             central["backdoor_success"] = self._learner.evaluate(self._state, *self._backdoor)["accuracy"]
         found = {"evaluation": finite(central)}
         if self._world.settings.evaluate_devices and self._healthy:
-            told = self._learner.evaluate_devices(self._state, self._healthy)
+            told = self._on_devices(self._healthy)
             accuracies = np.array([one["accuracy"] for one in told.values()])
             found["device_evaluation"] = {
                 "accuracy_mean": float(accuracies.mean()),
@@ -180,15 +186,30 @@ class _Run:
             }
         return found
 
+    def _on_devices(self, numbers: list[int]) -> dict[str, dict[str, float]]:
+        """Some at a time, so that memory stays bounded with many devices."""
+        found: dict[str, dict[str, float]] = {}
+        for start in range(0, len(numbers), EVALUATED_TOGETHER):
+            found.update(self._learner.evaluate_devices(self._state, numbers[start : start + EVALUATED_TOGETHER]))
+        return found
+
 
 def _triggered(world: World) -> tuple[Array, Array] | None:
-    """Test examples of other classes with the backdoor's trigger, and the attacker's class; None without a backdoor."""
+    """Test examples of other classes with the backdoor's trigger, and the attacker's class; None without a backdoor.
+
+    Of the attack, else of the first corruption that puts a trigger in.
+    """
     attack, test = world.attack, world.test
-    if not isinstance(attack, ScalingBackdoor):
-        return None
-    others = test.x[test.y != attack.target]
-    setting = DataSetting(test.num_classes, test.input_range)
-    return attack.triggered(others, setting), np.full(len(others), attack.target, test.y.dtype)
+    if isinstance(attack, ScalingBackdoor):
+        target, patch = attack.target, attack.patch
+    else:
+        triggers = [place(table).corruption for table in world.settings.corruption]
+        found = next((one for one in triggers if isinstance(one, Trigger)), None)
+        if found is None:
+            return None
+        target, patch = Setting.of(test).class_number(found.target), found.patch
+    others = test.x[test.y != target]
+    return triggered(others, patch, test.input_range), np.full(len(others), target, test.y.dtype)
 
 
 def _spread(losses: Mapping[str, float]) -> dict[str, float]:
