@@ -26,7 +26,7 @@ from covey_coordinator.simulation import gate
 from covey_coordinator.simulation.addresses import split_address
 from covey_coordinator.simulation.remote import RemoteWorkers, connect
 from covey_coordinator.simulation.worker_command import who, worker_command
-from covey_protocol.errors import ConfigError, MachineError, RunError
+from covey_protocol.errors import ConfigError, MachineError, RunError, TransportError
 
 pytestmark = pytest.mark.fleet
 
@@ -142,7 +142,7 @@ def learned(worker: Any, rule: Any, rounds: int = 2, **options: Any) -> list[Any
         return [simulation.parameters(state), simulation.evaluate_devices(state, [0, 4]), outcomes]
 
 
-def simulation_of(rule: Any, worker: Any, **options: Any) -> Any:
+def simulation_of(rule: Any, worker: Any, algorithm: str = "fedavg", **options: Any) -> Any:
     import tensorflow as tf
     from sklearn.datasets import load_digits
 
@@ -157,8 +157,14 @@ def simulation_of(rule: Any, worker: Any, **options: Any) -> Any:
     devices = [DeviceData(f"device-{n}", x[a:b], y[a:b]) for n, (a, b) in enumerate(zip(starts, starts[1:]))]
     tf.keras.utils.set_random_seed(3)
     model = tf.keras.Sequential([tf.keras.Input((64,)), tf.keras.layers.Dense(10)])
+    steps = 4 if algorithm == "scaffold" else 0
     learning = Learning(
-        model, TrainingPlan(epochs=1, learning_rate=0.1), rule, attack=ATTACKS["sign-flip"](), hostile=(1, 4)
+        model,
+        TrainingPlan(epochs=1, learning_rate=0.1, steps=steps),
+        rule,
+        attack=ATTACKS["sign-flip"](),
+        hostile=(1, 4),
+        algorithm=algorithm,
     )
     return Simulation(learning, devices, worker=worker, **options)
 
@@ -167,13 +173,34 @@ def test_two_workers_judge_devices_exactly_as_one_and_by_their_names(pair: tuple
     from covey_coordinator.aggregation.krum import MultiKrum
 
     rule = MultiKrum(num_byzantine=1, num_selected=3)
-    with connect(addresses(pair[0])) as one, connect(addresses(*pair)) as two:
+    tunnel = Proxy(split_address(pair[1].address)[1])
+    with connect(addresses(pair[0])) as one, connect([pair[0].address, f"127.0.0.1:{tunnel.port}"]) as two:
         assert two.read_our_files
         alone, together = learned(one, rule), learned(two, rule, send_data=True)
+        assert tunnel.up > 100_000  # of devices' examples
+    tunnel.close()
     np.testing.assert_array_equal(together[0], alone[0])
     assert together[1:] == alone[1:]
     rejected = {device_id for device_id, judged in together[2][0].verdicts.items() if not judged.accepted}
     assert rejected == {"device-1", "device-4"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("algorithm", "is_split"), {"scaffold": True, "fsvrg": False}.items())
+def test_algorithms_of_several_exchanges_are_the_same_on_two_workers(
+    pair: tuple[RunningWorker, RunningWorker], algorithm: str, is_split: bool
+) -> None:
+    from covey_coordinator.aggregation.krum import MultiKrum
+
+    rule = MultiKrum(num_byzantine=1, num_selected=3)
+    with connect(addresses(pair[0])) as one, connect(addresses(*pair)) as two:
+        alone = learned(one, rule, algorithm=algorithm)
+        together = learned(two, rule, algorithm=algorithm)
+    np.testing.assert_allclose(together[0], alone[0], rtol=0, atol=1e-6)
+    told = [outcome.notes for outcome in together[2]]
+    assert told[1] == ()
+    assert len(told[0]) == (0 if is_split else 1)  # said once
+    assert all("TFF cannot split it" in note for note in told[0])
 
 
 def test_tffs_own_federated_averaging_is_the_same_on_two_workers(pair: tuple[RunningWorker, RunningWorker]) -> None:
@@ -443,6 +470,72 @@ def test_ctrl_c_in_a_call_disconnects(pair: tuple[RunningWorker, RunningWorker])
             pair[0].thaw()
 
 
+@pytest.mark.slow
+def test_a_part_that_costs_too_many_workers_ends_the_run(start: Callable[..., RunningWorker]) -> None:
+    gathered, rows = numbered_rows(1)
+    five = [start() for _ in range(5)]
+    with connect(addresses(*five), patience_s=PATIENCE_S) as workers:
+        workers.call(gathered, rows)
+        for worker in five:
+            worker.freeze()
+        call = in_background(workers.call, gathered, rows)
+        for worker in five[:4]:
+            assert not call.done()
+            time.sleep(0.5)  # so that the part is there
+            worker.kill()
+        with pytest.raises(RunError, match=f"has cost 4 workers, the last one {five[3].address}"):
+            call.result(PATIENCE_S)
+        assert workers.living == [five[4].address]
+        five[4].thaw()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_an_experiment_gives_the_same_when_one_of_its_workers_is_killed(
+    start: Callable[..., RunningWorker], tmp_path: Path
+) -> None:
+    first, second = start(), start()
+    (tmp_path / "experiment.toml").write_text(
+        f"name = 'remote'\nrounds = 8\ndevices = 6\nworkers = {addresses(first, second)}\n"
+        "[data]\nset = 'digits'\n[aggregation]\nrule = 'multi-krum'\nnum_byzantine = 1\n"
+    )
+
+    def experiment(folder: str) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "covey_edge", "simulate", "experiment.toml", "--jobs", "1", "--out", folder]
+        return subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL)
+
+    def told(folder: str, name: str) -> str:
+        return next((path.read_text() for path in (tmp_path / folder).glob(f"cells/*/{name}")), "")
+
+    assert experiment("unharmed").wait(PATIENCE_S) == 0
+    harmed = experiment("harmed")
+    eventually(lambda: told("harmed", "rounds.jsonl").count("\n") >= 3)
+    first.kill()
+    assert harmed.wait(PATIENCE_S) == 0
+    expected, found = (json.loads(told(folder, "result.json")) for folder in ("unharmed", "harmed"))
+    assert f"worker {first.address} was lost: its connection broke" in found["notes"][0]
+    for one, other in zip(expected["rounds"], found["rounds"]):
+        assert {**one, "seconds": 0} == {**other, "seconds": 0}
+
+
+MEMORY_LIMIT_MB = 3000
+
+
+@pytest.mark.slow
+def test_a_computation_beyond_the_memory_limit_fails_and_the_worker_lives(start: Callable[..., RunningWorker]) -> None:
+    import tensorflow as tf
+    import tensorflow_federated as tff
+
+    total = tff.tensorflow.computation(lambda rows: tf.reduce_sum(tf.ones([rows, 1_000_000])), np.int32)
+    worker = start("--memory-limit-mb", str(MEMORY_LIMIT_MB))
+    with connect([worker.address]) as workers:
+        assert workers.call(total, 10) == 10_000_000
+        with pytest.raises(Exception, match="OOM when allocating"):
+            workers.call(total, MEMORY_LIMIT_MB // 2)
+        assert workers.call(total, 10) == 10_000_000
+        assert workers.take_notes() == ()
+
+
 def test_a_worker_throws_away_what_its_last_coordinator_left(start: Callable[..., RunningWorker]) -> None:
     import tensorflow as tf
     import tensorflow_federated as tff
@@ -535,7 +628,7 @@ def test_a_port_that_is_taken_is_named(pair: tuple[RunningWorker, RunningWorker]
     listen = pair[0].address
     command = [sys.executable, "-m", "covey_edge", "worker", "--listen", listen]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
-    assert ended.returncode == MachineError.exit_code
+    assert ended.returncode == TransportError.exit_code
     assert f"cannot listen on {listen}" in ended.stderr
 
 

@@ -71,7 +71,14 @@ def test_users_by_name_and_number_are_divided_alike() -> None:
     numbers = np.repeat(np.arange(6), [5, 1, 4, 2, 2, 3])
     for a, b in zip(by_user(numbers, 3, 1), by_user([f"user {n}" for n in numbers], 3, 1)):
         np.testing.assert_array_equal(a, b)
-    assert sorted(map(len, by_user(numbers, 3, 1))) == [5, 6, 6]
+
+
+def test_the_largest_user_is_placed_first_so_that_devices_come_out_alike() -> None:
+    numbers = np.repeat(np.arange(6), [5, 1, 4, 2, 2, 3])
+    for seed in range(20):
+        assert sorted(map(len, by_user(numbers, 3, seed))) == [5, 6, 6]
+    homes = {next(device for device, part in enumerate(by_user(numbers, 3, seed)) if 0 in part) for seed in range(20)}
+    assert homes == {0, 1, 2}  # which device gets the largest is drawn
 
 
 @settings(deadline=None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from covey_models.corruption import CORRUPTIONS
 from covey_models.datasets import Dataset, load
 from covey_models.partitions import PARTITIONS
 from covey_models.population import populate
@@ -37,6 +40,7 @@ def test_devices_hold_exactly_the_rows_of_their_parts(kind: str) -> None:
     for device, part in zip(population.devices, population.parts):
         np.testing.assert_array_equal(device.x, DIGITS.x[part])
         np.testing.assert_array_equal(device.y, DIGITS.y[part])
+        assert (np.diff(part) > 0).all()  # sorted
         assert device.faults == ()
     np.testing.assert_array_equal(population.counts().sum(0), np.bincount(DIGITS.y))
 
@@ -102,6 +106,14 @@ def test_another_fraction_leaves_the_other_devices_and_corruptions_as_they_were(
     assert len({device.faults for device in many}) == 4  # two independent choices: all combinations occur
 
 
+def test_devices_are_damaged_each_in_its_own_way() -> None:
+    noise = {"kind": "sensor-noise", "fraction": 1.0, "std": 0.1}
+    clean, noisy = (populate(DIGITS, devices=3, corruptions=tables, seed=4).devices for tables in ([], [noise]))
+    first, second = (after.x[:99] - before.x[:99] for before, after in zip(clean[:2], noisy[:2]))
+    inside = (np.abs(first) > 0) & (np.abs(second) > 0)  # what is cut off at the range says nothing
+    assert abs(np.corrcoef(first[inside], second[inside])[0, 1]) < 0.5
+
+
 def test_ten_thousand_devices_share_one_copy_that_nobody_can_write_to() -> None:
     data = numbered(30_000)
     devices = populate(data, devices=10_000, partition="dirichlet").devices
@@ -112,6 +124,18 @@ def test_ten_thousand_devices_share_one_copy_that_nobody_can_write_to() -> None:
     with pytest.raises(ValueError, match="read-only"):
         devices[0].x[0] = 1.0
     assert data.x.flags.writeable
+
+
+@pytest.mark.parametrize(("kinds", "name"), [
+    *((PARTITIONS, name) for name in PARTITIONS), *((CORRUPTIONS, name) for name in CORRUPTIONS)
+])  # fmt: skip
+def test_every_kind_is_documented_with_its_settings_and_defaults(kinds: Any, name: str) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "simulation-data.md").read_text()
+    row = next(line for line in page.splitlines() if line.startswith(f"| `{name}` |"))
+    for field in dataclasses.fields(kinds[name]):
+        assert f"`{field.name}`" in row
+        if isinstance(field.default, (int, float)):
+            assert f"`{field.name}` ({field.default})" in row
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {

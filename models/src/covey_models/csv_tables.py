@@ -1,7 +1,7 @@
 """Tables of comma-separated values as data sets: a header, one example per line, one column with the class.
 
 The whole table is read with Python's csv module and checked cell by cell: half a second for Spambase's 4601 x 58,
-by that some 20 s for ten million cells. A table whose header has a column `path` lists images instead (`image_folders`).
+so some 20 s for ten million cells. A table whose header has a column `path` lists images instead (`image_folders`).
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ them.
 
 Run as a file by `covey worker`, with a JSON object as its argument; only the standard library, one thread until the
 worker runs (a process with threads cannot leave its user namespace). It says one JSON object a line on its standard
-output: {"listening": address}, {"refused": what, "remedy": ...}, {"ended": code}.
+output: {"listening": address}, {"refused": what, "remedy": ..., "kind": [...]} or {"ended": code}.
 
 A connection that begins with HELLO is answered with one line of JSON, who we are, and closed. All others are gRPC and
 are passed on byte by byte.
@@ -45,7 +45,7 @@ PR_SET_PDEATHSIG = 1
 
 
 class Refused(Exception):
-    """(what is wrong, what to do about it)"""
+    """(what is wrong, what to do about it, "listen" if the address is what is wrong)"""
 
 
 def main(settings: dict[str, Any]) -> int:
@@ -65,8 +65,8 @@ def main(settings: dict[str, Any]) -> int:
         say({"listening": address(*door.getsockname()[:2])})
         say({"ended": _one_after_another(first, guests)})
     except Refused as refused:
-        what, remedy = refused.args
-        say({"refused": what, "remedy": remedy})
+        what, remedy, *kind = refused.args
+        say({"refused": what, "remedy": remedy, "kind": kind})
     return 1
 
 
@@ -129,7 +129,7 @@ def _door(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=family, backlog=64)
     except OSError as error:
         told = f"cannot listen on {address(host, port)}: {os.strerror(error.errno or 0)}"
-        raise Refused(told, "choose another --listen") from error
+        raise Refused(told, "choose another --listen", "listen") from error
 
 
 def _leave_the_network() -> None:

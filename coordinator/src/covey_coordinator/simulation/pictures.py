@@ -93,7 +93,7 @@ def _key(width: int, down: float, sign: str, corrupted: Array) -> Markup:
     """How corrupted devices are marked, and how many they are."""
     if not corrupted.any():
         return Markup("")
-    words = f"{sign} corrupted data: {_whole(int(corrupted.sum()))}"
+    words = f"{sign} corrupted devices: {_whole(int(corrupted.sum()))}"
     return svg.text(width - RIGHT, down, words, "end", "tick", CORRUPTED_COLOUR)
 
 

@@ -15,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from functools import lru_cache
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -26,6 +27,7 @@ T = TypeVar("T")
 
 PATIENCE_S = 10.0  # without an answer a worker is lost; without any worker the run is
 POLL_S = 0.2
+KEPT_COMPUTATIONS = 128  # as many as TFF keeps; a sweep makes new ones for every run
 MAX_LOSSES = 3  # workers that one shard may cost: it is the shard that kills them
 
 
@@ -54,7 +56,7 @@ class RemoteWorkers:
         self._notes: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._lock = threading.RLock()
         self._context: Any = None
-        self._compiled: dict[Any, Any] = {}
+        self._compile = lru_cache(KEPT_COMPUTATIONS)(_compiled)  # once for all workers
 
     @property
     def is_running(self) -> bool:
@@ -94,7 +96,7 @@ class RemoteWorkers:
             self._posts = posts
 
     def stop(self) -> None:
-        """Disconnect. The workers go on for others; what they were computing for us they finish and throw away."""
+        """Disconnect. The workers go on for others; when there are none, they throw away what we left (`gate.py`)."""
         with self._lock:
             posts, self._posts, self._context = self._posts, [], None
         for post in posts:
@@ -162,14 +164,6 @@ class RemoteWorkers:
                 self._compile(computation)
         return _Allotment(self._posts, tasks, self._compile, self._patience_s, self._notes.put).results()
 
-    def _compile(self, computation: Any) -> Any:
-        """TFF's compilation, once for all workers."""
-        import tensorflow_federated as tff
-
-        if computation not in self._compiled:
-            self._compiled[computation] = tff.backends.native.desugar_and_transform_to_native(computation)
-        return self._compiled[computation]
-
     def _cannot_split(self, reason: str) -> None:
         self._notes.put(f"a computation runs on one worker, because TFF cannot split it: {reason}")
 
@@ -181,6 +175,12 @@ class RemoteWorkers:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop()
+
+
+def _compiled(computation: Any) -> Any:
+    import tensorflow_federated as tff
+
+    return tff.backends.native.desugar_and_transform_to_native(computation)
 
 
 class _Allotment:

@@ -13,13 +13,14 @@ compression) would differ between shards.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import tensorflow_federated as tff
 from tensorflow_federated.python.common_libs import structure
 
+KEPT_SPLITS = 128  # as many computations as TFF keeps compiled
 Task = tuple[Any, Any]  # a computation and its argument
 Struct = structure.Struct
 
@@ -41,8 +42,7 @@ class ShardedContext(tff.framework.SyncContext):  # type: ignore[misc]  # TFF sh
         self, num_shards: int, run: Callable[[Sequence[Task]], list[Any]], whole: Callable[[str], None]
     ) -> None:
         self._num_shards, self._run, self._whole = num_shards, run, whole
-        self._splits: dict[tuple[Any, int], Split | None] = {}
-        self._lock = threading.Lock()
+        self._split = lru_cache(KEPT_SPLITS)(self._split_or_none)
 
     def invoke(self, computation: Any, argument: Any) -> Any:
         kind = computation.type_signature.parameter
@@ -58,14 +58,7 @@ class ShardedContext(tff.framework.SyncContext):  # type: ignore[misc]  # TFF sh
         results = self._run([(split.after, Struct.unnamed(part, partials)) for part in parts])
         return [one for result in results for one in result] if _per_client(result_type) else results[0]
 
-    def _split(self, computation: Any, num_shards: int) -> Split | None:
-        """None where it cannot be split."""
-        with self._lock:
-            if (computation, num_shards) not in self._splits:
-                self._splits[computation, num_shards] = self._made(computation, num_shards)
-            return self._splits[computation, num_shards]
-
-    def _made(self, computation: Any, num_shards: int) -> Split | None:
+    def _split_or_none(self, computation: Any, num_shards: int) -> Split | None:
         try:
             return split_of(computation, num_shards)
         except (ValueError, TypeError) as error:  # what TFF raises for aggregations that depend on each other

@@ -23,7 +23,7 @@ import click
 from covey_coordinator.aggregation.worker import LAUNCHER, worker_binary
 from covey_coordinator.simulation import gate
 from covey_coordinator.simulation.addresses import split_address
-from covey_protocol.errors import ConfigError, MachineError
+from covey_protocol.errors import ConfigError, CoveyError, MachineError, TransportError
 
 DEFAULT_LISTEN = "127.0.0.1:8470"
 POLL_S = 0.2
@@ -33,13 +33,13 @@ STOP_TIMEOUT_S = 10.0
 @click.command(name="worker", short_help="Compute for simulations on other machines.")
 @click.option("--listen", default=DEFAULT_LISTEN, show_default=True, help="HOST:PORT; port 0 takes a free one.")
 @click.option("--log", type=click.File("ab"), help="File for the output of TFF's worker [standard error].")
-@click.option("--memory-limit-mb", default=0, type=click.IntRange(0), help="Address space the worker may take [any].")
+@click.option("--memory-limit-mb", type=click.IntRange(1000), help="Address space of TFF's worker [any].")
 @click.option("--trusted-network", is_flag=True, help="Allow --listen on other addresses than loopback.")
 @click.option(
     "--unconfined", is_flag=True, help="Where no network namespace can be had. TFF's worker is then open to all."
 )
 def worker_command(
-    listen: str, log: IO[bytes] | None, memory_limit_mb: int, trusted_network: bool, unconfined: bool
+    listen: str, log: IO[bytes] | None, memory_limit_mb: int | None, trusted_network: bool, unconfined: bool
 ) -> None:
     """Run TFF's worker until SIGTERM or Ctrl-C, for `workers = ["HOST:PORT", ...]` of an experiment.
 
@@ -52,7 +52,7 @@ def worker_command(
     if unconfined:
         click.echo("covey worker: WARNING: TFF's worker listens on ALL interfaces, on a port of its own", err=True)
     check = interrupted_by_signals(at_once=False)
-    settings = {"host": host, "port": port, "confined": not unconfined, "memory_limit_mb": memory_limit_mb}
+    settings = {"host": host, "port": port, "confined": not unconfined, "memory_limit_mb": memory_limit_mb or 0}
     with contextlib.suppress(KeyboardInterrupt), _gate(settings, log) as said:
         run(said, check)
     click.echo("covey worker: stopped")
@@ -78,7 +78,7 @@ def checked_listen(listen: str, trusted_network: bool) -> tuple[str, int]:
 
 
 def run(said: Callable[[], dict[str, Any] | None], check: Callable[[], None]) -> None:
-    """Tell what the gate says, until a signal (KeyboardInterrupt) or the worker's end (MachineError)."""
+    """Tell what the gate says, until a signal (KeyboardInterrupt) or the worker's end, an error."""
     while True:
         check()
         line = said()
@@ -90,9 +90,10 @@ def run(said: Callable[[], dict[str, Any] | None], check: Callable[[], None]) ->
             raise _error(line)
 
 
-def _error(line: dict[str, Any]) -> MachineError:
+def _error(line: dict[str, Any]) -> CoveyError:
     if "refused" in line:
-        return MachineError(line["refused"], line["remedy"])
+        kind = TransportError if line["kind"] == ["listen"] else MachineError
+        return kind(line["refused"], line["remedy"])
     told = f"TFF's worker ended with code {line['ended']}" if "ended" in line else "the gate of TFF's worker ended"
     return MachineError(told, "look at its output and at the free memory, then start it again")
 
