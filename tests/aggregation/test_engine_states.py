@@ -35,7 +35,7 @@ def rounds(made: Engine, parameters: np.ndarray, numbers: range) -> np.ndarray:
     return parameters
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "sgdm", "adam", "yogi"])
+@pytest.mark.parametrize("optimizer", ["sgd", "sgdm", "adagrad", "adam", "yogi"])
 @pytest.mark.parametrize("what", TABLES)
 def test_a_restart_changes_no_bit(what: str, optimizer: str) -> None:
     start = np.zeros(D, np.float32)

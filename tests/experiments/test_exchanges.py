@@ -94,8 +94,7 @@ def test_a_hostile_device_lies_in_both_exchanges_and_the_rule_bears_it(worker: W
             for number in range(1, 5):
                 state, _ = simulation.next(state, ALL, number)
             ends[name] = simulation.evaluate(state, *EVERY)["loss"] - start
-    assert ends["median"] < -0.02
-    assert ends["median"] < ends["mean"] - 0.02
+    assert ends["median"] < 1.3 * ends["mean"] < 0  # with one of three devices hostile the mean is slow, not lost
 
 
 REFUSED = {

@@ -72,6 +72,12 @@ def test_a_device_is_turned_away_when_more_than_half_of_its_updates_were_left_ou
     assert (point.num_corrupted, point.num_devices) == (3, 5)
 
 
+def test_the_worst_served_device_is_a_healthy_one():
+    devices = {"d0": {"accuracy": 0.1}, "d1": {"accuracy": 0.8}, "d2": {"accuracy": 0.6}, "d3": {}}
+    (point,) = gathered([plain(devices=devices, faults={"d0": ("noise",), "d1": (), "d2": ()})]).points
+    assert [sorted(values) for values in point.device_accuracies] == [[0.6, 0.8]]
+
+
 def test_suspicion_is_the_mean_place_among_the_devices_of_a_round_whatever_the_scores_scale():
     verdicts = [judged(*[True] * 3, scores=scores) for scores in ((1.0, 2.0, 3.0), (100.0, 300.0, 300.0))]
     rounds = [RoundRecord(number, 1.0, verdicts=one) for number, one in enumerate(verdicts, 1)]
@@ -149,7 +155,12 @@ def test_the_page_is_well_formed_loads_nothing_and_shows_every_part(text: str):
     page = Page(text)
     page.loads_and_runs_nothing()
     told = " ".join(page.texts)
-    for part in ("Results at a glance", "Accuracy round by round", "Who was turned away", "Does every device profit"):
+    for part in (
+        "Results at a glance",
+        "Accuracy round by round",
+        "Who was turned away",
+        "Does every healthy device profit",
+    ):
         assert part in told
     for part in (
         "How accuracy changes with",
@@ -174,6 +185,37 @@ def test_the_heat_map_writes_the_mean_of_the_seeds_in_its_cells(text: str):
         for rule in RULES:
             cells = ", ".join(f"{attack} {100 * np.mean(finals[rule, attack, fraction]):.0f}%" for attack in ATTACKS)
             assert f"{rule}: {cells}" in told
+
+
+def test_more_rules_than_colours_are_all_drawn_in_panels_of_their_own():
+    names = [f"rule-{number}" for number in range(9)]
+    runs = [
+        plain(0, (0.1, 0.5), key=f"{name}{share}", varied={"rule": name, "fraction": share})
+        for name in names
+        for share in (0.1, 0.2)
+    ]
+    drawn = [label["aria-label"] or "" for label in Page(render("many", {}, runs)).all("svg") if "aria-label" in label]
+    trends = [told for told in drawn if told.startswith("Final accuracy over fraction")]
+    curves = [told for told in drawn if told.startswith("accuracy over rounds")]
+    assert len(trends) == 2
+    assert "1 more curve is left out, to keep this page small." in " ".join(
+        Page(render("eight", {}, with_faults(runs[:16]))).texts
+    )
+    assert len(curves) == 4
+    assert all(any(f"{name}: " in told for told in group) for name in names for group in (trends, curves))
+
+
+def with_faults(runs: list[RunResult]) -> list[RunResult]:
+    return [msgspec.structs.replace(run, faults={"d0": ("noise",)}) for run in runs]
+
+
+def test_a_long_sentence_of_the_summary_is_not_cut():
+    names = [f"{letter * 40}" for letter in "abc"]
+    keys = [f"a-key-of-some-length-{number}" for number in range(3)]
+    runs = [plain(0, (0.1, 0.3 + n / 10), key=str(n), varied=dict.fromkeys(keys, name)) for n, name in enumerate(names)]
+    (worst,) = [told for told in Page(render("long", {}, runs)).texts if told.startswith("The best combination")]
+    assert len(worst) > 300
+    assert worst.endswith(f"{keys[2]} {names[0]}).")
 
 
 def test_the_summary_names_best_worst_and_who_holds_in_the_worst_case():
@@ -327,8 +369,13 @@ def test_cells_that_cannot_be_read_are_named_and_left_out(tmp_path: Path):
     folder = folder_of(tmp_path, experiment(seeds=(0,), rounds=2))
     (folder / "cells" / "mean-alie-0.1-0" / "result.json").write_text('{"key": 3}')
     (folder / "cells" / "mean-alie-0.2-0" / "result.json").unlink()
+    failed = folder / "cells" / "mean-alie-0.3-0"
+    (failed / "result.json").rename(failed / "rounds.jsonl")
+    (failed / "error.json").write_text('{"error": "the disk is full", "traceback": ""}')
     told = " ".join(Page(write_experiment_report(str(folder)).read_text()).texts)
-    assert "2 runs of 27 left no result" in told
+    assert "3 runs of 27 left no result" in told
+    assert "Run mean-alie-0.3-0 failed: the disk is full" in told
+    assert "4 runs of 28 left no result" in write_experiment_report(folder, 28).read_text()
     assert "Run mean-alie-0.1-0 failed: result.json cannot be read" in told
     assert "Run mean-alie-0.2-0 failed: it left no result" in told
 

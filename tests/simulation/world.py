@@ -957,13 +957,17 @@ class World:
     def _check_model(self, run: str, number: int, sha256: str) -> None:
         data = self.disk.files.get(f"{run}/checkpoints/{run}/round-{number:05d}.f32")
         self.require(data is not None and hashlib.sha256(data).hexdigest() == sha256, "a checkpoint without its file")
-        ledger = np.frombuffer(data or b"", "<f4")
+        ledger = self.ledger_of(run, number, np.frombuffer(data or b"", "<f4"))
         accepted = {tuple(word): stale for *word, stale in self._all(f"{STORED} AND status = 'accepted'", run=run)}
         trained = self._all("SELECT kind FROM checkpoints JOIN rounds ON rounds.id = round", run=run)
         self.require(set(trained) == {("training",)}, "a checkpoint of an evaluation", trained)
         for slot, word in self.slots.items():
             weight = np.float32(staleness_weight(accepted[word])) if word in accepted else 0.0
             self.require(ledger[slot] == weight, "model and verdict disagree", word, ledger[slot], weight)
+
+    def ledger_of(self, run: str, number: int, model: Any) -> Any:
+        """What the model of this checkpoint counts, and what waits beside it."""
+        return model
 
     def check_evaluations(self) -> None:
         """A published evaluation has its numbers, from the devices whose metrics were accepted; no other has any."""

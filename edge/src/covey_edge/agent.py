@@ -66,8 +66,8 @@ class AgentProgram:
         self._session = self._sequence.next()
         retired = RetiredKeys(agent.state_dir / "retired.json")
         self._keys = KeyRing(agent.coordinators, retired.of(COORDINATOR), retired.retire(COORDINATOR))
-        # a bundle, a model and vectors for every task, and those before
-        self._cache = BlobCache(agent.state_dir / "blobs", 4 * max(2, len(agent.config.data.tasks)))
+        # a bundle and a model for every task, and those before (or the vectors of an algorithm)
+        self._cache = BlobCache(agent.state_dir / "blobs", 2 * max(2, len(agent.config.data.tasks)))
         self._performer = Performer(self._machine, Outbox(agent.state_dir), self, time.monotonic)
         self._child = TrainingProcess(
             lambda token, frame: self._inbox.put((token, frame)), agent.config.training.memory_mb

@@ -1,4 +1,5 @@
-"""One round of aggregation: screen, sort, check, rule, server optimizer, verdicts. Two engines with the same bits.
+"""One round of aggregation: screen, sort, check, rule, server optimizer, verdicts. Two engines with the same bits
+(with Adagrad but for the last one).
 
 An engine keeps what lasts from round to round (the rule's state, the server optimizer's state), and gives it as bytes
 to whoever stores it. The *door* behind it does the arithmetic: `DirectDoor` calls the rule and TFF's optimizer object

@@ -7,8 +7,9 @@ with the end of the round that made it, and a restart goes on from it. The serve
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol, runtime_checkable
 
 import msgspec
@@ -127,10 +128,11 @@ class SvrgEngine(_AlgorithmEngine):
             result = self._gradients.aggregate(np.zeros_like(parameters), screened)
             self._kept = {**self._kept, "gradient": result.parameters}
             return dataclasses.replace(result, parameters=parameters)
-        result = self._updates.aggregate(parameters, _equal(screened) if self._equal else screened)
         boost = self._kept["boosts"] if self._scaled else np.ones_like(parameters)
-        new = boosted(parameters, np.float32(self._rate) * result.aggregate, boost)
-        _require_finite(new)
+        with _all_or_nothing(self._updates):
+            result = self._updates.aggregate(parameters, _equal(screened) if self._equal else screened)
+            new = boosted(parameters, np.float32(self._rate) * result.aggregate, boost)
+            _require_finite(new)
         self._kept = {name: vector for name, vector in self._kept.items() if name != "gradient"}
         return _moved(result, parameters, new)
 
@@ -162,12 +164,26 @@ class ScaffoldEngine(_AlgorithmEngine):
         return (self._kept["control"],)
 
     def aggregate(self, parameters: Array, screened: Screened) -> StepResult:
-        result = self._updates.aggregate(parameters, _equal(screened))
-        used = sum(verdict.status == ACCEPTED for verdict in result.verdicts)
-        control = fleet_control(self._kept["control"], result.aggregate, self._steps, self._rate, used, self._devices)
-        _require_finite(control)
+        with _all_or_nothing(self._updates):
+            result = self._updates.aggregate(parameters, _equal(screened))
+            used = sum(verdict.status == ACCEPTED for verdict in result.verdicts)
+            control = fleet_control(
+                self._kept["control"], result.aggregate, self._steps, self._rate, used, self._devices
+            )
+            _require_finite(control)
         self._kept = {"control": control}
         return result
+
+
+@contextlib.contextmanager
+def _all_or_nothing(engine: Engine) -> Iterator[None]:
+    """A round that is refused leaves the plain engine as it was, also where it did not refuse it itself."""
+    before = engine.saved_state()
+    try:
+        yield
+    except RuleError:
+        engine.load_state(before)
+        raise
 
 
 def _equal(screened: Screened) -> Screened:

@@ -41,12 +41,25 @@ def gradient_descent(devices: list[Posts], decay: float, rate: float) -> Iterato
 
 
 def fsvrg(
-    devices: list[Posts], decay: float, rate: float, *, batch: int = 1, seed: int = 0, order: Order | None = None
+    devices: list[Posts],
+    decay: float,
+    rate: float,
+    *,
+    batch: int = 1,
+    seed: int = 0,
+    order: Order | None = None,
+    scaled: bool = True,
 ) -> Iterator[Numbers]:
-    """Algorithm 4: h_k = h / n_k, S_k, updates weighted by n_k / n, A. The parameters after each round, from zeros."""
+    """Algorithm 4: h_k = h / n_k, S_k, updates weighted by n_k / n, A. The parameters after each round, from zeros.
+
+    scaled: False for S_k = A = I.
+    """
     own = np.stack([one.shares() for one in devices])
     sizes = np.array([len(one) for one in devices], np.float64)
     fleet, boost = sizes @ own / sizes.sum(), boosts(own)
+    if not scaled:
+        own, boost = np.ones_like(own), np.ones_like(boost)
+        fleet = own[0]
     scale = [scales(fleet, one) for one in own]
 
     def local(w: Numbers, full: Numbers, k: int, drawn_from: np.random.Generator) -> Numbers:

@@ -71,11 +71,11 @@ class RunRow:
     detection: Detection
 
 
-def printable(text: str) -> str:
-    """Foreign text made safe to show: one line, no control, format or surrogate characters, bounded in length."""
+def printable(text: str, most: int = MAX_TEXT) -> str:
+    """Foreign text made safe to show: one line, no control, format or surrogate characters, at most `most` of them."""
     flat = " ".join(text.split())
     shown = "".join("\ufffd" if unicodedata.category(letter) in HIDDEN_CATEGORIES else letter for letter in flat)
-    return shown if len(shown) <= MAX_TEXT else shown[: MAX_TEXT - 1] + "…"
+    return shown if len(shown) <= most else shown[: most - 1] + "…"
 
 
 def reference_run(record: DemoRecord) -> RunRecord | None:

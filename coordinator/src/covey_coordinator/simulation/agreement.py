@@ -17,12 +17,32 @@ import numpy as np
 
 from covey_coordinator.aggregation.worker import Worker
 from covey_coordinator.simulation.as_fleet import FleetLearner, FleetState
-from covey_coordinator.simulation.learning import Array, DeviceData, Learning
+from covey_coordinator.simulation.learning import Array, DeviceData, Learning, Privacy
 from covey_coordinator.simulation.process import RoundOutcome, Simulation
-from covey_coordinator.simulation.report.agreement import write_agreement
+from covey_coordinator.simulation.report.agreement import sentence, write_agreement
 from covey_coordinator.simulation.results import Judged, RoundAgreement
 from covey_protocol.errors import RuleError
 from covey_protocol.parameters import ParameterSpec, offsets
+
+Say = Callable[[str], None]
+Check = Callable[[], None]
+
+
+def fleet_of(
+    learning: Learning,
+    devices: Sequence[DeviceData],
+    folder: Path,
+    test: tuple[Array, Array],
+    *,
+    title: str,
+    worker: Worker | None,
+    say: Say,
+    check: Check,
+) -> FleetLearner | ComparedFleet:
+    """The fleet of an experiment. Noise that devices draw cannot be drawn again, so with it nothing is compared."""
+    if isinstance(learning.privacy, Privacy) and learning.privacy.noise_multiplier:
+        return FleetLearner(learning, devices, folder, check=check)
+    return ComparedFleet(learning, devices, folder, test, title=title, worker=worker, say=say, check=check)
 
 
 class BothStates(NamedTuple):
@@ -44,8 +64,8 @@ class _Saved(msgspec.Struct, frozen=True):
 class ComparedFleet:
     """A `FleetLearner` whose every round the simulation makes, too: `found`, and FOLDER/agreement.html at the end.
 
-    Use it in a with block. test: central x and y. title: of the page. worker: for the simulation, as there. Where
-    devices add noise to their updates, the two differ by it.
+    Use it in a with block. test: central x and y. title: of the page. worker: for the simulation, as there. say: told
+    the outcome in a sentence. Where devices add noise to their updates, the two differ by it.
     """
 
     def __init__(
@@ -58,10 +78,11 @@ class ComparedFleet:
         title: str = "",
         url: str | None = None,
         worker: Worker | None = None,
-        check: Callable[[], None] = lambda: None,
+        say: Say = lambda told: None,
+        check: Check = lambda: None,
     ) -> None:
         self.found: list[RoundAgreement] = []
-        self._folder, self._test, self._title = folder, test, title or folder.name
+        self._folder, self._test, self._title, self._say = folder, test, title or folder.name, say
         self._fleet = FleetLearner(learning, devices, folder, url=url, check=check)
         try:
             self._simulation = Simulation(learning, devices, worker=worker)
@@ -77,7 +98,7 @@ class ComparedFleet:
     ) -> None:
         try:
             if kind is None:
-                write_agreement(self._folder, self._title, self.found)
+                self._say(f"{sentence(self.found)} {write_agreement(self._folder, self._title, self.found)}")
         finally:
             self.close()
 

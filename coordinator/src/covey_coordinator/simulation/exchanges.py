@@ -2,8 +2,8 @@
 
 What devices do is covey_protocol.svrg and covey_protocol.scaffold, written in TensorFlow; tests hold both against the
 numpy they repeat. The rule, with the attack, judges gradients and updates alike, as in live rounds. Features are
-counted once, over all devices, before the first round. Of SCAFFOLD the devices' controls stay in this process, as part of the
-state, and travel with the tasks of a cohort.
+counted once, over all devices, before the first round. Of SCAFFOLD the devices' controls stay in this process, as
+part of the state, and travel with the tasks of a cohort.
 """
 
 from __future__ import annotations

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -230,7 +229,7 @@ def train(shared: Shared, cell: Cell, tell: Tell, check: Check = lambda: None) -
             tell(note)
 
     def learner() -> Any:
-        return _fleet(world, place.path / "fleet", check) if shared.as_fleet else _simulation(world)
+        return _fleet(world, place.path / "fleet", tell, check) if shared.as_fleet else _simulation(world)
 
     run_cell(world, place, learner, tensor_board(folder.board(cell.key), cell), advanced, check)
 
@@ -243,9 +242,14 @@ def _simulation(world: World) -> Any:
     return Simulation(learning, world.devices, worker=worker(world.settings.workers))
 
 
-def _fleet(world: World, place: Path, check: Check) -> Any:
-    as_fleet = importlib.import_module("covey_coordinator.simulation.as_fleet")
-    return as_fleet.FleetLearner(learning_of(world), world.devices, place, check=check)
+def _fleet(world: World, place: Path, tell: Tell, check: Check) -> Any:
+    """Real agents, and the simulation beside them, so that the result says how far the two lie apart."""
+    from covey_coordinator.simulation.agreement import fleet_of
+
+    learning, test = learning_of(world), (world.test.x, world.test.y)
+    return fleet_of(
+        learning, world.devices, place, test, title=world.cell.said, worker=worker(()), say=tell, check=check
+    )
 
 
 @functools.lru_cache(maxsize=1)
@@ -282,7 +286,9 @@ def _conclude(
     for line in table_lines(experiment.cells, results, set(failed)):
         display.line(line)
     display.line()
-    display.line(f"report: {write_experiment_report(folder.path)}")
+    display.line(f"results: {folder.path}")
+    if results:
+        display.line(f"report: {write_experiment_report(folder.path, len(experiment.cells))}")
 
 
 def _many(count: int, what: str) -> str:

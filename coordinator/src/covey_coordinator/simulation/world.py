@@ -168,13 +168,13 @@ def learning_of(world: World) -> Learning:
         optimizer=code.built(model.optimizer) if is_user_code(model.optimizer) else model.optimizer,
         moving_statistics=model.moving_statistics,
         algorithm=training.algorithm,
+        feature_scaling=training.feature_scaling,
         attack=world.attack,
         hostile=world.hostile,
         server_optimizer=settings.server.optimizer,
         server_learning_rate=settings.server.learning_rate,
         privacy=_privacy(settings),
         seed=cell.seed,
-        feature_scaling=training.feature_scaling,
     )
 
 

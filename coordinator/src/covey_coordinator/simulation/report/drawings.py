@@ -289,7 +289,7 @@ def roc_curves(lines: Sequence[Accused]) -> Markup:
     drawn = [(line, curve) for line, curve in drawn if curve]
     if not drawn:
         return Markup("")
-    frame = Frame(width, height, (0.0, 1.0), (0.0, 1.0), x_shares=True)
+    frame = Frame(width, height, (0.0, 1.0), (0.0, 1.0), x_shares=True, right=26)
     names = ", ".join(printable(line.name) for line, _ in drawn)
     parts = [svg.opening(width, height, f"Corrupted devices found over healthy ones accused: {names}")]
     parts.append(frame.drawn("healthy devices accused", [0, 0.2, 0.4, 0.6, 0.8, 1]))

@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 import numpy as np
 from jinja2 import Template
+from markupsafe import Markup, escape
 
 from covey_coordinator.records import ACCEPTED, REJECTED, DeviceVerdict, RunRecord
 from covey_coordinator.records import RoundRecord as DrawnRound
@@ -49,20 +50,22 @@ MAX_GRID_ROUNDS = 60
 MAX_GRID_DEVICES = 40
 MAX_BOXES = 40
 MAX_ROWS = 200
+MAX_SENTENCE = 1500  # characters
 MAX_MEASUREMENTS = 12
 
 
-def write_experiment_report(folder: str | Path) -> Path:
+def write_experiment_report(folder: str | Path, expected: int | None = None) -> Path:
     """Read FOLDER/experiment.toml and FOLDER/cells/KEY/result.json, write FOLDER/report.html whole or not at all.
 
-    Raises DataError where there is no experiment. A cell that cannot be read is named on the page.
+    expected: how many runs there should be; None for as many as there are folders of cells. A cell that failed or
+    cannot be read is named on the page. Raises DataError where there is no experiment.
     """
     folder = Path(folder)
     if not (folder / "cells").is_dir():
         raise DataError(f"{folder} holds no experiment", "give the folder that `covey simulate` wrote")
     cells = Cells(folder / "cells")
     path = folder / REPORT
-    text = render(folder.name, settings_of(folder), cells, failed=cells.failed, expected=len(cells.keys))
+    text = render(folder.name, settings_of(folder), cells, failed=cells.failed, expected=expected or len(cells.keys))
     write_atomic(path, text.encode("utf-8"))
     return path
 
@@ -89,10 +92,18 @@ class Cells:
         try:
             return msgspec.json.decode(path.read_bytes(), type=RunResult)
         except FileNotFoundError:
-            self.failed[key] = "it left no result"
+            self.failed[key] = self._error(key)
         except (OSError, msgspec.MsgspecError) as exc:
             self.failed[key] = f"{path.name} cannot be read ({exc})"
         return None
+
+    def _error(self, key: str) -> str:
+        """What a cell that failed says of it (`folder.CellFolder.fail`)."""
+        try:
+            told = msgspec.json.decode((self._folder / key / "error.json").read_bytes(), type=dict[str, str])
+        except (OSError, msgspec.MsgspecError):
+            return "it left no result"
+        return told.get("error", "") or "it left no result"
 
 
 def settings_of(folder: Path) -> dict[str, str]:
@@ -131,8 +142,8 @@ def render(
         title=title,
         settings=dict(settings),
         found=found,
-        sentences=words.sentences(found, layout),
-        notes=words.notes(found, dict(failed or {}), expected),
+        sentences=[_long(sentence) for sentence in words.sentences(found, layout)],
+        notes=[_long(note) for note in words.notes(found, dict(failed or {}), expected)],
         heat=_heat_maps(layout),
         curves=_curves(layout, "accuracy"),
         losses=[*_curves(layout, "loss"), *_curves(layout, "training loss")],
@@ -150,6 +161,11 @@ def render(
         max_grid_devices=MAX_GRID_DEVICES,
         statuses=(ACCEPTED, REJECTED),
     )
+
+
+def _long(sentence: str) -> Markup:
+    """A sentence of ours, which may be longer than a piece of foreign text."""
+    return escape(summary.printable(sentence, MAX_SENTENCE))
 
 
 # --- heat maps
@@ -195,9 +211,8 @@ def _heat_cell(point: Point | None) -> drawings.Cell:
 def _curves(layout: Layout, metric: str) -> list[dict[str, Any]]:
     """Panels of at most MAX_LINES lines. One range of values for all, so that panels can be compared."""
     line = layout.lines()
-    indices = range(len(line.values) if line is not None else 1)
-    chunks = [indices[start : start + MAX_LINES] for start in range(0, len(indices), MAX_LINES)]
-    drawn = [(panel, _lines(layout, line, panel, chunk, metric)) for panel in layout.panels(line) for chunk in chunks]
+    panels = [(panel, chunk) for panel in layout.panels(line) for chunk in _chunks(line)]
+    drawn = [(panel, _lines(layout, line, panel, chunk, metric)) for panel, chunk in panels]
     drawn = [(panel, lines) for panel, lines in drawn if lines]
     if not drawn:
         return []
@@ -208,7 +223,7 @@ def _curves(layout: Layout, metric: str) -> list[dict[str, Any]]:
         {"title": layout.title(panel), "lines": lines, "drawing": drawings.curves(lines, metric, limits, log)}
         for panel, lines in drawn
     ]
-    return [{"metric": metric, "panels": shown, "left_out": max(0, left_out), "shared": _shared(shown)}]
+    return [{"metric": metric, "panels": shown, "left_out": left_out, "shared": _shared(shown)}]
 
 
 def _shared(panels: Sequence[dict[str, Any]]) -> bool:
@@ -240,24 +255,25 @@ def _trends(layout: Layout) -> list[dict[str, Any]]:
 
 def _trends_over(layout: Layout, axis: Axis) -> dict[str, Any]:
     line = layout.lines() if layout.lines() is not axis else None
-    panels = layout.panels(axis, line)
-    drawn = []
-    for panel in panels[:MAX_TREND_PANELS]:
-        trends = [_trend(layout, axis, panel, line, index) for index in _indices(line)]
-        drawn.append((layout.title(panel), [trend for trend in trends if trend.values]))
-    drawn = [(title, trends) for title, trends in drawn if trends]
-    lows = [low for _, trends in drawn for trend in trends for _, _, low, _ in trend.values]
-    floor = share_floor(lows) if lows else 0.0
+    drawn = [
+        (layout.title(panel), [_trend(layout, axis, panel, line, index) for index in chunk])
+        for panel in layout.panels(axis, line)
+        for chunk in _chunks(line)
+    ]
+    drawn = [(title, measured) for title, trends in drawn if (measured := [one for one in trends if one.values])]
+    left_out, drawn = len(drawn) - MAX_TREND_PANELS, drawn[:MAX_TREND_PANELS]
+    floor = share_floor([low for _, trends in drawn for trend in trends for _, _, low, _ in trend.values] or [0.0])
     shown = [
         {"title": title, "lines": trends, "drawing": drawings.breakdown(trends, axis.name, floor)}
         for title, trends in drawn
     ]
-    left_out = len(panels) - len(panels[:MAX_TREND_PANELS])
     return {"axis": axis, "panels": shown, "left_out": left_out, "shared": bool(shown) and _shared(shown)}
 
 
-def _indices(line: Axis | None) -> range:
-    return range(min(MAX_LINES, len(line.values)) if line is not None else 1)
+def _chunks(line: Axis | None) -> list[range]:
+    """The places of the values that share a panel: as many as there are colours."""
+    indices = range(len(line.values) if line is not None else 1)
+    return [indices[start : start + MAX_LINES] for start in range(0, len(indices), MAX_LINES)]
 
 
 def _trend(layout: Layout, axis: Axis, panel: dict[str, Any], line: Axis | None, index: int) -> drawings.Trend:
@@ -301,7 +317,7 @@ def _roc(found: Gathered, layout: Layout) -> dict[str, Any]:
     names = line.labels if line is not None else ["all runs"]
     accused = [drawings.Accused(index, names[index], pooled[index]) for index in sorted(pooled)[:MAX_LINES]]
     legend = [(one.number, one.name, area_under_roc(one.suspicions), len(one.suspicions)) for one in accused]
-    return {"drawing": drawings.roc_curves(accused), "legend": legend}
+    return {"drawing": drawings.roc_curves(accused), "legend": legend, "left_out": len(pooled) - len(accused)}
 
 
 def _grids(found: Gathered, layout: Layout, results: Iterable[RunResult]) -> tuple[list[dict[str, Any]], int]:

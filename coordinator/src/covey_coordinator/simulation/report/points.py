@@ -45,8 +45,9 @@ class Point:
     """All runs with the same values of what was varied.
 
     varied: without the seed. curves: metric -> one {round: value} per seed; "training loss" is the devices' own.
-    updates, devices: who was turned away, counted by updates and by devices. devices' accuracies: one array per seed.
-    measurements: of the last round, one dict per seed. first: the key of its first run with a round.
+    updates, devices: who was turned away, counted by updates and by devices. device_accuracies: of the healthy devices
+    on their own data, one array per seed. measurements: of the last round, one dict per seed. first: the key of its
+    first run with a round.
     """
 
     varied: dict[str, Any]
@@ -148,14 +149,14 @@ def _add(point: Point, result: RunResult) -> None:
     told = _verdicts(result)
     point.updates, point.devices = added(point.updates, _updates(told)), added(point.devices, _devices(told))
     point.suspicions += _suspicions(told)
-    accuracies = [
-        found["accuracy"] for found in result.devices.values() if math.isfinite(found.get("accuracy", math.nan))
-    ]
+    corrupted = corrupted_devices(result)
+    own = {device_id: evaluated.get("accuracy", math.nan) for device_id, evaluated in result.devices.items()}
+    accuracies = [value for one, value in own.items() if one not in corrupted and math.isfinite(value)]
     if accuracies:
         point.device_accuracies.append(np.array(accuracies, np.float64))
     point.measurements.append(result.rounds[-1].measurements)
     point.num_devices = max(point.num_devices, len(result.faults), len(told.ids))
-    point.num_corrupted = max(point.num_corrupted, len(corrupted_devices(result)))
+    point.num_corrupted = max(point.num_corrupted, len(corrupted))
     point.num_rounds = max(point.num_rounds, max(record.number for record in result.rounds))
 
 

@@ -152,7 +152,10 @@ def notes(found: Gathered, failed: dict[str, str], expected: int | None) -> list
     if missing > 0:
         said.append(f"{counted(missing, 'run')} of {expected:,} left no result; nothing on this page counts them.")
     if found.unfinished:
-        said.append(f"{counted(len(found.unfinished), 'run')} ended before the first round: {_few(found.unfinished)}.")
+        said.append(
+            f"{counted(len(found.unfinished), 'run')} ended before the first round: {_few(found.unfinished)}. Why is "
+            "among the notes of the runs, below."
+        )
     seeds = {len(point.seeds) for point in found.points}
     if len(seeds) > 1:
         short = sum(len(point.seeds) < max(seeds) for point in found.points)
