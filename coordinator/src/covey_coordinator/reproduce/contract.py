@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -98,9 +98,10 @@ class Reproduction:
     engine: which of covey's engines runs it. measure: what the numbers of the table are, with the paper's convention
     (last, best). protocol: ours, in sentences. deviations: from the paper's. source: where its numbers stand.
     full_time: how long the full form takes, and how that is known. needs: files that a data folder must hold.
-    cases, claims: of the quick form or the full. run: one case with one seed; (settings, seed, data folder) -> outcome.
-    value: the table's number of an outcome. figure: a PNG of everything measured. seeds: of the full form.
-    found: a sentence about everything measured, for what is no column of the table. remarks: what the measured numbers do not bear out, or what to know before believing them, known from our own runs.
+    cases: of the quick form or the full. run: one case with one seed; (settings, seed, data folder) -> outcome.
+    value: the table's number of an outcome. figure: a PNG of everything measured. found: a sentence about everything
+    measured, for what is no column of the table. seeds: of the full form. remarks: what is known of the numbers that do
+    not come out, from our own runs.
     """
 
     name: str
@@ -121,7 +122,7 @@ class Reproduction:
     needs: tuple[str, ...] = ()
     seeds: int = 3
     in_percent: bool = True
-    remarks: tuple[str, ...] = field(default=())
+    remarks: tuple[str, ...] = ()
 
     def shown(self, value: float | None) -> str:
         if value is None:

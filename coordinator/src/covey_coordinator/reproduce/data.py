@@ -1,7 +1,7 @@
 """The data of published experiments, from a folder of the user's: nothing is downloaded.
 
-mnist.npz: the Keras layout (x_train, y_train, x_test, y_test; 28x28 uint8). spambase.csv: UCI Spambase, a line of names,
-57 features and the class (0 or 1) in the last column.
+mnist.npz: the Keras layout (x_train, y_train, x_test, y_test; 28x28 uint8). spambase.csv: UCI Spambase, a line of
+names, 57 features and the class (0 or 1) in the last column.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ def spambase(folder: Path | None, seed: int) -> tuple[Dataset, Dataset]:
     table = load_csv(path)
     if table.input_shape != (SPAMBASE_FEATURES,) or table.num_classes != 2 or table.x.min() < 0:
         raise DataError(
-            f"{path} holds {table.num_classes} classes and {table.input_shape} features", f"put {WHAT['spambase.csv']} there"
+            f"{path} holds {table.num_classes} classes and {table.input_shape} features",
+            f"put {WHAT['spambase.csv']} there",
         )
     x = np.log1p(table.x.astype(np.float64))
     x = ((x - x.mean(0)) / x.std(0)).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Distributed gradient descent in which every device sends one gradient per round: the setting of most robustness papers.
+"""Distributed descent in which every device sends one gradient per round: the setting of most robustness papers.
 
 The devices' gradients are numpy's (`grid.training.Network`), attacks, rules and server optimizer those of live rounds:
 `engine.step` screens, judges and applies, as in `covey grid`. Thousands of rounds a minute, which no process of TFF's
@@ -33,6 +33,9 @@ from covey_models.datasets import Dataset
 from covey_protocol.errors import ConfigError, RuleError
 from covey_protocol.parameters import ParameterSpec
 
+ENGINE = (
+    "one gradient per round in numpy; engine.step of live rounds for screening, rule and optimizer (no TFF process)"
+)
 INITIAL, SHARES = 11, 12  # streams of random numbers of one seed, beside those of the grid's simulation
 
 
@@ -41,8 +44,9 @@ class Descent(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     rule: as in TOML; its num_byzantine is what it is told. attack: with the key `attack`, other keys are its settings.
     partition: "iid"; "biased", `bias` the share of each class that goes to the devices of its group (Fang et al. 2020);
-    "similar", `bias` the share of all examples dealt out at random, the others by class (ByzFL). momentum: of each device. server: the server's optimizer with `learning_rate`. measured: rounds between
-    measurements on the test set. standardised: inputs minus mean over standard deviation of all training inputs.
+    "similar", `bias` the share of all examples dealt out at random, the others by class (ByzFL). momentum: of each
+    device. server: the server's optimizer with `learning_rate`. measured: rounds between measurements on the test set.
+    standardised: inputs minus mean over standard deviation of all training inputs.
     """
 
     data: str
@@ -119,7 +123,7 @@ def shares_of(partition: str, y: Any, devices: int, bias: float, seed: int) -> l
 
 
 def similar_shares(y: Any, devices: int, similarity: float, seed: int) -> list[Integers]:
-    """A random share `similarity` dealt out evenly, the rest sorted by class and cut into consecutive pieces (ByzFL)."""
+    """A random share `similarity` dealt out evenly, the rest sorted by class and cut in consecutive pieces (ByzFL)."""
     order = stream(seed, SHARES).permutation(len(y))
     alike = round(similarity * len(y))
     rest = order[alike:]
@@ -129,10 +133,10 @@ def similar_shares(y: Any, devices: int, similarity: float, seed: int) -> list[I
 
 
 def biased_shares(y: Any, devices: int, bias: float, seed: int) -> list[Integers]:
-    """Devices in as many groups as classes; an example of class l goes to group l with probability bias, else to any other.
+    """Devices in as many groups as classes; an example of class l goes to group l with probability bias.
 
-    Within a group to any device alike. bias = 1 / classes is IID. Source: Fang et al. 2020 (arXiv:1911.11815), section
-    5.1, also in FLTrust.
+    Else it goes to any other group alike, and within a group to any device alike. bias = 1 / classes is IID.
+    Source: Fang et al. 2020 (arXiv:1911.11815), section 5.1, also in FLTrust.
     """
     random, classes = stream(seed, SHARES), int(y.max()) + 1
     if devices < classes:
@@ -157,18 +161,20 @@ def run(
     folder: Path | None,
     watch: Callable[[int, Floats], None] | None = None,
     aggregate: Callable[[Floats], Floats] | None = None,
+    rule: Rule | None = None,
 ) -> Outcome:
-    """curve: [round, accuracy on the test set]; last, best: of the curve. backdoor: how often a trigger works, or None.
+    """curve: [round, accuracy on the test set]; last, best: of it. backdoor: how often a trigger works, or None.
 
     watch: called with every round's number and updates (n, d). aggregate: another library's rule, updates -> (d,), in
-    place of the engine; the server then takes plain steps.
+    place of the engine; the server then takes plain steps. rule: one that the registry does not have, in place of the
+    settings'.
     """
     started = time.process_time()
     descent = msgspec.convert(settings, Descent)
     shape = (descent.data, descent.hidden, descent.devices, descent.partition, descent.bias, descent.standardised)
     world = world_of(*shape, seed, folder)
     with np.errstate(all="ignore"):  # attacked models overflow; the engine refuses what is not finite
-        one = _Run(descent, world, seed, watch, aggregate)
+        one = _Run(descent, world, seed, rule or rule_from_table(descent.rule), watch, aggregate)
         for number in range(descent.rounds):
             one.round(number)
     accuracies = [accuracy for _, accuracy in one.curve]
@@ -184,11 +190,10 @@ def run(
 
 
 class _Run:
-    def __init__(self, descent: Descent, world: World, seed: int, watch: Any = None, aggregate: Any = None) -> None:
+    def __init__(self, descent: Descent, world: World, seed: int, rule: Rule, watch: Any, aggregate: Any) -> None:
         self._descent, self._world, self._watch, self._aggregate = descent, world, watch, aggregate
         table = dict(descent.attack)
         self._attack: Attack = make_attack(table.pop("attack"), **table)
-        rule: Rule = rule_from_table(descent.rule)
         self._hostile = corrupted_devices(descent.devices, descent.hostile, seed)
         fleet = GridSettings(devices=descent.devices, steps=1, batch=descent.batch, momentum=descent.momentum)
         self._fleet = GradientFleet(world, fleet, self._attack, self._hostile, seed)

@@ -1,6 +1,6 @@
-"""The folder of a reproduction: finished runs, so that the same command goes on where it was interrupted, and the report.
+"""The folder of a reproduction: finished runs, so that the same command goes on where it stopped, and the report.
 
-NAME/runs/CASE--seed-N--HASH.json   one run each, whole or not at all; HASH is of all settings, so a changed one runs anew
+NAME/runs/CASE--seed-N--HASH.json   one run each, whole or not at all; HASH is of all settings
 NAME/full or NAME/quick             report.md, figure.png, results.json, made anew at the end
 """
 

@@ -47,16 +47,18 @@ def reproduce(request: Request, display: Display, check: Check = lambda: None) -
     outcomes = {task.key: found for task in tasks if (found := folder.finished(task)) is not None}
     _introduce(display, request, len(tasks), len(outcomes))
     missing = [task for task in tasks if task.key not in outcomes]
-    with display.cells(len(outcomes), len(tasks), "runs") as ticker:
-        for task, outcome in _results(request, missing, check):
-            folder.save(task, outcome)
-            outcomes[task.key] = outcome
-            shown = reproduction.shown(reproduction.value(outcome))
-            ticker.finished(f"{task.label}, seed {task.seed}: {shown}")
-    found: dict[str, list[Outcome]] = {case.label: [] for case in cases}
-    for task in tasks:
-        found[task.label].append(outcomes[task.key])
-    return _finish(request, folder, cases, Measured(found, reproduction.value), display)
+    try:
+        with display.cells(len(outcomes), len(tasks), "runs") as ticker:
+            for task, outcome in _results(request, missing, check):
+                folder.save(task, outcome)
+                outcomes[task.key] = outcome
+                shown = reproduction.shown(reproduction.value(outcome))
+                ticker.finished(f"{task.label}, seed {task.seed}: {shown}")
+    except BaseException:
+        display.line(f"  {len(outcomes)} of {len(tasks)} runs are saved in {request.out}; the same command goes on")
+        raise
+    by_case = {case.label: [outcomes[task.key] for task in tasks if task.label == case.label] for case in cases}
+    return _finish(request, folder, cases, Measured(by_case, reproduction.value), display)
 
 
 def _introduce(display: Display, request: Request, runs: int, there: int) -> None:

@@ -55,7 +55,7 @@ def best(outcome: Outcome) -> float:
 def figure(cases: Sequence[Case], measured: Measured) -> bytes:
     rules = dict.fromkeys(case.label.partition(",")[0] for case in cases)
     panels = [Panel(rule, [case.label for case in cases if case.label.startswith(f"{rule},")]) for rule in rules]
-    return curves(panels, measured, limits=(0.0, 1.0))
+    return curves(panels, measured, limits=(0.5, 1.0))
 
 
 def stronger(attack: str, than: str, rule: str) -> Claim:
@@ -70,18 +70,20 @@ SHEJWALKAR = Reproduction(
     title="Min-Max and Min-Sum against LIE on MNIST",
     paper="Shejwalkar and Houmansadr 2021, Manipulating the Byzantine (NDSS)",
     source="table II, MNIST, updates known, rule unknown; accuracy = clean accuracy - attack impact",
-    engine="one gradient per round in numpy, engine.step of live rounds for screening, rule and optimizer (no TFF process)",
+    engine=descent.ENGINE,
     measure="maximum accuracy on the test set over the run, measured every 5 rounds",
     protocol=(
         "IID shares of MNIST; one gradient per round and device; 20% of the devices attack, and the rules are told so.",
-        "Server: Adam, learning rate 0.001. Full form: 100 devices, a net of 784-512-10, batch 100. Quick form: 50 devices, 784-64-10, batch 50.",
-        "100 rounds. LIE's z is the paper's formula (0.29 for 20 of 100); Min-Max and Min-Sum push along the standard deviation.",
+        "Server: Adam, learning rate 0.001. Full form: 100 devices, a net of 784-512-10, batch 100. Quick form: "
+        "50 devices, 784-64-10, batch 50.",
+        "100 rounds. LIE's z is the paper's formula (0.29 for 20 of 100); Min-Max and Min-Sum push along the "
+        "standard deviation.",
     ),
     deviations=(
         "100 rounds instead of 500: the accuracies are those of shorter training; look at the ordering.",
         "gamma is solved for in closed form, not searched by halving.",
     ),
-    full_time="",
+    full_time="60 runs of 100 rounds at 1 to 3 s, measured on a part: about 3 hours of one core",
     cases=cases,
     claims=(
         stronger("min-max", "lie", "trimmed-mean"),

@@ -78,8 +78,6 @@ class TrainingSettings(Struct, frozen=True, forbid_unknown_fields=True):
     """As [training] of `covey serve`, without its seed, which is the experiment's; and fedsgd beside its algorithms."""
 
     algorithm: str = "fedavg"
-    local_steps: Annotated[int, Meta(ge=0, le=MAX_STEPS)] = 0
-    feature_scaling: bool = True
     epochs: Annotated[int, Meta(ge=1, le=MAX_EPOCHS)] = 1
     learning_rate: Annotated[float, Meta(gt=0, le=MAX_LEARNING_RATE)] = 0.1
     gradient_clip_norm: Annotated[float, Meta(ge=0, le=MAX_GRADIENT_NORM)] = 0.0

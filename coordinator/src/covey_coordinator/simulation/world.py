@@ -175,7 +175,6 @@ def learning_of(world: World) -> Learning:
         server_learning_rate=settings.server.learning_rate,
         privacy=_privacy(settings),
         seed=cell.seed,
-        feature_scaling=training.feature_scaling,
     )
 
 
