@@ -40,8 +40,9 @@ def sentence(found: Sequence[RoundAgreement]) -> str:
     judged = f"other verdicts in {words.counted(others, 'round')}" if others else "the same verdicts in every round"
     return (
         f"Fleet and simulation {holds}: after one round from the same model they differ by {typical:.1e} of the "
-        f"round’s update in the median (allowed: {ONE_ROUND:.0e}) and by {most:.1e} at most (allowed: {ONE_KINK:.0e}), with "
-        f"{judged}; each on its own, by {found[-1].all_rounds:.1e} after {words.counted(len(found), 'round')}."
+        f"round’s update in the median (allowed: {ONE_ROUND:.0e}) and by {most:.1e} at most "
+        f"(allowed: {ONE_KINK:.0e}), with {judged}; each on its own, by {found[-1].all_rounds:.1e} after "
+        f"{words.counted(len(found), 'round')}."
     )
 
 
