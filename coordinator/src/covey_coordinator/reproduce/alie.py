@@ -105,7 +105,7 @@ ALIE = Reproduction(
         "at each end.",
         "First weights are Glorot-uniform in both layers.",
     ),
-    full_time="21 runs, measured on a part: about 20 minutes of one core",
+    full_time="full form: 21 runs, about 10 to 15 minutes of one core (measured on a part)",
     cases=cases,
     claims=(
         Claim(

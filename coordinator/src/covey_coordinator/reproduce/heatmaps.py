@@ -247,7 +247,7 @@ BYZFL = Reproduction(
         "All devices have shares of equal size; attacks are ours, not ByzFL's.",
         "ByzFL's geometric median takes three smoothed steps, ours goes on until it is there.",
     ),
-    full_time="96 runs, scaled from the quick form: some hours",
+    full_time="full form: 96 runs, several hours of one core (scaled from the quick form)",
     cases=cases,
     claims=(
         Claim(
