@@ -154,7 +154,7 @@ FEDAVG = Reproduction(
         "The paper tunes the learning rate for every cell; ours are fixed.",
         "The quick form counts rounds to 90%, for which there are no published numbers.",
     ),
-    full_time="15 runs",
+    full_time="full form: 15 runs, an hour or more with the machine to itself (measured on a part)",
     cases=cases,
     claims=(
         Claim(

@@ -1,8 +1,8 @@
 """A fleet and a simulation side by side: the same rounds by real agents and in TFF, and how far the models lie apart.
 
 Both train the same steps on the same batches, a fleet in a TFLite runtime and a simulation in TensorFlow, so from equal
-parameters they agree to rounding (`results.ONE_ROUND`). Over many rounds rounding grows, and faster where a ReLU's kink
-or a rule's choice lies between two numbers that differ by it; that is measured beside it (docs/simulation-report.md).
+parameters they agree to rounding (`results.ONE_ROUND`), but where a ReLU's kink lies within it (`results.ONE_KINK`).
+Over many rounds rounding grows; that is measured beside it (docs/simulation-report.md).
 """
 
 from __future__ import annotations
