@@ -177,6 +177,9 @@ FEDAVG = Reproduction(
     value=reached,
     figure=figure,
     needs=("mnist.npz",),
+    remarks=(
+        "The full form takes fewer rounds than published in every row (IID with ten devices 43, shards 419; one seed).",
+    ),
     in_percent=False,
 )
 

@@ -259,7 +259,7 @@ BYZFL = Reproduction(
             lambda v: v[label_of("trimmed-mean", 1.0, 4)] > v[label_of("trimmed-mean", 1.0, 1)] - 0.05,
         ),
         Claim(
-            "With the most unlike data every attacker more costs the trimmed mean accuracy",
+            "With the most unlike data four attackers cost the trimmed mean more than one does",
             lambda v: v[label_of("trimmed-mean", 0.0, 4)] < v[label_of("trimmed-mean", 0.0, 1)],
         ),
         Claim(
