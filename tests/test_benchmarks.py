@@ -151,3 +151,14 @@ def test_the_benchmark_of_compression_measures_every_form() -> None:
     assert ended.returncode == 0, ended.stderr[-2000:]
     for form in ("float32", "rotated-8bit", "rotated-4bit", "top-k 10%", "top-k 1%", "top-k-8bit 1%"):
         assert ended.stdout.count(f"\n| {form} |") == 2
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_benchmark_of_several_workers_finds_equal_results() -> None:
+    command = [sys.executable, "benchmarks/scale_out.py", "--quick"]
+    ended = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    rows = [line.split(" | ") for line in ended.stdout.splitlines() if line.startswith(("| mean", "| multi-krum"))]
+    assert len(rows) == 15
+    assert all(float(row[-1].strip(" |")) <= 1e-6 for row in rows)

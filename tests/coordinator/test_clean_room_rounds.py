@@ -176,6 +176,20 @@ def test_it_sends_metrics_where_a_round_evaluates_and_keeps_to_its_tasks(place: 
     assert place.judged().endswith(", 0 violations\n")
 
 
+def test_it_takes_part_in_both_exchanges_of_federated_svrg(place: Place) -> None:
+    place.open()
+    gradients = place.run(TrainingPlan(1, 0.1, work="gradient"), device_ids=ALL, quorum=3)
+    assert statuses(gradients) == dict.fromkeys(ALL, ACCEPTED)
+    vector = np.full(len(place.parameters()), 0.01, np.float32)
+    plan = TrainingPlan(1, 0.1, work="svrg", steps=2)
+    local = place.run(plan, number=2, device_ids=ALL, quorum=3, vectors=[vector])
+    assert statuses(local) == dict.fromkeys(ALL, ACCEPTED)
+    foreign = place.run(plan, number=3, device_ids=ALL, quorum=2, vectors=[vector, vector, vector])
+    assert {verdict.status for verdict in foreign.verdicts} == {MISSING}  # every device refuses a third vector
+    place.stop_device()
+    assert place.judged().endswith(", 0 violations\n")
+
+
 def test_its_encrypted_updates_open(place: Place) -> None:
     place.open()
     plans = [TrainingPlan(1, 0.1), TrainingPlan(1, 0.1, compression="rotated-4bit")]

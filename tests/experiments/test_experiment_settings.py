@@ -20,6 +20,7 @@ from covey_coordinator.simulation.world import cohort_of, world_of
 from covey_protocol.errors import ConfigError, CoveyError, DataError, RuleError
 
 SMALL: dict[str, Any] = {"name": "small", "rounds": 3, "devices": 10}
+CENTRAL = {"clip_norm": 1.0, "noise_multiplier": 1.0, "by": "coordinator"}
 
 
 def cells(**more: Any) -> list[Cell]:
@@ -126,6 +127,9 @@ def test_labels_are_what_people_call_the_values() -> None:
         ({"server": {"optimizer": "sgdd"}}, "did you mean 'sgd'"),
         ({"privacy": {"noise_multiplier": 1.0}}, "needs privacy.clip_norm"),
         ({"privacy": {"clip_norm": 1.0, "by": "nobody"}}, "privacy.by"),
+        ({"privacy": CENTRAL, "aggregation": {"rule": "median"}}, "the rule 'median' with privacy.by"),
+        ({"privacy": CENTRAL, "attack": {"attack": "alie", "fraction": 0.2}}, "the attack 'alie' with privacy.by"),
+        ({"privacy": CENTRAL, "training": {"algorithm": "fsvrg"}}, "the algorithm 'fsvrg' with privacy.by"),
         ({"sweep": {"seeds": [1, 2]}}, "the same for all cells"),
         ({"sweep": {"devices": 3}}, "give a list"),
         ({"sweep": {"devices": []}}, "give a list"),

@@ -518,6 +518,40 @@ def test_an_experiment_gives_the_same_when_one_of_its_workers_is_killed(
         assert {**one, "seconds": 0} == {**other, "seconds": 0}
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_rounds_are_the_same_to_the_bit_through_kills_at_random_moments(start: Callable[..., RunningWorker]) -> None:
+    import tensorflow as tf
+    import tensorflow_federated as tff
+
+    @tff.tensorflow.computation(np.float32)
+    def worked_on(number: Any) -> Any:
+        """Takes a while; whatever rounding does to it is the same everywhere."""
+        return tf.while_loop(lambda i, _: i < 3000, lambda i, x: (i + 1, tf.sin(x) + number), (0, number))[1]
+
+    @tff.federated_computation(tff.FederatedType(np.float32, tff.CLIENTS))
+    def mean(numbers: Any) -> Any:
+        return tff.federated_mean(tff.federated_map(worked_on, numbers))
+
+    numbers = [np.float32(number / 7) for number in range(20)]
+    random = np.random.default_rng(11)
+    running = [start(), start(), start()]
+    kills = 0
+    with connect(addresses(*running)) as workers:
+        expected = workers.call(mean, numbers)
+        for _ in range(30):
+            round_ = in_background(workers.call, mean, numbers)
+            time.sleep(random.uniform(0, 0.6))
+            victim = int(random.integers(3))
+            running[victim].kill()
+            kills += not round_.done()
+            running[victim] = start(listen=running[victim].address)
+            assert round_.result(PATIENCE_S) == expected
+        told = [note for note in workers.take_notes() if "computed again" in note]
+    assert kills > 5  # in the middle of a round, and not only between two
+    assert told
+
+
 MEMORY_LIMIT_MB = 3000
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -16,9 +18,11 @@ from click.testing import CliRunner
 from patience import PATIENCE_S
 
 import covey_coordinator as cc
+from covey_coordinator.grid.display import Display
 from covey_coordinator.simulation.command import simulate_command
 from covey_coordinator.simulation.folder import ExperimentFolder
-from covey_coordinator.simulation.reading import read_experiment
+from covey_coordinator.simulation.program import HERE, run_experiment
+from covey_coordinator.simulation.reading import read_experiment, resumed_experiment
 from covey_coordinator.simulation.results import RunResult
 from covey_protocol.errors import CoveyError
 
@@ -83,6 +87,17 @@ def results_in(folder: Path) -> list[RunResult]:
     return timeless(ExperimentFolder(folder).results([cell.key for cell in cells]))
 
 
+@pytest.fixture(autouse=True)
+def signals_as_before() -> Iterator[None]:
+    """The command takes them over."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    hook = sys.unraisablehook
+    yield
+    sys.unraisablehook = hook
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> list[RunResult]:
     """The experiment undisturbed, in this process."""
@@ -107,9 +122,11 @@ def test_a_killed_experiment_leaves_no_process_and_goes_on_to_the_same_result(
     assert not (cell / "result.json").exists()
     before = (cell / "rounds.jsonl").read_bytes().splitlines()
     assert 5 <= len(before) <= ROUNDS
-    resumed = CliRunner().invoke(simulate_command, ["--resume", str(folder), "--jobs", "1"], catch_exceptions=False)
-    assert resumed.exit_code == 0
-    assert f"report: {folder / 'report.html'}" in resumed.output
+    said = io.StringIO()
+    again = ExperimentFolder.old(folder)
+    run_experiment(resumed_experiment(again), again, HERE, Display(said))
+    assert f"report: {folder / 'report.html'}" in said.getvalue()
+    assert (folder / "report.html").stat().st_size > 10_000
     assert results_in(folder) == whole
     kept = (cell / "rounds.jsonl").read_bytes().splitlines()
     assert kept[:4] == before[:4]  # also its times: rounds before the saved state were not made again
@@ -143,7 +160,7 @@ def test_ctrl_c_ends_an_experiment_in_order_and_it_can_be_resumed(
 @pytest.mark.slow
 def test_two_processes_give_what_one_gives_and_a_failed_run_has_its_exit_code(tmp_path: Path) -> None:
     folder, file = tmp_path / "run", tmp_path / "tiny.toml"
-    bad = ["--set", 'sweep."model.name"=["softmax", "small-cnn", "mlp"]', "--set", 'sweep."server.optimizer"=["sgd"]']
+    bad = ["--set", 'sweep.model.name=["softmax", "small-cnn", "mlp"]', "--set", 'sweep.server.optimizer=["sgd"]']
     arguments = [str(file), "--out", str(folder), "--jobs", "2", "--rounds", "2", *bad]
     done = subprocess.run(command(tmp_path, *arguments), capture_output=True, text=True, check=False)
     assert done.returncode == 8, done.stdout + done.stderr

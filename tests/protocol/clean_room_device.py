@@ -332,7 +332,7 @@ FROM_DEVICE: dict[str, Fields] = {
     "seen": {"round_id": (ROUND_ID, REQUIRED)},
 }
 ON_ROUND, ON_DOWN = ("invitation", "closed"), ("need", "receipt", "verdict")
-LEFT_OUT_AT_DEFAULT = ("max_staleness", "earlier", "encryption_key")
+LEFT_OUT_AT_DEFAULT = ("max_staleness", "earlier", "encryption_key", "vectors")
 
 
 def decode_body(body: bytes, kinds: dict[str, Fields]) -> Message:

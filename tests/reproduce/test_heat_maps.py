@@ -22,7 +22,7 @@ needs_byzfl = pytest.mark.skipif(
 def settings(peer: bool) -> dict[str, Any]:
     case = next(case for case in heatmaps.cases(quick=True) if case.label == heatmaps.label_of("trimmed-mean", 1.0, 1))
     shape = {**case.settings["descent"], "rounds": 30, "hidden": [12], "measured": 10}
-    return {**case.settings, "descent": shape, "peer": peer}
+    return {**case.settings, "descent": shape, "attacks": list(heatmaps.ATTACKS[:2]), "peer": peer}
 
 
 def test_the_worst_attack_counts(data_folder: Path) -> None:

@@ -158,7 +158,7 @@ def simulated(plan: Plan, cell: Cell, check: Callable[[], None] = lambda: None) 
         "refused": "",
         "accuracy": run.curve[-1],
         "best_accuracy": max(run.curve),
-        "backdoor_success": run.backdoor_success(),
+        "backdoor_success": backdoor_success(world, run.attack, run.parameters),
         "rounds_refused": run.rounds_refused,
         "last_refusal": run.last_refusal,
         "curve": run.curve,
@@ -169,13 +169,13 @@ def simulated(plan: Plan, cell: Cell, check: Callable[[], None] = lambda: None) 
 class _Run:
     def __init__(self, world: World, settings: GridSettings, rule: Rule, attack: Attack | None, cell: Cell) -> None:
         self._world, self._settings, self._rule = world, settings, rule
-        self._attack = attack if attack is not None else NoAttack()
+        self.attack = attack if attack is not None else NoAttack()
         self._seed = cell.seed
         self._hostile = corrupted_devices(settings.devices, cell.num_hostile, cell.seed)
-        self._fleet = Fleet(world, settings, self._attack, self._hostile, cell.seed)
+        self._fleet = Fleet(world, settings, self.attack, self._hostile, cell.seed)
         self._engine = make_engine("direct", rule, world.specs)
-        self._attackers = Attackers(self._attack, self._hostile, self._fleet.sizes, rule, self._engine, cell.seed)
-        self._parameters = world.initial
+        self._attackers = Attackers(self.attack, self._hostile, self._fleet.sizes, rule, self._engine, cell.seed)
+        self.parameters = world.initial
         self._ids = [f"device-{number:04d}" for number in range(settings.devices)]  # sorts as it counts
         self._test_x = flat(world.test.x)
         self.curve: list[float] = []
@@ -183,22 +183,22 @@ class _Run:
 
     def round(self, number: int) -> None:
         """One round; a refused one leaves the model as it was, as in live rounds."""
-        updates = self._fleet.updates(self._parameters, number)
+        updates = self._fleet.updates(self.parameters, number)
         if len(self._hostile):
-            updates[self._hostile] = self._attackers.crafted(updates, self._parameters, number)
+            updates[self._hostile] = self._attackers.crafted(updates, self.parameters, number)
         try:
-            self._parameters = self._engine.step(self._parameters, updates, self._fleet.sizes, self._ids).parameters
+            self.parameters = self._engine.step(self.parameters, updates, self._fleet.sizes, self._ids).parameters
         except RuleError as error:
             self.rounds_refused += 1
             self.last_refusal = str(error)
-        right = self._world.network.predicted(self._parameters, self._test_x) == self._world.test.y
+        right = self._world.network.predicted(self.parameters, self._test_x) == self._world.test.y
         self.curve.append(round(float(right.mean()), 6))
 
-    def backdoor_success(self) -> float | None:
-        """Share of the test examples of other classes that the trigger turns into the target; None without one."""
-        attack, test = self._attack, self._world.test
-        if not isinstance(attack, ScalingBackdoor):
-            return None
-        others = test.x[test.y != attack.target]
-        found = self._world.network.predicted(self._parameters, flat(attack.triggered(others, self._world.setting)))
-        return round(float((found == attack.target).mean()), 6)
+
+def backdoor_success(world: World, attack: Attack, parameters: Floats) -> float | None:
+    """Share of the test examples of other classes that the trigger turns into the target; None without one."""
+    if not isinstance(attack, ScalingBackdoor):
+        return None
+    others = world.test.x[world.test.y != attack.target]
+    found = world.network.predicted(parameters, flat(attack.triggered(others, world.setting)))
+    return round(float((found == attack.target).mean()), 6)

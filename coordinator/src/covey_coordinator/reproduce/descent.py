@@ -21,10 +21,9 @@ from covey_coordinator.aggregation.engines import make_engine
 from covey_coordinator.aggregation.registry import rule_from_table
 from covey_coordinator.aggregation.rules import Rule
 from covey_coordinator.attacks.contract import Attack
-from covey_coordinator.attacks.data import ScalingBackdoor
 from covey_coordinator.attacks.registry import make_attack
 from covey_coordinator.grid.settings import GridSettings
-from covey_coordinator.grid.simulation import Attackers, Fleet, World, corrupted_devices, flat, stream
+from covey_coordinator.grid.simulation import Attackers, Fleet, World, backdoor_success, corrupted_devices, flat, stream
 from covey_coordinator.grid.training import Floats, Integers, Network
 from covey_coordinator.reproduce import data
 from covey_coordinator.reproduce.contract import Outcome
@@ -67,7 +66,7 @@ class Descent(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def settings_of(**settings: Any) -> dict[str, Any]:
-    """A case's settings as plain JSON values, defaults written out. Raises what Descent raises for wrong ones."""
+    """A case's settings as plain JSON values, defaults written out. TypeError for an unknown one."""
     plain: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(Descent(**settings)))
     return plain
 
@@ -182,7 +181,7 @@ def run(
         "curve": one.curve,
         "last": accuracies[-1],
         "best": max(accuracies),
-        "backdoor": one.backdoor_success(),
+        "backdoor": backdoor_success(world, one.attack, one.parameters),
         "rounds_refused": one.rounds_refused,
         "last_refusal": one.last_refusal,
         "seconds": round(time.process_time() - started, 2),
@@ -193,13 +192,13 @@ class _Run:
     def __init__(self, descent: Descent, world: World, seed: int, rule: Rule, watch: Any, aggregate: Any) -> None:
         self._descent, self._world, self._watch, self._aggregate = descent, world, watch, aggregate
         table = dict(descent.attack)
-        self._attack: Attack = make_attack(table.pop("attack"), **table)
+        self.attack: Attack = make_attack(table.pop("attack"), **table)
         self._hostile = corrupted_devices(descent.devices, descent.hostile, seed)
         fleet = GridSettings(devices=descent.devices, steps=1, batch=descent.batch, momentum=descent.momentum)
-        self._fleet = GradientFleet(world, fleet, self._attack, self._hostile, seed)
+        self._fleet = GradientFleet(world, fleet, self.attack, self._hostile, seed)
         self._engine = make_engine("direct", rule, world.specs, descent.server, descent.learning_rate)
-        self._attackers = Attackers(self._attack, self._hostile, self._fleet.sizes, rule, self._engine, seed)
-        self._parameters = world.initial
+        self._attackers = Attackers(self.attack, self._hostile, self._fleet.sizes, rule, self._engine, seed)
+        self.parameters = world.initial
         self._ids = [f"device-{number:04d}" for number in range(descent.devices)]  # sorts as it counts
         self._equal = np.ones(descent.devices, np.float32)  # every gradient counts alike, as in the papers
         self._test_x = flat(world.test.x)
@@ -208,14 +207,14 @@ class _Run:
 
     def round(self, number: int) -> None:
         """One round; a refused one leaves the model as it was, as in live rounds."""
-        updates = self._fleet.updates(self._parameters, number)
+        updates = self._fleet.updates(self.parameters, number)
         if len(self._hostile):
-            updates[self._hostile] = self._attackers.crafted(updates, self._parameters, number)
+            updates[self._hostile] = self._attackers.crafted(updates, self.parameters, number)
         if self._watch is not None:
             self._watch(number, updates)
         if self._aggregate is not None:
             rate = np.float32(self._descent.learning_rate)
-            self._parameters = self._parameters + rate * self._aggregate(updates)
+            self.parameters = self.parameters + rate * self._aggregate(updates)
         else:
             self._step(updates)
         done = number + 1
@@ -224,20 +223,11 @@ class _Run:
 
     def _step(self, updates: Floats) -> None:
         try:
-            self._parameters = self._engine.step(self._parameters, updates, self._equal, self._ids).parameters
+            self.parameters = self._engine.step(self.parameters, updates, self._equal, self._ids).parameters
         except RuleError as error:
             self.rounds_refused += 1
             self.last_refusal = str(error)
 
     def _accuracy(self) -> float:
-        found = self._world.network.predicted(self._parameters, self._test_x)
+        found = self._world.network.predicted(self.parameters, self._test_x)
         return round(float((found == self._world.test.y).mean()), 6)
-
-    def backdoor_success(self) -> float | None:
-        """Share of the test examples of other classes that the trigger turns into the target; None without one."""
-        attack, test = self._attack, self._world.test
-        if not isinstance(attack, ScalingBackdoor):
-            return None
-        others = test.x[test.y != attack.target]
-        found = self._world.network.predicted(self._parameters, flat(attack.triggered(others, self._world.setting)))
-        return round(float((found == attack.target).mean()), 6)

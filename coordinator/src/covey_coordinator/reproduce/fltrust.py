@@ -95,7 +95,7 @@ FLTRUST = Reproduction(
         "The scaling attack's factor is n / m, so that all attackers together replace the model; the paper's is "
         "n. The trigger is a square of 2 by 2 pixels.",
     ),
-    full_time="72 runs, scaled from the quick form: about 1 hour of one core",
+    full_time="full form: 72 runs, about 1.5 hours of one core (scaled from the quick form)",
     cases=cases,
     claims=(
         Claim(

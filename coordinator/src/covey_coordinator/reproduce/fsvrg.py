@@ -129,7 +129,7 @@ FSVRG = Reproduction(
         "The data: 10,000 authors, 2,166,693 posts and 20,002 words in the paper. Local steps take batches of 10 "
         "examples, the paper's one. CoCoA+ is not run.",
     ),
-    full_time="12 runs, scaled from the quick form: about 15 minutes of one core",
+    full_time="full form: 12 runs, about 10 minutes of one core (scaled from the quick form)",
     cases=cases,
     claims=(
         Claim("FSVRG is at the optimum's test error within 30 rounds", lambda v: v["FSVRG"] <= 30),

@@ -105,7 +105,7 @@ SPAMBASE = Reproduction(
         "The paper gives neither widths, learning rate nor preprocessing; ours are 100 and 50, 0.1, log(1 + x) "
         "standardised.",
     ),
-    full_time="27 runs, measured: 8 minutes of one core",
+    full_time="full form: 27 runs, about 7 minutes of one core (measured)",
     cases=spambase_cases,
     claims=(
         Claim(
@@ -232,7 +232,7 @@ BATCH_SIZE = Reproduction(
         "that the paper's curve can be drawn at all.",
         "The paper gives neither the net's widths nor the learning rate nor the attack's scale.",
     ),
-    full_time="63 runs, measured on a part: about 50 minutes of one core",
+    full_time="full form: 63 runs, about 30 minutes of one core (measured on a part)",
     cases=batch_cases,
     claims=(
         Claim(

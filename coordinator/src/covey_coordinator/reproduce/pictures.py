@@ -64,6 +64,7 @@ def curves(
     logarithmic: bool = False,
 ) -> bytes:
     """A panel beside the other; the mean over seeds with a band from the least to the most. Each from "curve"."""
+    panels = [panel for panel in panels if any(label in measured.outcomes for label in panel.labels)]
     figure, axes = new_figure(len(panels))
     for panel, one in zip(panels, axes[0]):
         for number, label in enumerate(label for label in panel.labels if label in measured.outcomes):

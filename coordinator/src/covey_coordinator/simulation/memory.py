@@ -8,7 +8,9 @@ from covey_coordinator.simulation.world import World
 from covey_protocol.errors import MachineError
 
 MB = 1_000_000
-BASE_BYTES = 1_100 * MB  # of one job without data: Python with TFF 650 MB, its worker 250 MB, and room
+BASE_BYTES = (
+    1_100 * MB
+)  # of one job without data: measured 700 MB of Python with TFF, up to 250 of its worker, and room
 COPIES_OF_DATA = 3  # the data set, the devices' copy of it, what is being built
 COPIES_OF_UPDATES = 4  # in the worker, while rows are gathered
 KEPT_FREE = 0.1  # of what is free now

@@ -165,9 +165,7 @@ def check_settings(settings: ExperimentSettings) -> None:
     _check_attackers(settings)
     if settings.workers:
         RemoteWorkers(settings.workers)  # raises ConfigError for what is no address; connects to none
-    _known("privacy.by", settings.privacy.by, PRIVACY_BY)
-    if settings.privacy.noise_multiplier and not settings.privacy.clip_norm:
-        raise ConfigError("privacy.noise_multiplier needs privacy.clip_norm", "set it; noise is measured in it")
+    _check_privacy(settings)
 
 
 def _check_seeds(settings: ExperimentSettings) -> None:
@@ -230,6 +228,26 @@ def _check_attackers(settings: ExperimentSettings) -> None:
             " attack here does without an honest one",
             "lower attack.fraction",
         )
+
+
+def _check_privacy(settings: ExperimentSettings) -> None:
+    privacy = settings.privacy
+    _known("privacy.by", privacy.by, PRIVACY_BY)
+    if privacy.noise_multiplier and not privacy.clip_norm:
+        raise ConfigError("privacy.noise_multiplier needs privacy.clip_norm", "set it; noise is measured in it")
+    if privacy.by == "device" or not privacy.clip_norm:
+        return
+    rule, algorithm = settings.aggregation.get("rule"), settings.training.algorithm
+    for told, works in (
+        (f"the rule {rule!r}", rule == "mean"),
+        (f"the attack {settings.attack.get('attack')!r}", not settings.num_hostile),
+        (f"the algorithm {algorithm!r}", algorithm in ("fedavg", FEDSGD)),
+    ):
+        if not works:
+            raise ConfigError(
+                f'{told} with privacy.by = "coordinator"',
+                'take the mean, no [attack] ([[corruption]] works) and fedavg or fedsgd, or by = "device"',
+            )
 
 
 def _within(section: str, made: Any) -> None:

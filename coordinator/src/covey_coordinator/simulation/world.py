@@ -102,9 +102,18 @@ def _world(cell: Cell) -> World:
 
 def cohort_of(settings: ExperimentSettings, seed: int, number: int) -> list[int]:
     """Drawn as a live round's sample; the same in all cells of a seed that have as many devices."""
-    ids = population.device_ids(settings.devices)
+    if not settings.sample:
+        return list(range(settings.devices))
+    return list(_drawn(settings.devices, settings.sample, seed, settings.name, number))
+
+
+@functools.lru_cache(
+    maxsize=2000
+)  # every round is asked for when a cell is checked and when it runs; a draw hashes all
+def _drawn(devices: int, sample: int, seed: int, name: str, number: int) -> tuple[int, ...]:
+    ids = population.device_ids(devices)
     numbers = {device_id: place for place, device_id in enumerate(ids)}
-    return [numbers[one] for one in sampled(ids, settings.sample, seed, settings.name, number, 0)]
+    return tuple(numbers[one] for one in sampled(ids, sample, seed, name, number, 0))
 
 
 def _cohorts(settings: ExperimentSettings, seed: int) -> list[list[int]]:
