@@ -73,9 +73,8 @@ def asked(tmp_path: Path, bundle: bytes, authors: list[Posts], coordinator_key: 
     def ask(vectors: tuple[Array, ...] = (), *, kept: bytes = b"", noise: float = 0.0, **changes: Any) -> Any:
         plan = msgspec.structs.replace(PLAN, **changes)
         sent = tuple(vector.astype("<f4").tobytes() for vector in vectors)
-        request = Run(
-            "r.1.a", "pi", START.tobytes(), plan, 1.0 if noise else 0.0, noise, 1, withheld=kept, vectors=sent
-        )
+        policy = (1.0 if noise else 0.0, noise, 1)
+        request = Run("r.1.a", "pi", START.tobytes(), plan, *policy, withheld=kept, vectors=sent, max_epochs=20)
         return trainer.answer(request)
 
     return ask
@@ -148,6 +147,7 @@ WRONG = {
     "a vector that is not finite": ((np.full(D, np.nan),), {"work": "scaffold", "steps": 2}, "not finite"),
     "a vector for a gradient": ((np.zeros(D),), {"work": "gradient"}, "not 0 to 0"),
     "clipped gradients": ((np.zeros(D),), {"work": "svrg", "gradient_clip_norm": 1.0}, "leave one of them out|--clip"),
+    "more steps than the owner's epochs": ((np.zeros(D),), {"work": "svrg", "steps": 81}, r"allows .80, train"),
     "SCAFFOLD without steps": ((np.zeros(D),), {"work": "scaffold"}, "without a number of steps"),
     "a work of another day": ((), {"work": "dream"}, "'dream'"),
     "steps of plain training": ((), {"steps": 3}, "set epochs"),

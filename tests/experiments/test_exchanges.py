@@ -82,6 +82,7 @@ def test_its_naive_form_and_scaffold_are_too(worker: Worker) -> None:
         assert_allclose(model, right, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_hostile_device_lies_in_both_exchanges_and_the_rule_bears_it(worker: Worker) -> None:
     attack = make_attack("sign-flip")
     hostile = {"attack": attack, "hostile": (2,)}

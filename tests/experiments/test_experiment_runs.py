@@ -218,6 +218,7 @@ def test_refused_rounds_leave_the_model_as_it_was_and_are_counted(runner: Runner
     assert "usable updates" in result.notes[1]
 
 
+@pytest.mark.slow
 def test_a_backdoors_success_is_measured_beside_the_accuracy(runner: Runner) -> None:
     attack = {"attack": "scaling-backdoor", "fraction": 0.25}
     result = runner(cell(rounds=3, attack=attack, aggregation={"rule": "mean"}, server={}), "backdoor")
@@ -225,6 +226,7 @@ def test_a_backdoors_success_is_measured_beside_the_accuracy(runner: Runner) -> 
     assert result.rounds[0].evaluation["backdoor_success"] < 0.5
 
 
+@pytest.mark.slow
 def test_the_success_of_a_trigger_in_the_data_is_measured_too(runner: Runner) -> None:
     corruption = [{"kind": "trigger", "target": 3, "fraction": 1.0}]
     result = runner(cell(rounds=1, corruption=corruption, attack=NONE, aggregation={"rule": "mean"}), "trigger")
@@ -235,17 +237,13 @@ def test_the_success_of_a_trigger_in_the_data_is_measured_too(runner: Runner) ->
 
 
 def test_an_experiment_from_python_gives_results_and_is_not_run_twice(tmp_path: Path) -> None:
-    table = {**SMALL, "rounds": 1, "sweep": {"aggregation.rule": ["median", "krum"]}, "attack": {"attack": "none"}}
-    table["sweep"]["corruption"] = [[], [{"kind": "shift-labels", "fraction": 0.5}]]
+    corruption = [{"kind": "shift-labels", "fraction": 0.5}]
+    sweep = {"aggregation.rule": ["median", "krum"]}
+    table = {**SMALL, "rounds": 1, "attack": NONE, "corruption": corruption, "sweep": sweep}
     results = cc.simulate(table, out=tmp_path / "e", quiet=True, seeds=[3])
-    assert [(one.seed, one.varied["aggregation.rule"], bool(one.rounds)) for one in results] == [
-        (3, "median", True),
-        (3, "median", True),
-        (3, "krum", True),
-        (3, "krum", False),
-    ]
-    assert "krum needs n > 2f + 2" in results[3].notes[0]
-    assert {len(one.faults) for one in results if one.rounds} == {8}
+    told = [(one.seed, one.varied["aggregation.rule"], len(one.rounds), len(one.faults)) for one in results]
+    assert told == [(3, "median", 2, 8), (3, "krum", 0, 0)]
+    assert "krum needs n > 2f + 2" in results[1].notes[0]
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "e" / "cells").rglob("result.json")}
     assert cc.simulate(table, out=tmp_path / "e", quiet=True, seeds=[3]) == results
     assert times == {path: path.stat().st_mtime_ns for path in (tmp_path / "e" / "cells").rglob("result.json")}

@@ -160,7 +160,7 @@ def test_ctrl_c_ends_an_experiment_in_order_and_it_can_be_resumed(
 @pytest.mark.slow
 def test_two_processes_give_what_one_gives_and_a_failed_run_has_its_exit_code(tmp_path: Path) -> None:
     folder, file = tmp_path / "run", tmp_path / "tiny.toml"
-    bad = ["--set", 'sweep."model.name"=["softmax", "small-cnn", "mlp"]', "--set", 'sweep."server.optimizer"=["sgd"]']
+    bad = ["--set", 'sweep.model.name=["softmax", "small-cnn", "mlp"]', "--set", 'sweep.server.optimizer=["sgd"]']
     arguments = [str(file), "--out", str(folder), "--jobs", "2", "--rounds", "2", *bad]
     done = subprocess.run(command(tmp_path, *arguments), capture_output=True, text=True, check=False)
     assert done.returncode == 8, done.stdout + done.stderr

@@ -317,6 +317,7 @@ class AgentProgram:
             withheld.load(invitation) if withholds(invitation.plan) else b"",
             data is not None and data.held_out,
             tuple(self._cache.path(ref.sha256).read_bytes() for ref in invitation.vectors),
+            self._config.training.max_epochs,
         )
         self._child.request(invitation.round_id, request, self._config.training.timeout_s)
 

@@ -30,6 +30,7 @@ class Run(msgspec.Struct, frozen=True, tag="run"):
 
     withheld: what earlier updates left out, float32, to be sent now, or the control that SCAFFOLD keeps; b"" for
     nothing. held_out: the data that were opened are kept for evaluations. vectors: the invitation's, float32.
+    max_epochs: the owner's, which bounds a plan's steps by the batches of so many passes; 0 for no bound.
     """
 
     round_id: str
@@ -43,6 +44,7 @@ class Run(msgspec.Struct, frozen=True, tag="run"):
     withheld: bytes = b""
     held_out: bool = False
     vectors: tuple[bytes, ...] = ()
+    max_epochs: int = 0
 
 
 class Probe(msgspec.Struct, frozen=True, tag="probe"):

@@ -49,6 +49,7 @@ def made(model: Model, examples: Examples, request: Run, received: Floats) -> Ma
     TrainingError for a plan that the bundle cannot follow, or vectors that do not belong to it.
     """
     check_plan(model.manifest, request.plan)
+    _check_steps(model, examples, request)
     vectors = _vectors(model, request)
     if request.plan.work == GRADIENT:
         return Made(model.gradient(*examples, seed=_seed(model, request, 0)))
@@ -94,6 +95,16 @@ def _shares(model: Model, examples: Examples) -> Floats:
     if units is None:
         raise TrainingError(f"bundle {model.manifest.name!r} has no kernel on its inputs", "turn feature_scaling off")
     return svrg.per_parameter(svrg.shares(examples[0]), units, model.manifest.dimension)
+
+
+def _check_steps(model: Model, examples: Examples, request: Run) -> None:
+    """Steps cost what epochs cost, and the owner has said how many of these are enough."""
+    most = request.max_epochs * -(-len(examples[0]) // model.manifest.batch_size)
+    if request.max_epochs and request.plan.steps > most:
+        raise TrainingError(
+            f"{request.plan.steps} steps are more than this device allows ({most}, training.max_epochs)",
+            "ask for fewer local_steps",
+        )
 
 
 def _vectors(model: Model, request: Run) -> list[Floats]:

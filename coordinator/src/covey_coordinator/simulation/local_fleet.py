@@ -28,7 +28,7 @@ from covey_protocol.topics import check_device_id
 
 FLEET = "simulated"
 START_TIMEOUT_S = 180.0
-AGENT_BYTES = 110 * 2**20  # measured: an agent 45 MB and its training child 60 MB, with a small model
+AGENT_BYTES = 110 * 2**20  # measured: an agent 42 MiB and its training child 54 MiB, with a small model
 
 
 class LocalFleet:
