@@ -16,7 +16,18 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PYTEST = [sys.executable, "-m", "pytest"]
-FIRST = ("demo", "edge", "grid", "inversion", "models", "protocol", "report", "simulation")  # about half of the time
+FIRST = (
+    "algorithms",
+    "demo",
+    "edge",
+    "grid",
+    "inversion",
+    "models",
+    "protocol",
+    "report",
+    "reproduce",
+    "simulation",
+)  # about half of the time
 
 
 def main(arguments: list[str]) -> int:
