@@ -93,6 +93,22 @@ class Pool:
                     give(self._start() if isinstance(event, Died) else connection)
                 yield task, event
 
+    def results(self, tasks: Sequence[Any], check: Callable[[], None]) -> Iterator[tuple[Any, Any]]:
+        """Each task with its result, in the order in which they finish; what is told meanwhile is left out.
+
+        Tasks need a `key`, which errors name. Raises the error of the first task that fails.
+        """
+        for task, event in self.events(tasks, check):
+            if isinstance(event, Died):
+                raise RunError(
+                    f"the process that did {task.key} ended (code {event.exitcode})",
+                    "if memory is short, use fewer --jobs; what is finished is saved, run the same command again",
+                )
+            if isinstance(event, Failed):
+                raise RunError(f"{task.key} failed:\n{event.text}") if event.text else event.error
+            if not isinstance(event, Told):
+                yield task, event.value
+
     def _start(self) -> Connection:
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()

@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from covey_coordinator.grid.display import Display
-from covey_coordinator.pool import Died, Failed, Pool, Tell, Told
+from covey_coordinator.pool import Pool, Tell
 from covey_coordinator.reproduce import data
 from covey_coordinator.reproduce.contract import Case, Measured, Outcome, Reproduction, Verdict
 from covey_coordinator.reproduce.folder import Folder, Task, tasks_of
 from covey_coordinator.reproduce.registry import reproduction_of
 from covey_coordinator.reproduce.text import clock, report, table_lines, verdict_lines
-from covey_protocol.errors import RunError
 
 Check = Callable[[], None]
 
@@ -78,16 +77,7 @@ def _results(request: Request, tasks: Sequence[Task], check: Check) -> Iterator[
         return
     shared = (request.reproduction.name, request.data_folder)
     with Pool(_run, shared, min(request.jobs, len(tasks))) as pool:
-        for task, event in pool.events(tasks, check):
-            if isinstance(event, Died):
-                raise RunError(
-                    f"the process of {task.key} ended (code {event.exitcode})",
-                    "if memory is short, use --jobs 1; finished runs are saved, run the same command again",
-                )
-            if isinstance(event, Failed):
-                raise RunError(f"{task.key} failed:\n{event.text}") if event.text else event.error
-            if not isinstance(event, Told):
-                yield task, event.value
+        yield from pool.results(tasks, check)
 
 
 def _run(shared: tuple[str, Path | None], task: Task, tell: Tell) -> Outcome:

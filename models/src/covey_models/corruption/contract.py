@@ -79,3 +79,34 @@ class Corruption(abc.ABC):
     @abc.abstractmethod
     def applied(self, x: Array, y: Array, setting: Setting, random: np.random.Generator) -> Examples:
         """New arrays; x (n, *shape) and y (n,) stay as they are. n >= 1; most keep n, subsets may have fewer."""
+
+
+class OfAttributes(Corruption):
+    """One that befalls the same attributes in all of a device's examples.
+
+    attributes: names or numbers in a flat example; where there are none, `attribute_share` of all is drawn per device.
+    Derived frozen dataclasses have both as fields.
+    """
+
+    attributes: tuple[Union[int, str], ...]
+    attribute_share: float
+
+    def check(self, setting: Setting, size: int) -> None:
+        setting.attribute_places(self.attributes, size)
+
+    def applied(self, x: Array, y: Array, setting: Setting, random: np.random.Generator) -> Examples:
+        flat = x.reshape(len(x), -1).copy()
+        places = setting.attribute_places(self.attributes, flat.shape[1])
+        if not len(places):
+            places = some_attributes(flat.shape[1], self.attribute_share, random)
+        flat[:, places] = self.replaced(flat, places, setting, random)
+        return flat.reshape(x.shape), y.copy()
+
+    @abc.abstractmethod
+    def replaced(self, flat: Array, places: Array, setting: Setting, random: np.random.Generator) -> Array:
+        """What stands at these places instead, of the examples' (n, size) numbers: (n, places), or one row for all."""
+
+
+def some_attributes(size: int, share: float, random: np.random.Generator) -> Array:
+    """Sorted places of about this share of `size` attributes, at least one; a smaller share's are among a larger's."""
+    return np.sort(random.permutation(size)[: max(1, round(share * size))])

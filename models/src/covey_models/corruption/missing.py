@@ -7,8 +7,7 @@ from typing import Literal, Union
 
 import numpy as np
 
-from covey_models.corruption.contract import Array, Corruption, Examples, Setting
-from covey_models.corruption.sensors import some_attributes
+from covey_models.corruption.contract import Array, Corruption, Examples, OfAttributes, Setting
 from covey_models.tables import require_share
 
 Fill = Literal["mean", "zero", "low"]
@@ -44,7 +43,7 @@ class MissingAttributes(Corruption):
 
 
 @dataclass(frozen=True)
-class HiddenAttributes(Corruption):
+class HiddenAttributes(OfAttributes):
     """The same attributes are missing in all of a device's examples.
 
     attributes: names or numbers in a flat example, chosen by the owner to hide; where there are none,
@@ -58,13 +57,5 @@ class HiddenAttributes(Corruption):
     def __post_init__(self) -> None:
         require_share("hidden-attributes: attribute_share", self.attribute_share, above_zero=True)
 
-    def check(self, setting: Setting, size: int) -> None:
-        setting.attribute_places(self.attributes, size)
-
-    def applied(self, x: Array, y: Array, setting: Setting, random: np.random.Generator) -> Examples:
-        flat = x.reshape(len(x), -1).copy()
-        places = setting.attribute_places(self.attributes, flat.shape[1])
-        if not len(places):
-            places = some_attributes(flat.shape[1], self.attribute_share, random)
-        flat[:, places] = filling(flat[:, places], self.fill, setting.input_range)
-        return flat.reshape(x.shape), y.copy()
+    def replaced(self, flat: Array, places: Array, setting: Setting, random: np.random.Generator) -> Array:
+        return filling(flat[:, places], self.fill, setting.input_range)

@@ -8,7 +8,7 @@ from typing import Optional, Union
 
 import numpy as np
 
-from covey_models.corruption.contract import Array, Corruption, Examples, Setting
+from covey_models.corruption.contract import Array, Corruption, Examples, OfAttributes, Setting
 from covey_models.tables import require_share
 from covey_protocol.errors import ConfigError
 
@@ -28,11 +28,6 @@ def stuck_sensor(x: Array, random: np.random.Generator) -> Array:
     if len(x) == 0:
         return x.copy()
     return np.repeat(x[random.integers(len(x))][None], len(x), axis=0)
-
-
-def some_attributes(size: int, share: float, random: np.random.Generator) -> Array:
-    """Sorted places of about this share of `size` attributes, at least one; a smaller share's are among a larger's."""
-    return np.sort(random.permutation(size)[: max(1, round(share * size))])
 
 
 @dataclass(frozen=True)
@@ -62,7 +57,7 @@ class StuckSensor(Corruption):
 
 
 @dataclass(frozen=True)
-class StuckAttributes(Corruption):
+class StuckAttributes(OfAttributes):
     """Single attributes (pixels) stuck at what one random example of the device has there.
 
     attributes: names or numbers in a flat example; where there are none, `attribute_share` of all is drawn per device.
@@ -74,16 +69,8 @@ class StuckAttributes(Corruption):
     def __post_init__(self) -> None:
         require_share("stuck-attributes: attribute_share", self.attribute_share, above_zero=True)
 
-    def check(self, setting: Setting, size: int) -> None:
-        setting.attribute_places(self.attributes, size)
-
-    def applied(self, x: Array, y: Array, setting: Setting, random: np.random.Generator) -> Examples:
-        flat = x.reshape(len(x), -1).copy()
-        places = setting.attribute_places(self.attributes, flat.shape[1])
-        if not len(places):
-            places = some_attributes(flat.shape[1], self.attribute_share, random)
-        flat[:, places] = flat[random.integers(len(flat)), places]
-        return flat.reshape(x.shape), y.copy()
+    def replaced(self, flat: Array, places: Array, setting: Setting, random: np.random.Generator) -> Array:
+        return np.asarray(flat[random.integers(len(flat)), places])
 
 
 @dataclass(frozen=True)
