@@ -1,12 +1,14 @@
-"""The everyday tests in two pytest processes side by side, for machines with two cores or more.
+"""The everyday tests in three pytest processes side by side, for machines with two cores or more.
 
-Most tests keep one core busy with Python. The halves share nothing: ports are free ones, folders pytest's own, and each
-half has its own TFF worker. The second half is told when the first has ended. Arguments go to one plain pytest.
-Each half takes up to 2.5 GB of memory. Exit code: the larger of the two. Standard library only.
+Most tests keep one core busy with Python; those of the coordinator mostly wait for processes of theirs. The parts share
+nothing: ports are free ones, folders pytest's own, and each has its own TFF worker. The first part's lines are seen as
+they come, the others' when they have ended. Arguments go to one plain pytest. Each part takes up to 2.5 GB of memory.
+Exit code: the largest of the three. Standard library only.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -16,46 +18,46 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PYTEST = [sys.executable, "-m", "pytest"]
-FIRST = (
-    "algorithms",
-    "demo",
-    "edge",
-    "grid",
-    "inversion",
-    "models",
-    "protocol",
-    "report",
-    "reproduce",
-    "simulation",
-)  # about half of the time
+# folders of tests; what is named nowhere here is in the last part
+PARTS = (
+    ("algorithms", "demo", "models", "report", "simulation"),
+    ("aggregation", "edge", "experiments", "grid", "inversion", "protocol", "reproduce"),
+)
 
 
 def main(arguments: list[str]) -> int:
     if arguments or len(os.sched_getaffinity(0)) < 2:
         return run(arguments)
-    first, second = halves(ROOT)
-    with tempfile.TemporaryFile() as said:
-        other = subprocess.Popen([*PYTEST, *second], cwd=ROOT, stdout=said, stderr=subprocess.STDOUT)
+    first, *others = parts(ROOT)
+    with contextlib.ExitStack() as stack:
+        said = [stack.enter_context(tempfile.TemporaryFile()) for _ in others]
+        running = [
+            subprocess.Popen([*PYTEST, *part], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
+            for part, file in zip(others, said)
+        ]
+        codes = []
         try:
-            code = run(first)
+            codes.append(run(first))
         finally:
-            other_code = other.wait()
-        said.seek(0)
-        shutil.copyfileobj(said, sys.stdout.buffer)
+            codes += [process.wait() for process in running]
+        for file in said:
+            file.seek(0)
+            shutil.copyfileobj(file, sys.stdout.buffer)
         sys.stdout.buffer.flush()
-    return max(code, other_code)
+    return max(codes)
 
 
-def halves(root: Path) -> tuple[list[str], list[str]]:
-    """Folders and files of tests, each in one of the two."""
-    parts = [
+def parts(root: Path) -> list[list[str]]:
+    """Folders and files of tests, each in one of the parts; a part without any is left out."""
+    there = [
         path
         for path in sorted((root / "tests").iterdir())
         if (path.is_dir() and any(path.rglob("test_*.py"))) or path.match("test_*.py")
     ]
-    first = [str(path.relative_to(root)) for path in parts if path.name in FIRST]
-    second = [str(path.relative_to(root)) for path in parts if path.name not in FIRST]
-    return first, second
+    named = {name for part in PARTS for name in part}
+    rest = tuple(path.name for path in there if path.name not in named)
+    found = [[str(path.relative_to(root)) for path in there if path.name in part] for part in (*PARTS, rest)]
+    return [part for part in found if part]
 
 
 def run(arguments: list[str]) -> int:

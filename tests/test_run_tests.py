@@ -1,4 +1,4 @@
-"""`make test` runs every test once, in two processes, and fails when either fails."""
+"""`make test` runs every test once, in processes side by side, and fails when any of them fails."""
 
 from __future__ import annotations
 
@@ -21,27 +21,29 @@ def run_tests() -> ModuleType:
     return module
 
 
-def test_every_file_of_tests_is_in_one_half(run_tests: ModuleType) -> None:
-    named = [ROOT / part for half in run_tests.halves(ROOT) for part in half]
-    files = [file for part in named for file in ([part] if part.is_file() else part.rglob("test_*.py"))]
+def test_every_file_of_tests_is_in_one_part(run_tests: ModuleType) -> None:
+    named = [ROOT / path for part in run_tests.parts(ROOT) for path in part]
+    files = [file for path in named for file in ([path] if path.is_file() else path.rglob("test_*.py"))]
     assert sorted(files) == sorted((ROOT / "tests").rglob("test_*.py"))
-    assert {Path(part).name for part in run_tests.halves(ROOT)[0]} == set(run_tests.FIRST)
+    assert [{Path(path).name for path in part} for part in run_tests.parts(ROOT)[:-1]] == list(
+        map(set, run_tests.PARTS)
+    )
 
 
-@pytest.mark.parametrize("failing", ["edge", "coordinator", None])
-def test_a_failure_in_either_half_is_a_failure_and_is_shown(
+@pytest.mark.parametrize("failing", ["demo", "edge", "coordinator", None])
+def test_a_failure_in_any_part_is_a_failure_and_is_shown(
     failing: str,
     run_tests: ModuleType,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capfdbinary: pytest.CaptureFixture[bytes],
 ) -> None:
-    for name in ("edge", "coordinator"):
+    for name in ("demo", "edge", "coordinator"):
         (tmp_path / "tests" / name).mkdir(parents=True)
         (tmp_path / "tests" / name / f"test_{name}.py").write_text(f"def test_it():\n    assert {name != failing}\n")
     monkeypatch.setattr(run_tests, "ROOT", tmp_path)
     monkeypatch.setattr(run_tests.os, "sched_getaffinity", lambda pid: {0, 1})
     assert run_tests.main([]) == (1 if failing else 0)
     said = capfdbinary.readouterr().out.decode()
-    assert said.count("1 passed") == (1 if failing else 2)
+    assert said.count("1 passed") == (2 if failing else 3)
     assert (f"test_{failing}.py::test_it" in said) == (failing is not None)

@@ -67,6 +67,7 @@ def test_rounds_of_rotated_updates_survive_kills_of_everything(clinic: Clinic, d
     check(clinic, digits_bundle, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_top_k_with_kills_ends_in_the_bits_of_a_run_without(
     tmp_path: Path, digits_bundle: bytes, coordinator_key: SealingKey

@@ -287,6 +287,7 @@ OPEN = "SELECT id FROM rounds WHERE phase NOT IN ('published', 'abandoned')"
 
 @pytest.mark.broker
 @pytest.mark.fleet
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_two_tasks_come_to_their_ends_through_kills_each_with_its_own_model(ward: Ward, digits_bundle: bytes) -> None:
     ward.configure(odd=5, even=3)
