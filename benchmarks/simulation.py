@@ -4,10 +4,10 @@
 
 50 devices a round, each with 20 batches of 20 examples; "ragged" gives them 381 to 400 examples, so that last batches
 are partial. All get the same examples, batches and first weights, and must hold the same model after a round (1e-4 of
-the change). Every contestant is a process of its own; they take turns, round by round, so that a busy machine slows
-them alike. Quote the ratios, which are medians over turns, not the seconds. `--setup` makes .bench/flower with Flower,
-Ray and TensorFlow (1.5 GB); without it Flower is left out, and that is said. `--memory` also runs 50 of 100, 1,000 and
-10,000 devices and prints what is resident.
+the change). Every contestant is a process of its own and takes turns with ours, round by round, so that a busy machine
+slows both alike. Quote the ratios to ours, which are medians over turns, not the seconds. `--setup` makes
+.bench/flower with Flower, Ray and TensorFlow (1.5 GB); without it Flower is left out, and that is said. `--memory` also
+runs 50 of 100, 1,000 and 10,000 devices and prints what is resident.
 """
 
 from __future__ import annotations
@@ -76,42 +76,49 @@ def set_up() -> None:
 
 def compare(model: str, ragged: bool, turns: int) -> None:
     print(f"\n{model}{', ragged last batches' if ragged else ''}: {DEVICES} devices, {STEPS} batches of {BATCH}")
+    print(f"  {'':<26}{'s a round':>10}{'covey beside':>14}{'ratio':>8}{'start s':>9}{'first round s':>15}")
     with tempfile.TemporaryDirectory() as folder:
         initial = write_task(Path(folder), model, ragged)
-        names = ["hand", "covey", "covey, Multi-Krum", "TFF's defaults"]
-        pythons = dict.fromkeys(names, sys.executable)
+        for name in ("hand", "covey, Multi-Krum", "TFF's defaults"):
+            beside(name, sys.executable, Path(folder), initial, turns)
         if (FLOWER / "bin" / "python").exists():
-            pythons.update(dict.fromkeys(FLOWER_STYLES, str(FLOWER / "bin" / "python")))
+            for name in FLOWER_STYLES:
+                beside(name, str(FLOWER / "bin" / "python"), Path(folder), initial, turns)
         else:
-            print("  flower is left out: run with --setup once")
-        contestants = [Contestant(name, python, Path(folder)) for name, python in pythons.items()]
-        try:
-            run(contestants, initial, turns)
-        finally:
-            for contestant in contestants:
-                contestant.stop()
+            print("  Flower is left out: run with --setup once")
 
 
-def run(contestants: Sequence[Contestant], initial: list[Any], turns: int) -> None:
-    for contestant in contestants:
-        contestant.first_s = contestant.round()
-    models = {contestant.name: contestant.model() for contestant in contestants}
-    change = np.concatenate([np.ravel(a - b) for a, b in zip(models["hand"], initial)])
-    for name, weights in models.items():
-        difference = max(float(np.abs(a - b).max()) for a, b in zip(weights, models["hand"]))
-        if name != "covey, Multi-Krum" and difference > AGREEMENT * float(np.linalg.norm(change)):
-            sys.exit(f"{name} holds another model after a round: {difference:.2e}")
-    for number in range(WARM_UP - 1 + turns):
-        for contestant in contestants:
-            seconds = contestant.round()
-            if number >= WARM_UP - 1:
-                contestant.times.append(seconds)
-    ours = next(contestant for contestant in contestants if contestant.name == "covey")
-    print(f"  {'':<26}{'s a round':>10}{'to hand':>9}{'to covey':>10}{'start s':>9}{'first round s':>15}")
-    for one in contestants:
-        to_hand, to_ours = (ratio(one.times, other.times) for other in (contestants[0], ours))
-        median = statistics.median(one.times)
-        print(f"  {one.name:<26}{median:>10.3f}{to_hand:>9.2f}{to_ours:>10.2f}{one.start_s:>9.1f}{one.first_s:>15.2f}")
+def beside(name: str, python: str, folder: Path, initial: list[Any], turns: int) -> None:
+    """One contestant and ours, in turns; no other runs meanwhile, since Ray is not idle between rounds."""
+    with contextlib.ExitStack() as stack:
+        pair = [Contestant("covey", sys.executable, folder), Contestant(name, python, folder)]
+        for contestant in pair:
+            stack.callback(contestant.stop)
+        ours, other = pair
+        for contestant in pair:
+            contestant.first_s = contestant.round()
+        if name != "covey, Multi-Krum":
+            check_agreement(name, ours.model(), other.model(), initial)
+        for number in range(WARM_UP - 1 + turns):
+            for contestant in pair:
+                seconds = contestant.round()
+                if number >= WARM_UP - 1:
+                    contestant.times.append(seconds)
+    medians = statistics.median(other.times), statistics.median(ours.times)
+    print(
+        f"  {name:<26}{medians[0]:>10.3f}{medians[1]:>14.3f}{ratio(other.times, ours.times):>8.2f}"
+        f"{other.start_s:>9.1f}{other.first_s:>15.2f}",
+        flush=True,
+    )
+    if name == "hand":
+        print(f"  {'covey':<26}{'':>10}{'':>14}{'':>8}{ours.start_s:>9.1f}{ours.first_s:>15.2f}")
+
+
+def check_agreement(name: str, ours: list[Any], theirs: list[Any], initial: list[Any]) -> None:
+    change = np.concatenate([np.ravel(a - b) for a, b in zip(ours, initial)])
+    difference = max(float(np.abs(a - b).max()) for a, b in zip(ours, theirs))
+    if difference > AGREEMENT * float(np.linalg.norm(change)):
+        sys.exit(f"{name} holds another model after a round: {difference:.2e}")
 
 
 def ratio(times: Sequence[float], others: Sequence[float]) -> float:
