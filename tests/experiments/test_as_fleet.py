@@ -20,7 +20,7 @@ from covey_coordinator.aggregation.registry import make_rule
 from covey_coordinator.aggregation.worker import Worker
 from covey_coordinator.attacks.registry import make_attack
 from covey_coordinator.coordinator import shuffle_seed
-from covey_coordinator.simulation.agreement import ComparedFleet
+from covey_coordinator.simulation.agreement import ComparedFleet, measure
 from covey_coordinator.simulation.as_fleet import FleetLearner
 from covey_coordinator.simulation.learning import CentralPrivacy, DeviceData, Learning, Privacy
 from covey_coordinator.simulation.local_fleet import LocalFleet
@@ -103,6 +103,14 @@ def test_the_page_of_an_agreement_says_whether_it_holds() -> None:
     assert "finished no round" in render("nothing", [])
     assert "6.00e-07" in render("equal bits", found(0.0, 3e-7))
     assert len(render("long", found(*[1e-7] * 10_000))) < 100_000
+
+
+def test_an_update_that_float32_cannot_hold_is_held_against_what_it_can() -> None:
+    model = np.full(10_000, 0.1, np.float32)  # 10 long
+    far, near = model + np.float32(0.01), model + np.float32(1e-6)
+    assert measure(model, far) == pytest.approx(1.0, rel=1e-3)  # its own length
+    assert measure(model, near) == pytest.approx(10 * 2**-23 / ONE_ROUND, rel=1e-3)
+    assert measure(np.zeros(3, np.float32), np.zeros(3, np.float32)) == 1.0
 
 
 # --- with processes

@@ -20,12 +20,13 @@ from covey_coordinator.simulation.as_fleet import FleetLearner, FleetState
 from covey_coordinator.simulation.learning import Array, DeviceData, Learning, Privacy
 from covey_coordinator.simulation.process import RoundOutcome, Simulation
 from covey_coordinator.simulation.report.agreement import sentence, write_agreement
-from covey_coordinator.simulation.results import Judged, RoundAgreement
+from covey_coordinator.simulation.results import ONE_ROUND, Judged, RoundAgreement
 from covey_protocol.errors import RuleError
 from covey_protocol.parameters import ParameterSpec, offsets
 
 Say = Callable[[str], None]
 Check = Callable[[], None]
+RESOLUTION = 2.0**-23  # of a float32, relative
 
 
 def fleet_of(
@@ -123,7 +124,7 @@ class ComparedFleet:
         together, simulated = simulation.next(same_start, cohort, shuffle_seed)
         alone = _next(simulation, state.alone, cohort, shuffle_seed)
         after = fleet.vector
-        length = float(np.linalg.norm(after - before)) or 1.0
+        length = measure(before, after)
         x, y = self._test
         self.found.append(
             RoundAgreement(
@@ -155,6 +156,16 @@ class ComparedFleet:
         self.found = saved.found
         fleet = self._fleet.loaded(saved.fleet)
         return BothStates(fleet, self._simulation.loaded(saved.together), self._simulation.loaded(saved.alone))
+
+
+def measure(before: Array, after: Array) -> float:
+    """What differences of one round are held against: the length of the update, but not less than can be told.
+
+    The parameters themselves are float32: an update shorter than RESOLUTION / ONE_ROUND of them is rounded by more than
+    ONE_ROUND of its own length, whoever computes it.
+    """
+    told = RESOLUTION / ONE_ROUND * float(np.linalg.norm(after))
+    return max(float(np.linalg.norm(after - before)), told) or 1.0
 
 
 def _next(simulation: Simulation, state: Any, cohort: Sequence[int], shuffle_seed: int | None) -> Any:

@@ -58,6 +58,8 @@ class RunResult(Struct, frozen=True):
 class RoundAgreement(Struct, frozen=True):
     """One round of a fleet beside the simulation's. Differences are Euclidean lengths, over that of the fleet's update.
 
+    An update shorter than 1.2 % of the parameters counts as that long: see `agreement.measure`.
+
     one_round: after this round alone, from the fleet's own model before it. all_rounds: after all rounds until this
     one, each on its own. fleet, simulation: accuracy on central test data. same_verdicts: of one_round.
     """
