@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PYTEST = [sys.executable, "-m", "pytest"]
 # folders of tests; what is named nowhere here is in the last part
 PARTS = (
-    ("algorithms", "demo", "models", "report", "simulation"),
+    ("models", "report", "simulation"),
     ("aggregation", "edge", "experiments", "grid", "inversion", "protocol", "reproduce"),
 )
 

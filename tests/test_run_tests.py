@@ -38,7 +38,7 @@ def test_a_failure_in_any_part_is_a_failure_and_is_shown(
     monkeypatch: pytest.MonkeyPatch,
     capfdbinary: pytest.CaptureFixture[bytes],
 ) -> None:
-    for name in ("demo", "edge", "coordinator"):
+    for name in ("models", "edge", "coordinator"):
         (tmp_path / "tests" / name).mkdir(parents=True)
         (tmp_path / "tests" / name / f"test_{name}.py").write_text(f"def test_it():\n    assert {name != failing}\n")
     monkeypatch.setattr(run_tests, "ROOT", tmp_path)
