@@ -30,7 +30,7 @@ def test_every_file_of_tests_is_in_one_part(run_tests: ModuleType) -> None:
     )
 
 
-@pytest.mark.parametrize("failing", ["demo", "edge", "coordinator", None])
+@pytest.mark.parametrize("failing", ["models", "edge", "coordinator", None])
 def test_a_failure_in_any_part_is_a_failure_and_is_shown(
     failing: str,
     run_tests: ModuleType,
