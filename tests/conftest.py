@@ -11,6 +11,7 @@ import pytest
 from brokers import RunningBroker, certificates, start_mosquitto, stop_broker, tls_lines
 from proxy import Proxy
 
+from covey_coordinator.aggregation.worker import Worker
 from covey_protocol.seals import SealingKey
 
 # few threads: two cores are shared with brokers and agents. Set before NumPy and TensorFlow are imported.
@@ -88,3 +89,11 @@ def digits_bundle(coordinator_key: SealingKey) -> bytes:
     return covey_models.export(
         model, name="digits", batch_size=16, input_range=(0.0, 1.0), num_classes=10, key=coordinator_key
     )
+
+
+@pytest.fixture(scope="session")
+def worker() -> Iterator[Worker]:
+    """One TFF worker, for whichever tests of this process ask for it, stopped at the end."""
+    with Worker() as running:
+        yield running
+    assert not running.is_running

@@ -1,4 +1,4 @@
-"""One TFF worker for the whole session, stopped at its end; small helpers as fixtures."""
+"""TFF on the session's worker; small helpers as fixtures."""
 
 from __future__ import annotations
 
@@ -11,13 +11,6 @@ import pytest
 
 from covey_coordinator.aggregation.worker import Worker
 from covey_protocol.errors import MachineError
-
-
-@pytest.fixture(scope="session")
-def worker() -> Iterator[Worker]:
-    with Worker() as running:
-        yield running
-    assert not running.is_running
 
 
 @pytest.fixture

@@ -23,6 +23,7 @@ import subprocess
 import sys
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
@@ -34,6 +35,7 @@ from typing import Any, TypeVar
 from covey_protocol.errors import MachineError
 
 T = TypeVar("T")
+Own = TypeVar("Own", bound="Computing")
 
 # Runs in the child before the worker: die with the parent, also if it went before we could ask, then become the worker.
 LAUNCHER = """
@@ -51,7 +53,44 @@ LISTEN_POLL_S = 0.02
 GRPC_OPTIONS = (("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1))
 
 
-class Worker:
+class Computing(ABC):
+    """Something that TFF computes on. Used as a context manager it starts at once and stops at the end."""
+
+    @abstractmethod
+    def start(self) -> None: ...
+
+    @abstractmethod
+    def stop(self) -> None: ...
+
+    @abstractmethod
+    def context(self) -> Any:
+        """The TFF execution context on it; starts it if needed. Contexts are per thread in TFF."""
+
+    def install(self) -> None:
+        """Make it TFF's default context of the calling thread."""
+        import tensorflow_federated as tff
+
+        tff.framework.set_default_context(self.context())
+
+    @contextlib.contextmanager
+    def installed(self: Own) -> Iterator[Own]:
+        """Use it for all TFF calls of this thread inside the with block."""
+        import tensorflow_federated as tff
+
+        with tff.framework.get_context_stack().install(self.context()):
+            yield self
+
+    def __enter__(self: Own) -> Own:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+
+class Worker(Computing):
     """One worker process and the TFF execution context on it.
 
     log_path: where the worker's output goes; None discards it. Not started until needed; safe to stop twice.
@@ -103,20 +142,6 @@ class Worker:
             assert self._keeper is not None  # start made it or raised
             return self._keeper.context
 
-    def install(self) -> None:
-        """Make this worker TFF's default context of the calling thread. Contexts are per thread in TFF."""
-        import tensorflow_federated as tff
-
-        tff.framework.set_default_context(self.context())
-
-    @contextlib.contextmanager
-    def installed(self) -> Iterator[Worker]:
-        """Use this worker for all TFF calls of this thread inside the with block."""
-        import tensorflow_federated as tff
-
-        with tff.framework.get_context_stack().install(self.context()):
-            yield self
-
     def call(self, function: Callable[..., T], *arguments: Any) -> T:
         """function(*arguments) with this worker as TFF's context; blocks until it returns.
 
@@ -132,15 +157,6 @@ class Worker:
         except (KeyboardInterrupt, SystemExit):
             self.stop()
             raise
-
-    def __enter__(self) -> Worker:
-        self.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.stop()
 
 
 class _Keeper:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from covey_coordinator.aggregation.registry import suggest
 from covey_coordinator.aggregation.rules import Rule
 from covey_coordinator.attacks.contract import Attack
+from covey_models.population import Device
 from covey_protocol.errors import ConfigError
 from covey_protocol.messages import TrainingPlan
 
 Array = np.ndarray[Any, Any]
+DeviceData = Device  # one simulated device
 ALGORITHMS = {
     "fedavg": "every device trains plan.epochs epochs (McMahan et al. 2017, arXiv:1602.05629); with a proximal_weight "
     "above 0 this is FedProx (Li et al. 2020, arXiv:1812.06127)",
@@ -25,18 +27,6 @@ ALGORITHMS = {
     "fsvrg-naive": "its naive form (Algorithm 3): plan.steps steps on every device, a plain average",
     "scaffold": "plan.steps steps on every device, corrected by controls (Karimireddy et al. 2020, arXiv:1910.06378)",
 }
-
-
-class DeviceData(NamedTuple):
-    """One simulated device. x: (n, *shape) as the model takes it; y: (n,) labels; n >= 1.
-
-    faults: names of what was done to its data, empty for a healthy device.
-    """
-
-    device_id: str
-    x: Array
-    y: Array
-    faults: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

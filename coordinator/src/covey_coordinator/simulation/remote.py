@@ -13,12 +13,12 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from functools import lru_cache
-from types import TracebackType
 from typing import Any, TypeVar
 
+from covey_coordinator.aggregation.worker import Computing
 from covey_coordinator.simulation.addresses import split_address
 from covey_coordinator.simulation.links import Post, WorkerLost
 from covey_protocol.errors import ConfigError, RunError
@@ -38,7 +38,7 @@ def connect(addresses: Sequence[str], patience_s: float = PATIENCE_S) -> RemoteW
     return workers
 
 
-class RemoteWorkers:
+class RemoteWorkers(Computing):
     """Several workers on other machines, with the interface of `aggregation.worker.Worker`.
 
     patience_s: how long a worker may be silent before its work is moved, and how long to wait for one when none is
@@ -120,20 +120,6 @@ class RemoteWorkers:
                 self._context = ShardedContext(len(self.addresses), self._run, self._cannot_split)
             return self._context
 
-    def install(self) -> None:
-        """Make this TFF's default context of the calling thread."""
-        import tensorflow_federated as tff
-
-        tff.framework.set_default_context(self.context())
-
-    @contextlib.contextmanager
-    def installed(self) -> Iterator[RemoteWorkers]:
-        """Use these workers for all TFF calls of this thread inside the with block."""
-        import tensorflow_federated as tff
-
-        with tff.framework.get_context_stack().install(self.context()):
-            yield self
-
     def call(self, function: Callable[..., T], *arguments: Any) -> T:
         """function(*arguments) with these workers as TFF's context; blocks until it returns.
 
@@ -166,15 +152,6 @@ class RemoteWorkers:
 
     def _cannot_split(self, reason: str) -> None:
         self._notes.put(f"a computation runs on one worker, because TFF cannot split it: {reason}")
-
-    def __enter__(self) -> RemoteWorkers:
-        self.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.stop()
 
 
 def _compiled(computation: Any) -> Any:

@@ -138,7 +138,7 @@ def _people(key: bytes) -> People:
         told.path or told.set or DEFAULT_DATA, data_dir, test_fraction=told.test_fraction, seed=seed, **told.reading()
     )
     found = population.populate(train, devices=devices, partition=partition, corruptions=corruptions, seed=seed)
-    return People(train, test, [DeviceData(*device) for device in found.devices], found.parts)
+    return People(train, test, found.devices, found.parts)
 
 
 def _attacking(device: DeviceData, number: int, attack: Attack, label: str, train: Dataset, seed: int) -> DeviceData:
