@@ -24,7 +24,11 @@ NOT_TRANSLATED = {
     "fltrust": "it compares directions with the trusted update's, which are seen from zero",
     "trusted-alignment": "as fltrust",
 }
-NOT_SCALED = {"centred-clipping": "clip_radius is a length in the units of the updates"}
+NOT_SCALED = {
+    "centred-clipping": "clip_radius is a length in the units of the updates",
+    "err": "a share of wrong answers does not grow with the updates",
+    "lfr-err": "as err",
+}
 NOT_THE_ROW = {"foolsgold": "updates that are all alike are sybils to it: all weights are 0, and so is the aggregate"}
 NOT_THE_MEAN_AT_F_0 = {
     "median": "the median",
@@ -40,6 +44,9 @@ NOT_THE_MEAN_AT_F_0 = {
 NOT_ROBUST = {
     "mean": "one device moves it anywhere",
     "foolsgold": "it is against many that act alike, not against one or against pairs that differ",
+    "lfr": "the mean without one of two hostile updates is as bad as with it: they mask each other",
+    "err": "as lfr",
+    "lfr-err": "as lfr",
 }
 NOT_MOVED_BY_A_MAJORITY = {
     "centred-clipping": "even all devices together move it by clip_radius",
