@@ -13,7 +13,7 @@ from covey_coordinator.aggregation.factory import traced
 from covey_coordinator.aggregation.kernels import Updates
 from covey_coordinator.aggregation.kernels.fast import NumpyKernels
 from covey_coordinator.aggregation.registry import make_rule
-from covey_coordinator.aggregation.rules import Batch, Judgement, Rule
+from covey_coordinator.aggregation.rules import UPDATE, Batch, Judgement, Rule
 
 # Rules as the tables of the tests run them: name -> f such that n = 7 bears it.
 ALL_RULES = {
@@ -42,9 +42,16 @@ def batch_of(updates: Any, num_examples: Any = None) -> Batch:
     return Batch(Updates(updates), counts, np.arange(len(updates)))
 
 
-def judge(rule: Rule, updates: Any, num_examples: Any = None) -> Judgement:
+def trusted_of(updates: np.ndarray) -> np.ndarray:
+    """A good trusted update for rules that need one: the median, among the honest rows where these are the most."""
+    return np.median(updates, axis=0).astype(np.float32)
+
+
+def judge(rule: Rule, updates: Any, num_examples: Any = None, trusted: Any = None) -> Judgement:
     """The rule in the fast kernels, as live rounds run it, from its initial state."""
     batch = batch_of(updates, num_examples)
+    if rule.needs_trusted == UPDATE:
+        batch = batch._replace(trusted=trusted_of(batch.updates.matrix) if trusted is None else trusted)
     with np.errstate(all="ignore"):
         return rule.advance(NumpyKernels(), rule.initial_state(batch.updates.matrix.shape[1]), batch)[1]
 

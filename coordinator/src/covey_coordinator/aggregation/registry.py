@@ -27,6 +27,7 @@ from covey_coordinator.aggregation.presteps import Before, Bucketing, NearestNei
 from covey_coordinator.aggregation.rules import Rule
 from covey_coordinator.aggregation.spectral import CovarianceFilter, DivideAndConquer
 from covey_coordinator.aggregation.trimmed_mean import Median, TrimmedMean
+from covey_coordinator.aggregation.trusted import FLTrust, TrustedAlignment, TrustedOnly
 from covey_protocol.errors import ConfigError, RuleError
 
 RULES: dict[str, type[Rule]] = {
@@ -44,6 +45,9 @@ RULES: dict[str, type[Rule]] = {
     "caf": CovarianceFilter,
     "foolsgold": FoolsGold,
     "flame": Flame,
+    "fltrust": FLTrust,
+    "trusted-alignment": TrustedAlignment,
+    "trusted-only": TrustedOnly,
 }
 RULE_NAMES = tuple(RULES)
 PRE_STEPS: dict[str, type[PreStep]] = {
