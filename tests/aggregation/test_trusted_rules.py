@@ -169,7 +169,7 @@ def test_a_trusted_update_that_no_device_could_send_refuses_the_round_and_names_
     bad = {"zeros": np.zeros(D, np.float32), "nan": np.full(D, np.nan, np.float32), "shape": np.ones(3, np.float32)}
     with closing(make_engine("direct", make_rule("fltrust"), SPECS)) as engine:
         _, updates, _ = fleet(7, n=3, hostile=0)
-        with pytest.raises(RuleError, match="coordinator's own update.*[trusted]"):
+        with pytest.raises(RuleError, match=r"coordinator's own update.*\[trusted\]"):
             engine.step(np.zeros(D, np.float32), updates, np.ones(3), ids(3), Trusted(bad[fault]))
         with pytest.raises(UsageError, match="fltrust was given no update"):
             engine.step(np.zeros(D, np.float32), updates, np.ones(3), ids(3))
