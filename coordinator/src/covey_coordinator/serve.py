@@ -25,7 +25,13 @@ from covey_coordinator.aggregation.rules import Rule
 from covey_coordinator.aggregation.trimmed_mean import Median
 from covey_coordinator.algorithms.engines import asked_by
 from covey_coordinator.algorithms.making import check_algorithm, make_algorithm_engine
-from covey_coordinator.algorithms.settings import FEDAVG, Algorithm
+from covey_coordinator.algorithms.settings import COMT, FEDAVG, Algorithm
+from covey_coordinator.algorithms.teaching_settings import (
+    TeachingSettings,
+    TrustedSettings,
+    own_correction,
+    teaching_plan,
+)
 from covey_coordinator.coordinator import (
     Common,
     Coordinator,
@@ -94,6 +100,7 @@ from covey_protocol.messages import (
 from covey_protocol.round import Phase
 from covey_protocol.seals import PublicKey, SealingKey
 from covey_protocol.topics import check_name
+from covey_protocol.works import CORRECT
 
 AtLeastOne = Annotated[int, Meta(ge=1)]
 PER_NUMBER = ("median", "trimmed-mean", "meamed", "bulyan")  # rules that look at each number of the updates for itself
@@ -176,6 +183,8 @@ class CoordinatorConfig(Struct, frozen=True, forbid_unknown_fields=True):
     wire: WireSettings = WireSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     task: str = ""
+    teaching: TeachingSettings | None = None
+    trusted: TrustedSettings | None = None
     metrics: MetricsSettings | None = None
     runs_dir: str = "runs"
     bundle_key: str | None = None  # whose seal the bundle has, where that is not key_file's
@@ -227,7 +236,7 @@ def serve(
 
         if terminal is not None:
             say = stack.enter_context(live_status(board, terminal))
-        engines = {one.config.run: _made_engine(stack, one) for one in planned}
+        engines = {one.config.run: _made_engine(stack, one, folder) for one in planned}
         check()  # making an engine takes seconds
         fleet = _fleet(config, broker, roster, key, runs, check_and_keep)
         if config.metrics is not None:
@@ -326,10 +335,13 @@ def _opened_store(stack: contextlib.ExitStack, folder: Path) -> RunStore:
     return store
 
 
-def _made_engine(stack: contextlib.ExitStack, planned: Planned) -> Engine:
+def _made_engine(stack: contextlib.ExitStack, planned: Planned, folder: Path) -> Engine:
     config, server = planned.config, planned.config.server
+    algorithm, correction = _algorithm(config), None
+    if algorithm.teaching is not None and config.trusted is not None:
+        correction = own_correction(planned.bundle, algorithm.teaching, config.trusted, folder)
     engine = make_algorithm_engine(
-        _algorithm(config),
+        algorithm,
         server.engine,
         planned.rule,
         planned.bundle.manifest.parameters,
@@ -337,6 +349,8 @@ def _made_engine(stack: contextlib.ExitStack, planned: Planned) -> Engine:
         server.learning_rate,
         rate=config.training.learning_rate,
         devices=len(meant(config.devices, config.round.only, config.round.exclude)),
+        longest_share=config.teaching.max_share if config.teaching is not None else 0.0,
+        correction=correction,
     )
     stack.callback(engine.close)
     return engine
@@ -495,7 +509,8 @@ class Task:
             return False
         if self._done >= self.config.rounds:
             return True  # for an evaluation, which waits for its devices itself
-        found, needed = self._eligible(self._next_plan()), self.config.round.devices
+        plan = self._next_plan()
+        found, needed = self._eligible(plan), self._round_of(plan).devices
         if len(found.devices) >= needed:
             self._waits_since, self._told = None, ""
             return True
@@ -518,8 +533,17 @@ class Task:
             self._say(text)
             self._watch(events.Waits(f"{self.config.task}: {text}" if self.config.task else text))
 
+    def _round_of(self, plan: TrainingPlan) -> RoundSettings:
+        """Who is asked for this plan: for a correction the holders of trusted instances alone, and all of them."""
+        settings, teaching = self.config.round, self.config.teaching
+        if plan.work != CORRECT or teaching is None:
+            return settings
+        holders = teaching.holders
+        quorum = min(settings.quorum, len(holders))
+        return msgspec.structs.replace(settings, devices=len(holders), quorum=quorum, only=holders, sample=0, goal=0)
+
     def _eligible(self, plan: TrainingPlan) -> Eligible:
-        settings = self.config.round
+        settings = self._round_of(plan)
         late = settings.max_staleness > 0 and not plan.evaluate
         requires = needed_capabilities(self._manifest, plan, encrypt=self.config.wire.encryption, late=late)
         return eligible(self.coordinator, requires, settings.only, settings.exclude)
@@ -532,8 +556,9 @@ class Task:
             self._evaluate()
         if self._done >= self.config.rounds or self._orders.stand():
             return
-        found = self._eligible(self._next_plan())
-        if len(found.devices) >= self.config.round.devices:  # an evaluation takes time
+        plan = self._next_plan()
+        found = self._eligible(plan)
+        if len(found.devices) >= self._round_of(plan).devices:  # an evaluation takes time
             self._take(self._new_round(self._done + 1, found.devices))
         if self._evaluation_is_due() and not self._orders.stand():
             self._evaluate()
@@ -546,14 +571,15 @@ class Task:
         return vectors if plan.work == work and not plan.evaluate else ()
 
     def _new_round(self, number: int, devices: list[str]) -> RoundResult:
-        settings, plan = self.config.round, self._next_plan()
+        plan = self._next_plan()
+        settings = self._round_of(plan)
         return self.coordinator.run_round(
             run_id=self.config.run,
             number=number,
             bundle=self._work.bundle,
             parameters=self._parameters,
             plan=plan,
-            device_ids=self._invited(number, devices),
+            device_ids=self._invited(number, devices, settings),
             quorum=settings.quorum,
             engine=self._engine,
             timing=Timing(settings.duration_s, settings.answer_s, settings.grace_s),
@@ -563,9 +589,8 @@ class Task:
             vectors=self._vectors(plan),
         )
 
-    def _invited(self, number: int, devices: list[str]) -> list[str]:
+    def _invited(self, number: int, devices: list[str], settings: RoundSettings) -> list[str]:
         """A sample of these devices; to an asynchronous round all, as who comes later may take part, too."""
-        settings = self.config.round
         if settings.max_staleness:
             return meant(self.coordinator.admitted(), settings.only, settings.exclude)
         return sampled(devices, settings.sample, self.config.training.seed, self.config.run, number, self._abandoned)
@@ -715,8 +740,11 @@ def _check_plan(path: Path, config: CoordinatorConfig, manifest: Manifest) -> No
 
 
 def _algorithm(config: CoordinatorConfig) -> Algorithm:
-    training = config.training
-    return Algorithm(training.algorithm, training.local_steps, training.feature_scaling)
+    training, teaching, corrects = config.training, None, config.trusted is not None
+    if training.algorithm == COMT:
+        teachers = meant(config.devices, config.round.only, config.round.exclude)
+        teaching = teaching_plan(config.teaching or TeachingSettings(), teachers, corrects)
+    return Algorithm(training.algorithm, training.local_steps, training.feature_scaling, teaching, corrects)
 
 
 def _check_algorithm(path: Path, config: CoordinatorConfig) -> None:

@@ -50,7 +50,7 @@ class _Saved(msgspec.Struct, frozen=True, tag="covey algorithm", forbid_unknown_
     kept: dict[str, bytes]
 
 
-class _AlgorithmEngine:
+class AlgorithmEngine:
     """What the two have in common: plain engines, and vectors that are kept."""
 
     def __init__(self, description: str, engines: list[Engine], close: Callable[[], None] = lambda: None) -> None:
@@ -88,7 +88,7 @@ class _AlgorithmEngine:
         self._close()
 
 
-class SvrgEngine(_AlgorithmEngine):
+class SvrgEngine(AlgorithmEngine):
     """Federated SVRG: exchanges of `features` (once, where scaled), then `gradient` and `svrg` in turn.
 
     gradients, updates: plain engines with the server optimizer sgd, the first with a learning rate of 1. equal: every
@@ -129,12 +129,12 @@ class SvrgEngine(_AlgorithmEngine):
             self._kept = {**self._kept, "gradient": result.parameters}
             return dataclasses.replace(result, parameters=parameters)
         boost = self._kept["boosts"] if self._scaled else np.ones_like(parameters)
-        with _all_or_nothing(self._updates):
-            result = self._updates.aggregate(parameters, _equal(screened) if self._equal else screened)
+        with all_or_nothing(self._updates):
+            result = self._updates.aggregate(parameters, equal(screened) if self._equal else screened)
             new = boosted(parameters, np.float32(self._rate) * result.aggregate, boost)
-            _require_finite(new)
+            require_finite(new)
         self._kept = {name: vector for name, vector in self._kept.items() if name != "gradient"}
-        return _moved(result, parameters, new)
+        return moved_by(result, parameters, new)
 
     def _count(self, parameters: Array, screened: Screened) -> StepResult:
         """phi and A of the fleet. Raises RuleError where so few devices cannot bear num_byzantine."""
@@ -145,7 +145,7 @@ class SvrgEngine(_AlgorithmEngine):
         return StepResult(parameters, _all_accepted(screened), measurements, shares)
 
 
-class ScaffoldEngine(_AlgorithmEngine):
+class ScaffoldEngine(AlgorithmEngine):
     """SCAFFOLD: every exchange is `scaffold`, and moves the model and the fleet's control. Every device counts alike.
 
     updates: a plain engine with the server optimizer sgd. steps, rate: K and eta, every device's. devices: N, how many
@@ -164,19 +164,19 @@ class ScaffoldEngine(_AlgorithmEngine):
         return (self._kept["control"],)
 
     def aggregate(self, parameters: Array, screened: Screened) -> StepResult:
-        with _all_or_nothing(self._updates):
-            result = self._updates.aggregate(parameters, _equal(screened))
+        with all_or_nothing(self._updates):
+            result = self._updates.aggregate(parameters, equal(screened))
             used = sum(verdict.status == ACCEPTED for verdict in result.verdicts)
             control = fleet_control(
                 self._kept["control"], result.aggregate, self._steps, self._rate, used, self._devices
             )
-            _require_finite(control)
+            require_finite(control)
         self._kept = {"control": control}
         return result
 
 
 @contextlib.contextmanager
-def _all_or_nothing(engine: Engine) -> Iterator[None]:
+def all_or_nothing(engine: Engine) -> Iterator[None]:
     """A round that is refused leaves the plain engine as it was, also where it did not refuse it itself."""
     before = engine.saved_state()
     try:
@@ -186,18 +186,18 @@ def _all_or_nothing(engine: Engine) -> Iterator[None]:
         raise
 
 
-def _equal(screened: Screened) -> Screened:
+def equal(screened: Screened) -> Screened:
     return dataclasses.replace(screened, num_examples=np.ones_like(screened.num_examples))
 
 
-def _moved(result: StepResult, parameters: Array, new: Array) -> StepResult:
+def moved_by(result: StepResult, parameters: Array, new: Array) -> StepResult:
     change = float(np.linalg.norm(new - parameters))
     return dataclasses.replace(
         result, parameters=new, measurements={**result.measurements, "parameter_change_norm": change}
     )
 
 
-def _require_finite(vector: Array) -> None:
+def require_finite(vector: Array) -> None:
     if not np.isfinite(vector).all():
         raise RuleError("the round would make numbers that are not finite", "lower the learning rates")
 
