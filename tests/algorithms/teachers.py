@@ -12,11 +12,11 @@ import tensorflow as tf
 import covey_models
 from covey_protocol.messages import TeachingPlan
 from covey_protocol.seals import SealingKey
-from covey_protocol.teaching import Problem, Settings
+from covey_protocol.teaching import Problem
 
 FEATURES = 6
-CONSTANTS = {"lambda_w": 0.5, "lambda_t": 4.0, "lambda_a": 0.02, "lambda_z": 30.0, "lambda_y": 20.0, "rho": 3.0}
-SETTINGS = Settings(**CONSTANTS)
+CONSTANTS = {"lambda_w": 0.5, "lambda_t": 4.0, "lambda_a": 0.02, "lambda_z": 30.0, "lambda_y": 20.0}
+CONSTANTS.update(rho=8.0, curvature=3.0)
 
 
 class Data(NamedTuple):
@@ -68,8 +68,8 @@ def problem(loss: str) -> Problem:
     return Problem("logistic" if loss == "binary_crossentropy" else "ridge")
 
 
-def plan_of(teachers: int, holders: int) -> TeachingPlan:
-    return TeachingPlan(**CONSTANTS, teachers=teachers, holders=holders)
+def plan_of(teachers: int) -> TeachingPlan:
+    return TeachingPlan(**CONSTANTS, teachers=teachers)
 
 
 def write(path: Path, data: Data) -> None:

@@ -18,7 +18,8 @@ from covey_coordinator.aggregation.registry import make_rule
 from covey_coordinator.algorithms.engines import asked_by
 from covey_coordinator.algorithms.making import make_algorithm_engine
 from covey_coordinator.algorithms.settings import Algorithm
-from covey_coordinator.algorithms.teaching_settings import TrustedSettings, own_correction
+from covey_coordinator.algorithms.comt import Teaching
+from covey_coordinator.algorithms.teaching_settings import TrustedSettings, own_teacher
 from covey_coordinator.coordinator import arrivals_of, refuses_copies
 from covey_coordinator.records import REJECTED
 from covey_coordinator.teaching.reference import comt
@@ -41,9 +42,7 @@ def bundles(coordinator_key: SealingKey) -> dict[str, bytes]:
 class Child:
     """One device's training child, in this process, and what the agent keeps for it."""
 
-    def __init__(
-        self, folder: Path, name: str, key: SealingKey, bundle: bytes, data: Any, trusted: Any = None
-    ) -> None:
+    def __init__(self, folder: Path, name: str, key: SealingKey, bundle: bytes, data: Any, trusted: Any = None) -> None:
         self.name, self.kept, self.found = name, b"", {}
         self._trainer, self._trusted = Trainer(), ""
         folder.mkdir()
@@ -76,22 +75,27 @@ Fleet = Callable[..., tuple[list[Child], Any]]
 def fleet(tmp_path: Path, coordinator_key: SealingKey, bundles: dict[str, bytes]) -> Fleet:
     """(loss, data, trusted per teacher) -> children, engine."""
 
-    def made(loss: str, data: list[Any], trusted: dict[int, Any], own: Any = None, **more: Any) -> Any:
+    def made(
+        loss: str,
+        data: list[Any],
+        trusted: dict[int, Any],
+        own: Any = None,
+        rule: Any = None,
+        longest_share: float = 0.0,
+    ) -> Any:
         children = [
             Child(tmp_path / str(place), str(place), coordinator_key, bundles[loss], one, trusted.get(place))
             for place, one in enumerate(data)
         ]
-        teaching = teachers.plan_of(len(data), len(trusted) or 1)
-        correction = None
+        plan, teacher = teachers.plan_of(len(data)), None
         if own is not None:
             teachers.write(tmp_path / "own.npz", own)
-            bundle = read_bundle(bundles[loss])
-            correction = own_correction(bundle, teaching, TrustedSettings("own.npz"), tmp_path)
-        algorithm = Algorithm("comt", teaching=teaching, corrects=own is not None)
+            teacher = own_teacher(read_bundle(bundles[loss]), plan, TrustedSettings("own.npz"), tmp_path)
+        teaching = Teaching(plan, len(trusted), longest_share, teacher)
+        algorithm = Algorithm("comt", teaching=plan, holders=bool(trusted))
         specs = read_bundle(bundles[loss]).manifest.parameters
-        rule = more.pop("rule", make_rule("mean"))
-        options = {"rate": 0.1, "devices": len(data), "correction": correction, **more}
-        return children, make_algorithm_engine(algorithm, "direct", rule, specs, **options)
+        options = {"rate": 0.1, "devices": len(data), "teaching": teaching}
+        return children, make_algorithm_engine(algorithm, "direct", rule or make_rule("mean"), specs, **options)
 
     return made
 
@@ -99,18 +103,19 @@ def fleet(tmp_path: Path, coordinator_key: SealingKey, bundles: dict[str, bytes]
 def exchange(children: list[Child], engine: Any, parameters: Any, lies: Any = None) -> Any:
     """One exchange with the children that it is for. lies: name -> what it sends instead."""
     work, vectors = asked_by(engine)
-    algorithm = Algorithm("comt", teaching=teachers.plan_of(len(children), holders_of(children)))
-    plan = algorithm.plan(TrainingPlan(1, 0.1), work)
+    plan = asked_for(work, len(children))
     asked = [one for one in children if work == "teach" or one._trusted]
     arrivals = arrivals_of([one.name for one in asked], plan, len(parameters))
     for one in asked:
         update = one.do(plan, parameters, vectors)
         arrivals.add(one.name, (lies or {}).get(one.name, lambda update: update)(update), 20)
-    return engine.aggregate(parameters, arrivals.screened([one.name for one in asked], refuse_copies=refuses_copies(plan)))
+    return engine.aggregate(
+        parameters, arrivals.screened([one.name for one in asked], refuse_copies=refuses_copies(plan))
+    )
 
 
-def holders_of(children: list[Child]) -> int:
-    return sum(bool(one._trusted) for one in children) or 1
+def asked_for(work: str, count: int = 3) -> TrainingPlan:
+    return Algorithm("comt", teaching=teachers.plan_of(count)).plan(TrainingPlan(1, 0.1), work)
 
 
 def data_of(loss: str) -> tuple[list[Any], Any, Any]:
@@ -122,11 +127,11 @@ def data_of(loss: str) -> tuple[list[Any], Any, Any]:
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("holder", ["devices", "coordinator"])
+@pytest.mark.parametrize("holder", ["devices", "coordinator", "both"])
 def test_children_and_engine_are_the_reference(loss: str, holder: str, fleet: Fleet) -> None:
     data, first, second = data_of(loss)
-    held = {0: first, 2: second} if holder == "devices" else {}
-    own = first if holder == "coordinator" else None
+    held = {0: first, 2: second} if holder != "coordinator" else {}
+    own = None if holder == "devices" else teachers.classes(7, 6) if "binary" in loss else teachers.numbers(7, 6)
     children, engine = fleet(loss, data, held, own)
     parameters = np.zeros(teachers.FEATURES + 1, np.float32)
     for _ in range(ROUNDS * (2 if held else 1)):
@@ -136,7 +141,7 @@ def test_children_and_engine_are_the_reference(loss: str, holder: str, fleet: Fl
     nothing = tuple(part[:0] for part in teachers.with_intercept(data[0]))
     trusted = [teachers.with_intercept(held[place]) if place in held else nothing for place in range(3)]
     if own is not None:
-        trusted = [nothing, nothing, nothing, teachers.with_intercept(own)]
+        trusted.append(teachers.with_intercept(own))
     right = comt([teachers.with_intercept(one) for one in data], trusted, teachers.problem(loss), told)
     assert np.abs(right.theta).max() > 0.3
     assert_allclose(parameters, right.theta, rtol=1e-4, atol=1e-5)
@@ -150,7 +155,7 @@ def test_a_child_that_is_asked_again_or_started_anew_sends_the_same_bits(fleet: 
         parameters = exchange(children, engine, parameters).parameters
     work, vectors = asked_by(engine)
     assert work == "teach-correct"
-    plan = Algorithm("comt", teaching=teachers.plan_of(3, 1)).plan(TrainingPlan(1, 0.1), work)
+    plan = asked_for(work)
     before = children[0].kept
     once = children[0].ask(plan, parameters, vectors)
     again = children[0].ask(plan, parameters, vectors)
@@ -161,7 +166,7 @@ def test_a_child_that_is_asked_again_or_started_anew_sends_the_same_bits(fleet: 
 def test_other_data_than_the_kept_state_is_of_begin_anew(fleet: Fleet) -> None:
     data, first, _ = data_of("mean_squared_error")
     (one, other, _), engine = fleet("mean_squared_error", data, {0: first})
-    plan = Algorithm("comt", teaching=teachers.plan_of(3, 1)).plan(TrainingPlan(1, 0.1), "teach")
+    plan = asked_for("teach")
     start = np.zeros(teachers.FEATURES + 1, np.float32)
     one.do(plan, start, engine.vectors)
     fresh = other.ask(plan, start, engine.vectors)
@@ -169,6 +174,17 @@ def test_other_data_than_the_kept_state_is_of_begin_anew(fleet: Fleet) -> None:
     assert other.ask(plan, start, engine.vectors).update == fresh.update
     other.kept = b"damaged"
     assert other.ask(plan, start, engine.vectors).update == fresh.update
+
+
+def test_a_holder_that_missed_a_round_counts_with_the_model_that_it_is_told(fleet: Fleet) -> None:
+    """A correction depends on the parameters that come with it, not on those of the last `teach`."""
+    data, first, _ = data_of("mean_squared_error")
+    (one, *_), engine = fleet("mean_squared_error", data, {0: first})
+    theta = np.full(teachers.FEATURES + 1, 0.5, np.float32)
+    plain = one.do(asked_for("teach-correct"), theta, ())
+    one.kept = b""
+    one.do(asked_for("teach"), np.zeros_like(theta), engine.vectors)
+    assert_allclose(one.do(asked_for("teach-correct"), theta, ()), plain, atol=1e-6)
 
 
 def test_the_owner_is_told_which_labels_are_wrong(fleet: Fleet) -> None:
@@ -199,15 +215,18 @@ def test_a_share_that_is_too_long_is_refused_by_name(fleet: Fleet) -> None:
     (refused,) = [verdict for verdict in result.verdicts if verdict.status == REJECTED]
     assert refused.device_id == "1"
     assert "share has norm 2.65e+04, beyond 120 for 20 examples" in refused.reason
+    exchange(children, engine, start)
     assert np.abs(engine.vectors[1]).max() < 200
 
 
 @pytest.mark.parametrize("rule", ["mean", "median"])
-def test_a_median_of_shares_bears_what_a_sum_does_not(rule: str, fleet: Fleet, tmp_path: Path) -> None:
+def test_a_median_of_shares_bears_what_a_sum_does_not(rule: str, fleet: Fleet) -> None:
     data, first, _ = data_of("mean_squared_error")
     judge = make_rule(rule, 1) if rule == "median" else make_rule(rule)
     children, engine = fleet("mean_squared_error", data, {0: first}, rule=judge)
-    exchange(children, engine, np.zeros(teachers.FEATURES + 1, np.float32), {"1": lambda update: update * 0 + 1e4})
+    start = np.zeros(teachers.FEATURES + 1, np.float32)
+    exchange(children, engine, start, {"1": lambda update: np.full_like(update, 1e4)})
+    exchange(children, engine, start)
     assert (np.abs(engine.vectors[1]).max() < 100) == (rule == "median")
 
 
@@ -248,8 +267,8 @@ def of_three(rows: Any) -> Any:
 
 BAD = {
     "without constants": ({"work": "teach"}, "without its constants"),
-    "with steps": ({"work": "teach", "steps": 3, "teaching": teachers.plan_of(3, 1)}, "3 steps of teach"),
-    "trusted by nobody": ({"work": "teach-correct", "teaching": teachers.plan_of(3, 1)}, "no trusted instances"),
+    "with steps": ({"work": "teach", "steps": 3, "teaching": teachers.plan_of(3)}, "3 steps of teach"),
+    "trusted by nobody": ({"work": "teach-correct", "teaching": teachers.plan_of(3)}, "no trusted instances"),
 }
 
 
@@ -259,6 +278,7 @@ def test_what_a_device_cannot_do_is_a_failure_that_says_why(what: str, fleet: Fl
     data, first, _ = data_of("mean_squared_error")
     (_, other, _), engine = fleet("mean_squared_error", data, {0: first})
     plan = msgspec.structs.replace(TrainingPlan(1, 0.1), **changes)
-    answer = other.ask(plan, np.zeros(teachers.FEATURES + 1, np.float32), engine.vectors)
+    vectors = engine.vectors if plan.work == "teach" else ()
+    answer = other.ask(plan, np.zeros(teachers.FEATURES + 1, np.float32), vectors)
     assert isinstance(answer, Problem)
     assert expected in answer.what

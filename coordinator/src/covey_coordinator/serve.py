@@ -25,11 +25,11 @@ from covey_coordinator.aggregation.rules import Rule
 from covey_coordinator.aggregation.trimmed_mean import Median
 from covey_coordinator.algorithms.engines import asked_by
 from covey_coordinator.algorithms.making import check_algorithm, make_algorithm_engine
-from covey_coordinator.algorithms.settings import COMT, FEDAVG, Algorithm
+from covey_coordinator.algorithms.settings import FEDAVG, Algorithm
 from covey_coordinator.algorithms.teaching_settings import (
     TeachingSettings,
     TrustedSettings,
-    own_correction,
+    teaching_of,
     teaching_plan,
 )
 from covey_coordinator.coordinator import (
@@ -337,9 +337,9 @@ def _opened_store(stack: contextlib.ExitStack, folder: Path) -> RunStore:
 
 def _made_engine(stack: contextlib.ExitStack, planned: Planned, folder: Path) -> Engine:
     config, server = planned.config, planned.config.server
-    algorithm, correction = _algorithm(config), None
-    if algorithm.teaching is not None and config.trusted is not None:
-        correction = own_correction(planned.bundle, algorithm.teaching, config.trusted, folder)
+    algorithm, teaching = _algorithm(config), None
+    if algorithm.teaching is not None and config.teaching is not None:
+        teaching = teaching_of(config.teaching, algorithm.teaching, config.trusted, planned.bundle, folder)
     engine = make_algorithm_engine(
         algorithm,
         server.engine,
@@ -349,8 +349,7 @@ def _made_engine(stack: contextlib.ExitStack, planned: Planned, folder: Path) ->
         server.learning_rate,
         rate=config.training.learning_rate,
         devices=len(meant(config.devices, config.round.only, config.round.exclude)),
-        longest_share=config.teaching.max_share if config.teaching is not None else 0.0,
-        correction=correction,
+        teaching=teaching,
     )
     stack.callback(engine.close)
     return engine
@@ -740,11 +739,12 @@ def _check_plan(path: Path, config: CoordinatorConfig, manifest: Manifest) -> No
 
 
 def _algorithm(config: CoordinatorConfig) -> Algorithm:
-    training, teaching, corrects = config.training, None, config.trusted is not None
-    if training.algorithm == COMT:
+    training, teaching = config.training, None
+    if config.teaching is not None:
         teachers = meant(config.devices, config.round.only, config.round.exclude)
-        teaching = teaching_plan(config.teaching or TeachingSettings(), teachers, corrects)
-    return Algorithm(training.algorithm, training.local_steps, training.feature_scaling, teaching, corrects)
+        teaching = teaching_plan(config.teaching, teachers, config.trusted is not None)
+    holders = config.teaching is not None and bool(config.teaching.holders)
+    return Algorithm(training.algorithm, training.local_steps, training.feature_scaling, teaching, holders)
 
 
 def _check_algorithm(path: Path, config: CoordinatorConfig) -> None:

@@ -35,8 +35,9 @@ class Taught(NamedTuple):
 
 
 def taught(model: Model, examples: Examples, request: Run, received: Floats, vectors: list[Floats]) -> Taught:
-    """The update of either work. vectors: u and tau of the fleet. Starts anew where the kept state is of other data."""
-    theta, u, tau = (as_matrix(model, vector) for vector in (received, *vectors))
+    """The update of either work. vectors: of `teach`, the fleet's u and tau. Starts anew where the kept state is of
+    other data."""
+    theta, *sums = (as_matrix(model, vector) for vector in (received, *vectors))
     teacher = _teacher(model, examples, request)
     if request.withheld:
         try:
@@ -44,7 +45,8 @@ def taught(model: Model, examples: Examples, request: Run, received: Floats, vec
         except StorageError:  # the data are others now
             teacher = _teacher(model, examples, request)
     if request.plan.work == CORRECT:
-        return Taught(as_flat(teacher.correct(tau, u)), teacher.saved(), {})
+        return Taught(as_flat(teacher.correct(theta)), teacher.saved(), {})
+    u, tau = sums
     answer = teacher.answer(theta, u, tau - teacher.share)
     report = reported(model, examples, theta, teacher, request.plan.task, request.round_id)
     return Taught(as_flat(answer), teacher.saved(), files(report, examples[0]))
@@ -65,9 +67,7 @@ def _teacher(model: Model, examples: Examples, request: Run) -> Teacher:
 
 def teacher_of(model: Model, plan: TeachingPlan, examples: Examples, trusted: Any = None) -> Teacher:
     """A teacher of the model's last layer, before its first round. trusted: `instances` of those it trusts."""
-    return Teacher(
-        problem_of(model), settings_of(plan), *instances(model, examples), trusted, plan.teachers, plan.holders
-    )
+    return Teacher(problem_of(model), settings_of(plan), *instances(model, examples), trusted, plan.teachers)
 
 
 def problem_of(model: Model) -> Problem:
@@ -75,7 +75,8 @@ def problem_of(model: Model) -> Problem:
 
 
 def settings_of(plan: TeachingPlan) -> Settings:
-    return Settings(plan.lambda_w, plan.lambda_t, plan.lambda_a, plan.lambda_z, plan.lambda_y, plan.rho)
+    constants = plan.lambda_w, plan.lambda_t, plan.lambda_a, plan.lambda_z, plan.lambda_y, plan.rho, plan.curvature
+    return Settings(*constants)
 
 
 def instances(model: Model, examples: Examples) -> tuple[Array, Array]:

@@ -69,15 +69,14 @@ class BlobRef(Struct, frozen=True):
 class TeachingPlan(Struct, frozen=True, omit_defaults=True):
     """The constants of machine teaching, as in `teaching.Settings`; infinity turns crafting off.
 
-    teachers: how many devices teach, whether they take part in this round or not. holders: how many hold trusted
-    instances, 1 where only the coordinator does.
+    teachers: how many devices teach, whether they take part in this round or not.
     """
 
     lambda_w: Annotated[float, Meta(gt=0, le=MAX_TEACHING)]
     lambda_t: Annotated[float, Meta(ge=0, le=MAX_TEACHING)]
     rho: Annotated[float, Meta(gt=0, le=MAX_TEACHING)]
+    curvature: Annotated[float, Meta(gt=0, le=MAX_TEACHING)]
     teachers: Annotated[int, Meta(ge=1, le=MAX_DEVICES)]
-    holders: Annotated[int, Meta(ge=1, le=MAX_DEVICES)] = 1
     lambda_a: Annotated[float, Meta(ge=0, le=MAX_TEACHING)] = 0.0
     lambda_z: Annotated[float, Meta(gt=0)] = math.inf
     lambda_y: Annotated[float, Meta(gt=0.5)] = math.inf

@@ -33,7 +33,7 @@ LEARNERS = {  # a bundle's loss -> the learner of its last layer, as teaching.Pr
     "binary_crossentropy": "logistic",
     "sparse_categorical_crossentropy": "logistic",
 }
-VECTORS = {SVRG: (1, 2), SCAFFOLD: (1, 1), TEACH: (2, 2), CORRECT: (2, 2)}  # fewest and most of an invitation; others have none
+VECTORS = {SVRG: (1, 2), SCAFFOLD: (1, 1), TEACH: (2, 2)}  # fewest and most of an invitation; others have none
 
 
 class BundleFacts(NamedTuple):

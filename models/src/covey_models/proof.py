@@ -380,7 +380,11 @@ def _against_float64(ours: TFLiteSide, theirs: TensorFlowSide, trial: Trial, con
     return worst
 
 
-_IN_OTHERS = ("gradient", "infer", REPRESENT)  # what they compute, `train` and `evaluate` do too: not converted again for a twin
+_IN_OTHERS = (
+    "gradient",
+    "infer",
+    REPRESENT,
+)  # what they compute, `train` and `evaluate` do too: not converted again for a twin
 
 
 def _outcomes(sides: Sides, trial: Trial, draw: int, loudness: float = 1.0) -> dict[str, tuple[Array, Array, Array]]:

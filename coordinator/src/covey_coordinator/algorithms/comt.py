@@ -1,98 +1,125 @@
-"""The engine of machine teaching (CoMT): the teachers' shares become tau, and corrections by trusted instances move theta.
+"""The engine of machine teaching (CoMT): sums of the teachers' shares, and of what trusted instances would change.
 
-What a device sends is judged by the run's rule, every device counting alike, and what the rule makes of it times the
-number of teachers stands for the sum over all: with the rule `mean` and every teacher there it is the sum. u and tau
-are part of the engine's saved state, as g is in Federated SVRG. docs/machine-teaching.md, docs/adr/0026.
+Shares are judged by the run's rule, every device counting alike, and what the rule makes of them times the number of
+teachers stands for the sum over all: with the rule `mean` and every teacher there it is the sum. What is left for the
+next exchange is part of the engine's saved state, as in Federated SVRG. The step itself is covey_coordinator.teaching.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from covey_coordinator.aggregation.engines import Engine, StepResult
 from covey_coordinator.aggregation.screening import Screened
 from covey_coordinator.algorithms.engines import AlgorithmEngine, all_or_nothing, equal, moved_by, require_finite
 from covey_coordinator.records import Array
+from covey_coordinator.teaching.server import Standing, moved
+from covey_edge.teaching import settings_of
+from covey_protocol.errors import StorageError
+from covey_protocol.messages import TeachingPlan
+from covey_protocol.teaching import Teacher
 from covey_protocol.works import CORRECT, TEACH
 
-Numbers = npt.NDArray[np.float64]
-# theta, u, tau (d,) -> what the coordinator's own trusted instances add to theta
-Correction = Callable[[Array, Array, Array], Numbers]
+
+@dataclasses.dataclass(frozen=True)
+class Teaching:
+    """What a run teaches with. plan: as the devices get it. holders: how many devices hold trusted instances.
+
+    longest_share: norm beyond which a share is refused, for each example that its device has, times lambda_w; 0 for no
+    bound. own: a Teacher of the coordinator's own trusted instances alone, None where it has none.
+    """
+
+    plan: TeachingPlan
+    holders: int = 0
+    longest_share: float = 0.0
+    own: Teacher | None = None
+
+    @property
+    def description(self) -> str:
+        return f"comt, {self.plan}, {self.holders}, {self.longest_share!r}, {self.own is not None}"
 
 
 class TeachingEngine(AlgorithmEngine):
-    """Exchanges of `teach` and `teach-correct` in turn; of `teach` alone where the coordinator holds what is trusted.
+    """Exchanges of `teach` and `teach-correct` in turn; of `teach` alone where only the coordinator holds trusted ones.
 
-    shares, corrections: plain engines with the server optimizer sgd and a learning rate of 1. teachers: how many teach,
-    whether they take part or not. longest_share: norm beyond which a share is refused, for each example that its device
-    has, times lambda_w; 0 for no bound. own: the coordinator's correction, None where devices hold what is trusted.
+    shares, corrections: plain engines with the server optimizer sgd and a learning rate of 1.
     """
 
     def __init__(
-        self,
-        shares: Engine,
-        corrections: Engine,
-        d: int,
-        description: str,
-        *,
-        teachers: int,
-        lambda_w: float,
-        longest_share: float = 0.0,
-        own: Correction | None = None,
-        close: Callable[[], None] = lambda: None,
+        self, shares: Engine, corrections: Engine, d: int, teaching: Teaching, close: Callable[[], None] = lambda: None
     ) -> None:
-        super().__init__(f"comt, {description}", [shares, corrections], close)
-        self._shares, self._corrections, self._teachers, self._own = shares, corrections, teachers, own
-        self._longest = longest_share / lambda_w
+        super().__init__(teaching.description, [shares, corrections], close)
+        self._shares, self._corrections, self._teaching = shares, corrections, teaching
         self._kept = {"u": np.zeros(d, np.float32), "tau": np.zeros(d, np.float32)}
 
     @property
     def work(self) -> str:
-        return CORRECT if "answered" in self._kept else TEACH
+        return CORRECT if "answers" in self._kept else TEACH
 
     @property
     def vectors(self) -> tuple[Array, ...]:
-        return self._kept["u"], self._kept.get("answered", self._kept["tau"])
+        return (self._kept["u"], self._kept["tau"]) if self.work == TEACH else ()
 
     def aggregate(self, parameters: Array, screened: Screened) -> StepResult:
+        told, nothing = self._teaching, np.zeros_like(parameters)
         if self.work == CORRECT:
-            return self._corrected(parameters, screened)
+            with all_or_nothing(self._corrections):
+                result = self._corrections.aggregate(nothing, equal(screened))
+                corrections = np.float32(told.holders) * result.parameters
+                return self._step(result, parameters, self._kept["answers"], corrections)
         with all_or_nothing(self._shares):
-            bounded = without_long_ones(screened, self._longest)
-            result = self._shares.aggregate(np.zeros_like(parameters), equal(bounded))
-            tau = np.float32(self._teachers) * result.parameters
-            require_finite(tau)
-            if self._own is not None:
-                return self._moved(result, parameters, tau, self._own(parameters, self._kept["u"], tau))
-        self._kept = {**self._kept, "answered": tau}
+            bounded = without_long_ones(screened, told.longest_share / told.plan.lambda_w)
+            result = self._shares.aggregate(nothing, equal(bounded))
+            answers = np.float32(told.plan.teachers) * result.parameters
+            require_finite(answers)
+            if not told.holders:
+                return self._step(result, parameters, answers, nothing)
+        self._kept = {**self._kept, "answers": answers}
         return dataclasses.replace(result, parameters=parameters)
 
-    def _corrected(self, parameters: Array, screened: Screened) -> StepResult:
-        with all_or_nothing(self._corrections):
-            result = self._corrections.aggregate(np.zeros_like(parameters), equal(screened))
-            return self._moved(result, parameters, self._kept["answered"], result.parameters)
+    def _step(self, result: StepResult, parameters: Array, answers: Array, corrections: Array) -> StepResult:
+        """The server's step on the sums, with the coordinator's own correction. It is refused as a whole."""
+        told, before = self._teaching, self._more()
+        vectors = (parameters, self._kept["u"], self._kept["tau"], answers, corrections)
+        theta, u, tau, answered, sums = (vector.astype(np.float64) for vector in vectors)
+        if told.own is not None:
+            sums = sums + told.own.correct(theta.reshape(told.own.share.shape)).reshape(-1)
+        holders = told.holders + (told.own is not None)
+        standing, settings = Standing(theta, tau, u, np.zeros_like(theta)), settings_of(told.plan)
+        after, residuals = moved(standing, settings, answered, told.plan.teachers, sums, holders)
+        new, dual = after.theta.astype(np.float32), after.u.astype(np.float32)
+        try:
+            require_finite(new)
+            require_finite(dual)
+        except BaseException:
+            self._load_more(before)
+            raise
+        self._kept = {"u": dual, "tau": answers}
+        stepped = moved_by(result, parameters, new)
+        told_of = {"model_from_shares": residuals.primal, "moved": residuals.dual}
+        return dataclasses.replace(stepped, measurements={**stepped.measurements, **told_of})
 
-    def _moved(self, result: StepResult, parameters: Array, tau: Array, correction: Any) -> StepResult:
-        """theta + the mean correction, and u + theta - tau: docs/machine-teaching.md, equation (10)."""
-        theta = (parameters + correction).astype(np.float32)
-        u = self._kept["u"] + theta - tau
-        for vector in (theta, u):
-            require_finite(vector)
-        self._kept = {"u": u, "tau": tau}
-        moved = moved_by(result, parameters, theta)
-        primal = float(np.linalg.norm(theta - tau))
-        return dataclasses.replace(moved, measurements={**moved.measurements, "theta_from_tau": primal})
+    def _more(self) -> bytes:
+        """The state of the coordinator's own teacher."""
+        return b"" if self._teaching.own is None else self._teaching.own.saved()
+
+    def _load_more(self, data: bytes) -> bool:
+        if self._teaching.own is None:
+            return not data
+        try:
+            self._teaching.own.loaded(data)
+        except StorageError:
+            return False
+        return True
 
 
 def without_long_ones(screened: Screened, longest: float) -> Screened:
     """Without the shares that are longer than `longest` for each example of their device; the reasons say so.
 
-    The device says how many examples it has: a claim, which is not taken for more than ten times the median claim.
+    How many examples a device has is its claim, which is not taken for more than ten times the median claim.
     """
     if not longest or not screened.device_ids:
         return screened

@@ -42,12 +42,14 @@ def asked_by(engine: Any) -> tuple[str, tuple[Array, ...]]:
     return (engine.work, engine.vectors) if isinstance(engine, Asking) else (TRAIN, ())
 
 
-class _Saved(msgspec.Struct, frozen=True, tag="covey algorithm", forbid_unknown_fields=True):
-    """description: what the state belongs to. engines: the saved states of the plain ones. kept: float32, by name."""
+class _Saved(msgspec.Struct, frozen=True, tag="covey algorithm", forbid_unknown_fields=True, omit_defaults=True):
+    """description: what the state belongs to. engines: the saved states of the plain ones. kept: float32, by name.
+    more: of an algorithm that keeps other things."""
 
     description: str
     engines: list[bytes]
     kept: dict[str, bytes]
+    more: bytes = b""
 
 
 class AlgorithmEngine:
@@ -64,7 +66,7 @@ class AlgorithmEngine:
     def saved_state(self) -> bytes:
         kept = {name: vector.astype("<f4").tobytes() for name, vector in self._kept.items()}
         states = [engine.saved_state() for engine in self._engines]
-        return msgspec.msgpack.encode(_Saved(self._description, states, kept))
+        return msgspec.msgpack.encode(_Saved(self._description, states, kept, self._more()))
 
     def load_state(self, data: bytes) -> bool:
         """As Engine.load_state; also False for the state of a plain engine: the run had another algorithm."""
@@ -72,15 +74,24 @@ class AlgorithmEngine:
             saved = msgspec.msgpack.decode(data, type=_Saved)
         except msgspec.MsgspecError:
             return False
-        before = [engine.saved_state() for engine in self._engines]
+        before, more = [engine.saved_state() for engine in self._engines], self._more()
         if saved.description != self._description or len(saved.engines) != len(before):
             return False
-        if not all(engine.load_state(state) for engine, state in zip(self._engines, saved.engines)):
+        loaded = all(engine.load_state(state) for engine, state in zip(self._engines, saved.engines))
+        if not loaded or not self._load_more(saved.more):
+            self._load_more(more)
             for engine, state in zip(self._engines, before):
                 engine.load_state(state)
             return False
         self._kept = {name: np.frombuffer(data, "<f4").astype(np.float32) for name, data in saved.kept.items()}
         return True
+
+    def _more(self) -> bytes:
+        return b""
+
+    def _load_more(self, data: bytes) -> bool:
+        """False, with nothing changed, for what `_more` of other settings has given."""
+        return not data
 
     def close(self) -> None:
         for engine in self._engines:

@@ -8,7 +8,7 @@ from covey_coordinator.aggregation.engines import Engine, make_engine
 from covey_coordinator.aggregation.mean import Mean
 from covey_coordinator.aggregation.rules import Rule
 from covey_coordinator.aggregation.worker import Worker
-from covey_coordinator.algorithms.comt import Correction, TeachingEngine
+from covey_coordinator.algorithms.comt import Teaching, TeachingEngine
 from covey_coordinator.algorithms.engines import ScaffoldEngine, SvrgEngine
 from covey_coordinator.algorithms.settings import COMT, FEDAVG, FSVRG_NAIVE, Algorithm
 from covey_protocol.errors import ConfigError
@@ -36,12 +36,11 @@ def make_algorithm_engine(
     rate: float,
     devices: int,
     worker: Worker | None = None,
-    longest_share: float = 0.0,
-    correction: Correction | None = None,
+    teaching: Teaching | None = None,
 ) -> Engine | SvrgEngine | ScaffoldEngine | TeachingEngine:
     """As make_engine, for an algorithm. rate: the devices' learning rate. devices: how many may take part.
 
-    longest_share, correction: see TeachingEngine. Raises ConfigError.
+    teaching: of comt. Raises ConfigError.
     """
     check_algorithm(algorithm, server_optimizer)
     if algorithm.name in (FEDAVG, SCAFFOLD):
@@ -59,11 +58,8 @@ def make_algorithm_engine(
         if shared is not None and worker is None:
             shared.stop()
         raise
-    d = total_size(specs)
     close = shared.stop if shared is not None and worker is None else lambda: None
-    if algorithm.teaching is not None:
-        told, description = algorithm.teaching, f"{algorithm.teaching}, {longest_share}, {algorithm.corrects}"
-        bounds = {"teachers": told.teachers, "lambda_w": told.lambda_w, "longest_share": longest_share}
-        return TeachingEngine(gradients, updates, d, description, **bounds, own=correction, close=close)
+    if teaching is not None:
+        return TeachingEngine(gradients, updates, total_size(specs), teaching, close)
     equal = algorithm.name == FSVRG_NAIVE
     return SvrgEngine(gradients, updates, server_learning_rate, scaled=algorithm.scaled, equal=equal, close=close)

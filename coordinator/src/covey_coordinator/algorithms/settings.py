@@ -24,14 +24,14 @@ STEPPED = (FSVRG_NAIVE, SCAFFOLD)  # every device takes the same number of steps
 class Algorithm:
     """name: one of ALGORITHMS; FedProx is fedavg with a proximal_weight. steps: local steps of those in STEPPED.
     feature_scaling: of fsvrg: S_k and A; without it both are the identity. teaching: of comt, which needs it.
-    corrects: of comt: the coordinator holds what is trusted, and no device is asked for a correction.
+    holders: of comt: devices hold trusted instances and are asked for corrections, not the coordinator alone.
     """
 
     name: str = FEDAVG
     steps: int = 0
     feature_scaling: bool = True
     teaching: TeachingPlan | None = None
-    corrects: bool = False
+    holders: bool = False
 
     def __post_init__(self) -> None:
         if self.name not in ALGORITHMS:
@@ -62,7 +62,7 @@ class Algorithm:
         if self.svrg:
             return (FEATURES, GRADIENT, SVRG) if self.scaled else (GRADIENT, SVRG)
         if self.name == COMT:
-            return (TEACH,) if self.corrects else (TEACH, CORRECT)
+            return (TEACH, CORRECT) if self.holders else (TEACH,)
         return (SCAFFOLD,) if self.name == SCAFFOLD else (TRAIN,)
 
     def exchanges(self, rounds: int) -> int:
