@@ -24,7 +24,7 @@ from msgspec import UNSET
 from covey_coordinator import records
 from covey_coordinator.aggregation.evaluating import evaluated, metrics_fault
 from covey_coordinator.aggregation.rules import Trusted
-from covey_coordinator.aggregation.screening import Arrivals, Screened, shares_fault
+from covey_coordinator.aggregation.screening import Arrivals, Screened, number_fault, shares_fault
 from covey_coordinator.aggregation.staleness import weighted
 from covey_coordinator.fleet import POLL_S, FromFleet
 from covey_coordinator.store import Checkpoint, RunStore
@@ -54,7 +54,7 @@ from covey_protocol.messages import (
     run_of,
 )
 from covey_protocol.round import Phase, Progress, RoundFacts, RoundMachine, RoundSettings
-from covey_protocol.works import FEATURES
+from covey_protocol.works import CORRECT, FEATURES, TEACH
 
 log = logging.getLogger("covey.coordinator")
 
@@ -781,12 +781,14 @@ def arrivals_of(device_ids: Iterable[str], plan: TrainingPlan, d: int) -> Arriva
     names = plan.evaluate
     if names:
         return Arrivals(device_ids, len(names), metrics_fault(names))
-    return Arrivals(device_ids, d, shares_fault if plan.work == FEATURES else None)
+    # number_fault: a teacher may have no use for its data
+    faults = {FEATURES: shares_fault, TEACH: number_fault, CORRECT: number_fault}
+    return Arrivals(device_ids, d, faults.get(plan.work))
 
 
 def refuses_copies(plan: TrainingPlan) -> bool:
-    """Metrics and shares of two honest devices may agree in every bit."""
-    return not plan.evaluate and plan.work != FEATURES
+    """Metrics and shares of two honest devices may agree in every bit, and so may what two teachers have no use for."""
+    return not plan.evaluate and plan.work not in (FEATURES, TEACH, CORRECT)
 
 
 def _with_held_out(

@@ -57,16 +57,19 @@ class TaskData(Struct, frozen=True, forbid_unknown_fields=True):
     path: str
     source: str = "npz"
     evaluation_path: str = ""
+    trusted_path: str = ""
 
 
 class DataSettings(Struct, frozen=True, forbid_unknown_fields=True):
     """source: the adapter that reads the data. path: what it reads. evaluation_path: what it reads for evaluations, ""
-    for the same. tasks: the data of tasks by name; with any of them, other tasks find no data here.
+    for the same. trusted_path: instances whose labels the owner vouches for, "" for none (machine teaching). tasks: the
+    data of tasks by name; with any of them, other tasks find no data here.
     """
 
     path: str = ""
     source: str = "npz"
     evaluation_path: str = ""
+    trusted_path: str = ""
     tasks: dict[str, TaskData] = {}  # msgspec copies empty defaults
 
 
