@@ -124,9 +124,9 @@ def test_a_representation_can_be_trained_on_trusted_data_alone_and_made_of_fouri
     def seen(**changes: Any) -> Any:
         return representer(SimulatedTeaching(**changes), model_of(world, UserCode()), loss, held, 0)(world.test.x)
 
-    first, trained = seen(), seen(representation_steps=30)
+    first, trained = seen(), seen(representation_steps=8)
     assert first.shape == trained.shape == (len(world.test.x), 33)  # the mlp's 32 ReLUs, and a 1
-    assert_array_equal(trained, seen(representation_steps=30))
+    assert_array_equal(trained, seen(representation_steps=8))
     assert np.abs(trained - first).max() > 1e-3
     assert seen(fourier_features=7).shape == (len(world.test.x), 8)
 

@@ -31,7 +31,7 @@ def representer(
 
     def seen(x: npt.NDArray[Any]) -> Array:
         parts = [below(x[start : start + TOGETHER], training=False).numpy() for start in range(0, len(x), TOGETHER)]
-        return np.concatenate(parts).astype(np.float64)
+        return np.asarray(np.concatenate(parts), np.float64)
 
     if not told.fourier_features:
         return lambda x: Linear()(seen(x))
@@ -46,14 +46,14 @@ def train(model: Any, loss: str, trusted: tuple[Any, Any], steps: int) -> None:
     optimizer, value = tf.keras.optimizers.Adam(RATE), loss_for(loss, tuple(model.output_shape[1:])).per_example
     x, y = (tf.constant(part) for part in trusted)
 
-    @tf.function
     def step() -> None:
         with tf.GradientTape() as tape:
             found = tf.reduce_mean(value(y, model(x, training=True)))
         optimizer.apply_gradients(zip(tape.gradient(found, model.trainable_variables), model.trainable_variables))
 
+    traced = tf.function(step)
     for _ in range(steps):
-        step()
+        traced()
 
 
 def median_distance(points: Array) -> float:
