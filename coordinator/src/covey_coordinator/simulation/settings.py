@@ -25,9 +25,9 @@ from covey_models.names import LOSSES, OPTIMIZERS, no_such
 from covey_protocol.errors import ConfigError
 from covey_protocol.messages import MAX_EPOCHS, MAX_GRADIENT_NORM, MAX_LEARNING_RATE, MAX_PROXIMAL_WEIGHT, MAX_STEPS
 from covey_protocol.topics import check_name
-from covey_protocol.works import LEARNERS
 
 FEDSGD = "fedsgd"
+TAUGHT_LOSSES = ("sparse_categorical_crossentropy", "mean_squared_error")  # of comt: logistic, ridge
 TRUSTED_ALGORITHMS = ("fedavg", FEDSGD)  # in which the coordinator can make an update of its own
 MAX_DEVICES = 100_000
 MAX_SEED = 2**31  # as of `covey serve`: times a million and the round's number, a shuffle_seed stays within 2^53
@@ -222,8 +222,11 @@ def _check_training(settings: ExperimentSettings) -> None:
 
 def _check_teaching(settings: ExperimentSettings) -> None:
     """Sums of all teachers, and nothing else, are what it works with."""
-    if settings.model.loss not in LEARNERS:
-        raise ConfigError(f"comt with the loss {settings.model.loss!r}", f"choose {', '.join(LEARNERS)}")
+    told, loss = settings.teaching, settings.model.loss
+    if loss not in TAUGHT_LOSSES:
+        raise ConfigError(f"comt with the loss {loss!r}", f"choose {' or '.join(TAUGHT_LOSSES)}")
+    if told is not None and told.representation_steps and loss != TAUGHT_LOSSES[0]:
+        raise ConfigError(f"representation_steps with the loss {loss!r}", f"choose {TAUGHT_LOSSES[0]}")
     if not settings.trusted.is_there:
         raise ConfigError("comt without trusted data", "write [trusted] with a size or a path")
     for told, is_usual in (
