@@ -1,4 +1,4 @@
-"""[teaching] of an experiment. No TensorFlow here. docs/machine-teaching.md lists the keys."""
+"""[teaching] of an experiment. No TensorFlow here. docs/teaching-mathematics.md lists the keys."""
 
 from __future__ import annotations
 
