@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -47,6 +48,9 @@ def test_a_round_in_tff_is_the_references_to_1e_9(kind: str, worker: Worker) -> 
     )
     expected = comt(teachers, trusted, Problem(kind), told)
     with TeachingProcess(teachers, trusted, Problem(kind), told, worker) as process:
+        intrinsics = re.findall(r"federated_\w+", str(process.computation.to_building_block()))
+        local = {"federated_map", "federated_apply", "federated_zip_at_clients", "federated_zip_at_server"}
+        assert set(intrinsics) - local == {"federated_broadcast", "federated_sum"}  # what crosses: down, and sums up
         state = process.initial_state()
         for residuals in expected.history:
             state, found = process.next(state)
