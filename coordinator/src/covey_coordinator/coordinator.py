@@ -726,7 +726,8 @@ def arrivals_of(device_ids: Iterable[str], plan: TrainingPlan, d: int) -> Arriva
     names = plan.evaluate
     if names:
         return Arrivals(device_ids, len(names), metrics_fault(names))
-    faults = {FEATURES: shares_fault, TEACH: number_fault, CORRECT: number_fault}  # a teacher may have no use for its data
+    # a teacher may have no use for any of its data, and send zeros
+    faults = {FEATURES: shares_fault, TEACH: number_fault, CORRECT: number_fault}
     return Arrivals(device_ids, d, faults.get(plan.work))
 
 

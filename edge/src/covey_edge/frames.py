@@ -29,7 +29,8 @@ class Run(msgspec.Struct, frozen=True, tag="run"):
     """Train from these parameters and answer with the update; or evaluate them, where the plan asks for metrics.
 
     withheld: what earlier updates left out, float32, to be sent now, or the control that SCAFFOLD keeps, or a teacher's
-    state; b"" for nothing. held_out: the data that were opened are kept for evaluations. vectors: the invitation's, float32.
+    state; b"" for nothing. held_out: the data that were opened are kept for evaluations. vectors: the invitation's,
+    float32.
     max_epochs: the owner's, which bounds a plan's steps by the batches of so many passes; 0 for no bound.
     data_source, trusted_path: of the instances that the owner vouches for, "" for none.
     """

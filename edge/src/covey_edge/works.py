@@ -1,9 +1,9 @@
 """What a device makes of its data where the plan asks for another work than `train`: docs/protocol.md, section 8.4.
 
 Runs in the training child. The arithmetic is covey_protocol.svrg's and covey_protocol.scaffold's; this file gives it
-the bundle's entry points; machine teaching is in `teaching`. Federated SVRG goes by `gradient` alone: its step scales a difference of two gradients, which
-no constant added inside `train` can do, and so any bundle can follow it. SCAFFOLD adds a constant: `train`'s
-`correction`.
+the bundle's entry points; machine teaching is in `teaching`. Federated SVRG goes by `gradient` alone: its step scales a
+difference of two gradients, which no constant added inside `train` can do, and so any bundle can follow it. SCAFFOLD
+adds a constant: `train`'s `correction`.
 """
 
 from __future__ import annotations
