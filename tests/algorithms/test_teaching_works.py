@@ -19,10 +19,11 @@ from covey_coordinator.algorithms.comt import Teaching
 from covey_coordinator.algorithms.engines import asked_by
 from covey_coordinator.algorithms.making import make_algorithm_engine
 from covey_coordinator.algorithms.settings import Algorithm
-from covey_coordinator.algorithms.teaching_settings import TrustedSettings, own_teacher
+from covey_coordinator.algorithms.teaching_settings import own_teacher
 from covey_coordinator.coordinator import arrivals_of, refuses_copies
 from covey_coordinator.records import REJECTED
 from covey_coordinator.teaching.reference import comt
+from covey_coordinator.trusted_training import TrustedSettings
 from covey_edge.frames import Done, Open, Problem, Run
 from covey_edge.trainer import Trainer
 from covey_protocol.bundle import read_bundle

@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeVar
 
@@ -26,16 +27,13 @@ from covey_coordinator.aggregation.trimmed_mean import Median
 from covey_coordinator.algorithms.engines import asked_by
 from covey_coordinator.algorithms.making import check_algorithm, make_algorithm_engine
 from covey_coordinator.algorithms.settings import FEDAVG, Algorithm
-from covey_coordinator.algorithms.teaching_settings import (
-    TeachingSettings,
-    TrustedSettings,
-    teaching_of,
-    teaching_plan,
-)
+from covey_coordinator.algorithms.teaching_settings import TeachingSettings, teaching_of, teaching_plan
 from covey_coordinator.coordinator import (
+    NO_TRAINING,
     Common,
     Coordinator,
     Engine,
+    OwnTraining,
     RoundResult,
     Timing,
     arrivals_of,
@@ -50,6 +48,7 @@ from covey_coordinator.retained import RetainedNote
 from covey_coordinator.roster import Roster, RosterFile
 from covey_coordinator.store import Checkpoint, RunStore, only_one
 from covey_coordinator.tasks import Turns, read_tasks
+from covey_coordinator.trusted_training import TrustedSettings, TrustedTraining, check_needs
 from covey_coordinator.watching import events
 from covey_coordinator.watching.board import Board
 from covey_coordinator.watching.display import evaluation_text, live_status, printable
@@ -182,9 +181,9 @@ class CoordinatorConfig(Struct, frozen=True, forbid_unknown_fields=True):
     training: TrainingSettings = TrainingSettings()
     wire: WireSettings = WireSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
+    trusted: TrustedSettings | None = None
     task: str = ""
     teaching: TeachingSettings | None = None
-    trusted: TrustedSettings | None = None
     metrics: MetricsSettings | None = None
     runs_dir: str = "runs"
     bundle_key: str | None = None  # whose seal the bundle has, where that is not key_file's
@@ -218,6 +217,8 @@ def serve(
     planned = [_planned(path, one, weight, key) for one, weight in read]
     for one in planned:
         _warn_of_sparse_rows(one.config, say)
+        if one.config.trusted is not None and one.config.teaching is None and not one.rule.needs_trusted:
+            say(f"warning: [trusted] is not used: {one.rule.name} needs no trusted data")
     keys, broker = roster_from(config.devices), read_broker(config.broker, folder)
     runs = folder / config.runs_dir
     with contextlib.ExitStack() as stack:
@@ -237,6 +238,7 @@ def serve(
         if terminal is not None:
             say = stack.enter_context(live_status(board, terminal))
         engines = {one.config.run: _made_engine(stack, one, folder) for one in planned}
+        own = {one.config.run: _own_training(stack, one, folder) for one in planned}
         check()  # making an engine takes seconds
         fleet = _fleet(config, broker, roster, key, runs, check_and_keep)
         if config.metrics is not None:
@@ -256,6 +258,7 @@ def serve(
                 aborted=orders.abort_reason,
                 revoked=revoked,
                 common=common,
+                own=own[run],
             )
             model = Model(one.bundle).parameters()
             told = _named(say, one.config.task) if len(planned) > 1 else say
@@ -289,6 +292,7 @@ def _planned(path: Path, config: CoordinatorConfig, weight: float, key: SealingK
     _check_plan(path, config, bundle.manifest)
     rule = _rule(path, config)
     rule.check(config.round.quorum)
+    check_needs(path, rule, config.trusted, config.training.algorithm, config.round.max_staleness)
     if config.evaluation.every:
         try:
             Median(rule.num_byzantine).check(config.evaluation.quorum or config.round.quorum)
@@ -353,6 +357,20 @@ def _made_engine(stack: contextlib.ExitStack, planned: Planned, folder: Path) ->
     )
     stack.callback(engine.close)
     return engine
+
+
+def _own_training(stack: contextlib.ExitStack, planned: Planned, folder: Path) -> OwnTraining:
+    """For a rule that needs trusted data: what makes the coordinator's own update, after a look at the data."""
+    config, needs = planned.config, planned.rule.needs_trusted
+    if config.trusted is None or not needs:
+        return NO_TRAINING
+    sealed_by = (
+        config.bundle_key or SealingKey.from_pem(read_file(folder / config.key_file), config.key_file).public.hex()
+    )
+    own = TrustedTraining(needs, config.trusted, folder / config.trusted.path, planned.data, sealed_by)
+    stack.callback(own.close)
+    own.check()
+    return own
 
 
 def _named(say: Say, task: str) -> Say:
@@ -464,7 +482,8 @@ class Task:
     def begin(self) -> None:
         """Take up what the last start left, and what it may not have said any more."""
         config, store = self.config, self.coordinator.store
-        self._parameters, self._done = _resume(store, self._engine, config.run, self._work.initial, self._say)
+        own = self.coordinator.own
+        self._parameters, self._done = _resume(store, self._engine, config.run, self._work.initial, self._say, own)
         self._watch(events.RunStarted(config.fleet, config.run, config.rounds, self._done))
         self.coordinator.announce(config.run)
 
@@ -801,7 +820,12 @@ def _evaluation_plan(config: CoordinatorConfig) -> TrainingPlan:
 
 
 def _resume(
-    store: RunStore, engine: Engine, run: str, initial: npt.NDArray[np.float32], say: Say
+    store: RunStore,
+    engine: Engine,
+    run: str,
+    initial: npt.NDArray[np.float32],
+    say: Say,
+    own: OwnTraining = NO_TRAINING,
 ) -> tuple[npt.NDArray[np.float32], int]:
     """The newest readable checkpoint's parameters, with its state in the engine, and its round; else initial and 0.
 
@@ -812,7 +836,7 @@ def _resume(
     if found is not None and found.state and not engine.load_state(found.state):
         say("the rule or the server optimizer is another one now: its memory starts afresh")
     for round_id, number, *hashes in store.later_models(run, done):
-        mended = _mended(store, engine, run, round_id, Checkpoint(number, parameters, b""), *hashes)
+        mended = _mended(store, engine, run, round_id, Checkpoint(number, parameters, b""), *hashes, own=own)
         if mended is None:
             say(f"the model of round {number} is damaged and cannot be computed again: its updates are lost")
             break
@@ -824,7 +848,15 @@ def _resume(
 
 
 def _mended(
-    store: RunStore, engine: Engine, run: str, round_id: str, before: Checkpoint, sha256: str, state_sha256: str
+    store: RunStore,
+    engine: Engine,
+    run: str,
+    round_id: str,
+    before: Checkpoint,
+    sha256: str,
+    state_sha256: str,
+    *,
+    own: OwnTraining = NO_TRAINING,
 ) -> npt.NDArray[np.float32] | None:
     """The parameters that the round made of those before it; None, and nothing changed, unless they have this hash.
 
@@ -838,9 +870,12 @@ def _mended(
     try:
         refused = store.num_refused(round_id)
         screened = arrivals.screened(updates, refuse_copies=refuses_copies(plan), refused_on_arrival=refused)
-        parameters = engine.aggregate(before.parameters, screened).parameters
+        own.begin(round_id, before.parameters, plan)
+        parameters = engine.aggregate(before.parameters, replace(screened, trusted=own.given())).parameters
     except RuleError:
         return None
+    finally:
+        own.stop()
     same = hashlib.sha256(parameters.astype("<f4").tobytes()).hexdigest() == sha256
     if plan.work != TRAIN:
         same = same and hashlib.sha256(engine.saved_state()).hexdigest() == state_sha256

@@ -113,9 +113,9 @@ class TrainingPlan(Struct, frozen=True, omit_defaults=True):
 
     def __post_init__(self) -> None:
         # omit_defaults leaves out what *is* the default; a 0.0 from a configuration is another 0.0
-        for info in msgspec.structs.fields(self):
-            if not info.required and getattr(self, info.name) == info.default:
-                msgspec.structs.force_setattr(self, info.name, info.default)
+        for name, default in zip(self.__struct_fields__[-len(self.__struct_defaults__) :], self.__struct_defaults__):
+            if getattr(self, name) == default:
+                msgspec.structs.force_setattr(self, name, default)
 
 
 # --- coordinator to devices

@@ -14,7 +14,7 @@ from __future__ import annotations
 import io
 import math
 from dataclasses import dataclass
-from typing import NamedTuple, Optional, Union
+from typing import NamedTuple, Optional, Protocol, Union
 
 import numpy as np
 import numpy.typing as npt
@@ -87,7 +87,7 @@ class Squares(NamedTuple):
 
     target: Array
     scale: float
-    margin: float = 0.0
+    margin: Union[float, Array] = 0.0
 
     def value(self, m: Array) -> float:
         return float(self.scale / 2 * np.sum(_soft(self.target - m, self.margin) ** 2))
@@ -104,7 +104,7 @@ class Logistic(NamedTuple):
     """psi(m) = scale * log(1 + exp(-(m + margin))), m the instance's label times what the model says."""
 
     scale: float
-    margin: float = 0.0
+    margin: Union[float, Array] = 0.0
 
     def value(self, m: Array) -> float:
         return float(self.scale * np.sum(np.logaddexp(0.0, -(m + self.margin))))
@@ -117,7 +117,14 @@ class Logistic(NamedTuple):
         return self.scale * p * (1 - p)
 
 
-Loss = Union[Squares, Logistic]
+class Loss(Protocol):
+    """A sum of psi over instances, with its slope (`pull`) and second derivative (`bend`) in every m (n,)."""
+
+    def value(self, m: Array) -> float: ...
+
+    def pull(self, m: Array) -> Array: ...
+
+    def bend(self, m: Array) -> Array: ...
 
 
 class Judged(NamedTuple):
@@ -339,7 +346,7 @@ def minimised(z: Array, loss: Loss, linear: Array, curvature: float, start: Arra
     return w
 
 
-def _soft(values: Array, threshold: float) -> Array:
+def _soft(values: Array, threshold: Union[float, Array]) -> Array:
     return np.asarray(np.sign(values) * np.maximum(np.abs(values) - threshold, 0.0))
 
 

@@ -10,6 +10,7 @@ from typing import Annotated
 from msgspec import Meta, Struct
 
 from covey_coordinator.algorithms.comt import Teaching
+from covey_coordinator.trusted_training import TrustedSettings
 from covey_edge.config import NotNegative, Positive
 from covey_edge.data_sources import check_examples, load_examples
 from covey_edge.runtime import Model
@@ -34,13 +35,6 @@ class TeachingSettings(Struct, frozen=True, forbid_unknown_fields=True):
     curvature: Positive = 1.0
     holders: tuple[str, ...] = ()
     max_share: NotNegative = 0.0
-
-
-class TrustedSettings(Struct, frozen=True, forbid_unknown_fields=True):
-    """The coordinator's own trusted instances. source: the adapter that reads them."""
-
-    path: str
-    source: str = "npz"
 
 
 def teaching_plan(settings: TeachingSettings, teachers: Sequence[str], trusted: bool) -> TeachingPlan:
