@@ -86,6 +86,8 @@ class Engine(Protocol):
     def load_state(self, data: bytes) -> bool: ...
     @property
     def num_byzantine(self) -> int: ...
+    @property
+    def expects_copies(self) -> bool: ...
 
 
 class Devices(Protocol):
@@ -687,7 +689,7 @@ class Coordinator:
             return rounds.Aggregated(dict.fromkeys(device_ids, ""))
         refused = sum(progress is Progress.REFUSED for progress in state.machine.progress().values())
         names, engine = state.machine.invitation.plan.evaluate, state.engine
-        copies = refuses_copies(state.machine.invitation.plan)
+        copies = refuses_copies(state.machine.invitation.plan, engine)
         screened = state.arrivals.screened(device_ids, refuse_copies=copies, refused_on_arrival=refused)
         outcome: StepOutcome
         try:
@@ -729,9 +731,9 @@ def arrivals_of(device_ids: Iterable[str], plan: TrainingPlan, d: int) -> Arriva
     return Arrivals(device_ids, d, shares_fault if plan.work == FEATURES else None)
 
 
-def refuses_copies(plan: TrainingPlan) -> bool:
-    """Metrics and shares of two honest devices may agree in every bit."""
-    return not plan.evaluate and plan.work != FEATURES
+def refuses_copies(plan: TrainingPlan, engine: Engine) -> bool:
+    """Metrics and shares of two honest devices may agree in every bit; updates where the rule counts on it."""
+    return not plan.evaluate and plan.work != FEATURES and not engine.expects_copies
 
 
 def _with_held_out(

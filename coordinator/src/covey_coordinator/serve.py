@@ -809,7 +809,7 @@ def _mended(
         arrivals.add(device_id, update, offer.num_examples)
     try:
         refused = store.num_refused(round_id)
-        screened = arrivals.screened(updates, refuse_copies=refuses_copies(plan), refused_on_arrival=refused)
+        screened = arrivals.screened(updates, refuse_copies=refuses_copies(plan, engine), refused_on_arrival=refused)
         parameters = engine.aggregate(before.parameters, screened).parameters
     except RuleError:
         return None

@@ -76,6 +76,10 @@ class Engine(Protocol):
     def num_byzantine(self) -> int:
         """As the rule was told."""
 
+    @property
+    def expects_copies(self) -> bool:
+        """Whether bit-equal updates are what honest devices send: see `Rule.expects_copies`."""
+
     def saved_state(self) -> bytes:
         """All that lasts from round to round, to be kept with the parameters it belongs to."""
 
@@ -183,7 +187,8 @@ class _RoundEngine:
         num_examples: Array | Sequence[float],
         device_ids: Sequence[str],
     ) -> StepResult:
-        screened = screen_updates(updates, num_examples, device_ids, self._layout.d, refuse_copies=self._refuse_copies)
+        refuse_copies = self._refuse_copies and not self.expects_copies
+        screened = screen_updates(updates, num_examples, device_ids, self._layout.d, refuse_copies=refuse_copies)
         result = self.aggregate(parameters, screened)
         verdicts = {verdict.device_id: verdict for verdict in result.verdicts}
         return dataclasses.replace(result, verdicts=[verdicts[device_id] for device_id in device_ids])
@@ -221,6 +226,10 @@ class _RoundEngine:
     @property
     def num_byzantine(self) -> int:
         return self._rule.num_byzantine
+
+    @property
+    def expects_copies(self) -> bool:
+        return self._rule.expects_copies
 
     def saved_state(self) -> bytes:
         return pack_state(self._description, list(self._places), (self._rule_state, self._optimizer_state))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -107,6 +108,13 @@ class Before(Rule):
     @property
     def remembers_devices(self) -> bool:  # type: ignore[override]  # a constant of other rules' classes
         return self.inner.remembers_devices
+
+    @property
+    def expects_copies(self) -> bool:  # type: ignore[override]  # as above
+        return self.inner.expects_copies
+
+    def for_fleet(self, device_ids: Sequence[str]) -> Rule:
+        return dataclasses.replace(self, inner=self.inner.for_fleet(device_ids))
 
     def check(self, n: int) -> None:
         self.first.check(n, self.num_byzantine)
