@@ -318,6 +318,7 @@ class AgentProgram:
             data is not None and data.held_out,
             tuple(self._cache.path(ref.sha256).read_bytes() for ref in invitation.vectors),
             self._config.training.max_epochs,
+            data.replica if data is not None else "",
         )
         self._child.request(invitation.round_id, request, self._config.training.timeout_s)
 

@@ -31,6 +31,7 @@ class Run(msgspec.Struct, frozen=True, tag="run"):
     withheld: what earlier updates left out, float32, to be sent now, or the control that SCAFFOLD keeps; b"" for
     nothing. held_out: the data that were opened are kept for evaluations. vectors: the invitation's, float32.
     max_epochs: the owner's, which bounds a plan's steps by the batches of so many passes; 0 for no bound.
+    replica: the owner's name for data that other devices hold, too; "" for none.
     """
 
     round_id: str
@@ -45,6 +46,12 @@ class Run(msgspec.Struct, frozen=True, tag="run"):
     held_out: bool = False
     vectors: tuple[bytes, ...] = ()
     max_epochs: int = 0
+    replica: str = ""
+
+    @property
+    def order_name(self) -> str:
+        """Whose order of examples, and of what the model draws, this is."""
+        return self.replica or self.device_id
 
 
 class Probe(msgspec.Struct, frozen=True, tag="probe"):

@@ -11,11 +11,12 @@ from covey_protocol.works import FEATURES, WORKS
 
 
 class DataPlace(NamedTuple):
-    """path: as in agent.toml. held_out: the owner keeps these data for evaluations."""
+    """path, replica: as in agent.toml. held_out: the owner keeps these data for evaluations."""
 
     source: str
     path: str
     held_out: bool = False
+    replica: str = ""
 
 
 def data_for(data: DataSettings, plan: TrainingPlan) -> Optional[DataPlace]:
@@ -29,7 +30,7 @@ def data_for(data: DataSettings, plan: TrainingPlan) -> Optional[DataPlace]:
         return None
     if plan.evaluate and own.evaluation_path:
         return DataPlace(own.source, own.evaluation_path, held_out=True)
-    return DataPlace(own.source, own.path)
+    return DataPlace(own.source, own.path, replica=own.replica)
 
 
 def places(data: DataSettings) -> list[DataPlace]:

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from covey_coordinator.aggregation.kernels import FLOAT32_MAX, Kernels, Updates
 from covey_coordinator.aggregation.rules import Batch, Facts, Judgement, Rule
 from covey_coordinator.records import Array
@@ -118,10 +120,12 @@ class Draco(Rule):
         voted = batch.updates.through(rows[:, None], k.divide(examples, examples)[:, None])
         aggregate = k.combination(voted, k.divide(examples, k.sum_rows(examples)))
         at = k.maximum(winner, 0)
-        accepted = (winner > NOBODY) & k.equal(different, 0) & k.equal(batch.num_examples, k.take(batch.num_examples, at))
+        accepted = (
+            (winner > NOBODY) & k.equal(different, 0) & k.equal(batch.num_examples, k.take(batch.num_examples, at))
+        )
         share = k.divide(k.real(different), k.real(k.dimension(batch.updates)))
         scores = k.single(k.where(winner > NOBODY, share, FLOAT32_MAX))
-        outvoted = k.length(accepted) - k.number_true(accepted)
+        outvoted = k.number_true(~accepted)
         return Judgement(aggregate, accepted, scores, {"num_outvoted": k.single(outvoted)})
 
     def seats(self, k: Kernels, places: Any) -> Seats:
@@ -153,8 +157,8 @@ class PlacedDraco(Draco):
         rank = {one: index for index, one in enumerate(one for group in self.groups for one in group)}
         strangers = len(self.fleet)
         at = k.minimum(places, strangers)
-        groups = _table(k, [*(number[one] for one in self.fleet), NOBODY])
-        ranks = _table(k, [*(rank[one] for one in self.fleet), strangers])
+        groups = k.whole(np.array([*(number[one] for one in self.fleet), NOBODY]))
+        ranks = k.whole(np.array([*(rank[one] for one in self.fleet), strangers]))
         return _seats(k, k.take(groups, at), k.take(ranks, at))
 
     def require_winners(self, k: Kernels, seats: Seats, winner: Any) -> Any:
@@ -235,11 +239,6 @@ def _in_order(k: Kernels, chosen: Any, position: Any) -> Any:
     """(n,) bool, (n,) positions -> the chosen rows, by position."""
     rows = k.argsort(k.where(chosen, position, position + k.whole(k.length(position))))
     return k.take(rows, k.arange(k.number_true(chosen)))
-
-
-def _table(k: Kernels, numbers: list[int]) -> Any:
-    """(m,) int64 of Python's numbers."""
-    return k.concat([k.whole(k.full((1,), float(number))) for number in numbers])
 
 
 def _neighbours(device_ids: tuple[str, ...], size: int) -> tuple[tuple[str, ...], ...]:

@@ -30,7 +30,7 @@ from covey_coordinator.aggregation.registry import suggest
 from covey_coordinator.aggregation.rules import Batch, Judgement, Rule
 from covey_coordinator.aggregation.screening import Screened, screen_updates
 from covey_coordinator.aggregation.states import pack_state, unpack_state
-from covey_coordinator.aggregation.worker import Worker
+from covey_coordinator.aggregation.worker import Worker, refusal_of
 from covey_coordinator.records import ACCEPTED, REJECTED, Array, DeviceVerdict
 from covey_protocol.errors import ConfigError, RuleError, UsageError
 from covey_protocol.parameters import ParameterSpec, offsets, total_size
@@ -388,7 +388,13 @@ class TffDoor:
         self, rule: Rule, state: Any, updates: Array, num_examples: Array, places: Places
     ) -> tuple[Any, Judgement]:
         values = [[row[place].reshape(shape) for place, shape in self._shapes] for row in updates]
-        output = self._worker.call(self._aggregation(rule).next, state, values, list(zip(num_examples, places)))
+        try:
+            output = self._worker.call(self._aggregation(rule).next, state, values, list(zip(num_examples, places)))
+        except Exception as error:
+            refusal = refusal_of(error)
+            if refusal is None:
+                raise
+            raise refusal from error
         aggregate = np.concatenate([np.ravel(tensor) for tensor in output.result])
         measurements = dict(output.measurements)
         return output.state, Judgement(

@@ -33,6 +33,7 @@ def make_algorithm_engine(
     rate: float,
     devices: int,
     worker: Worker | None = None,
+    device_ids: Sequence[str] = (),
 ) -> Engine | SvrgEngine | ScaffoldEngine:
     """As make_engine, for an algorithm. rate: the devices' learning rate. devices: how many may take part.
 
@@ -40,14 +41,16 @@ def make_algorithm_engine(
     """
     check_algorithm(algorithm, server_optimizer)
     if not algorithm.svrg:
-        plain = make_engine(name, rule, specs, server_optimizer, server_learning_rate, worker=worker)
+        optimizer = server_optimizer, server_learning_rate
+        plain = make_engine(name, rule, specs, *optimizer, worker=worker, device_ids=device_ids)
         if algorithm.name == FEDAVG:
             return plain
         return ScaffoldEngine(plain, total_size(specs), algorithm.steps, rate, devices)
     shared = Worker() if name == "tff" and worker is None else worker  # one for both engines
     try:
-        gradients = make_engine(name, rule, specs, worker=shared)
-        updates = make_engine(name, rule, specs, server_optimizer, server_learning_rate, worker=shared)
+        gradients = make_engine(name, rule, specs, worker=shared, device_ids=device_ids)
+        optimizer = server_optimizer, server_learning_rate
+        updates = make_engine(name, rule, specs, *optimizer, worker=shared, device_ids=device_ids)
     except BaseException:
         if shared is not None and worker is None:
             shared.stop()
