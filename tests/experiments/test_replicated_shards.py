@@ -14,6 +14,7 @@ from simulation_helpers import digits, learning
 from covey_coordinator.aggregation.registry import make_rule
 from covey_coordinator.aggregation.worker import Worker
 from covey_coordinator.attacks.registry import make_attack
+from covey_coordinator.coding.simulated import CodedSimulation
 from covey_coordinator.coordinator import shuffle_seed
 from covey_coordinator.simulation.as_fleet import FleetLearner
 from covey_coordinator.simulation.learning import DeviceData, Learning
@@ -24,6 +25,7 @@ from covey_coordinator.simulation.world import World, world_of
 from covey_models.datasets import Dataset, load
 from covey_models.partitions import partition
 from covey_models.population import populate
+from covey_protocol.coding import CyclicCode
 from covey_protocol.errors import ConfigError, CoveyError, RuleError
 
 LIAR = "device-001"
@@ -171,3 +173,26 @@ def test_what_makes_equal_updates_impossible_is_refused_by_name(case: str) -> No
     changes, told = REFUSED[case]
     with pytest.raises(CoveyError, match=told):
         world(**changes)
+
+
+# ---- the cyclic code in TFF
+
+
+@pytest.mark.parametrize("count", [5, pytest.param(6, marks=pytest.mark.slow)], ids=["real", "complex"])
+def test_coded_rows_of_tff_give_the_attack_free_mean_under_a_liar(count: int, worker: Worker) -> None:
+    shards = digits((21, 17, 8, 25, 12, 30)[:count])
+    code, task = CyclicCode(count, 1), learning()
+    means: list[Any] = []
+    for lie in (None, lambda rows, number: np.where(np.arange(count)[:, None] == number, -100 * rows, rows)):
+        with CodedSimulation(task, shards, code.s, worker=worker, lie=lie) as coded:
+            parameters = coded.initial_parameters()
+            for number in (1, 2):
+                parameters, outcome = coded.next(parameters, number, shuffle_seed(5, number))
+                assert outcome.liars == (() if lie is None else (number,))
+                means.append(outcome.mean)
+    for clean, lied in zip(means[:2], means[2:]):
+        assert np.linalg.norm(lied - clean) < 1e-9 * np.linalg.norm(clean)
+    with Simulation(learning(rule=make_rule("mean")), shards, worker=worker) as plain:
+        state, _ = plain.next(plain.initial_state(), list(range(count)), shuffle_seed(5, 1))
+        change = plain.parameters(state) - plain.parameters(plain.initial_state())
+    np.testing.assert_allclose(change, means[0], rtol=0, atol=1e-6)

@@ -59,7 +59,9 @@ class CyclicCode:
         sizes = 1.0 / sines.prod(axis=1)
         if self.n % 2:
             return np.asarray(sizes * (self.n / sizes.sum()))
-        turned = sizes * np.exp(-1j * np.pi * (places - self.s) / self.n)  # an even band has no middle: half a step aside
+        turned = sizes * np.exp(
+            -1j * np.pi * (places - self.s) / self.n
+        )  # an even band has no middle: half a step aside
         return np.asarray(turned * (self.n / turned.sum()))
 
     @property

@@ -223,6 +223,13 @@ class Simulation:
         ]
 
 
+def traced_shards(learning: Learning, devices: Sequence[DeviceData], worker: Worker) -> tuple[Steps, Shards, list[int]]:
+    """The model's steps, and the devices' examples where the worker finds them, with their numbers there."""
+    steps = _traced(learning)
+    shards = _shards(steps, not worker.read_our_files)
+    return steps, shards, [shards.add(_checked(one, steps)) for one in devices]
+
+
 def _traced(learning: Learning) -> Steps:
     loss = loss_for(learning.loss, tuple(learning.model.output_shape[1:]))
     recipe = Recipe(
