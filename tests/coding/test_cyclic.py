@@ -137,17 +137,18 @@ def test_more_than_s_liars_are_refused() -> None:
                 decode(code, sent, draw)
 
 
-def test_one_liar_more_than_s_who_know_all_can_make_another_codeword() -> None:
-    """What cannot be known: the honest rows they leave standing are as few as s liars would be."""
+def test_s_and_one_holders_of_a_shard_that_agree_on_another_value_cannot_be_known() -> None:
+    """The rows are those of another shard but for s, as few as liars would be: the honest holders are named."""
     code = CyclicCode(7, 2)
     rows, total = coded(code, seed=5)
-    other, wrong = coded(code, seed=6)
+    wrong = np.random.default_rng(6).standard_normal(rows.shape[1])
+    holders = [device for device in range(7) if 4 in code.shards(device)]
     sent = rows.copy()
-    liars = [0, 1, 2, 3, 4]  # 2s + 1; the two others look like the liars
-    sent[liars] = other[liars]
+    for liar in holders[: code.s + 1]:
+        sent[liar] += code.coefficients[code.shards(liar).index(4)] * wrong
     found = decode(code, sent, np.random.default_rng(0))
-    assert found.liars == (5, 6)
-    assert error(found.total, wrong) < 1e-9 < error(found.total, total)
+    assert found.liars == tuple(holders[code.s + 1 :])
+    assert error(found.total, total + wrong) < 1e-9 < error(found.total, total)
 
 
 def test_a_missing_row_costs_half_a_liar() -> None:

@@ -1,7 +1,7 @@
 """DRACO's cyclic code: what each of n devices sends of the 2s + 1 shards it holds. NumPy alone; float64 throughout.
 
-Device j holds the shards j, j + 1, ..., j + 2s (mod n) and sends one combination of their vectors. From the n rows, s of
-which may be anything, the coordinator finds the exact sum over all shards (covey_coordinator.coding.cyclic).
+Device j holds the shards j, j + 1, ..., j + 2s (mod n) and sends one combination of their vectors. From the n rows, of
+which s may be anything, the coordinator finds the exact sum over all shards (covey_coordinator.coding.cyclic).
 
 Source: Chen et al. 2018 (arXiv:1803.09877), section 4.2. The code is theirs: the rows of W span a band of n - 2s
 frequencies of the DFT, so that 2s frequencies of any n honest rows are zero. Where they ask that the *first* frequency

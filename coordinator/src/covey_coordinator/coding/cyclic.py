@@ -11,7 +11,8 @@ and takes its roots:
 - a located row is left out before one looks on, so that a huge lie does not hide a small one;
 - the sum is the least-norm combination of all rows that are left, where any n - 2s of them would do.
 
-What it cannot do: see more than s liars that agree on another codeword, which s + 1 can make. Any other number is refused.
+What it cannot do: see that s + 1 of the 2s + 1 holders of a shard agree on another value of it; then the s honest ones
+look like the liars. More than s that do not agree on a codeword are refused.
 """
 
 from __future__ import annotations
@@ -22,8 +23,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from covey_coordinator.records import Array
-from covey_protocol.coding import CyclicCode
+from covey_protocol.coding import Array, CyclicCode
 from covey_protocol.errors import RuleError, UsageError
 
 TOLERANCE = 1e-13  # of the largest row that is left; honest float64 rows are 1.6e-15 off at most, at any size tried
@@ -126,7 +126,7 @@ class _Search:
         # every stretch of count + 1 syndromes is annihilated by the polynomial whose roots are the liars
         windows = [syndromes[first : first + count + 1].T for first in range(rows)]
         polynomial = np.linalg.svd(np.concatenate(windows))[2][-1].conj()
-        values = np.abs(np.polynomial.polynomial.polyval(self._nodes, polynomial))
+        values = np.abs(self._nodes[:, None] ** np.arange(count + 1) @ polynomial)
         values[list(out)] = np.inf
         near = np.argsort(values, kind="stable")[: min(count + NEAR, self._code.n - len(out))]
         for chosen in itertools.combinations(near.tolist(), count):

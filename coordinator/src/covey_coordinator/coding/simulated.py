@@ -83,7 +83,7 @@ class CodedSimulation:
         """Round `number`: the new parameters. Raises RuleError where more than s devices lied."""
         d = len(parameters)
         tasks = [[self._task(shard, shuffle_seed) for shard in places] for places in self._places()]
-        sent = np.asarray(self._worker.call(self._rows, parameters, *tasks)).reshape(self.code.n, 2, d + 1)
+        sent = np.asarray(self._worker.call(self._rows, parameters, tuple(tasks))).reshape(self.code.n, 2, d + 1)
         rows = sent[:, 0] if self.code.n % 2 else sent[:, 0] + 1j * sent[:, 1]
         found = decode(self.code, self._lie(rows, number), self._random)
         mean = found.total[:-1] / found.total[-1]
@@ -107,7 +107,7 @@ class CodedSimulation:
         weights = np.stack([self.code.coefficients.real, np.imag(self.code.coefficients)])
         result_type = train.type_signature.result
 
-        def combined(*results: Any) -> Any:
+        def combined(results: Any) -> Any:
             parts = []
             for result in results:
                 count = tf.cast(result["num_examples"], tf.float64)
@@ -115,17 +115,17 @@ class CodedSimulation:
             held = tf.stack(parts)
             return tf.reshape(tf.reduce_sum(tf.constant(weights)[:, :, None] * held[None], axis=1), [-1])
 
-        combine = tff.tensorflow.computation(combined, *[result_type] * self.code.load)
+        combine = tff.tensorflow.computation(combined, tff.types.to_type((result_type,) * self.code.load))
         gather = gathering(2 * (wire.d + 1), np.float64)
         tasks_type = tff.FederatedType(self._work.task_type, tff.CLIENTS)
 
-        def rows(parameters: Any, *tasks: Any) -> Any:
+        def rows(parameters: Any, tasks: Any) -> Any:
             received = tff.federated_broadcast(parameters)
-            results = [tff.federated_map(train, (received, one)) for one in tasks]
+            results = [tff.federated_map(train, (received, tasks[place])) for place in range(self.code.load)]
             return gather(tff.federated_map(combine, tuple(results)))
 
         parameters_type = tff.FederatedType(wire.vector_type, tff.SERVER)
-        return tff.federated_computation(rows, parameters_type, *[tasks_type] * self.code.load)
+        return tff.federated_computation(rows, parameters_type, tff.types.to_type((tasks_type,) * self.code.load))
 
 
 def _check(learning: Learning) -> None:
