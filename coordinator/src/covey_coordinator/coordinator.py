@@ -24,7 +24,7 @@ from msgspec import UNSET
 from covey_coordinator import records
 from covey_coordinator.aggregation.evaluating import evaluated, metrics_fault
 from covey_coordinator.aggregation.rules import Trusted
-from covey_coordinator.aggregation.screening import Arrivals, Screened, shares_fault
+from covey_coordinator.aggregation.screening import Arrivals, Screened, number_fault, shares_fault
 from covey_coordinator.aggregation.staleness import weighted
 from covey_coordinator.fleet import POLL_S, FromFleet
 from covey_coordinator.store import Checkpoint, RunStore
@@ -54,7 +54,7 @@ from covey_protocol.messages import (
     run_of,
 )
 from covey_protocol.round import Phase, Progress, RoundFacts, RoundMachine, RoundSettings
-from covey_protocol.works import FEATURES
+from covey_protocol.works import CORRECT, FEATURES, TEACH
 
 log = logging.getLogger("covey.coordinator")
 
@@ -87,6 +87,8 @@ class Engine(Protocol):
     def load_state(self, data: bytes) -> bool: ...
     @property
     def num_byzantine(self) -> int: ...
+    @property
+    def expects_copies(self) -> bool: ...
 
 
 class Devices(Protocol):
@@ -742,7 +744,7 @@ class Coordinator:
             return rounds.Aggregated(dict.fromkeys(device_ids, ""))
         refused = sum(progress is Progress.REFUSED for progress in state.machine.progress().values())
         names, engine = state.machine.invitation.plan.evaluate, state.engine
-        copies = refuses_copies(state.machine.invitation.plan)
+        copies = refuses_copies(state.machine.invitation.plan, engine)
         screened = state.arrivals.screened(device_ids, refuse_copies=copies, refused_on_arrival=refused)
         outcome: StepOutcome
         try:
@@ -781,12 +783,15 @@ def arrivals_of(device_ids: Iterable[str], plan: TrainingPlan, d: int) -> Arriva
     names = plan.evaluate
     if names:
         return Arrivals(device_ids, len(names), metrics_fault(names))
-    return Arrivals(device_ids, d, shares_fault if plan.work == FEATURES else None)
+    # a teacher may have no use for any of its data, and send zeros
+    faults = {FEATURES: shares_fault, TEACH: number_fault, CORRECT: number_fault}
+    return Arrivals(device_ids, d, faults.get(plan.work))
 
 
-def refuses_copies(plan: TrainingPlan) -> bool:
-    """Metrics and shares of two honest devices may agree in every bit."""
-    return not plan.evaluate and plan.work != FEATURES
+def refuses_copies(plan: TrainingPlan, engine: Engine) -> bool:
+    """Metrics and shares of two honest devices may agree in every bit, and so may what two teachers have no use for,
+    and updates where the rule counts on it."""
+    return not plan.evaluate and plan.work not in (FEATURES, TEACH, CORRECT) and not engine.expects_copies
 
 
 def _with_held_out(

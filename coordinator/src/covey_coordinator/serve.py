@@ -27,6 +27,8 @@ from covey_coordinator.aggregation.trimmed_mean import Median
 from covey_coordinator.algorithms.engines import asked_by
 from covey_coordinator.algorithms.making import check_algorithm, make_algorithm_engine
 from covey_coordinator.algorithms.settings import FEDAVG, Algorithm
+from covey_coordinator.algorithms.teaching_settings import TeachingSettings, teaching_of, teaching_plan
+from covey_coordinator.coding.conditions import check_equal_updates
 from covey_coordinator.coordinator import (
     NO_TRAINING,
     Common,
@@ -81,7 +83,7 @@ from covey_protocol.errors import (
     StorageError,
     TrainingError,
 )
-from covey_protocol.forms import WITHHOLDING
+from covey_protocol.forms import NONE, WITHHOLDING
 from covey_protocol.messages import (
     DEFAULT_CHUNK_BYTES,
     MAX_CHUNK_BYTES,
@@ -98,6 +100,7 @@ from covey_protocol.messages import (
 from covey_protocol.round import Phase
 from covey_protocol.seals import PublicKey, SealingKey
 from covey_protocol.topics import check_name
+from covey_protocol.works import CORRECT
 
 AtLeastOne = Annotated[int, Meta(ge=1)]
 PER_NUMBER = ("median", "trimmed-mean", "meamed", "bulyan")  # rules that look at each number of the updates for itself
@@ -181,6 +184,7 @@ class CoordinatorConfig(Struct, frozen=True, forbid_unknown_fields=True):
     evaluation: EvaluationSettings = EvaluationSettings()
     trusted: TrustedSettings | None = None
     task: str = ""
+    teaching: TeachingSettings | None = None
     metrics: MetricsSettings | None = None
     runs_dir: str = "runs"
     bundle_key: str | None = None  # whose seal the bundle has, where that is not key_file's
@@ -214,7 +218,7 @@ def serve(
     planned = [_planned(path, one, weight, key) for one, weight in read]
     for one in planned:
         _warn_of_sparse_rows(one.config, say)
-        if one.config.trusted is not None and not one.rule.needs_trusted:
+        if one.config.trusted is not None and one.config.teaching is None and not one.rule.needs_trusted:
             say(f"warning: [trusted] is not used: {one.rule.name} needs no trusted data")
     keys, broker = roster_from(config.devices), read_broker(config.broker, folder)
     runs = folder / config.runs_dir
@@ -234,7 +238,7 @@ def serve(
 
         if terminal is not None:
             say = stack.enter_context(live_status(board, terminal))
-        engines = {one.config.run: _made_engine(stack, one) for one in planned}
+        engines = {one.config.run: _made_engine(stack, one, folder) for one in planned}
         own = {one.config.run: _own_training(stack, one, folder) for one in planned}
         check()  # making an engine takes seconds
         fleet = _fleet(config, broker, roster, key, runs, check_and_keep)
@@ -290,6 +294,7 @@ def _planned(path: Path, config: CoordinatorConfig, weight: float, key: SealingK
     rule = _rule(path, config)
     rule.check(config.round.quorum)
     check_needs(path, rule, config.trusted, config.training.algorithm, config.round.max_staleness)
+    _check_copies(path, config, rule)
     if config.evaluation.every:
         try:
             Median(rule.num_byzantine).check(config.evaluation.quorum or config.round.quorum)
@@ -336,17 +341,22 @@ def _opened_store(stack: contextlib.ExitStack, folder: Path) -> RunStore:
     return store
 
 
-def _made_engine(stack: contextlib.ExitStack, planned: Planned) -> Engine:
+def _made_engine(stack: contextlib.ExitStack, planned: Planned, folder: Path) -> Engine:
     config, server = planned.config, planned.config.server
+    algorithm, teaching = _algorithm(config), None
+    if algorithm.teaching is not None and config.teaching is not None:
+        teaching = teaching_of(config.teaching, algorithm.teaching, config.trusted, planned.bundle, folder)
     engine = make_algorithm_engine(
-        _algorithm(config),
+        algorithm,
         server.engine,
         planned.rule,
         planned.bundle.manifest.parameters,
         server.optimizer,
         server.learning_rate,
         rate=config.training.learning_rate,
-        devices=len(meant(config.devices, config.round.only, config.round.exclude)),
+        devices=len(_meant(config)),
+        teaching=teaching,
+        device_ids=_meant(config) if planned.rule.expects_copies else (),
     )
     stack.callback(engine.close)
     return engine
@@ -364,6 +374,10 @@ def _own_training(stack: contextlib.ExitStack, planned: Planned, folder: Path) -
     stack.callback(own.close)
     own.check()
     return own
+
+
+def _meant(config: CoordinatorConfig) -> list[str]:
+    return meant(config.devices, config.round.only, config.round.exclude)
 
 
 def _named(say: Say, task: str) -> Say:
@@ -520,7 +534,8 @@ class Task:
             return False
         if self._done >= self.config.rounds:
             return True  # for an evaluation, which waits for its devices itself
-        found, needed = self._eligible(self._next_plan()), self.config.round.devices
+        plan = self._next_plan()
+        found, needed = self._eligible(plan), self._round_of(plan).devices
         if len(found.devices) >= needed:
             self._waits_since, self._told = None, ""
             return True
@@ -543,8 +558,17 @@ class Task:
             self._say(text)
             self._watch(events.Waits(f"{self.config.task}: {text}" if self.config.task else text))
 
+    def _round_of(self, plan: TrainingPlan) -> RoundSettings:
+        """Who is asked for this plan: for a correction the holders of trusted instances alone, and all of them."""
+        settings, teaching = self.config.round, self.config.teaching
+        if plan.work != CORRECT or teaching is None:
+            return settings
+        holders = teaching.holders
+        quorum = min(settings.quorum, len(holders))
+        return msgspec.structs.replace(settings, devices=len(holders), quorum=quorum, only=holders, sample=0, goal=0)
+
     def _eligible(self, plan: TrainingPlan) -> Eligible:
-        settings = self.config.round
+        settings = self._round_of(plan)
         late = settings.max_staleness > 0 and not plan.evaluate
         requires = needed_capabilities(self._manifest, plan, encrypt=self.config.wire.encryption, late=late)
         return eligible(self.coordinator, requires, settings.only, settings.exclude)
@@ -557,8 +581,9 @@ class Task:
             self._evaluate()
         if self._done >= self.config.rounds or self._orders.stand():
             return
-        found = self._eligible(self._next_plan())
-        if len(found.devices) >= self.config.round.devices:  # an evaluation takes time
+        plan = self._next_plan()
+        found = self._eligible(plan)
+        if len(found.devices) >= self._round_of(plan).devices:  # an evaluation takes time
             self._take(self._new_round(self._done + 1, found.devices))
         if self._evaluation_is_due() and not self._orders.stand():
             self._evaluate()
@@ -571,14 +596,15 @@ class Task:
         return vectors if plan.work == work and not plan.evaluate else ()
 
     def _new_round(self, number: int, devices: list[str]) -> RoundResult:
-        settings, plan = self.config.round, self._next_plan()
+        plan = self._next_plan()
+        settings = self._round_of(plan)
         return self.coordinator.run_round(
             run_id=self.config.run,
             number=number,
             bundle=self._work.bundle,
             parameters=self._parameters,
             plan=plan,
-            device_ids=self._invited(number, devices),
+            device_ids=self._invited(number, devices, settings),
             quorum=settings.quorum,
             engine=self._engine,
             timing=Timing(settings.duration_s, settings.answer_s, settings.grace_s),
@@ -588,9 +614,8 @@ class Task:
             vectors=self._vectors(plan),
         )
 
-    def _invited(self, number: int, devices: list[str]) -> list[str]:
+    def _invited(self, number: int, devices: list[str], settings: RoundSettings) -> list[str]:
         """A sample of these devices; to an asynchronous round all, as who comes later may take part, too."""
-        settings = self.config.round
         if settings.max_staleness:
             return meant(self.coordinator.admitted(), settings.only, settings.exclude)
         return sampled(devices, settings.sample, self.config.training.seed, self.config.run, number, self._abandoned)
@@ -715,7 +740,23 @@ def _rule(path: Path, config: CoordinatorConfig) -> Rule:
             'write [aggregation] with rule = "...", num_byzantine, before and the rule\'s settings as its keys',
         )
     try:
-        return rule_from_table(config.aggregation)
+        return rule_from_table(config.aggregation).for_fleet(_meant(config))
+    except ConfigError as exc:
+        raise ConfigError(f"{path}: [aggregation]: {exc.what}", exc.remedy) from exc
+
+
+def _check_copies(path: Path, config: CoordinatorConfig, rule: Rule) -> None:
+    """That a rule that counts on equal updates can get them (coding.conditions)."""
+    settings, training, missing = config.round, config.training, "a group needs its devices in every round"
+    unequal = {
+        "round.sample": (settings.sample, missing),
+        "round.goal": (settings.goal, missing),
+        "round.max_staleness": (settings.max_staleness, "updates from different models are not equal"),
+        "wire.compression": (config.wire.compression != NONE and config.wire.compression, "it draws per device"),
+        "training.algorithm": (training.algorithm != FEDAVG and training.algorithm, "only fedavg is proven with it"),
+    }
+    try:
+        check_equal_updates(rule, unequal)
     except ConfigError as exc:
         raise ConfigError(f"{path}: [aggregation]: {exc.what}", exc.remedy) from exc
 
@@ -740,8 +781,12 @@ def _check_plan(path: Path, config: CoordinatorConfig, manifest: Manifest) -> No
 
 
 def _algorithm(config: CoordinatorConfig) -> Algorithm:
-    training = config.training
-    return Algorithm(training.algorithm, training.local_steps, training.feature_scaling)
+    training, teaching = config.training, None
+    if config.teaching is not None:
+        teachers = meant(config.devices, config.round.only, config.round.exclude)
+        teaching = teaching_plan(config.teaching, teachers, config.trusted is not None)
+    holders = config.teaching is not None and bool(config.teaching.holders)
+    return Algorithm(training.algorithm, training.local_steps, training.feature_scaling, teaching, holders)
 
 
 def _check_algorithm(path: Path, config: CoordinatorConfig) -> None:
@@ -847,7 +892,7 @@ def _mended(
         arrivals.add(device_id, update, offer.num_examples)
     try:
         refused = store.num_refused(round_id)
-        screened = arrivals.screened(updates, refuse_copies=refuses_copies(plan), refused_on_arrival=refused)
+        screened = arrivals.screened(updates, refuse_copies=refuses_copies(plan, engine), refused_on_arrival=refused)
         own.begin(round_id, before.parameters, plan)
         parameters = engine.aggregate(before.parameters, replace(screened, trusted=own.given())).parameters
     except RuleError:

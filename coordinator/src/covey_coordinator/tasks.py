@@ -35,6 +35,7 @@ class TaskTable(Struct, frozen=True, forbid_unknown_fields=True):
     training: Table = UNSET
     wire: Table = UNSET
     evaluation: Table = UNSET
+    teaching: Table = UNSET
     trusted: Table = UNSET
 
 

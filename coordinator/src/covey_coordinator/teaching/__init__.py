@@ -1,0 +1,1 @@
+"""Machine teaching with trusted instances (docs/machine-teaching.md)."""
