@@ -18,6 +18,7 @@ MODULES = {  # name -> module of this package and the value in it
     "fsvrg": "fsvrg:FSVRG",
     "byzfl-heatmap": "heatmaps:BYZFL",
     "tff-image-classification": "image_classification:TUTORIAL",
+    "comt": "comt:COMT_TABLES",
 }
 NAMES = tuple(MODULES)
 
