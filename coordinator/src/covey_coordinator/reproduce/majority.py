@@ -8,6 +8,7 @@ and standard deviation, since nobody knows others. What happens to devices is on
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,14 +19,21 @@ from covey_coordinator.grid.simulation import stream
 from covey_coordinator.reproduce import data
 from covey_coordinator.teaching.baselines import Problem
 from covey_coordinator.teaching.fitting import LOGISTIC, RIDGE, Data, Floats
-from covey_models.datasets import breast_cancer
+from covey_models.datasets import breast_cancer, digits
 
 SPLIT, NOISE, FEATURES, FOLDS = 61, 62, 63, 64  # streams of random numbers of a seed
 TRAIN, VALIDATION = 0.6, 0.1
 LEAST_TRUSTED = 6
 MEAN_SHIFT, TARGET_SHIFT = 5.0, 2.5
 POSITIVE_FLIPS = 2.0 / 3.0
-KINDS = {"abalone": RIDGE, "cpusmall": RIDGE, "spambase": LOGISTIC, "breast-cancer": LOGISTIC}
+KINDS = {
+    "abalone": RIDGE,
+    "cpusmall": RIDGE,
+    "spambase": LOGISTIC,
+    "breast-cancer": LOGISTIC,
+    "deep-digits": LOGISTIC,
+}
+DEEP_CLASSES, DEEP_UNITS = (3, 8), 32
 
 
 class World(NamedTuple):
@@ -38,7 +46,7 @@ class World(NamedTuple):
 
 
 def table(name: str, folder: Path | None) -> tuple[str, Data]:
-    """(kind, the whole table): abalone, cpusmall (ridge), spambase, breast-cancer (logistic). Features in [-1, 1]."""
+    """(kind, the whole table): a name of KINDS. Features in [-1, 1]."""
     kind = KINDS[name]
     x, y = data.regression_table(folder, f"{name}.csv") if kind == RIDGE else _classes(name, folder)
     return kind, Data(scaled(x), y)
@@ -49,9 +57,26 @@ def _classes(name: str, folder: Path | None) -> tuple[Floats, Floats]:
     if name == "breast-cancer":
         found = breast_cancer()
         return found.x.astype(np.float64), np.where(found.y > 0, 1.0, -1.0)
+    if name == "deep-digits":
+        return _deep_digits()
     train, test = data.spambase(folder, 0)
     x, y = np.concatenate([train.x, test.x]), np.concatenate([train.y, test.y])
     return x.astype(np.float64), np.where(y > 0, 1.0, -1.0)
+
+
+def _deep_digits() -> tuple[Floats, Floats]:
+    """3 (-1) against 8 (1) of the digits, by the hidden units of a net that learned to tell the other eight apart."""
+    from sklearn.neural_network import MLPClassifier
+
+    found = digits()
+    x = found.x.reshape(len(found.y), -1).astype(np.float64)
+    ours = np.isin(found.y, DEEP_CLASSES)
+    net = MLPClassifier((DEEP_UNITS,), random_state=0, max_iter=60, tol=0.0, n_iter_no_change=60)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Stochastic Optimizer")  # 60 passes are meant, not convergence
+        net.fit(x[~ours], found.y[~ours])
+    hidden = np.maximum(x[ours] @ net.coefs_[0] + net.intercepts_[0], 0.0)
+    return hidden, np.where(found.y[ours] == DEEP_CLASSES[1], 1.0, -1.0)
 
 
 def scaled(x: Floats) -> Floats:
