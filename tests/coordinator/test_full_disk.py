@@ -131,6 +131,7 @@ def test_a_coordinator_whose_disk_fills_while_updates_come_in_loses_none_that_it
     check(clinic, wide_bundle, 3)
 
 
+@pytest.mark.slow
 def test_a_coordinator_whose_disk_is_full_at_the_end_of_a_round_ends_it_to_the_same_bits_later(
     clinic: Clinic, small_disk: Callable[[str], SmallDisk], wide_bundle: bytes
 ) -> None:

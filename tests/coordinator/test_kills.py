@@ -43,6 +43,7 @@ def test_fifty_rounds_survive_kills_of_everything(clinic: Clinic, digits_bundle:
     check(clinic, digits_bundle, 50)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_an_encrypted_round_survives_a_kill_of_the_coordinator(clinic: Clinic, digits_bundle: bytes) -> None:
     clinic.configure(1, wire='encryption = true\ncompression = "rotated-8bit"')

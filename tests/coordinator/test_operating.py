@@ -220,11 +220,9 @@ def check_log(clinic: Clinic, serve: Serve) -> None:
     assert max(map(len, text.splitlines())) < 2000  # no model, no update
 
 
+@pytest.mark.slow  # every day an abort is in the test above, and its every moment in tests/simulation/test_orders.py
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(
-    "killed",
-    [pytest.param(False, id="while it runs"), pytest.param(True, id="after a kill -9", marks=pytest.mark.slow)],
-)
+@pytest.mark.parametrize("killed", [pytest.param(False, id="while it runs"), pytest.param(True, id="after a kill -9")])
 def test_an_abort_ends_the_round_under_way_and_devices_hear_why(clinic: Clinic, killed: bool) -> None:
     clinic.configure(rounds=1000)
     serve = clinic.serve()

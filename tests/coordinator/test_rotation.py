@@ -244,6 +244,7 @@ def replayed_under(item: Incoming, key: SealingKey) -> bytes:
     return codec.encode(message, topic=item.topic, sender=envelope.sender, sequence=number, key=key)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_coordinator_moves_to_its_next_key_in_the_middle_of_a_run(clinic: Clinic) -> None:
     clinic.more_rounds(1)

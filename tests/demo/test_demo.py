@@ -77,6 +77,7 @@ def test_both_engines_give_the_same_table_and_a_report_and_leave_nothing(
     assert wait_until_gone(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_a_table_of_numbers_works_the_same_way(tmp_path: Path) -> None:
     ended = demo(tmp_path, *SMALL, "--engine", "direct", "--data", "breast-cancer", "--rule", "median")
     assert ended.returncode == 0, ended.stderr
@@ -130,7 +131,9 @@ MOMENTS = {
 }
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("moment", [
+    pytest.param(moment, marks=pytest.mark.slow) if moment == "by a service manager" else moment for moment in MOMENTS
+])  # fmt: skip
 def test_an_interrupt_at_any_moment_leaves_no_process_behind(moment: str, tmp_path: Path) -> None:
     wanted, number = MOMENTS[moment]
     process = start(tmp_path, *SMALL[:4], "--rounds", "50", "--engine", "tff")

@@ -117,6 +117,7 @@ def test_ctrl_c_ends_a_grid_in_order_also_while_its_workers_start(tmp_path: Path
     assert "Traceback" not in said
 
 
+@pytest.mark.slow  # the same pool is killed every day in tests/experiments/test_simulate_command.py
 def test_a_killed_grid_leaves_no_worker_and_goes_on_to_the_same_results(
     tmp_path: Path, whole: tuple[Path, subprocess.CompletedProcess[str]]
 ) -> None:

@@ -351,7 +351,7 @@ LOOPS: dict[str, Callable[[], list[Any]]] = {
 
 
 @pytest.mark.parametrize("case", [
-    case if case in ("LSTM", "Bidirectional LSTM", "scan and map", "loops in loops")
+    case if case in ("LSTM", "loops in loops")
     else pytest.param(case, marks=pytest.mark.slow) for case in LOOPS
 ])  # fmt: skip
 def test_loops_are_unrolled_as_a_user_writes_them(case: str) -> None:

@@ -101,7 +101,7 @@ class Reproduction:
     cases: of the quick form or the full. run: one case with one seed; (settings, seed, data folder) -> outcome.
     value: the table's number of an outcome. figure: a PNG of everything measured. found: a sentence about everything
     measured, for what is no column of the table. seeds: of the full form. remarks: what is known of the numbers that do
-    not come out, from our own runs. ours: no paper ran it, so nothing is published to compare with.
+    not come out, from our own runs.
     """
 
     name: str
@@ -123,7 +123,6 @@ class Reproduction:
     seeds: int = 3
     in_percent: bool = True
     remarks: tuple[str, ...] = ()
-    ours: bool = False
 
     def shown(self, value: float | None) -> str:
         if value is None:

@@ -131,5 +131,4 @@ INCOMPLETE = Reproduction(
     needs=("abalone.csv", "spambase.csv"),
     seeds=10,
     in_percent=False,
-    ours=True,
 )

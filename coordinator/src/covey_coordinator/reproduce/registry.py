@@ -16,6 +16,7 @@ MODULES = {  # name -> module of this package and the value in it
     "fltrust": "fltrust:FLTRUST",
     "fedavg-2nn": "fedavg:FEDAVG",
     "fsvrg": "fsvrg:FSVRG",
+    "super-teaching": "super_teaching:SUPER_TEACHING",
     "byzfl-heatmap": "heatmaps:BYZFL",
     "tff-image-classification": "image_classification:TUTORIAL",
     "comt": "comt:COMT_TABLES",

@@ -78,6 +78,7 @@ class Learning:
     loss, optimizer, moving_statistics: as for `covey_models.export`. plan: what every device does in a round, as in a
     live invitation. algorithm: see `ALGORITHMS`. attack: what the devices with the numbers
     `hostile` send instead. feature_scaling: of fsvrg, for models whose first tensor is a kernel on the inputs.
+    trusted: the coordinator's own data, for rules that need them, under the name `RESERVED_ID`.
     """
 
     model: Any
@@ -95,8 +96,11 @@ class Learning:
     privacy: Privacy | CentralPrivacy | None = None
     seed: int = 0
     feature_scaling: bool = True
+    trusted: DeviceData | None = None
 
     def __post_init__(self) -> None:
         if self.algorithm not in ALGORITHMS:
             known = tuple(ALGORITHMS)
             raise ConfigError(f"there is no algorithm {self.algorithm!r}", suggest(self.algorithm, known))
+        if self.rule.needs_trusted and self.trusted is None:
+            raise ConfigError(f"the rule {self.rule.name!r} needs trusted data", "give some")

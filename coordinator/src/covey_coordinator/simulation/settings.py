@@ -18,6 +18,7 @@ from covey_coordinator.algorithms.settings import Algorithm
 from covey_coordinator.grid.settings import NO_ATTACK, AttackSpec, RuleSpec, attack_spec, rule_spec
 from covey_coordinator.simulation.learning import ALGORITHMS
 from covey_coordinator.simulation.remote import RemoteWorkers
+from covey_coordinator.simulation.trusted_data import TrustedSettings, check_trusted
 from covey_edge.config import NotNegative, Positive
 from covey_models.names import LOSSES, OPTIMIZERS, no_such
 from covey_protocol.errors import ConfigError
@@ -25,6 +26,7 @@ from covey_protocol.messages import MAX_EPOCHS, MAX_GRADIENT_NORM, MAX_LEARNING_
 from covey_protocol.topics import check_name
 
 FEDSGD = "fedsgd"
+TRUSTED_ALGORITHMS = ("fedavg", FEDSGD)  # in which the coordinator can make an update of its own
 MAX_DEVICES = 100_000
 MAX_SEED = 2**31  # as of `covey serve`: times a million and the round's number, a shuffle_seed stays within 2^53
 MOVING_STATISTICS = ("average", "local")
@@ -127,6 +129,7 @@ class ExperimentSettings(Struct, frozen=True, forbid_unknown_fields=True):
     attack: Table = field(default_factory=lambda: {"attack": NO_ATTACK})
     server: ServerSettings = ServerSettings()
     privacy: PrivacySettings = PrivacySettings()
+    trusted: TrustedSettings = TrustedSettings()
     workers: tuple[str, ...] = ()
     sweep: Table = field(default_factory=dict)
 
@@ -166,6 +169,7 @@ def check_settings(settings: ExperimentSettings) -> None:
     if settings.workers:
         RemoteWorkers(settings.workers)  # raises ConfigError for what is no address; connects to none
     _check_privacy(settings)
+    _check_trusted(settings)
 
 
 def _check_seeds(settings: ExperimentSettings) -> None:
@@ -250,6 +254,26 @@ def _check_privacy(settings: ExperimentSettings) -> None:
             )
 
 
+def _check_trusted(settings: ExperimentSettings) -> None:
+    told = settings.trusted
+    check_trusted(told)
+    if told.path and settings.data.standardise:
+        raise ConfigError(
+            "trusted.path with data.standardise", "draw trusted data with a size, or standardise the file"
+        )
+    rule = settings.rule_spec().made(0)
+    if not rule.needs_trusted:
+        return
+    if not told.is_there:
+        raise ConfigError(f"the rule {rule.name!r} needs trusted data", "write [trusted] with a size or a path")
+    if settings.training.algorithm not in TRUSTED_ALGORITHMS:
+        raise ConfigError(
+            f"the rule {rule.name!r} with the algorithm {settings.training.algorithm!r}: the coordinator makes no such"
+            " exchange of its own",
+            f"choose {' or '.join(TRUSTED_ALGORITHMS)}, or another rule",
+        )
+
+
 def _within(section: str, made: Any) -> None:
     try:
         made()
@@ -269,12 +293,14 @@ def is_user_code(name: str) -> bool:
 
 def with_absolute_paths(settings: ExperimentSettings, beside: Path) -> ExperimentSettings:
     """Relative paths of data and of the user's code start from this folder."""
-    data, model = settings.data, settings.model
+    data, model, trusted = settings.data, settings.model, settings.trusted
     if data.path:
         data = structs.replace(data, path=str(beside.resolve() / data.path))
+    if trusted.path:
+        trusted = structs.replace(trusted, path=str(beside.resolve() / trusted.path))
     code = {key: getattr(model, key) for key in CODE_KEYS if is_user_code(getattr(model, key))}
     absolute = {key: str(beside.resolve() / name) for key, name in code.items()}
-    return structs.replace(settings, data=data, model=structs.replace(model, **absolute))
+    return structs.replace(settings, data=data, trusted=trusted, model=structs.replace(model, **absolute))
 
 
 def code_files(settings: ExperimentSettings) -> set[str]:

@@ -17,6 +17,7 @@ from covey_coordinator.aggregation.kernels import Updates
 from covey_coordinator.aggregation.kernels.fast import NumpyKernels
 from covey_coordinator.aggregation.rules import Batch, Rule
 from covey_coordinator.aggregation.trimmed_mean import Median
+from covey_coordinator.aggregation.trusted import FLTrust
 from covey_coordinator.teaching import duti
 from covey_coordinator.teaching.fitting import (
     RIDGE,
@@ -134,8 +135,14 @@ def _aggregated(problem: Problem, decay: float, rule: Rule) -> Floats:
         fitted(problem.kind, joined([noisy, trusted]), decay)
         for noisy, trusted in zip(problem.devices, problem.trusted)
     ]
-    n = len(models)
-    batch = Batch(Updates(np.asarray(models, np.float32)), np.ones(n, np.float32), np.arange(n))
+    return _by_rule(rule, np.asarray(models))
+
+
+def _by_rule(rule: Rule, updates: Floats, trusted: Floats | None = None) -> Floats:
+    """(F,): the rule's aggregate of (n, F) updates, in its own float32."""
+    n = len(updates)
+    own = None if trusted is None else trusted.astype(np.float32)
+    batch = Batch(Updates(updates.astype(np.float32)), np.ones(n, np.float32), np.arange(n), own)
     return np.asarray(rule.step(NumpyKernels(), batch).aggregate, np.float64)
 
 
@@ -206,8 +213,8 @@ FLTRUST_ROUNDS, LOCAL_STEPS = 100, 10
 
 
 def fltrust(problem: Problem, settings: Settings) -> Floats:
-    """FLTrust (Cao, Fang, Liu, Gong, NDSS 2021), algorithm 2: devices and server train from the same model, each device's
-    update is scaled to the server's length and weighs ReLU(cosine with the server's). decay, rate.
+    """covey's rule FLTrust (Cao, Fang, Liu, Gong, NDSS 2021): devices and server train from the same model, and the
+    server's update says how much each device's counts. decay, rate.
 
     Full local gradients, 10 steps a round, 100 rounds; the server learns at rate 1.
     """
@@ -218,18 +225,8 @@ def fltrust(problem: Problem, settings: Settings) -> Floats:
         models = np.tile(theta, (len(parts), 1))
         for _ in range(LOCAL_STEPS):
             models = models - settings["rate"] * (gradient(models) + settings["decay"] * models)
-        theta = theta + trusted_mean(models[:-1] - theta, models[-1] - theta)
+        theta = theta + _by_rule(FLTrust(), models[:-1] - theta, models[-1] - theta)
     return theta
-
-
-def trusted_mean(updates: Floats, trusted: Floats) -> Floats:
-    """(F,): FLTrust's aggregate of (n, F) updates, equation 4; zero where nobody is trusted."""
-    length = np.linalg.norm(trusted)
-    lengths = np.maximum(np.linalg.norm(updates, axis=1), 1e-300)
-    trust = np.maximum(updates @ trusted / (lengths * max(length, 1e-300)), 0.0)
-    if trust.sum() == 0.0:
-        return np.zeros_like(trusted)
-    return np.asarray((trust * length / lengths) @ updates / trust.sum())
 
 
 SUBSETS, KEPT_SUBSETS, CONCENTRATIONS, REWLS_CUTOFF = 200, 10, 10, 2.5
@@ -241,28 +238,23 @@ def rewls(problem: Problem, settings: Settings) -> Floats:
     a robust first fit is below an adaptive cutoff. On all instances in one place. decay.
 
     First fit: least trimmed squares by 200 random subsets with concentration steps (Rousseeuw, Van Driessen 2006),
-    where the paper has an S-estimate; scale: normalised median of |residuals|. Cutoff t: the smallest with
-    F_n(t) >= 1 - d, d = sup over t >= 2.5 of (F(t) - F_n(t))+, F of |N(0, 1)|, F_n of |residuals| / scale.
+    where the paper has an S-estimate; scale: normalised median of |residuals|.
     """
     data = joined([*problem.devices, *problem.trusted])
     residuals = np.abs(data.x @ _least_trimmed_squares(data) - data.y)
-    scale = max(MAD_TO_SIGMA * float(np.median(residuals)), 1e-12)
-    kept = data.take(residuals / scale <= adaptive_cutoff(residuals / scale))
-    return fitted(RIDGE, kept, settings["decay"])
+    standardised = residuals / max(MAD_TO_SIGMA * float(np.median(residuals)), 1e-12)
+    return fitted(RIDGE, data.take(standardised < adaptive_cutoff(standardised)), settings["decay"])
 
 
 def adaptive_cutoff(residuals: Floats) -> float:
-    """residuals: absolute, standardised. At least 2.5."""
+    """The i-th smallest of n absolute standardised residuals, i = n - floor(n d); d is by how much the share of residuals
+    below t is less than a normal distribution's, at most over t >= 2.5."""
     from scipy.special import erf
 
-    ordered = np.sort(residuals)
-    n = len(ordered)
+    ordered, n = np.sort(residuals), len(residuals)
     beyond = ordered >= REWLS_CUTOFF
-    below = np.arange(n)[beyond] / n  # F_n just before each jump
-    excess = np.maximum(erf(ordered[beyond] / np.sqrt(2.0)) - below, 0.0)
-    share = float(excess.max()) if len(excess) else 0.0
-    place = min(max(int(np.ceil(n * (1.0 - share))) - 1, 0), n - 1)
-    return max(float(ordered[place]), REWLS_CUTOFF)
+    missing = erf(ordered[beyond] / np.sqrt(2.0)) - np.arange(n)[beyond] / n
+    return float(ordered[n - 1 - int(n * max(missing.max(initial=0.0), 0.0))])
 
 
 def _least_trimmed_squares(data: Data) -> Floats:
