@@ -177,9 +177,12 @@ def _default_rules(notes: list[str]) -> list[RuleSpec]:
     found = []
     for name in RULE_NAMES:
         try:
-            make_rule(name, 0)
+            rule = make_rule(name, 0)
         except ConfigError as error:
             notes.append(f"{name} is left out: {error}")
+            continue
+        if rule.expects_copies:
+            notes.append(f"{name} is left out: no two devices of a grid hold the same data")
         else:
             found.append(RuleSpec(name, name, None, ()))
     return found

@@ -103,7 +103,9 @@ class LocalFleet:
     def _device(self, device: DeviceData, tables: Mapping[str, Mapping[str, Any]]) -> DeviceFiles:
         place = self._folder / "devices" / device.device_id
         shard = Shard(device.x, device.y)
-        return make_device(device.device_id, place, FLEET, self._table, self.key.public, shard, **tables)
+        return make_device(
+            device.device_id, place, FLEET, self._table, self.key.public, shard, device.replica, **tables
+        )
 
     def _take_progress(self, progress: dict[str, Progress]) -> None:
         self.progress = progress
