@@ -4,8 +4,8 @@
 
 Everything on the same machine in turns, medians, BLAS on one thread. The geometric median and the repetition code (the
 rule draco) are the live rounds' kernels on float32 updates; the cyclic code decodes float64 rows, odd n, so real ones.
-Liars send -100 times what they should. The repetition code's liars are those that come first in their group, which
-is its worst case for time. Devices' own work, 2s + 1 times as much, is not in it.
+Liars send -100 times what they should; under the repetition code s in every group, who agree with each other. Devices'
+own work, 2s + 1 times as much, is not in it.
 """
 
 from __future__ import annotations
