@@ -15,7 +15,7 @@ from msgspec import Meta, Struct
 from covey_coordinator.aggregation.registry import RULE_NAMES, make_rule, suggest
 from covey_coordinator.aggregation.rules import Rule, least_devices
 from covey_coordinator.attacks.contract import Attack
-from covey_coordinator.attacks.registry import ATTACK_NAMES, make_attack
+from covey_coordinator.attacks.registry import GENERAL_NAMES, make_attack
 from covey_protocol.errors import ConfigError, RuleError
 
 if sys.version_info >= (3, 11):
@@ -148,7 +148,7 @@ def plan_of(settings: GridSettings) -> Plan:
     _check_fractions(settings)
     notes: list[str] = []
     rules = [rule_spec(spec) for spec in settings.rules] or _default_rules(notes)
-    attacks = [attack_spec(spec) for spec in settings.attacks or ATTACK_NAMES]
+    attacks = [attack_spec(spec) for spec in settings.attacks or GENERAL_NAMES]
     for kind, labels in (("rule", [r.label for r in rules]), ("attack", [a.label for a in attacks])):
         twice = next((label for label in labels if labels.count(label) > 1), None)
         if twice is not None:

@@ -114,13 +114,13 @@ class Attackers:
         self._rule, self._engine, self._seed = rule, engine, seed
         self._kernels = NumpyKernels()
 
-    def crafted(self, updates: Floats, parameters: Floats, number: int) -> Floats:
-        """What they send in this round, in place of their rows of the (n, d) updates."""
+    def crafted(self, updates: Floats, parameters: Floats, number: int, trusted: Floats | None = None) -> Floats:
+        """What they send in this round, in place of their rows of the (n, d) updates. trusted: as of `Batch`."""
 
         def batch_with(rows: Any) -> Batch:
             matrix = updates.copy()
             matrix[self._hostile] = rows
-            return Batch(Updates(matrix), self._sizes.astype(np.float32), np.arange(len(matrix)))
+            return Batch(Updates(matrix), self._sizes.astype(np.float32), np.arange(len(matrix)), trusted)
 
         knowledge = Knowledge(
             own=updates[self._hostile],

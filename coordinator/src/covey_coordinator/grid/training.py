@@ -59,6 +59,14 @@ class Network:
         classes: Integers = layers[-1][0].argmax(axis=1)
         return classes
 
+    def judged(self, flat: Floats, x: Floats, y: Integers) -> tuple[float, float]:
+        """The mean loss and the share of wrong answers on these examples."""
+        logits = _forward([tensor[None] for tensor in self.tensors(flat)], x[None])[-1][0].astype(np.float64)
+        logits -= logits.max(axis=1, keepdims=True)
+        own = logits[np.arange(len(y)), y]
+        loss = np.mean(np.log(np.exp(logits).sum(axis=1)) - own)
+        return float(loss), float(np.mean(logits.argmax(axis=1) != y))
+
 
 def _forward(tensors: list[Floats], x: Floats) -> list[Floats]:
     """The input of each layer (n, batch, width), then the logits."""

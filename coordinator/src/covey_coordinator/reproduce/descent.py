@@ -16,10 +16,11 @@ from typing import Any
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 
 from covey_coordinator.aggregation.engines import make_engine
 from covey_coordinator.aggregation.registry import rule_from_table
-from covey_coordinator.aggregation.rules import Rule
+from covey_coordinator.aggregation.rules import LOSSES, Rule, Trusted
 from covey_coordinator.attacks.contract import Attack
 from covey_coordinator.attacks.registry import make_attack
 from covey_coordinator.grid.settings import GridSettings
@@ -27,6 +28,7 @@ from covey_coordinator.grid.simulation import Attackers, Fleet, World, backdoor_
 from covey_coordinator.grid.training import Floats, Integers, Network
 from covey_coordinator.reproduce import data
 from covey_coordinator.reproduce.contract import Outcome
+from covey_coordinator.simulation.trusted_data import drawn_rows
 from covey_models import partitions
 from covey_models.datasets import Dataset
 from covey_protocol.errors import ConfigError, RuleError
@@ -35,7 +37,7 @@ from covey_protocol.parameters import ParameterSpec
 ENGINE = (
     "one gradient per round in numpy; engine.step of live rounds for screening, rule and optimizer (no TFF process)"
 )
-INITIAL, SHARES = 11, 12  # streams of random numbers of one seed, beside those of the grid's simulation
+INITIAL, SHARES, TRUSTED = 11, 12, 13  # streams of random numbers of one seed, beside those of the grid's simulation
 
 
 class Descent(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -45,7 +47,8 @@ class Descent(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     partition: "iid"; "biased", `bias` the share of each class that goes to the devices of its group (Fang et al. 2020);
     "similar", `bias` the share of all examples dealt out at random, the others by class (ByzFL). momentum: of each
     device. server: the server's optimizer with `learning_rate`. measured: rounds between measurements on the test set.
-    standardised: inputs minus mean over standard deviation of all training inputs.
+    standardised: inputs minus mean over standard deviation of all training inputs. trusted: so many training examples
+    are the coordinator's and no device's, drawn as `[trusted]` of an experiment draws, with `trusted_bias` its bias.
     """
 
     data: str
@@ -63,6 +66,8 @@ class Descent(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     bias: float = 0.0
     measured: int = 10
     standardised: bool = False
+    trusted: int = 0
+    trusted_bias: float = 0.0
 
 
 def settings_of(**settings: Any) -> dict[str, Any]:
@@ -147,6 +152,29 @@ def biased_shares(y: Any, devices: int, bias: float, seed: int) -> list[Integers
     return [np.flatnonzero(device == number) for number in range(devices)]
 
 
+def without(world: World, rows: Integers) -> World:
+    """The same world, in which no device has these examples."""
+    return dataclasses.replace(world, shards=[np.setdiff1d(shard, rows) for shard in world.shards])
+
+
+class Root:
+    """The coordinator's own examples; its update is minus the gradient on one batch of them, as a device's is."""
+
+    def __init__(self, world: World, rows: Integers, batch: int, seed: int) -> None:
+        self._network, self._batch, self._seed = world.network, batch, seed
+        self._x, self._y = flat(world.train.x[rows]), world.train.y[rows]
+
+    def trusted(self, parameters: Floats, number: int, needs: str) -> Trusted:
+        """What a rule that `needs` this is given in this round."""
+        if needs == LOSSES:
+            return Trusted(losses=self._judged)
+        rows = stream(self._seed, TRUSTED, number).integers(0, len(self._y), (1, self._batch))
+        return Trusted(-self._network.gradients(parameters, self._x[rows], self._y[rows])[0])
+
+    def _judged(self, models: Floats) -> npt.NDArray[np.float64]:
+        return np.array([self._network.judged(one, self._x, self._y) for one in models])
+
+
 class GradientFleet(Fleet):
     """Every device's change is minus its gradient on one batch, drawn with replacement from its own examples."""
 
@@ -190,6 +218,11 @@ def run(
 
 class _Run:
     def __init__(self, descent: Descent, world: World, seed: int, rule: Rule, watch: Any, aggregate: Any) -> None:
+        self._root, self._needs = None, rule.needs_trusted
+        if descent.trusted:
+            rows = drawn_rows(world.train.y, descent.trusted, descent.trusted_bias, seed)
+            world = without(world, rows)
+            self._root = Root(world, rows, descent.batch, seed)
         self._descent, self._world, self._watch, self._aggregate = descent, world, watch, aggregate
         table = dict(descent.attack)
         self.attack: Attack = make_attack(table.pop("attack"), **table)
@@ -208,22 +241,23 @@ class _Run:
     def round(self, number: int) -> None:
         """One round; a refused one leaves the model as it was, as in live rounds."""
         updates = self._fleet.updates(self.parameters, number)
+        trusted = Trusted() if self._root is None else self._root.trusted(self.parameters, number, self._needs)
         if len(self._hostile):
-            updates[self._hostile] = self._attackers.crafted(updates, self.parameters, number)
+            updates[self._hostile] = self._attackers.crafted(updates, self.parameters, number, trusted.update)
         if self._watch is not None:
             self._watch(number, updates)
         if self._aggregate is not None:
             rate = np.float32(self._descent.learning_rate)
             self.parameters = self.parameters + rate * self._aggregate(updates)
         else:
-            self._step(updates)
+            self._step(updates, trusted)
         done = number + 1
         if done % self._descent.measured == 0 or done == self._descent.rounds:
             self.curve.append([done, self._accuracy()])
 
-    def _step(self, updates: Floats) -> None:
+    def _step(self, updates: Floats, trusted: Trusted) -> None:
         try:
-            self.parameters = self._engine.step(self.parameters, updates, self._equal, self._ids).parameters
+            self.parameters = self._engine.step(self.parameters, updates, self._equal, self._ids, trusted).parameters
         except RuleError as error:
             self.rounds_refused += 1
             self.last_refusal = str(error)
