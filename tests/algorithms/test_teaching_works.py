@@ -15,14 +15,15 @@ from algorithms import teachers
 from numpy.testing import assert_allclose
 
 from covey_coordinator.aggregation.registry import make_rule
+from covey_coordinator.algorithms.comt import Teaching
 from covey_coordinator.algorithms.engines import asked_by
 from covey_coordinator.algorithms.making import make_algorithm_engine
 from covey_coordinator.algorithms.settings import Algorithm
-from covey_coordinator.algorithms.comt import Teaching
-from covey_coordinator.algorithms.teaching_settings import TrustedSettings, own_teacher
+from covey_coordinator.algorithms.teaching_settings import own_teacher
 from covey_coordinator.coordinator import arrivals_of, refuses_copies
 from covey_coordinator.records import REJECTED
 from covey_coordinator.teaching.reference import comt
+from covey_coordinator.trusted_training import TrustedSettings
 from covey_edge.frames import Done, Open, Problem, Run
 from covey_edge.trainer import Trainer
 from covey_protocol.bundle import read_bundle
@@ -235,7 +236,7 @@ def test_a_teacher_without_use_for_its_data_may_send_zeros(fleet: Fleet) -> None
     data, first, _ = data_of("mean_squared_error")
     children, engine = fleet("mean_squared_error", data, {0: first})
     start = np.zeros(teachers.FEATURES + 1, np.float32)
-    nothing = {name: np.zeros_like for name in "12"}
+    nothing = dict.fromkeys("12", np.zeros_like)
     result = exchange(children, engine, start, nothing)
     assert [verdict.status for verdict in result.verdicts] == ["accepted"] * 3
 

@@ -8,7 +8,7 @@ import numpy as np
 
 
 def fleet(kind: str, seed: int, sizes: tuple[int, ...] = (12, 9, 15), trusted: tuple[int, ...] = (3, 0, 2)) -> Any:
-    """(teachers, trusted) of one linear truth in four features, the last of which is 1; noise on what is not trusted."""
+    """(teachers, trusted) of one linear truth in four features, the last of them 1; what is not trusted has noise."""
     rng = np.random.default_rng(seed)
     truth = rng.normal(size=4)
 

@@ -188,7 +188,7 @@ def as_pixels(example: Numbers, low: float, high: float) -> npt.NDArray[np.uint8
     """(height, width[, 1 or 3]) of any scale -> uint8 (height, width, 1 or 3)."""
     scaled = (example.astype(np.float64) - low) / max(high - low, 1e-12)
     pixels = np.rint(255.0 * np.clip(scaled, 0.0, 1.0)).astype(np.uint8)
-    return pixels.reshape(*example.shape[:2], -1)
+    return np.asarray(pixels.reshape(*example.shape[:2], -1))
 
 
 def png(pixels: npt.NDArray[np.uint8]) -> bytes:

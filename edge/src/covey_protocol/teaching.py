@@ -1,4 +1,4 @@
-"""Machine teaching (CoMT), the arithmetic of one teacher: a device with many instances it does not trust, or a few it does.
+"""Machine teaching (CoMT), the arithmetic of one teacher: a device with many instances, trusted or not.
 
 Numpy alone, and one definition for live devices, the simulation's twin and the reference. The derivation, with the
 places where we leave the paper, is docs/machine-teaching.md; equations are numbered there, "(6)". What the server does:
@@ -94,10 +94,10 @@ class Squares(NamedTuple):
 
     def pull(self, m: Array) -> Array:
         """-psi'(m): of the learner's loss, that is the instance's dual variable a_i."""
-        return self.scale * _soft(self.target - m, self.margin)
+        return np.asarray(self.scale * _soft(self.target - m, self.margin))
 
     def bend(self, m: Array) -> Array:
-        return self.scale * (np.abs(self.target - m) > self.margin)
+        return np.asarray(self.scale * (np.abs(self.target - m) > self.margin))
 
 
 class Logistic(NamedTuple):
@@ -110,11 +110,11 @@ class Logistic(NamedTuple):
         return float(self.scale * np.sum(np.logaddexp(0.0, -(m + self.margin))))
 
     def pull(self, m: Array) -> Array:
-        return self.scale * np.exp(-np.logaddexp(0.0, m + self.margin))
+        return np.asarray(self.scale * np.exp(-np.logaddexp(0.0, m + self.margin)))
 
     def bend(self, m: Array) -> Array:
         p = np.exp(-np.logaddexp(0.0, m + self.margin))
-        return self.scale * p * (1 - p)
+        return np.asarray(self.scale * p * (1 - p))
 
 
 class Loss(Protocol):
@@ -207,7 +207,7 @@ class Teacher:
     def answer(self, theta: Array, u: Array, others: Array) -> Array:
         """Its new part of w (6, 7, 8), of the shape of theta.
 
-        theta: the model, u: the dual of the parts' sum, both the server's. others: the sum of the other teachers' parts,
+        theta: the model, u: the dual of theta = tau, both the server's. others: the sum of the other teachers' parts:
         tau - share where its last answer is part of tau, tau where it is not.
         """
         theta, u, others = (self._columns(part) for part in (theta, u, others))
@@ -304,7 +304,7 @@ class Teacher:
         return Squares(self._y[:, column], 1 / (1 - 1 / (2 * self.settings.lambda_y)), self.settings.lambda_a)
 
     def _columns(self, part: Array) -> Array:
-        """(F, C) of what came as (F,) or (F, C). Raises UsageError for any other shape, or a number that is not finite."""
+        """(F, C) of what came as (F,) or (F, C). Raises UsageError for other shapes and infinite or missing numbers."""
         wide = np.array(part, np.float64).reshape(len(part), -1)
         if wide.shape != self._share.shape or not np.isfinite(wide).all():
             raise UsageError(
@@ -321,13 +321,13 @@ _KEPT = ("alpha", "direction", "local", "share", "theta", "own_theta", "dual")
 
 
 def minimised(z: Array, loss: Loss, linear: Array, curvature: float, start: Array) -> Array:
-    """The w (F,) with the least sum_i psi_i(z_i' w) + linear' w + curvature / 2 |w|^2, by damped Newton; O(n F^2 + F^3).
+    """The w (F,) with the least sum_i psi_i(z_i' w) + linear' w + curvature / 2 |w|^2, by damped Newton.
 
-    The sum is strongly convex, and the halved steps descend, so it arrives from any start; psi of Squares with a margin
-    has no second derivative at two points, where `bend` takes 0 (semismooth Newton).
+    A step costs O(n F^2 + F^3). The sum is strongly convex and halved steps descend, so it arrives from any start;
+    psi of Squares with a margin has no second derivative at two points, where `bend` takes 0 (semismooth Newton).
     """
     w = start
-    value = loss.value(z @ w) + linear @ w + curvature / 2 * (w @ w)
+    value = float(loss.value(z @ w) + linear @ w + curvature / 2 * (w @ w))
     for _ in range(NEWTON_STEPS):
         m = z @ w
         gradient = linear + curvature * w - z.T @ loss.pull(m)
@@ -338,7 +338,7 @@ def minimised(z: Array, loss: Loss, linear: Array, curvature: float, start: Arra
         factor = 1.0
         for _ in range(HALVINGS):
             tried = w - factor * step
-            new = loss.value(z @ tried) + linear @ tried + curvature / 2 * (tried @ tried)
+            new = float(loss.value(z @ tried) + linear @ tried + curvature / 2 * (tried @ tried))
             if new <= value - 0.25 * factor * decrement:
                 break
             factor /= 2

@@ -59,13 +59,14 @@ class Network:
         classes: Integers = layers[-1][0].argmax(axis=1)
         return classes
 
-    def judged(self, flat: Floats, x: Floats, y: Integers) -> tuple[float, float]:
-        """The mean loss and the share of wrong answers on these examples."""
-        logits = _forward([tensor[None] for tensor in self.tensors(flat)], x[None])[-1][0].astype(np.float64)
-        logits -= logits.max(axis=1, keepdims=True)
-        own = logits[np.arange(len(y)), y]
-        loss = np.mean(np.log(np.exp(logits).sum(axis=1)) - own)
-        return float(loss), float(np.mean(logits.argmax(axis=1) != y))
+    def losses(self, models: Floats, x: Floats, y: Integers) -> npt.NDArray[np.float64]:
+        """(m, 2): mean cross-entropy and share of wrong answers of each model (m, d) on these examples."""
+        logits = np.stack([_forward([tensor[None] for tensor in self.tensors(one)], x[None])[-1][0] for one in models])
+        wide = logits.astype(np.float64)
+        wide -= wide.max(axis=2, keepdims=True)
+        of_class = np.take_along_axis(wide, y[None, :, None].astype(np.int64), axis=2)[:, :, 0]
+        loss = (np.log(np.exp(wide).sum(axis=2)) - of_class).mean(axis=1)
+        return np.stack([loss, (wide.argmax(axis=2) != y).mean(axis=1)], axis=1)
 
 
 def _forward(tensors: list[Floats], x: Floats) -> list[Floats]:

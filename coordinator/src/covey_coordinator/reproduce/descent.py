@@ -16,7 +16,6 @@ from typing import Any
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 
 from covey_coordinator.aggregation.engines import make_engine
 from covey_coordinator.aggregation.registry import rule_from_table
@@ -24,11 +23,22 @@ from covey_coordinator.aggregation.rules import LOSSES, Rule, Trusted
 from covey_coordinator.attacks.contract import Attack
 from covey_coordinator.attacks.registry import make_attack
 from covey_coordinator.grid.settings import GridSettings
-from covey_coordinator.grid.simulation import Attackers, Fleet, World, backdoor_success, corrupted_devices, flat, stream
+from covey_coordinator.grid.simulation import (
+    NONE,
+    OWN_BATCHES,
+    Attackers,
+    Fleet,
+    OwnData,
+    World,
+    backdoor_success,
+    corrupted_devices,
+    flat,
+    stream,
+)
 from covey_coordinator.grid.training import Floats, Integers, Network
 from covey_coordinator.reproduce import data
 from covey_coordinator.reproduce.contract import Outcome
-from covey_coordinator.simulation.trusted_data import drawn_rows
+from covey_coordinator.simulation.trusted_data import TrustedSettings, parted
 from covey_models import partitions
 from covey_models.datasets import Dataset
 from covey_protocol.errors import ConfigError, RuleError
@@ -37,7 +47,7 @@ from covey_protocol.parameters import ParameterSpec
 ENGINE = (
     "one gradient per round in numpy; engine.step of live rounds for screening, rule and optimizer (no TFF process)"
 )
-INITIAL, SHARES, TRUSTED = 11, 12, 13  # streams of random numbers of one seed, beside those of the grid's simulation
+INITIAL, SHARES = 11, 12  # streams of random numbers of one seed, beside those of the grid's simulation
 
 
 class Descent(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -84,15 +94,18 @@ def world_of(
     partition: str,
     bias: float,
     standardised: bool,
+    trusted: int,
+    trusted_bias: float,
     seed: int,
     folder: Path | None,
 ) -> World:
     train, test = data.spambase(folder, seed) if name == "spambase" else data.mnist(folder)
     if standardised:
         train, test = _standardised(train, test)
+    own, train = parted(train, TrustedSettings(trusted, trusted_bias), seed)
     shards = shares_of(partition, train.y, devices, bias, seed)
     specs, initial = dense_layers((int(np.prod(train.input_shape)), *hidden, train.num_classes), seed)
-    return World(train, test, shards, Network(specs), specs, initial)
+    return World(train, test, shards, Network(specs), specs, initial, own)
 
 
 def _standardised(train: Dataset, test: Dataset) -> tuple[Dataset, Dataset]:
@@ -152,27 +165,14 @@ def biased_shares(y: Any, devices: int, bias: float, seed: int) -> list[Integers
     return [np.flatnonzero(device == number) for number in range(devices)]
 
 
-def without(world: World, rows: Integers) -> World:
-    """The same world, in which no device has these examples."""
-    return dataclasses.replace(world, shards=[np.setdiff1d(shard, rows) for shard in world.shards])
+class OwnGradients(OwnData):
+    """The coordinator's change is minus its gradient on one batch of its own examples, as every device's is."""
 
-
-class Root:
-    """The coordinator's own examples; its update is minus the gradient on one batch of them, as a device's is."""
-
-    def __init__(self, world: World, rows: Integers, batch: int, seed: int) -> None:
-        self._network, self._batch, self._seed = world.network, batch, seed
-        self._x, self._y = flat(world.train.x[rows]), world.train.y[rows]
-
-    def trusted(self, parameters: Floats, number: int, needs: str) -> Trusted:
-        """What a rule that `needs` this is given in this round."""
+    def given(self, needs: str, parameters: Floats, number: int) -> Trusted:
         if needs == LOSSES:
-            return Trusted(losses=self._judged)
-        rows = stream(self._seed, TRUSTED, number).integers(0, len(self._y), (1, self._batch))
+            return super().given(needs, parameters, number)
+        rows = stream(self._seed, OWN_BATCHES, number).integers(0, len(self._y), (1, self._settings.batch))
         return Trusted(-self._network.gradients(parameters, self._x[rows], self._y[rows])[0])
-
-    def _judged(self, models: Floats) -> npt.NDArray[np.float64]:
-        return np.array([self._network.judged(one, self._x, self._y) for one in models])
 
 
 class GradientFleet(Fleet):
@@ -199,7 +199,7 @@ def run(
     started = time.process_time()
     descent = msgspec.convert(settings, Descent)
     shape = (descent.data, descent.hidden, descent.devices, descent.partition, descent.bias, descent.standardised)
-    world = world_of(*shape, seed, folder)
+    world = world_of(*shape, descent.trusted, descent.trusted_bias, seed, folder)
     with np.errstate(all="ignore"):  # attacked models overflow; the engine refuses what is not finite
         one = _Run(descent, world, seed, rule or rule_from_table(descent.rule), watch, aggregate)
         for number in range(descent.rounds):
@@ -218,17 +218,14 @@ def run(
 
 class _Run:
     def __init__(self, descent: Descent, world: World, seed: int, rule: Rule, watch: Any, aggregate: Any) -> None:
-        self._root, self._needs = None, rule.needs_trusted
-        if descent.trusted:
-            rows = drawn_rows(world.train.y, descent.trusted, descent.trusted_bias, seed)
-            world = without(world, rows)
-            self._root = Root(world, rows, descent.batch, seed)
         self._descent, self._world, self._watch, self._aggregate = descent, world, watch, aggregate
         table = dict(descent.attack)
         self.attack: Attack = make_attack(table.pop("attack"), **table)
         self._hostile = corrupted_devices(descent.devices, descent.hostile, seed)
         fleet = GridSettings(devices=descent.devices, steps=1, batch=descent.batch, momentum=descent.momentum)
         self._fleet = GradientFleet(world, fleet, self.attack, self._hostile, seed)
+        self._needs = rule.needs_trusted
+        self._own = OwnGradients(world, world.trusted, fleet, seed) if world.trusted and self._needs else None
         self._engine = make_engine("direct", rule, world.specs, descent.server, descent.learning_rate)
         self._attackers = Attackers(self.attack, self._hostile, self._fleet.sizes, rule, self._engine, seed)
         self.parameters = world.initial
@@ -241,9 +238,9 @@ class _Run:
     def round(self, number: int) -> None:
         """One round; a refused one leaves the model as it was, as in live rounds."""
         updates = self._fleet.updates(self.parameters, number)
-        trusted = Trusted() if self._root is None else self._root.trusted(self.parameters, number, self._needs)
+        trusted = NONE if self._own is None else self._own.given(self._needs, self.parameters, number)
         if len(self._hostile):
-            updates[self._hostile] = self._attackers.crafted(updates, self.parameters, number, trusted.update)
+            updates[self._hostile] = self._attackers.crafted(updates, self.parameters, number, trusted)
         if self._watch is not None:
             self._watch(number, updates)
         if self._aggregate is not None:

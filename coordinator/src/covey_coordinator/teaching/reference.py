@@ -1,4 +1,4 @@
-"""CoMT in numpy, all teachers in one process: what TFF's process and devices are held against, and what experiments run.
+"""CoMT in numpy, all teachers in one process: what TFF and devices are held against, and what experiments run.
 
 The arithmetic is covey_protocol.teaching's and `server`'s; this joins them, every teacher in every round.
 """

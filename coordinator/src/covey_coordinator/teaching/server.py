@@ -44,7 +44,7 @@ def begun(shape: tuple[int, ...]) -> Standing:
 def moved(
     state: Standing, settings: Settings, answers: Array, teachers: int, corrections: Array, holders: int
 ) -> tuple[Standing, Residuals]:
-    """answers: the sum of what `teachers` answered; corrections: of what `holders` would change. Sums are all it needs."""
+    """answers: the sum over all `teachers`; corrections: over all `holders`. Sums are all that the server needs."""
     kappa = settings.lambda_w**2 / settings.curvature
     q = state.theta + corrections / max(holders, 1)
     drawn = kappa * (answers / teachers - state.u) + holders * settings.rho * q
