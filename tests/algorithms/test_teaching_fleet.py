@@ -1,4 +1,4 @@
-"""`covey serve` with machine teaching: real agents and Mosquitto against the numpy reference, with kills, all recorded."""
+"""`covey serve` with machine teaching: real agents and Mosquitto against the numpy reference, also through kills."""
 
 from __future__ import annotations
 
@@ -148,21 +148,14 @@ def check_models(fleet: Fleet) -> None:
         assert np.abs(models[2 * rounds - 1] - right).max() <= 1e-4 * np.abs(right).max()
 
 
-def test_a_fleet_is_the_reference_also_where_the_coordinator_is_killed_and_reports_stay_on_the_devices(
+def test_a_fleet_is_the_reference_and_reports_stay_on_the_devices(
     fleet: Fleet, recorded: Callable[[], list[dict[str, Any]]], coordinator_key: SealingKey
 ) -> None:
     command = fleet.configure(f'holders = ["c"]\n{toml_of(teachers.CONSTANTS)}')
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as first:
-        assert first.stdout is not None
-        for line in first.stdout:
-            if line.startswith("round 3/10"):  # shares, which the next exchange needs
-                break
-        first.send_signal(signal.SIGKILL)
-    second = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE_S)
-    assert second.returncode == 0, second.stderr[-2000:] + second.stdout
-    assert "going on after round" in second.stdout
-    assert "round 9/10 (teach) published: 3 of 3" in second.stdout
-    assert "round 10/10 (teach-correct) published: 1 of 1" in second.stdout
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE_S)
+    assert done.returncode == 0, done.stderr[-2000:] + done.stdout
+    assert "round 9/10 (teach) published: 3 of 3" in done.stdout
+    assert "round 10/10 (teach-correct) published: 1 of 1" in done.stdout
     check_models(fleet)
 
     for name, folder in fleet.reports().items():
@@ -194,6 +187,24 @@ def check_traffic(lines: list[dict[str, Any]]) -> None:
             sent += 1
     assert offers >= 4 * ROUNDS
     assert sent >= 4 * ROUNDS
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("after", [1, 2, 3, 6])
+def test_a_coordinator_that_is_killed_goes_on_to_the_same_models(after: int, fleet: Fleet) -> None:
+    """Between shares and corrections, and between two steps of the model."""
+    command = fleet.configure(f'holders = ["c"]\n{toml_of(teachers.CONSTANTS)}')
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout is not None
+        for line in first.stdout:
+            if line.startswith(f"round {after}/10"):
+                break
+        first.send_signal(signal.SIGKILL)
+    second = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE_S)
+    assert second.returncode == 0, second.stderr[-2000:] + second.stdout
+    assert "going on after round" in second.stdout
+    check_models(fleet)
 
 
 @pytest.mark.slow

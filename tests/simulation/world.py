@@ -294,6 +294,7 @@ class LedgerEngine:
     """Adds the honest updates up. Its state counts the rounds: it must be as old as the model."""
 
     num_byzantine = 1
+    expects_copies = False
 
     def __init__(self, world: World, run: str) -> None:
         self._world, self._run, self.count = world, run, 0

@@ -87,6 +87,8 @@ class Engine(Protocol):
     def load_state(self, data: bytes) -> bool: ...
     @property
     def num_byzantine(self) -> int: ...
+    @property
+    def expects_copies(self) -> bool: ...
 
 
 class Devices(Protocol):
@@ -742,7 +744,7 @@ class Coordinator:
             return rounds.Aggregated(dict.fromkeys(device_ids, ""))
         refused = sum(progress is Progress.REFUSED for progress in state.machine.progress().values())
         names, engine = state.machine.invitation.plan.evaluate, state.engine
-        copies = refuses_copies(state.machine.invitation.plan)
+        copies = refuses_copies(state.machine.invitation.plan, engine)
         screened = state.arrivals.screened(device_ids, refuse_copies=copies, refused_on_arrival=refused)
         outcome: StepOutcome
         try:
@@ -781,14 +783,15 @@ def arrivals_of(device_ids: Iterable[str], plan: TrainingPlan, d: int) -> Arriva
     names = plan.evaluate
     if names:
         return Arrivals(device_ids, len(names), metrics_fault(names))
-    # number_fault: a teacher may have no use for its data
+    # a teacher may have no use for any of its data, and send zeros
     faults = {FEATURES: shares_fault, TEACH: number_fault, CORRECT: number_fault}
     return Arrivals(device_ids, d, faults.get(plan.work))
 
 
-def refuses_copies(plan: TrainingPlan) -> bool:
-    """Metrics and shares of two honest devices may agree in every bit, and so may what two teachers have no use for."""
-    return not plan.evaluate and plan.work not in (FEATURES, TEACH, CORRECT)
+def refuses_copies(plan: TrainingPlan, engine: Engine) -> bool:
+    """Metrics and shares of two honest devices may agree in every bit, and so may what two teachers have no use for,
+    and updates where the rule counts on it."""
+    return not plan.evaluate and plan.work not in (FEATURES, TEACH, CORRECT) and not engine.expects_copies
 
 
 def _with_held_out(

@@ -29,9 +29,11 @@ class Run(msgspec.Struct, frozen=True, tag="run"):
     """Train from these parameters and answer with the update; or evaluate them, where the plan asks for metrics.
 
     withheld: what earlier updates left out, float32, to be sent now, or the control that SCAFFOLD keeps, or a teacher's
-    state; b"" for nothing. held_out: the data that were opened are kept for evaluations. vectors: the invitation's, float32.
+    state; b"" for nothing. held_out: the data that were opened are kept for evaluations. vectors: the invitation's,
+    float32.
     max_epochs: the owner's, which bounds a plan's steps by the batches of so many passes; 0 for no bound.
     data_source, trusted_path: of the instances that the owner vouches for, "" for none.
+    replica: the owner's name for data that other devices hold, too; "" for none.
     """
 
     round_id: str
@@ -48,6 +50,12 @@ class Run(msgspec.Struct, frozen=True, tag="run"):
     max_epochs: int = 0
     data_source: str = "npz"
     trusted_path: str = ""
+    replica: str = ""
+
+    @property
+    def order_name(self) -> str:
+        """Whose order of examples, and of what the model draws, this is."""
+        return self.replica or self.device_id
 
 
 class Probe(msgspec.Struct, frozen=True, tag="probe"):

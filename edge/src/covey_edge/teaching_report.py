@@ -24,7 +24,7 @@ MOST_ON_PAGE = 200  # rows of the HTML page; the JSON names all instances
 STRONG = 0.5  # crafted by more than this share of its own size, an instance is named for it
 DOUBTFUL = 0.5  # suspicion from which an instance is named
 CHANNELS = (1, 3)
-ZOOM_TO = 96  # pixels of a small picture on the page
+ZOOM_TO, THIN_TO = 96, 128  # pixels of a small picture on the page, and of a large one: 200 of them stay a few MB
 
 
 class Instance(msgspec.Struct, frozen=True):
@@ -177,7 +177,12 @@ def is_picture(x: Numbers) -> bool:
 
 
 def picture(example: Numbers, low: float, high: float) -> str:
-    """An <img> that holds its own PNG. low, high: the values shown as black and white."""
+    """An <img> that holds its own PNG, of every second or third pixel where it is large.
+
+    low, high: the values shown as black and white.
+    """
+    step = max(1, -(-max(example.shape[:2]) // THIN_TO))
+    example = example[::step, ::step]
     data = base64.b64encode(png(as_pixels(example, low, high))).decode()
     height, width = example.shape[:2]
     zoom = max(1, ZOOM_TO // max(height, width))
@@ -188,7 +193,7 @@ def as_pixels(example: Numbers, low: float, high: float) -> npt.NDArray[np.uint8
     """(height, width[, 1 or 3]) of any scale -> uint8 (height, width, 1 or 3)."""
     scaled = (example.astype(np.float64) - low) / max(high - low, 1e-12)
     pixels = np.rint(255.0 * np.clip(scaled, 0.0, 1.0)).astype(np.uint8)
-    return pixels.reshape(*example.shape[:2], -1)
+    return np.asarray(pixels.reshape(*example.shape[:2], -1))
 
 
 def png(pixels: npt.NDArray[np.uint8]) -> bytes:

@@ -87,8 +87,10 @@ def check_work(bundle: BundleFacts, plan: TrainingPlan) -> None:
 
 
 def taught_layer(bundle: BundleFacts) -> Optional[tuple[int, int]]:
-    """(F, C) where the bundle's parameters are one kernel (F, C) and its bias (C,), and what the layer sees is known: by
-    the entry point `represent`, or as the F numbers of an example. None for other models."""
+    """(F, C) where the bundle's parameters are one kernel (F, C) and its bias (C,), and what the layer sees is known.
+
+    That is by the entry point `represent`, or as the F numbers of an example. None for other models.
+    """
     if len(bundle.parameters) != 2:
         return None
     kernel, bias = (spec.shape for spec in bundle.parameters)

@@ -1,7 +1,8 @@
 """Which algorithm a run learns with, what it asks of the devices in which exchange, and how many exchanges it takes.
 
 An exchange is one round of the protocol. Federated SVRG needs two for one step of the model, and one more at the
-beginning where features are scaled; machine teaching two, or one where the coordinator holds what is trusted. Numbers count exchanges; all of this follows from a number alone.
+beginning where features are scaled; machine teaching two, or one where only the coordinator holds what is trusted.
+Numbers count exchanges; all of this follows from a number alone.
 """
 
 from __future__ import annotations

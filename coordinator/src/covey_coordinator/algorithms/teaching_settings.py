@@ -38,7 +38,10 @@ class TeachingSettings(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def teaching_plan(settings: TeachingSettings, teachers: Sequence[str], trusted: bool) -> TeachingPlan:
-    """teachers: the devices that may take part. trusted: the coordinator holds trusted instances. Raises ConfigError."""
+    """teachers: the devices that may take part. trusted: whether the coordinator holds trusted instances.
+
+    Raises ConfigError.
+    """
     if not trusted and not settings.holders:
         raise ConfigError(
             "machine teaching without trusted instances",
