@@ -40,7 +40,7 @@ class OwnTraining:
     def begin(self, round_id: str, parameters: Any, plan: TrainingPlan) -> None:
         rng = self._world.rng
         self._ready_at = self._world.now + rng.choice([0.0, 1.0, 3.0, 5.0])
-        fails = self._world.troubled and rng.random() < 0.1
+        fails = self._world.troubled and rng.random() < 0.25
         self._made = None if fails else update_for(round_id, parameters, plan)
 
     def is_ready(self) -> bool:
