@@ -189,7 +189,7 @@ def test_duti_finds_labels_that_are_systematically_wrong_where_trusted_items_say
     suspect = np.abs(chance - (noisy.y + 1) / 2)
     assert corner.sum() > 8
     assert suspect[corner].mean() > 5 * suspect[~corner].mean()
-    assert ((0 <= chance) & (chance <= 1)).all()
+    assert ((chance >= 0) & (chance <= 1)).all()
     none = duti.chances(noisy, trusted, 1e-2, 1e6, 100.0)
     np.testing.assert_array_equal(none, (noisy.y + 1) / 2)  # changes are too dear
 
