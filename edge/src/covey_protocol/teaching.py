@@ -1,7 +1,7 @@
 """Machine teaching (CoMT), the arithmetic of one teacher: a device with many instances, trusted or not.
 
 Numpy alone, and one definition for live devices, the simulation's twin and the reference. The derivation, with the
-places where we leave the paper, is docs/machine-teaching.md; equations are numbered there, "(6)". What the server does:
+places where we leave the paper, is docs/teaching-mathematics.md; equations are numbered there, "(6)". What the server does:
 covey_coordinator.teaching.server. Source: Han, Zhang 2020 (AAAI, "Robust Federated Training via Collaborative Machine
 Teaching using Trusted Instances"), equations 4 and 5 and Algorithm 1.
 
