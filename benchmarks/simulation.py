@@ -3,8 +3,8 @@
     python benchmarks/simulation.py [--quick] [--models mlp cnn] [--rounds N] [--setup] [--memory]
 
 50 devices a round, each with 20 batches of 20 examples; "ragged" gives them 381 to 400 examples, so that last batches
-are partial. All get the same examples, batches and first weights, and must hold the same model after a round (1e-4 of
-the change). Every contestant is a process of its own and takes turns with ours, round by round, so that a busy machine
+are partial. All get the same examples, batches and first weights, and must hold the same model after a round
+(`AGREEMENT`). Each contestant is a process of its own and takes turns with ours, round by round, so that a busy machine
 slows both alike. Quote the ratios to ours, which are medians over turns, not the seconds. `--setup` makes
 .bench/flower with Flower, Ray and TensorFlow (1.5 GB); without it Flower is left out, and that is said. `--memory` also
 runs 50 of 100, 1,000 and 10,000 devices and prints what is resident.
@@ -42,7 +42,10 @@ SHAPES: dict[str, list[tuple[int, ...]]] = {
     "mlp": [(784, 128), (128,), (128, 10), (10,)],
     "cnn": [(3, 3, 1, 8), (8,), (3, 3, 8, 16), (16,), (7 * 7 * 16, 10), (10,)],
 }
-AGREEMENT = 1e-4  # largest difference of the models after the first round, in lengths of its change
+# Largest difference of the models after the first round, in lengths of its change. In the CNN's data one ReLU of one
+# device sees an input of 3e-8, whose sign is a matter of rounding: it moves the mean of all by 2.3e-4. Batches in
+# another order move it by 1.2e-2.
+AGREEMENT = {"mlp": 1e-4, "cnn": 1e-3}
 TURNS, QUICK_TURNS, WARM_UP = 10, 3, 2
 PATIENCE_S = 600.0
 
@@ -80,15 +83,15 @@ def compare(model: str, ragged: bool, turns: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         initial = write_task(Path(folder), model, ragged)
         for name in ("hand", "covey, Multi-Krum", "TFF's defaults"):
-            beside(name, sys.executable, Path(folder), initial, turns)
+            beside(name, sys.executable, Path(folder), initial, turns, AGREEMENT[model])
         if (FLOWER / "bin" / "python").exists():
             for name in FLOWER_STYLES:
-                beside(name, str(FLOWER / "bin" / "python"), Path(folder), initial, turns)
+                beside(name, str(FLOWER / "bin" / "python"), Path(folder), initial, turns, AGREEMENT[model])
         else:
             print("  Flower is left out: run with --setup once")
 
 
-def beside(name: str, python: str, folder: Path, initial: list[Any], turns: int) -> None:
+def beside(name: str, python: str, folder: Path, initial: list[Any], turns: int, agreement: float) -> None:
     """One contestant and ours, in turns; no other runs meanwhile, since Ray is not idle between rounds."""
     with contextlib.ExitStack() as stack:
         pair = [Contestant("covey", sys.executable, folder), Contestant(name, python, folder)]
@@ -98,7 +101,7 @@ def beside(name: str, python: str, folder: Path, initial: list[Any], turns: int)
         for contestant in pair:
             contestant.first_s = contestant.round()
         if name != "covey, Multi-Krum":
-            check_agreement(name, ours.model(), other.model(), initial)
+            check_agreement(name, ours.model(), other.model(), initial, agreement)
         for number in range(WARM_UP - 1 + turns):
             for contestant in pair:
                 seconds = contestant.round()
@@ -114,10 +117,10 @@ def beside(name: str, python: str, folder: Path, initial: list[Any], turns: int)
         print(f"  {'covey':<26}{'':>10}{'':>14}{'':>8}{ours.start_s:>9.1f}{ours.first_s:>15.2f}")
 
 
-def check_agreement(name: str, ours: list[Any], theirs: list[Any], initial: list[Any]) -> None:
+def check_agreement(name: str, ours: list[Any], theirs: list[Any], initial: list[Any], agreement: float) -> None:
     change = np.concatenate([np.ravel(a - b) for a, b in zip(ours, initial)])
     difference = max(float(np.abs(a - b).max()) for a, b in zip(ours, theirs))
-    if difference > AGREEMENT * float(np.linalg.norm(change)):
+    if difference > agreement * float(np.linalg.norm(change)):
         sys.exit(f"{name} holds another model after a round: {difference:.2e}")
 
 

@@ -10,10 +10,10 @@ import numpy as np
 import tensorflow as tf
 
 from covey_coordinator.aggregation.factory import traced
-from covey_coordinator.aggregation.kernels import Updates
+from covey_coordinator.aggregation.kernels import Kernels, Updates
 from covey_coordinator.aggregation.kernels.fast import NumpyKernels
 from covey_coordinator.aggregation.registry import make_rule
-from covey_coordinator.aggregation.rules import Batch, Judgement, Rule
+from covey_coordinator.aggregation.rules import LOSSES, UPDATE, Batch, Judgement, Rule
 
 # Rules as the tables of the tests run them: name -> f such that n = 7 bears it.
 ALL_RULES = {
@@ -42,9 +42,29 @@ def batch_of(updates: Any, num_examples: Any = None) -> Batch:
     return Batch(Updates(updates), counts, np.arange(len(updates)))
 
 
-def judge(rule: Rule, updates: Any, num_examples: Any = None) -> Judgement:
+def trusted_of(updates: np.ndarray) -> np.ndarray:
+    """A good trusted update for rules that need one: the median, among the honest rows where these are the most."""
+    return np.median(updates, axis=0).astype(np.float32)
+
+
+def losses_around(k: Kernels, best: Any) -> Any:
+    """For rules that need losses: the squared distance from the best aggregate, and its share of itself plus one."""
+
+    def losses(aggregates: Any) -> Any:
+        square = k.square_norms(Updates(aggregates), best)
+        return k.transpose(k.reshape(k.concat([square, k.divide(square, square + 1.0)]), (2, k.length(square))))
+
+    return losses
+
+
+def judge(rule: Rule, updates: Any, num_examples: Any = None, trusted: Any = None) -> Judgement:
     """The rule in the fast kernels, as live rounds run it, from its initial state."""
     batch = batch_of(updates, num_examples)
+    trusted = trusted_of(batch.updates.matrix) if trusted is None else trusted
+    if rule.needs_trusted == UPDATE:
+        batch = batch._replace(trusted=trusted)
+    elif rule.needs_trusted == LOSSES:
+        batch = batch._replace(losses=losses_around(NumpyKernels(), trusted))
     with np.errstate(all="ignore"):
         return rule.advance(NumpyKernels(), rule.initial_state(batch.updates.matrix.shape[1]), batch)[1]
 

@@ -28,6 +28,7 @@ from covey_protocol.messages import (
     Receipt,
     RoundClosed,
     Seen,
+    TeachingPlan,
     TrainingPlan,
     Verdict,
 )
@@ -130,6 +131,25 @@ FROM_COORDINATOR: dict[str, tuple[str, Message]] = {
             plan=TrainingPlan(epochs=1, learning_rate=0.5, work="svrg", steps=20),
             requires=("train", "float32", "svrg"),
             vectors=(BlobRef(HASH, 15_272, 4096), BlobRef(OTHER, 15_272, 4096)),
+        ),
+    ),
+    "invitation-teach": (
+        TOPICS.round,
+        Invitation(
+            round_id="run.5.abe",
+            number=5,
+            issued_at_ms=1_700_001_200_000,
+            duration_ms=600_000,
+            bundle=BlobRef(HASH, 100_000),
+            parameters=BlobRef(OTHER, 28, 4096),
+            plan=TrainingPlan(
+                epochs=1,
+                learning_rate=0.5,
+                work="teach",
+                teaching=TeachingPlan(0.5, 4.0, 8.0, 3.0, teachers=9, lambda_a=0.02, lambda_y=20.0),
+            ),
+            requires=("train", "float32", "teach"),
+            vectors=(BlobRef(HASH, 28, 4096), BlobRef(OTHER, 28, 4096)),
         ),
     ),
 }

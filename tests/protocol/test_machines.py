@@ -135,7 +135,14 @@ def test_an_invitation_requires_what_an_old_device_would_pass_over_in_silence() 
     assert needed_capabilities(first, plain) == ("train", "float32")
     asks = msgspec.structs.replace(plain, gradient_clip_norm=1.0, proximal_weight=0.1)
     assert needed_capabilities(first, asks) == ("train", "float32", "clip_norm", "proximal")
-    for work, capability in (("gradient", "svrg"), ("svrg", "svrg"), ("scaffold", "scaffold"), ("dream", "dream")):
+    for work, capability in (
+        ("gradient", "svrg"),
+        ("svrg", "svrg"),
+        ("scaffold", "scaffold"),
+        ("dream", "dream"),
+        ("teach", "teach"),
+        ("teach-correct", "teach"),
+    ):
         other = msgspec.structs.replace(plain, work=work)
         named = needed_capabilities(first, other)
         assert set(named) == {"train", "float32", capability} & set(device.CAPABILITIES)

@@ -23,7 +23,8 @@ from msgspec import UNSET
 
 from covey_coordinator import records
 from covey_coordinator.aggregation.evaluating import evaluated, metrics_fault
-from covey_coordinator.aggregation.screening import Arrivals, Screened, shares_fault
+from covey_coordinator.aggregation.rules import Trusted
+from covey_coordinator.aggregation.screening import Arrivals, Screened, number_fault, shares_fault
 from covey_coordinator.aggregation.staleness import weighted
 from covey_coordinator.fleet import POLL_S, FromFleet
 from covey_coordinator.store import Checkpoint, RunStore
@@ -53,7 +54,7 @@ from covey_protocol.messages import (
     run_of,
 )
 from covey_protocol.round import Phase, Progress, RoundFacts, RoundMachine, RoundSettings
-from covey_protocol.works import FEATURES
+from covey_protocol.works import CORRECT, FEATURES, TEACH
 
 log = logging.getLogger("covey.coordinator")
 
@@ -101,6 +102,34 @@ class Devices(Protocol):
     def publish_blob(self, data: bytes) -> BlobRef: ...
     def clear_blob(self, sha256: bytes) -> None: ...
     def next(self, timeout_s: float) -> FromFleet | None: ...
+
+
+class OwnTraining(Protocol):
+    """What a rule needs of the coordinator's own data, made round by round: see trusted_training."""
+
+    def begin(self, round_id: str, parameters: Floats, plan: TrainingPlan) -> None: ...
+    def is_ready(self) -> bool: ...
+    def given(self) -> Trusted: ...
+    def stop(self) -> None: ...
+
+
+class NoTraining:
+    """For rules that need nothing."""
+
+    def begin(self, round_id: str, parameters: Floats, plan: TrainingPlan) -> None:
+        pass
+
+    def is_ready(self) -> bool:
+        return True
+
+    def given(self) -> Trusted:
+        return Trusted()
+
+    def stop(self) -> None:
+        pass
+
+
+NO_TRAINING = NoTraining()
 
 
 class Clock:
@@ -162,6 +191,7 @@ class _Round:
     evaluation: Sequence[records.FleetMetric] = ()
     offers: dict[str, Offer] = field(default_factory=dict)
     revoked: set[str] = field(default_factory=set)  # of whom the machine has heard
+    due: tuple[str, ...] = ()  # whose updates are to be aggregated
     finished: rounds.Finished | None = None
     kept_time_at: float = 0.0
     tell_at: float = float("-inf")
@@ -193,6 +223,7 @@ class Coordinator:
     revoked: looked at as often; the devices of which nothing is taken, and why.
     entropy: of the keys of encrypted rounds.
     common: what it knows together with the coordinators of the fleet's other tasks.
+    own: makes what the rule needs of trusted data, while the devices work; the rule waits for it.
     """
 
     def __init__(
@@ -208,6 +239,7 @@ class Coordinator:
         revoked: Callable[[], Mapping[str, str]] = dict,
         entropy: Entropy = os.urandom,
         common: Common | None = None,
+        own: OwnTraining = NO_TRAINING,
     ) -> None:
         self.fleet = fleet
         self.store = store
@@ -220,6 +252,7 @@ class Coordinator:
         self._revoked = revoked
         self._entropy = entropy
         self._common = common if common is not None else Common({})
+        self.own = own
         self._unsaid: list[tuple[str, FromCoordinator]] = []  # may be said after the next commit
         self._gate = UploadGate()
 
@@ -326,6 +359,7 @@ class Coordinator:
         state = _Round(machine, parameters, parameters, engine, arrivals, now, kept_time_at=now)
         self._await_late_ones(run_id, invitation)
         self._tell_opened(state, now, resumed=False)
+        self._begin_own(state)
         return self._collect(state, machine.handle(rounds.Opened(), now))
 
     def resume_round(
@@ -364,6 +398,7 @@ class Coordinator:
         if reason is not None:
             return self._collect(state, machine.handle(rounds.Aborted(reason), now))
         self._reload(state, facts)
+        self._begin_own(state)
         log.info(
             "round %s goes on: %d of %d updates are here", invitation.round_id, len(state.offers), len(facts.devices)
         )
@@ -503,9 +538,11 @@ class Coordinator:
             while state.finished is None:
                 self._take_some(state, POLL_S)
                 self._end_if_aborted(state)
+                self._aggregate_if_due(state)
                 self._keep_time(state)
                 self._tell_progress(state)
         finally:
+            self.own.stop()
             if state.finished is None and not self._leave_open:  # devices must not go on working for nothing
                 with self._together():
                     self._handle(state, rounds.Aborted("the coordinator stopped"))
@@ -530,6 +567,22 @@ class Coordinator:
         if reason is not None and state.finished is None:
             with self._together():
                 self._handle(state, rounds.Aborted(reason))
+
+    def _begin_own(self, state: _Round) -> None:
+        """Where a rule will run: not for evaluations, whose metrics no rule judges."""
+        invitation = state.machine.invitation
+        if state.engine is not None and not invitation.plan.evaluate:
+            self.own.begin(invitation.round_id, state.parameters, invitation.plan)
+
+    def _aggregate_if_due(self, state: _Round) -> None:
+        """Where the rule had to wait for the coordinator's own update."""
+        if state.due and state.finished is None and self.own.is_ready():
+            with self._together():
+                self._run_rule(state)
+
+    def _run_rule(self, state: _Round) -> None:
+        device_ids, state.due = state.due, ()
+        self._handle(state, self._aggregate(state, device_ids))
 
     def _tell_opened(self, state: _Round, now: float, resumed: bool) -> None:
         machine, invitation = state.machine, state.machine.invitation
@@ -649,7 +702,9 @@ class Coordinator:
             elif isinstance(effect, rounds.Aggregate):
                 self.store.decided(state.machine.invitation.round_id)
                 self._commit()
-                self._handle(state, self._aggregate(state, effect.device_ids))
+                state.due = effect.device_ids
+                if self.own.is_ready():
+                    self._run_rule(state)
             elif isinstance(effect, rounds.Finished):
                 self._conclude(state, effect)
                 state.finished = effect
@@ -697,7 +752,7 @@ class Coordinator:
                 outcome = found = evaluated(names, state.parameters, screened, engine.num_byzantine)
                 state.evaluation = _with_held_out(found.metrics, screened.device_ids, state.offers)
             else:
-                outcome = engine.aggregate(state.parameters, screened)
+                outcome = engine.aggregate(state.parameters, replace(screened, trusted=self.own.given()))
         except RuleError as exc:
             return rounds.AggregationRefused(str(exc))
         if not names:
@@ -728,12 +783,15 @@ def arrivals_of(device_ids: Iterable[str], plan: TrainingPlan, d: int) -> Arriva
     names = plan.evaluate
     if names:
         return Arrivals(device_ids, len(names), metrics_fault(names))
-    return Arrivals(device_ids, d, shares_fault if plan.work == FEATURES else None)
+    # a teacher may have no use for any of its data, and send zeros
+    faults = {FEATURES: shares_fault, TEACH: number_fault, CORRECT: number_fault}
+    return Arrivals(device_ids, d, faults.get(plan.work))
 
 
 def refuses_copies(plan: TrainingPlan, engine: Engine) -> bool:
-    """Metrics and shares of two honest devices may agree in every bit; updates where the rule counts on it."""
-    return not plan.evaluate and plan.work != FEATURES and not engine.expects_copies
+    """Metrics and shares of two honest devices may agree in every bit, and so may what two teachers have no use for,
+    and updates where the rule counts on it."""
+    return not plan.evaluate and plan.work not in (FEATURES, TEACH, CORRECT) and not engine.expects_copies
 
 
 def _with_held_out(

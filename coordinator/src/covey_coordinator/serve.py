@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeVar
 
@@ -26,11 +27,14 @@ from covey_coordinator.aggregation.trimmed_mean import Median
 from covey_coordinator.algorithms.engines import asked_by
 from covey_coordinator.algorithms.making import check_algorithm, make_algorithm_engine
 from covey_coordinator.algorithms.settings import FEDAVG, Algorithm
+from covey_coordinator.algorithms.teaching_settings import TeachingSettings, teaching_of, teaching_plan
 from covey_coordinator.coding.conditions import check_equal_updates
 from covey_coordinator.coordinator import (
+    NO_TRAINING,
     Common,
     Coordinator,
     Engine,
+    OwnTraining,
     RoundResult,
     Timing,
     arrivals_of,
@@ -45,6 +49,7 @@ from covey_coordinator.retained import RetainedNote
 from covey_coordinator.roster import Roster, RosterFile
 from covey_coordinator.store import Checkpoint, RunStore, only_one
 from covey_coordinator.tasks import Turns, read_tasks
+from covey_coordinator.trusted_training import TrustedSettings, TrustedTraining, check_needs
 from covey_coordinator.watching import events
 from covey_coordinator.watching.board import Board
 from covey_coordinator.watching.display import evaluation_text, live_status, printable
@@ -95,6 +100,7 @@ from covey_protocol.messages import (
 from covey_protocol.round import Phase
 from covey_protocol.seals import PublicKey, SealingKey
 from covey_protocol.topics import check_name
+from covey_protocol.works import CORRECT
 
 AtLeastOne = Annotated[int, Meta(ge=1)]
 PER_NUMBER = ("median", "trimmed-mean", "meamed", "bulyan")  # rules that look at each number of the updates for itself
@@ -176,7 +182,9 @@ class CoordinatorConfig(Struct, frozen=True, forbid_unknown_fields=True):
     training: TrainingSettings = TrainingSettings()
     wire: WireSettings = WireSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
+    trusted: TrustedSettings | None = None
     task: str = ""
+    teaching: TeachingSettings | None = None
     metrics: MetricsSettings | None = None
     runs_dir: str = "runs"
     bundle_key: str | None = None  # whose seal the bundle has, where that is not key_file's
@@ -210,6 +218,8 @@ def serve(
     planned = [_planned(path, one, weight, key) for one, weight in read]
     for one in planned:
         _warn_of_sparse_rows(one.config, say)
+        if one.config.trusted is not None and one.config.teaching is None and not one.rule.needs_trusted:
+            say(f"warning: [trusted] is not used: {one.rule.name} needs no trusted data")
     keys, broker = roster_from(config.devices), read_broker(config.broker, folder)
     runs = folder / config.runs_dir
     with contextlib.ExitStack() as stack:
@@ -228,7 +238,8 @@ def serve(
 
         if terminal is not None:
             say = stack.enter_context(live_status(board, terminal))
-        engines = {one.config.run: _made_engine(stack, one) for one in planned}
+        engines = {one.config.run: _made_engine(stack, one, folder) for one in planned}
+        own = {one.config.run: _own_training(stack, one, folder) for one in planned}
         check()  # making an engine takes seconds
         fleet = _fleet(config, broker, roster, key, runs, check_and_keep)
         if config.metrics is not None:
@@ -248,6 +259,7 @@ def serve(
                 aborted=orders.abort_reason,
                 revoked=revoked,
                 common=common,
+                own=own[run],
             )
             model = Model(one.bundle).parameters()
             told = _named(say, one.config.task) if len(planned) > 1 else say
@@ -281,6 +293,7 @@ def _planned(path: Path, config: CoordinatorConfig, weight: float, key: SealingK
     _check_plan(path, config, bundle.manifest)
     rule = _rule(path, config)
     rule.check(config.round.quorum)
+    check_needs(path, rule, config.trusted, config.training.algorithm, config.round.max_staleness)
     _check_copies(path, config, rule)
     if config.evaluation.every:
         try:
@@ -328,10 +341,13 @@ def _opened_store(stack: contextlib.ExitStack, folder: Path) -> RunStore:
     return store
 
 
-def _made_engine(stack: contextlib.ExitStack, planned: Planned) -> Engine:
+def _made_engine(stack: contextlib.ExitStack, planned: Planned, folder: Path) -> Engine:
     config, server = planned.config, planned.config.server
+    algorithm, teaching = _algorithm(config), None
+    if algorithm.teaching is not None and config.teaching is not None:
+        teaching = teaching_of(config.teaching, algorithm.teaching, config.trusted, planned.bundle, folder)
     engine = make_algorithm_engine(
-        _algorithm(config),
+        algorithm,
         server.engine,
         planned.rule,
         planned.bundle.manifest.parameters,
@@ -339,10 +355,25 @@ def _made_engine(stack: contextlib.ExitStack, planned: Planned) -> Engine:
         server.learning_rate,
         rate=config.training.learning_rate,
         devices=len(_meant(config)),
+        teaching=teaching,
         device_ids=_meant(config) if planned.rule.expects_copies else (),
     )
     stack.callback(engine.close)
     return engine
+
+
+def _own_training(stack: contextlib.ExitStack, planned: Planned, folder: Path) -> OwnTraining:
+    """For a rule that needs trusted data: what makes the coordinator's own update, after a look at the data."""
+    config, needs = planned.config, planned.rule.needs_trusted
+    if config.trusted is None or not needs:
+        return NO_TRAINING
+    sealed_by = (
+        config.bundle_key or SealingKey.from_pem(read_file(folder / config.key_file), config.key_file).public.hex()
+    )
+    own = TrustedTraining(needs, config.trusted, folder / config.trusted.path, planned.data, sealed_by)
+    stack.callback(own.close)
+    own.check()
+    return own
 
 
 def _meant(config: CoordinatorConfig) -> list[str]:
@@ -458,7 +489,8 @@ class Task:
     def begin(self) -> None:
         """Take up what the last start left, and what it may not have said any more."""
         config, store = self.config, self.coordinator.store
-        self._parameters, self._done = _resume(store, self._engine, config.run, self._work.initial, self._say)
+        own = self.coordinator.own
+        self._parameters, self._done = _resume(store, self._engine, config.run, self._work.initial, self._say, own)
         self._watch(events.RunStarted(config.fleet, config.run, config.rounds, self._done))
         self.coordinator.announce(config.run)
 
@@ -502,7 +534,8 @@ class Task:
             return False
         if self._done >= self.config.rounds:
             return True  # for an evaluation, which waits for its devices itself
-        found, needed = self._eligible(self._next_plan()), self.config.round.devices
+        plan = self._next_plan()
+        found, needed = self._eligible(plan), self._round_of(plan).devices
         if len(found.devices) >= needed:
             self._waits_since, self._told = None, ""
             return True
@@ -525,8 +558,17 @@ class Task:
             self._say(text)
             self._watch(events.Waits(f"{self.config.task}: {text}" if self.config.task else text))
 
+    def _round_of(self, plan: TrainingPlan) -> RoundSettings:
+        """Who is asked for this plan: for a correction the holders of trusted instances alone, and all of them."""
+        settings, teaching = self.config.round, self.config.teaching
+        if plan.work != CORRECT or teaching is None:
+            return settings
+        holders = teaching.holders
+        quorum = min(settings.quorum, len(holders))
+        return msgspec.structs.replace(settings, devices=len(holders), quorum=quorum, only=holders, sample=0, goal=0)
+
     def _eligible(self, plan: TrainingPlan) -> Eligible:
-        settings = self.config.round
+        settings = self._round_of(plan)
         late = settings.max_staleness > 0 and not plan.evaluate
         requires = needed_capabilities(self._manifest, plan, encrypt=self.config.wire.encryption, late=late)
         return eligible(self.coordinator, requires, settings.only, settings.exclude)
@@ -539,8 +581,9 @@ class Task:
             self._evaluate()
         if self._done >= self.config.rounds or self._orders.stand():
             return
-        found = self._eligible(self._next_plan())
-        if len(found.devices) >= self.config.round.devices:  # an evaluation takes time
+        plan = self._next_plan()
+        found = self._eligible(plan)
+        if len(found.devices) >= self._round_of(plan).devices:  # an evaluation takes time
             self._take(self._new_round(self._done + 1, found.devices))
         if self._evaluation_is_due() and not self._orders.stand():
             self._evaluate()
@@ -553,14 +596,15 @@ class Task:
         return vectors if plan.work == work and not plan.evaluate else ()
 
     def _new_round(self, number: int, devices: list[str]) -> RoundResult:
-        settings, plan = self.config.round, self._next_plan()
+        plan = self._next_plan()
+        settings = self._round_of(plan)
         return self.coordinator.run_round(
             run_id=self.config.run,
             number=number,
             bundle=self._work.bundle,
             parameters=self._parameters,
             plan=plan,
-            device_ids=self._invited(number, devices),
+            device_ids=self._invited(number, devices, settings),
             quorum=settings.quorum,
             engine=self._engine,
             timing=Timing(settings.duration_s, settings.answer_s, settings.grace_s),
@@ -570,9 +614,8 @@ class Task:
             vectors=self._vectors(plan),
         )
 
-    def _invited(self, number: int, devices: list[str]) -> list[str]:
+    def _invited(self, number: int, devices: list[str], settings: RoundSettings) -> list[str]:
         """A sample of these devices; to an asynchronous round all, as who comes later may take part, too."""
-        settings = self.config.round
         if settings.max_staleness:
             return meant(self.coordinator.admitted(), settings.only, settings.exclude)
         return sampled(devices, settings.sample, self.config.training.seed, self.config.run, number, self._abandoned)
@@ -738,8 +781,12 @@ def _check_plan(path: Path, config: CoordinatorConfig, manifest: Manifest) -> No
 
 
 def _algorithm(config: CoordinatorConfig) -> Algorithm:
-    training = config.training
-    return Algorithm(training.algorithm, training.local_steps, training.feature_scaling)
+    training, teaching = config.training, None
+    if config.teaching is not None:
+        teachers = meant(config.devices, config.round.only, config.round.exclude)
+        teaching = teaching_plan(config.teaching, teachers, config.trusted is not None)
+    holders = config.teaching is not None and bool(config.teaching.holders)
+    return Algorithm(training.algorithm, training.local_steps, training.feature_scaling, teaching, holders)
 
 
 def _check_algorithm(path: Path, config: CoordinatorConfig) -> None:
@@ -796,7 +843,12 @@ def _evaluation_plan(config: CoordinatorConfig) -> TrainingPlan:
 
 
 def _resume(
-    store: RunStore, engine: Engine, run: str, initial: npt.NDArray[np.float32], say: Say
+    store: RunStore,
+    engine: Engine,
+    run: str,
+    initial: npt.NDArray[np.float32],
+    say: Say,
+    own: OwnTraining = NO_TRAINING,
 ) -> tuple[npt.NDArray[np.float32], int]:
     """The newest readable checkpoint's parameters, with its state in the engine, and its round; else initial and 0.
 
@@ -807,7 +859,7 @@ def _resume(
     if found is not None and found.state and not engine.load_state(found.state):
         say("the rule or the server optimizer is another one now: its memory starts afresh")
     for round_id, number, *hashes in store.later_models(run, done):
-        mended = _mended(store, engine, run, round_id, Checkpoint(number, parameters, b""), *hashes)
+        mended = _mended(store, engine, run, round_id, Checkpoint(number, parameters, b""), *hashes, own=own)
         if mended is None:
             say(f"the model of round {number} is damaged and cannot be computed again: its updates are lost")
             break
@@ -819,7 +871,15 @@ def _resume(
 
 
 def _mended(
-    store: RunStore, engine: Engine, run: str, round_id: str, before: Checkpoint, sha256: str, state_sha256: str
+    store: RunStore,
+    engine: Engine,
+    run: str,
+    round_id: str,
+    before: Checkpoint,
+    sha256: str,
+    state_sha256: str,
+    *,
+    own: OwnTraining = NO_TRAINING,
 ) -> npt.NDArray[np.float32] | None:
     """The parameters that the round made of those before it; None, and nothing changed, unless they have this hash.
 
@@ -833,9 +893,12 @@ def _mended(
     try:
         refused = store.num_refused(round_id)
         screened = arrivals.screened(updates, refuse_copies=refuses_copies(plan, engine), refused_on_arrival=refused)
-        parameters = engine.aggregate(before.parameters, screened).parameters
+        own.begin(round_id, before.parameters, plan)
+        parameters = engine.aggregate(before.parameters, replace(screened, trusted=own.given())).parameters
     except RuleError:
         return None
+    finally:
+        own.stop()
     same = hashlib.sha256(parameters.astype("<f4").tobytes()).hexdigest() == sha256
     if plan.work != TRAIN:
         same = same and hashlib.sha256(engine.saved_state()).hexdigest() == state_sha256

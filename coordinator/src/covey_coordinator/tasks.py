@@ -35,6 +35,8 @@ class TaskTable(Struct, frozen=True, forbid_unknown_fields=True):
     training: Table = UNSET
     wire: Table = UNSET
     evaluation: Table = UNSET
+    teaching: Table = UNSET
+    trusted: Table = UNSET
 
 
 class NamedTask(Struct):

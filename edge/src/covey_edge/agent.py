@@ -16,6 +16,7 @@ from typing import Any, Optional, Union
 from covey_edge import __version__
 from covey_edge.cache import BlobCache
 from covey_edge.config import Agent
+from covey_edge.files import DISK
 from covey_edge.frames import Done, Frame, Open, Probe, Problem, Run
 from covey_edge.inbox import Inbox
 from covey_edge.mqtt import ConnectionDown, ConnectionUp, Incoming, MqttTransport, Refused
@@ -185,6 +186,7 @@ class AgentProgram:
         elif isinstance(frame, Done):
             done = "evaluated" if self._evaluates() else "trained"
             log.info("round %s: %s on %d examples with %s", round_id, done, frame.num_examples, frame.runtime)
+            self._keep_found(frame.found)
             self._take_update(round_id, frame)
 
     def _told(self, problem: str, kind: str) -> str:
@@ -195,6 +197,15 @@ class AgentProgram:
 
     def _evaluates(self) -> bool:
         return self._machine.invitation is not None and bool(self._machine.invitation.plan.evaluate)
+
+    def _keep_found(self, found: dict[str, bytes]) -> None:
+        """What teaching found in the data, for the owner. Nothing waits for it, and nothing of it is sent."""
+        invitation = self._machine.invitation
+        folder = self._agent.state_dir / "teaching" / (invitation.plan.task if invitation is not None else "")
+        try:
+            DISK.write_all({folder / name: data for name, data in found.items()}, mode=0o600)
+        except errors.StorageError as exc:
+            log.error("%s", exc)
 
     def _take_update(self, round_id: str, frame: Done) -> None:
         """What the update leaves out is durable before the update can be sent, so that nothing is sent twice."""
@@ -318,6 +329,8 @@ class AgentProgram:
             data is not None and data.held_out,
             tuple(self._cache.path(ref.sha256).read_bytes() for ref in invitation.vectors),
             self._config.training.max_epochs,
+            data.source if data is not None else "npz",
+            str(self._agent.folder / data.trusted) if data is not None and data.trusted else "",
             data.replica if data is not None else "",
         )
         self._child.request(invitation.round_id, request, self._config.training.timeout_s)

@@ -7,7 +7,7 @@ import difflib
 import re
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal, Optional, TypeVar, Union
+from typing import Annotated, Any, Literal, Optional, TypeVar, Union, get_args
 
 import msgspec
 from msgspec import Meta, Struct
@@ -57,18 +57,21 @@ class TaskData(Struct, frozen=True, forbid_unknown_fields=True):
     path: str
     source: str = "npz"
     evaluation_path: str = ""
+    trusted_path: str = ""
     replica: str = ""
 
 
 class DataSettings(Struct, frozen=True, forbid_unknown_fields=True):
     """source: the adapter that reads the data. path: what it reads. evaluation_path: what it reads for evaluations, ""
-    for the same. tasks: the data of tasks by name; with any of them, other tasks find no data here.
+    for the same. trusted_path: instances whose labels the owner vouches for, "" for none (machine teaching). tasks: the
+    data of tasks by name; with any of them, other tasks find no data here.
     replica: the name of the shard that other devices hold, too, whose updates are to be equal; "" for data of its own.
     """
 
     path: str = ""
     source: str = "npz"
     evaluation_path: str = ""
+    trusted_path: str = ""
     replica: str = ""
     tasks: dict[str, TaskData] = {}  # msgspec copies empty defaults
 
@@ -234,6 +237,7 @@ def _nearest(error: str, kind: Any) -> str:
         return "correct that setting"
     for part in filter(None, (unknown[2] or "").split(".")):
         kind = next((f.type for f in msgspec.structs.fields(kind) if f.name == part), kind)
+        kind = next((one for one in get_args(kind) if isinstance(one, type) and issubclass(one, Struct)), kind)
     names = [f.name for f in msgspec.structs.fields(kind)]
     close = difflib.get_close_matches(unknown[1], names, n=1, cutoff=0.0)
     return f"did you mean `{close[0]}`?" if close else "remove it"

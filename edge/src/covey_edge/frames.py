@@ -28,9 +28,11 @@ class Open(msgspec.Struct, frozen=True, tag="open"):
 class Run(msgspec.Struct, frozen=True, tag="run"):
     """Train from these parameters and answer with the update; or evaluate them, where the plan asks for metrics.
 
-    withheld: what earlier updates left out, float32, to be sent now, or the control that SCAFFOLD keeps; b"" for
-    nothing. held_out: the data that were opened are kept for evaluations. vectors: the invitation's, float32.
+    withheld: what earlier updates left out, float32, to be sent now, or the control that SCAFFOLD keeps, or a teacher's
+    state; b"" for nothing. held_out: the data that were opened are kept for evaluations. vectors: the invitation's,
+    float32.
     max_epochs: the owner's, which bounds a plan's steps by the batches of so many passes; 0 for no bound.
+    data_source, trusted_path: of the instances that the owner vouches for, "" for none.
     replica: the owner's name for data that other devices hold, too; "" for none.
     """
 
@@ -46,6 +48,8 @@ class Run(msgspec.Struct, frozen=True, tag="run"):
     held_out: bool = False
     vectors: tuple[bytes, ...] = ()
     max_epochs: int = 0
+    data_source: str = "npz"
+    trusted_path: str = ""
     replica: str = ""
 
     @property
@@ -64,7 +68,8 @@ class Probe(msgspec.Struct, frozen=True, tag="probe"):
 class Done(msgspec.Struct, frozen=True, tag="done"):
     """A request went well. update and metrics are set for Run only, num_examples for Probe as well.
 
-    withheld: what is to be kept for later rounds, float32: what this update leaves out, or SCAFFOLD's control.
+    withheld: what is to be kept for later rounds: what this update leaves out or SCAFFOLD's control, float32, or a
+    teacher's state. found: files for the device's owner, by name; they are never sent.
     """
 
     update: bytes = b""
@@ -72,6 +77,7 @@ class Done(msgspec.Struct, frozen=True, tag="done"):
     metrics: dict[str, float] = {}
     runtime: str = ""
     withheld: bytes = b""
+    found: dict[str, bytes] = {}
 
 
 class Problem(msgspec.Struct, frozen=True, tag="problem"):

@@ -7,15 +7,17 @@ from typing import NamedTuple, Optional
 from covey_edge.config import AgentConfig, DataSettings, TaskData
 from covey_protocol.bundle import METRICS
 from covey_protocol.messages import TrainingPlan
-from covey_protocol.works import FEATURES, WORKS
+from covey_protocol.works import CORRECT, FEATURES, WORKS
 
 
 class DataPlace(NamedTuple):
-    """path, replica: as in agent.toml. held_out: the owner keeps these data for evaluations."""
+    """path, replica: as in agent.toml. held_out: the owner keeps these data for evaluations. trusted: where the
+    instances are whose labels the owner vouches for, "" for none."""
 
     source: str
     path: str
     held_out: bool = False
+    trusted: str = ""
     replica: str = ""
 
 
@@ -30,14 +32,14 @@ def data_for(data: DataSettings, plan: TrainingPlan) -> Optional[DataPlace]:
         return None
     if plan.evaluate and own.evaluation_path:
         return DataPlace(own.source, own.evaluation_path, held_out=True)
-    return DataPlace(own.source, own.path, replica=own.replica)
+    return DataPlace(own.source, own.path, trusted=own.trusted_path, replica=own.replica)
 
 
 def places(data: DataSettings) -> list[DataPlace]:
     """All data of this device, each once."""
     settings: list[DataSettings | TaskData] = [data, *data.tasks.values()]
-    found = [DataPlace(one.source, path) for one in settings for path in (one.path, one.evaluation_path) if path]
-    return list(dict.fromkeys(found))
+    paths = [(one.source, path) for one in settings for path in (one.path, one.evaluation_path, one.trusted_path)]
+    return list(dict.fromkeys(DataPlace(source, path) for source, path in paths if path))
 
 
 def unwilling(config: AgentConfig, plan: TrainingPlan) -> str:
@@ -45,7 +47,8 @@ def unwilling(config: AgentConfig, plan: TrainingPlan) -> str:
     policy, name = config.policy, f"task {plan.task!r}" if plan.task else "a round without a task"
     if plan.task in policy.refuse_tasks or (policy.tasks is not None and plan.task not in policy.tasks):
         return f"this device does not work for {name} ([policy] in its agent.toml)"
-    if data_for(config.data, plan) is None:
+    data = data_for(config.data, plan)
+    if data is None:
         return f"this device has no data for {name} ([data] in its agent.toml)"
     unknown = [metric for metric in plan.evaluate if metric not in METRICS]
     if unknown:
@@ -54,6 +57,8 @@ def unwilling(config: AgentConfig, plan: TrainingPlan) -> str:
         return "this device adds noise, and metrics have none (privacy.exact_evaluation in its agent.toml)"
     if plan.work not in WORKS:
         return f"this device cannot do {plan.work!r}; update its agent"
+    if plan.work == CORRECT and not data.trusted:
+        return f"this device has no trusted instances for {name} ([data] in its agent.toml)"
     if plan.work == FEATURES and config.privacy.noise_multiplier:
         return "this device adds noise, and shares of its examples have none"
     return ""

@@ -114,6 +114,17 @@ class Model:
             total += weight.sum() * self._output("gradient", "gradient", self.manifest.dimension, **inputs)
         return (total / len(x)).astype(np.float32)
 
+    def represented(self, x: Numbers) -> Floats:
+        """What the last Dense layer sees of each example: (n, ...) -> (n, F)."""
+        size = self.manifest.batch_size
+        width = self.manifest.parameters[0].shape[0]
+        rows = []
+        for start in range(0, len(x), size):
+            part = x[start : start + size]
+            padded, _, _ = self._padded(part, part)
+            rows.append(self._output("represent", "features", size * width, x=padded).reshape(size, width)[: len(part)])
+        return np.concatenate(rows)
+
     def evaluate(self, x: Numbers, y: Numbers) -> tuple[float, float]:
         """(mean loss, accuracy) over all examples."""
         totals = np.zeros(3)

@@ -33,7 +33,7 @@ from covey_protocol.parameters import MAX_UPDATE_NORM, offsets
 from covey_protocol.privacy import add_gaussian_noise, clip
 from covey_protocol.seals import PublicKey
 from covey_protocol.svrg import order_of, step_seed
-from covey_protocol.works import FEATURES
+from covey_protocol.works import CORRECT, FEATURES, TEACH
 
 
 class Trainer:
@@ -102,13 +102,13 @@ class Trainer:
         started = time.monotonic()
         self._model.set_parameters(received)
         loss_before, accuracy_before = self._model.evaluate(x, y)
-        update, loss, kept = _made(self._model, (x, y), request, received)
+        update, loss, kept, found = _made(self._model, (x, y), request, received)
         if not np.isfinite(update).all():
             raise TrainingError("training diverged: the update is not finite", "lower the learning rate")
         update = protect(update, request.clip_norm, request.noise_multiplier)
         if request.noise_multiplier:
             update = keep_variances(update, received, self._model.manifest)
-        check_sendable(update)
+        check_sendable(update, may_be_zero=request.plan.work in (TEACH, CORRECT))
         metrics = {
             "loss_before": loss_before,
             "accuracy_before": accuracy_before,
@@ -120,7 +120,7 @@ class Trainer:
         # a metric that is not a number would only confuse whoever averages it
         finite = {name: value for name, value in metrics.items() if np.isfinite(value)}
         data, withheld = compressed(update, request)
-        return Done(data, len(x), finite, self._model.runtime, withheld or kept)
+        return Done(data, len(x), finite, self._model.runtime, withheld or kept, dict(found))
 
 
 def _made(model: Model, examples: Examples, request: Run, received: Floats) -> Made:
@@ -150,16 +150,17 @@ def evaluated(model: Model, examples: Examples, request: Run) -> Done:
     return Done(values.tobytes(), len(examples[0]), metrics, model.runtime)
 
 
-def check_sendable(update: Floats) -> None:
+def check_sendable(update: Floats, *, may_be_zero: bool = False) -> None:
     """TrainingError for what a coordinator refuses from anybody; a device that works reports a failure instead.
 
     Whoever sends it all the same is counted among the hostile devices that the coordinator's rule bears.
+    may_be_zero: of a teacher that has no use for any of its instances.
     """
     with np.errstate(over="ignore"):  # infinity is too large as well
         norm = float(np.linalg.norm(update))
     if not norm <= MAX_UPDATE_NORM:
         raise TrainingError(f"training diverged: the update has norm {norm:.1e}", "lower the learning rate")
-    if not update.any():
+    if not may_be_zero and not update.any():
         raise TrainingError("training changed nothing: the update is all zeros", "raise the learning rate")
 
 

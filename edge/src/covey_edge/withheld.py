@@ -1,5 +1,5 @@
 """What this device's updates have left out so far (top-k), kept for its next update of the same task; in the same way
-the control c_i of SCAFFOLD, in a file of its own.
+the control c_i of SCAFFOLD and the state of a teacher, each in a file of its own.
 
 Each of a fleet's tasks has a file. In it, a run and a bundle belong together: another run, or another bundle (so
 another model's shape), starts with nothing. The file is written before the update that it belongs to is kept. After a
@@ -16,7 +16,7 @@ import msgspec
 from covey_edge.files import DISK, Disk
 from covey_protocol.forms import WITHHOLDING
 from covey_protocol.messages import Invitation, TrainingPlan, run_of
-from covey_protocol.works import SCAFFOLD
+from covey_protocol.works import CORRECT, SCAFFOLD, TEACH
 
 NO_WITHHELD_NOISE = (
     "this device adds noise, and a form that sends the largest numbers only would send mostly noise",
@@ -24,15 +24,19 @@ NO_WITHHELD_NOISE = (
 )
 
 
+NAME_OF = {SCAFFOLD: "control", TEACH: "teacher", CORRECT: "teacher"}  # work -> file; "withheld" of all others
+
+
 def withholds(plan: TrainingPlan) -> bool:
     """Whether a round of this plan needs what the one before has left."""
-    return plan.compression in WITHHOLDING or plan.work == SCAFFOLD
+    return plan.compression in WITHHOLDING or plan.work in NAME_OF
 
 
 class Withheld(msgspec.Struct, frozen=True):
     """round_id: of the update that left these numbers out. bundle: its sha256. before: what there was before it.
 
-    numbers, before: 4 d bytes, float32 little-endian; before is empty for the first update of a task.
+    numbers, before: 4 d bytes, float32 little-endian, or a teacher's state; before is empty for the first update of a
+    task.
     """
 
     round_id: str
@@ -50,7 +54,7 @@ class WithheldFile:
     @classmethod
     def of(cls, folder: Path, invitation: Invitation) -> WithheldFile:
         """That of the invitation's task: tasks take turns, and one's numbers wait for its next round."""
-        task, name = invitation.plan.task, "control" if invitation.plan.work == SCAFFOLD else "withheld"
+        task, name = invitation.plan.task, NAME_OF.get(invitation.plan.work, "withheld")
         return cls(folder / (f"{name}-{task}.msgpack" if task else f"{name}.msgpack"))
 
     def load(self, invitation: Invitation) -> bytes:
@@ -60,11 +64,19 @@ class WithheldFile:
             kept = msgspec.msgpack.decode(data or b"", type=Withheld)
         except msgspec.MsgspecError:
             return b""
-        numbers = kept.before if kept.round_id == invitation.round_id else kept.numbers
         same = (run_of(kept.round_id), kept.bundle) == (run_of(invitation.round_id), invitation.bundle.sha256)
-        return numbers if same and len(numbers) == invitation.parameters.size else b""
+        teaches = NAME_OF.get(invitation.plan.work) == "teacher"
+        # of a round that was abandoned and is asked for again the fleet has taken nothing
+        again = _exchange(kept.round_id) == _exchange(invitation.round_id) if teaches else False
+        numbers = kept.before if again or kept.round_id == invitation.round_id else kept.numbers
+        return numbers if same and (teaches or len(numbers) == invitation.parameters.size) else b""
 
     def store(self, invitation: Invitation, numbers: bytes) -> None:
         """Durable when this returns, in place of what was there. StorageError if it cannot be."""
         kept = Withheld(invitation.round_id, invitation.bundle.sha256, numbers, self.load(invitation))
         self._disk.write(self._path, msgspec.msgpack.encode(kept), mode=0o600)
+
+
+def _exchange(round_id: str) -> str:
+    """Of RUN.NUMBER.TIME what stays when the round is repeated."""
+    return round_id.rsplit(".", 1)[0]

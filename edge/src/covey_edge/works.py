@@ -1,13 +1,14 @@
 """What a device makes of its data where the plan asks for another work than `train`: docs/protocol.md, section 8.4.
 
 Runs in the training child. The arithmetic is covey_protocol.svrg's and covey_protocol.scaffold's; this file gives it
-the bundle's entry points. Federated SVRG goes by `gradient` alone: its step scales a difference of two gradients, which
-no constant added inside `train` can do, and so any bundle can follow it. SCAFFOLD adds a constant: `train`'s
-`correction`.
+the bundle's entry points; machine teaching is in `teaching`. Federated SVRG goes by `gradient` alone: its step scales a
+difference of two gradients, which no constant added inside `train` can do, and so any bundle can follow it. SCAFFOLD
+adds a constant: `train`'s `correction`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple, Optional
 
 import numpy as np
@@ -15,21 +16,24 @@ import numpy as np
 from covey_edge.data_sources import Examples
 from covey_edge.frames import Done, Run
 from covey_edge.runtime import Floats, Model
+from covey_edge.teaching import taught
 from covey_protocol import scaffold, svrg
 from covey_protocol.bundle import check_plan
 from covey_protocol.errors import TrainingError
-from covey_protocol.works import GRADIENT, SVRG, VECTORS, feature_units
+from covey_protocol.works import CORRECT, GRADIENT, SVRG, TEACH, VECTORS, feature_units
 
 
 class Made(NamedTuple):
     """update: (d,), as it was made, before clipping and noise. loss: mean over the steps, where they tell it.
 
-    kept: float32 little-endian, what the device keeps for its next round of this work; b"" for nothing.
+    kept: what the device keeps for its next round of this work: float32 little-endian, or a teacher's state; b"" for
+    nothing. found: what its owner is told of the data, by file name.
     """
 
     update: Floats
     loss: Optional[float] = None
     kept: bytes = b""
+    found: Mapping[str, bytes] = {}
 
 
 def counted(model: Model, examples: Examples, request: Run) -> Done:
@@ -55,6 +59,9 @@ def made(model: Model, examples: Examples, request: Run, received: Floats) -> Ma
         return Made(model.gradient(*examples, seed=_seed(model, request, 0)))
     if request.plan.work == SVRG:
         return _svrg(model, examples, request, received, vectors)
+    if request.plan.work in (TEACH, CORRECT):
+        update, kept, found = taught(model, examples, request, received, vectors)
+        return Made(update, None, kept, found)
     return _scaffold(model, examples, request, received, vectors[0])
 
 

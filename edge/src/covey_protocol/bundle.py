@@ -101,7 +101,9 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     def facts(self) -> BundleFacts:
         """What the works of a plan depend on."""
         size = math.prod(self.input.shape)
-        return BundleFacts(self.name, self.parameters, self.signatures, self.train_inputs, self.optimizer, size)
+        return BundleFacts(
+            self.name, self.parameters, self.signatures, self.train_inputs, self.optimizer, size, self.loss
+        )
 
 
 class Bundle(msgspec.Struct, frozen=True):

@@ -8,6 +8,7 @@ more than a round needs. This file does not encode, seal or send anything (see `
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Union
 
 import msgspec
@@ -27,6 +28,7 @@ MAX_DURATION_MS = 30 * 24 * 3600 * 1000  # a month
 MAX_STALENESS = 100  # rounds; and as many earlier rounds an invitation can name
 MAX_STEPS = 1_000_000  # on one device in one round
 MAX_VECTORS = 4  # beside the parameters
+MAX_TEACHING = 1e12  # of a constant of machine teaching: its square, times a number of instances, stays finite
 TRAIN = "train"  # the work of a plan that asks for no other
 
 DeviceId = Annotated[str, Meta(pattern=r"\A[A-Za-z0-9][A-Za-z0-9_-]{0,62}\Z")]
@@ -64,6 +66,22 @@ class BlobRef(Struct, frozen=True):
         return min(self.chunk_bytes, self.size - index * self.chunk_bytes)
 
 
+class TeachingPlan(Struct, frozen=True, omit_defaults=True):
+    """The constants of machine teaching, as in `teaching.Settings`; infinity turns crafting off.
+
+    teachers: how many devices teach, whether they take part in this round or not.
+    """
+
+    lambda_w: Annotated[float, Meta(gt=0, le=MAX_TEACHING)]
+    lambda_t: Annotated[float, Meta(ge=0, le=MAX_TEACHING)]
+    rho: Annotated[float, Meta(gt=0, le=MAX_TEACHING)]
+    curvature: Annotated[float, Meta(gt=0, le=MAX_TEACHING)]
+    teachers: Annotated[int, Meta(ge=1, le=MAX_DEVICES)]
+    lambda_a: Annotated[float, Meta(ge=0, le=MAX_TEACHING)] = 0.0
+    lambda_z: Annotated[float, Meta(gt=0)] = math.inf
+    lambda_y: Annotated[float, Meta(gt=0.5)] = math.inf
+
+
 class TrainingPlan(Struct, frozen=True, omit_defaults=True):
     """What a device is asked to do with its data. The device's own policy may do less, never more.
 
@@ -76,7 +94,7 @@ class TrainingPlan(Struct, frozen=True, omit_defaults=True):
     evaluate: names of metrics. Where there are any, nothing is trained: the update is these numbers of the received
     model on the device's data, in this order. task: which of the fleet's tasks this is, "" where it has only one.
     work: what the device makes of its data, see `works`; no Literal, as for compression. steps: so many local steps
-    in place of epochs, 0 for epochs.
+    in place of epochs, 0 for epochs. teaching: of the works of machine teaching, which need it.
     """
 
     epochs: Annotated[int, Meta(ge=1, le=MAX_EPOCHS)]
@@ -91,6 +109,7 @@ class TrainingPlan(Struct, frozen=True, omit_defaults=True):
     task: TaskName = ""
     work: Name = TRAIN
     steps: Annotated[int, Meta(ge=0, le=MAX_STEPS)] = 0
+    teaching: Union[TeachingPlan, UnsetType] = UNSET
 
     def __post_init__(self) -> None:
         # omit_defaults leaves out what *is* the default; a 0.0 from a configuration is another 0.0

@@ -9,19 +9,35 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple, Optional
 
+from msgspec import UNSET
+
 from covey_protocol.errors import TrainingError
 from covey_protocol.messages import TRAIN, TrainingPlan
 from covey_protocol.parameters import ParameterSpec
 
 FEATURES, GRADIENT, SVRG, SCAFFOLD = "features", "gradient", "svrg", "scaffold"
-WORKS = (TRAIN, FEATURES, GRADIENT, SVRG, SCAFFOLD)
+TEACH, CORRECT = "teach", "teach-correct"
+WORKS = (TRAIN, FEATURES, GRADIENT, SVRG, SCAFFOLD, TEACH, CORRECT)
 # the capability that a work needs; one of a later version is its own, so that this device declines by its name
-CAPABILITY_OF = {TRAIN: "train", FEATURES: SVRG, GRADIENT: SVRG, SVRG: SVRG, SCAFFOLD: SCAFFOLD}
-VECTORS = {SVRG: (1, 2), SCAFFOLD: (1, 1)}  # fewest and most of an invitation; others have none
+CAPABILITY_OF = {
+    TRAIN: "train",
+    FEATURES: SVRG,
+    GRADIENT: SVRG,
+    SVRG: SVRG,
+    SCAFFOLD: SCAFFOLD,
+    TEACH: TEACH,
+    CORRECT: TEACH,
+}
+LEARNERS = {  # a bundle's loss -> the learner of its last layer, as teaching.Problem calls it
+    "mean_squared_error": "ridge",
+    "binary_crossentropy": "logistic",
+    "sparse_categorical_crossentropy": "logistic",
+}
+VECTORS = {SVRG: (1, 2), SCAFFOLD: (1, 1), TEACH: (2, 2)}  # fewest and most of an invitation; others have none
 
 
 class BundleFacts(NamedTuple):
-    """What matters here of a bundle's manifest. input_size: numbers in one example."""
+    """What matters here of a bundle's manifest. input_size: numbers in one example. loss: its name."""
 
     name: str
     parameters: Sequence[ParameterSpec]
@@ -29,6 +45,7 @@ class BundleFacts(NamedTuple):
     train_inputs: Sequence[str]
     optimizer: str
     input_size: int
+    loss: str = ""
 
 
 def feature_units(bundle: BundleFacts) -> Optional[int]:
@@ -65,6 +82,37 @@ def check_work(bundle: BundleFacts, plan: TrainingPlan) -> None:
         )
     if plan.work == SCAFFOLD:
         _check_scaffold(bundle, plan)
+    if plan.work in (TEACH, CORRECT):
+        _check_teaching(bundle, plan)
+
+
+def taught_layer(bundle: BundleFacts) -> Optional[tuple[int, int]]:
+    """(F, C) where the bundle's parameters are one kernel (F, C) and its bias (C,), and what the layer sees is known.
+
+    That is by the entry point `represent`, or as the F numbers of an example. None for other models.
+    """
+    if len(bundle.parameters) != 2:
+        return None
+    kernel, bias = (spec.shape for spec in bundle.parameters)
+    seen = "represent" in bundle.signatures or kernel[:1] == (bundle.input_size,)
+    return (kernel[0], kernel[1]) if len(kernel) == 2 and bias == kernel[1:] and seen else None
+
+
+def _check_teaching(bundle: BundleFacts, plan: TrainingPlan) -> None:
+    if plan.teaching is UNSET:
+        raise TrainingError(f"the plan asks for {plan.work} without its constants", "set teaching in the plan")
+    if plan.steps:
+        raise TrainingError(f"the plan asks for {plan.steps} steps of {plan.work}", "leave steps out")
+    if taught_layer(bundle) is None:
+        raise TrainingError(
+            f"the parameters of bundle {bundle.name!r} are not those of one last Dense layer with a bias",
+            "export the model with `covey export --teach`",
+        )
+    if bundle.loss not in LEARNERS:
+        raise TrainingError(
+            f"the loss of bundle {bundle.name!r} is {bundle.loss}, of which there is no machine teaching",
+            f"export the model with one of {', '.join(LEARNERS)}",
+        )
 
 
 def _check_beside(plan: TrainingPlan) -> None:

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 @click.option("--clip", is_flag=True, help="Give the step an input for clipping the gradient's global norm.")
 @click.option("--proximal", is_flag=True, help="Give the step the inputs of FedProx's proximal term.")
 @click.option("--correction", is_flag=True, help="Give the step a vector to add to the gradient (SVRG, SCAFFOLD).")
+@click.option("--teach", is_flag=True, help="Train the last Dense layer only; add the entry point `represent`.")
 @click.option(
     "--moving-statistics",
     type=click.Choice(["average", "local"]),

@@ -31,6 +31,7 @@ def export(
     proximal: bool = False,
     correction: bool = False,
     moving_statistics: str = "average",
+    teach: bool = False,
     key: Optional[SealingKey] = None,
     seed: int = 0,
     metadata: Optional[Mapping[str, str]] = None,
@@ -55,6 +56,8 @@ def export(
         FedProx (Li et al. 2020, arXiv:1812.06127), and for a vector added to the gradient (SVRG, SCAFFOLD).
     moving_statistics: "average" sends BatchNorm's moving mean and variance along with the trained parameters; "local"
         keeps them on each device. What is neither trained nor moving is a constant of the file and never travels.
+    teach: train the last Dense layer only, with all before it as constants, and give the bundle the entry point
+        `represent`, which gives what that layer sees (machine teaching).
     key: seals the bundle. seed: of the proof's data.
 
     Raises BundleError for a model that cannot be exported, naming the op and the layer, or whose export does not do
@@ -76,6 +79,7 @@ def export(
         proximal=proximal,
         correction=correction,
         moving_statistics=moving_statistics,
+        teach=teach,
         seed=seed,
         metadata=dict(metadata or {}),
     )

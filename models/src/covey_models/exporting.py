@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Optional
 
@@ -15,6 +15,7 @@ import numpy as np
 
 from covey_models._tensorflow import import_tensorflow, quiet
 from covey_models.convert import convert
+from covey_models.last_layer import only_last_trained
 from covey_models.losses import Loss, behind, loss_for
 from covey_models.lowering import lower
 from covey_models.proof import DataRange, prove
@@ -43,6 +44,7 @@ class Settings:
     proximal: bool = False
     correction: bool = False
     moving_statistics: str = "average"
+    teach: bool = False
     seed: int = 0
     metadata: dict[str, str] = field(default_factory=dict)
 
@@ -68,8 +70,10 @@ def exported(model: Any, settings: Settings, key: Optional[SealingKey] = None) -
         settings.proximal,
         settings.correction,
         settings.moving_statistics,
+        settings.teach,
     )
-    with quiet(), _unchanged(model):
+    frozen = only_last_trained(model) if settings.teach else nullcontext()
+    with quiet(), _unchanged(model), frozen:
         steps = _traced(model, recipe)
         tflite = convert_functions(steps.functions, model, steps)
         _check_outputs(model, loss, settings)

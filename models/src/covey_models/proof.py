@@ -22,6 +22,7 @@ import numpy as np
 from scipy.stats import mannwhitneyu
 
 from covey_models._tensorflow import import_tensorflow
+from covey_models.last_layer import REPRESENT
 from covey_models.losses import Labels
 from covey_models.references import has_kinks, in_double, shadow_of, smooth_twin
 from covey_models.steps import Steps
@@ -324,7 +325,8 @@ def _against_float32(ours: Side, theirs: Side, trial: Trial) -> list[Measured]:
         measured.append(_measure("train", *_parameters(sides)))
         if batch.is_empty:
             measured.append(_measure(_EMPTY, ours.parameters(), before))
-    measured += _measure_all("infer", *(side.call["infer"](x=batches[0].x) for side in sides))
+    for name in ("infer", *([REPRESENT] if REPRESENT in ours.call else [])):
+        measured += _measure_all(name, *(side.call[name](x=batches[0].x) for side in sides))
     return measured + _measured_reset(sides, trial, batches[0])
 
 
@@ -378,7 +380,11 @@ def _against_float64(ours: TFLiteSide, theirs: TensorFlowSide, trial: Trial, con
     return worst
 
 
-_IN_OTHERS = ("gradient", "infer")  # what they compute, `train` and `evaluate` do too: not converted again for a twin
+_IN_OTHERS = (
+    "gradient",
+    "infer",
+    REPRESENT,
+)  # what they compute, `train` and `evaluate` do too: not converted again for a twin
 
 
 def _outcomes(sides: Sides, trial: Trial, draw: int, loudness: float = 1.0) -> dict[str, tuple[Array, Array, Array]]:
@@ -391,6 +397,8 @@ def _outcomes(sides: Sides, trial: Trial, draw: int, loudness: float = 1.0) -> d
         if "gradient" in sides[0].call:
             outcome["gradient"] = trial.gradient(side, batches[0])["gradient"]
             outcome["infer"] = side.call["infer"](x=batches[0].x)["output"]
+        if REPRESENT in sides[0].call:
+            outcome[REPRESENT] = side.call[REPRESENT](x=batches[0].x)["features"]
         for batch in batches:
             trial.train(side, batch)
         outcomes.append({**outcome, "train": side.parameters()})

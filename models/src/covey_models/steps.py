@@ -14,6 +14,7 @@ from typing import Any, Optional
 import numpy as np
 
 from covey_models._tensorflow import import_tensorflow, layers_of, variable_dtype
+from covey_models.last_layer import REPRESENT, representation
 from covey_models.losses import Loss
 from covey_models.lowering import all_ops, is_random, seeded
 from covey_models.optimizers import Optimizer, optimizer_for
@@ -33,7 +34,7 @@ class Recipe:
 
     optimizer: a name or a Keras optimizer. clip, proximal, correction: which optional inputs `train` gets.
     moving_statistics: "average" lets BatchNorm's moving statistics travel with the parameters, "local" keeps them on
-    each device.
+    each device. teach: give the bundle the entry point `represent`.
     """
 
     loss: Loss
@@ -43,6 +44,7 @@ class Recipe:
     proximal: bool = False
     correction: bool = False
     moving_statistics: str = "average"
+    teach: bool = False
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,8 @@ def _signatures(
         "get_parameters": (step.get_parameters, []),
         "set_parameters": (step.set_parameters, [tf.TensorSpec([dimension], tf.float32, name="parameters")]),
     }
+    if step.recipe.teach:
+        signatures[REPRESENT] = (step.represent, [x])
     if step.optimizer.state:
         signatures["reset_optimizer"] = (step.reset_optimizer, [])
     return signatures
@@ -289,6 +293,10 @@ class _Step:
 
     def infer(self, x: Tensor) -> dict[str, Tensor]:
         return {"output": self.loss.prediction(self._outputs(x, training=False))}
+
+    def represent(self, x: Tensor) -> dict[str, Tensor]:
+        """What the last Dense layer sees: one vector per example."""
+        return {"features": representation(self.model)(x, training=False)}
 
     def get_parameters(self) -> dict[str, Tensor]:
         return {"parameters": tf.concat([tf.reshape(variable, [-1]) for variable in self.parameters], 0)}

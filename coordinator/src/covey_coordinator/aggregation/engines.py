@@ -27,8 +27,8 @@ import numpy.typing as npt
 
 from covey_coordinator.aggregation.kernels import Updates
 from covey_coordinator.aggregation.registry import suggest
-from covey_coordinator.aggregation.rules import Batch, Judgement, Rule
-from covey_coordinator.aggregation.screening import Screened, screen_updates
+from covey_coordinator.aggregation.rules import LOSSES, TRUSTED_PLACE, Batch, Judgement, Rule, Trusted
+from covey_coordinator.aggregation.screening import Screened, screen_updates, update_fault
 from covey_coordinator.aggregation.states import pack_state, unpack_state
 from covey_coordinator.aggregation.worker import Worker, refusal_of
 from covey_coordinator.records import ACCEPTED, REJECTED, Array, DeviceVerdict
@@ -62,8 +62,12 @@ class Engine(Protocol):
         updates: Array | Sequence[Array],
         num_examples: Array | Sequence[float],
         device_ids: Sequence[str],
+        trusted: Trusted | None = None,
     ) -> StepResult:
-        """(d,), (n, d) or n vectors, n counts, n ids -> the result. Raises RuleError if the round is refused."""
+        """(d,), (n, d) or n vectors, n counts, n ids -> the result. Raises RuleError if the round is refused.
+
+        trusted: for rules that need it.
+        """
 
     def aggregate(self, parameters: Array, screened: Screened) -> StepResult:
         """The same for updates that have been screened already; verdicts in the order of the device ids."""
@@ -100,9 +104,12 @@ class Door(Protocol):
         """State of the rule and state of the server optimizer before the first round."""
 
     def judge(
-        self, rule: Rule, state: Any, updates: Array, num_examples: Array, places: Places
+        self, rule: Rule, state: Any, updates: Array, num_examples: Array, places: Places, trusted: Trusted
     ) -> tuple[Any, Judgement]:
-        """The rule on screened rows; numpy arrays in the judgement. rule: the door's own, perhaps with another f."""
+        """The rule on screened rows; numpy arrays in the judgement. rule: the door's own, perhaps with another f.
+
+        trusted: what the rule needs of it; its losses are of aggregates, as in `Batch`.
+        """
 
     def apply(self, state: Any, weights: list[Array], gradients: list[Array]) -> tuple[Any, list[Array]]:
         """The server optimizer on the trainable parameters."""
@@ -132,6 +139,11 @@ def make_engine(
     door: Door
     if name == "direct":
         door = DirectDoor(rule, parameter_specs, optimizer)
+    elif rule.needs_trusted == LOSSES:
+        raise ConfigError(
+            f"{rule.name} in the engine {name!r}: it asks for losses, which are not computed on TFF's worker",
+            'set engine = "direct"',
+        )
     else:
         door = TffDoor(rule, parameter_specs, optimizer, worker)
     layout = [(spec.shape, spec.trainable) for spec in parameter_specs]
@@ -186,10 +198,11 @@ class _RoundEngine:
         updates: Array | Sequence[Array],
         num_examples: Array | Sequence[float],
         device_ids: Sequence[str],
+        trusted: Trusted | None = None,
     ) -> StepResult:
         refuse_copies = self._refuse_copies and not self.expects_copies
         screened = screen_updates(updates, num_examples, device_ids, self._layout.d, refuse_copies=refuse_copies)
-        result = self.aggregate(parameters, screened)
+        result = self.aggregate(parameters, dataclasses.replace(screened, trusted=trusted))
         verdicts = {verdict.device_id: verdict for verdict in result.verdicts}
         return dataclasses.replace(result, verdicts=[verdicts[device_id] for device_id in device_ids])
 
@@ -200,7 +213,8 @@ class _RoundEngine:
         self._check(rule, screened)
         places = np.array([self._places.setdefault(one, len(self._places)) for one in screened.device_ids], np.int64)
         rows = screened.updates, screened.num_examples, places
-        rule_state, judgement = self._door.judge(rule, self._rule_state, *rows)
+        trusted = needed_of(self._rule, screened.trusted, parameters)
+        rule_state, judgement = self._door.judge(rule, self._rule_state, *rows, trusted)
         optimizer_state, new_parameters = self._apply(parameters, judgement.aggregate)
         if not np.isfinite(new_parameters).all():
             raise RuleError(
@@ -261,6 +275,25 @@ class _RoundEngine:
         weights, gradients = layout.trainable(parameters), layout.trainable(-aggregate)
         state, new_weights = self._door.apply(self._optimizer_state, weights, gradients)
         return state, layout.merged(parameters + aggregate, new_weights)
+
+
+def needed_of(rule: Rule, trusted: Trusted | None, parameters: Array) -> Trusted:
+    """What the rule needs of the trusted data, checked; losses of aggregates on these (d,) parameters.
+
+    Raises RuleError where the coordinator's own update is none that a device could send.
+    """
+    if not rule.needs_trusted:
+        return Trusted()
+    update, losses = trusted if trusted is not None else Trusted()
+    if rule.needs_trusted == LOSSES and losses is not None:
+        losses_of = losses
+        return Trusted(losses=lambda aggregates: losses_of(parameters + aggregates))
+    if rule.needs_trusted == LOSSES or update is None:
+        raise UsageError(f"{rule.name} was given no {rule.needs_trusted} of trusted data")
+    fault = update_fault(update, len(parameters))
+    if fault:
+        raise RuleError(f"the coordinator's own {fault}", "look at the data and the settings of [trusted]")
+    return Trusted(update)
 
 
 class _Layout:
@@ -333,10 +366,10 @@ class DirectDoor:
         return self._first_state, self._optimizer_state
 
     def judge(
-        self, rule: Rule, state: Any, updates: Array, num_examples: Array, places: Places
+        self, rule: Rule, state: Any, updates: Array, num_examples: Array, places: Places, trusted: Trusted
     ) -> tuple[Any, Judgement]:
         with np.errstate(all="ignore"):  # as in TensorFlow: rules deal with what is not finite themselves
-            return rule.advance(self._kernels, state, Batch(Updates(updates), num_examples, places))
+            return rule.advance(self._kernels, state, Batch(Updates(updates), num_examples, places, *trusted))
 
     def apply(self, state: Any, weights: list[Array], gradients: list[Array]) -> tuple[Any, list[Array]]:
         state, new_weights = self._next(state, _as_tensors(weights), _as_tensors(gradients))
@@ -385,11 +418,15 @@ class TffDoor:
         return self._aggregations[f]
 
     def judge(
-        self, rule: Rule, state: Any, updates: Array, num_examples: Array, places: Places
+        self, rule: Rule, state: Any, updates: Array, num_examples: Array, places: Places, trusted: Trusted
     ) -> tuple[Any, Judgement]:
-        values = [[row[place].reshape(shape) for place, shape in self._shapes] for row in updates]
+        told = list(zip(num_examples, places))
+        rows = list(updates)
+        if trusted.update is not None:
+            rows, told = [*rows, trusted.update], [*told, (np.float32(1), np.int64(TRUSTED_PLACE))]
+        values = [[row[place].reshape(shape) for place, shape in self._shapes] for row in rows]
         try:
-            output = self._worker.call(self._aggregation(rule).next, state, values, list(zip(num_examples, places)))
+            output = self._worker.call(self._aggregation(rule).next, state, values, told)
         except Exception as error:
             refusal = refusal_of(error)
             if refusal is None:

@@ -20,10 +20,20 @@ import tensorflow_federated as tff
 
 from covey_coordinator.aggregation.kernels import FLOAT32_MAX, Updates
 from covey_coordinator.aggregation.kernels.reference import TensorFlowKernels
-from covey_coordinator.aggregation.rules import Batch, Judgement, Rule, least_devices
+from covey_coordinator.aggregation.rules import (
+    LOSSES,
+    TRUSTED_PLACE,
+    Batch,
+    Judgement,
+    Rule,
+    Trusted,
+    least_devices,
+)
 from covey_protocol.errors import UsageError
 
 EncoderMaker = Callable[[tf.TensorSpec], Any]  # to a SimpleEncoder of the tensor_encoding that TFF uses
+LossesOf = Callable[[Any], Any]  # in a graph: (m, d) models -> (m, 2) float64, as in `rules.Trusted`
+LossesMaker = Callable[[], LossesOf]  # called while a computation is traced, outside its functions: it makes variables
 POSITION = -1  # the place of a client whose weight does not name one
 
 
@@ -40,15 +50,23 @@ class RuleFactory(tff.aggregators.WeightedAggregationFactory):  # type: ignore[m
     Measurements: `accepted` (n,) bool and `scores` (n,) float32 in client order; a client left out has accepted False
     and the largest float32 as its score. The rule's own measurements stand beside them.
     encoder_fn: how each tensor travels from the clients (`quantize_above_threshold`); None sends it as it is.
+
+    For a rule that needs trusted data one client stands for the coordinator: its place is TRUSTED_PLACE, its value the
+    trusted update, or for losses the model of the round, and its count says nothing. It is in no measurement.
+    losses: for rules that need them.
     """
 
-    def __init__(self, rule: Rule, encoder_fn: EncoderMaker | None = None) -> None:
+    def __init__(self, rule: Rule, encoder_fn: EncoderMaker | None = None, losses: LossesMaker | None = None) -> None:
         self.rule = rule
         self.encoder_fn = encoder_fn
+        self.losses = losses
 
     def create(self, value_type: Any, weight_type: Any) -> Any:
         """The aggregation process for this type of value. Raises RuleError if the rule bears no number of clients."""
-        parts = _Parts(self.rule, value_type, weight_type, self.encoder_fn)
+        losses = self.losses if self.rule.needs_trusted == LOSSES else None
+        if self.rule.needs_trusted == LOSSES and losses is None:
+            raise UsageError(f"{self.rule.name} without losses")
+        parts = _Parts(self.rule, value_type, weight_type, self.encoder_fn, losses=losses)
         next_round = tff.federated_computation(
             parts.next_round,
             tff.FederatedType(parts.state_type, tff.SERVER),
@@ -105,8 +123,16 @@ class _Parts:
     """The computations of one aggregation process."""
 
     def __init__(
-        self, rule: Rule, value_type: Any, weight_type: Any, encoder_fn: EncoderMaker | None, as_sum: bool = False
+        self,
+        rule: Rule,
+        value_type: Any,
+        weight_type: Any,
+        encoder_fn: EncoderMaker | None,
+        as_sum: bool = False,
+        losses: LossesMaker | None = None,
     ) -> None:
+        if rule.needs_trusted and not isinstance(weight_type, tff.StructType):
+            raise UsageError(f"{rule.name} needs a client with the place {TRUSTED_PLACE}, and weights name no places")
         least = least_devices(rule)
         layout = _Layout(value_type)
         initial_state = tff.tensorflow.computation(
@@ -115,7 +141,9 @@ class _Parts:
         self.initialize = tff.federated_computation(lambda: tff.federated_eval(initial_state, tff.SERVER))
         self.state_type = initial_state.type_signature.result
         self._judge = tff.tensorflow.computation(
-            lambda state, rows: _judge(rule, least, layout, as_sum, state, *rows), self.state_type, layout.rows_type
+            lambda state, rows: _judge(rule, least, layout, as_sum, losses and losses(), state, *rows),
+            self.state_type,
+            layout.rows_type,
         )
         self._code = _Code(layout, value_type, encoder_fn)
         self._gather = _gathering(layout, self._code, weight_type)
@@ -205,12 +233,23 @@ def _any_rows(empty: Any) -> Any:
 
 
 def _judge(
-    rule: Rule, least: int, layout: _Layout, as_sum: bool, state: Any, updates: Any, num_examples: Any, places: Any
+    rule: Rule,
+    least: int,
+    layout: _Layout,
+    as_sum: bool,
+    losses: LossesOf | None,
+    state: Any,
+    updates: Any,
+    num_examples: Any,
+    places: Any,
 ) -> Any:
     """One round on the gathered rows: new state, structured aggregate (times usable rows for as_sum), measurements."""
+    trusted = Trusted()
+    if rule.needs_trusted:
+        trusted, (updates, num_examples, places) = _set_apart(rule, losses, updates, num_examples, places)
     # tf.equal: in TFF's graphs `==` compares the tensor objects and is False
     places = tf.where(tf.equal(places, POSITION), tf.range(tf.size(places, tf.int64)), places)
-    usable, new_state, judgement = _advance_usable(rule, least, state, updates, num_examples, places)
+    usable, new_state, judgement = _advance_usable(rule, least, state, updates, num_examples, places, trusted)
     state = tf.nest.map_structure(lambda new, old: tf.ensure_shape(new, old.shape), new_state, state)  # loops forget it
     aggregate = judgement.aggregate * tf.cast(usable, tf.float32) if as_sum else judgement.aggregate
     own = {name: tf.cast(value, tf.float32) for name, value in sorted(judgement.measurements.items())}
@@ -218,8 +257,26 @@ def _judge(
     return state, layout.unflat(aggregate), measurements
 
 
+def _set_apart(
+    rule: Rule, losses: LossesOf | None, updates: Any, num_examples: Any, places: Any
+) -> tuple[Trusted, tuple[Any, Any, Any]]:
+    """What the row of the coordinator's own says, and the rows of the clients."""
+    is_own = tf.equal(places, TRUSTED_PLACE)
+    row = tf.boolean_mask(updates, is_own)
+    message = f"{rule.name} needs one {rule.needs_trusted} of trusted data, of numbers that are finite"
+    asked = tf.logical_and(tf.equal(tf.shape(row)[0], 1), tf.reduce_all(tf.math.is_finite(row)))
+    if rule.needs_trusted != LOSSES:
+        asked = tf.logical_and(asked, tf.reduce_any(row > 0) | tf.reduce_any(row < 0))
+    with tf.control_dependencies([tf.debugging.Assert(asked, [message])]):
+        own = tf.ensure_shape(row[0], [updates.shape[1]])
+    others = tuple(tf.boolean_mask(part, tf.logical_not(is_own)) for part in (updates, num_examples, places))
+    if losses is None:
+        return Trusted(own), others
+    return Trusted(losses=lambda aggregates: losses(own + aggregates)), others
+
+
 def _advance_usable(
-    rule: Rule, least: int, state: Any, updates: Any, num_examples: Any, places: Any
+    rule: Rule, least: int, state: Any, updates: Any, num_examples: Any, places: Any, trusted: Trusted
 ) -> tuple[Any, Any, Judgement]:
     """rule.advance on the rows that are finite and have examples; the judgement speaks of all rows.
 
@@ -232,17 +289,21 @@ def _advance_usable(
     message = f"{rule.name} with num_byzantine = {rule.num_byzantine} needs at least {least} usable updates"
     with tf.control_dependencies([tf.debugging.assert_greater_equal(n, least, message=message)]):
         rows, counts, numbers = (tf.gather(whole, chosen[:, 0]) for whole in (updates, num_examples, places))
-    state, judgement = traced(rule)(state, rows, counts, numbers)
+    state, judgement = traced(rule, trusted.losses)(state, rows, counts, numbers, trusted.update)
     accepted = tf.scatter_nd(chosen, tf.cast(judgement.accepted, tf.int32), [tf.shape(updates)[0]]) > 0
     left_out = tf.fill(tf.shape(num_examples), tf.constant(FLOAT32_MAX))
     scores = tf.tensor_scatter_nd_update(left_out, chosen, judgement.scores)
     return n, state, judgement._replace(accepted=accepted, scores=scores)
 
 
-def traced(rule: Rule) -> Any:
-    """The rule in the reference kernels: a tf.function (state, (n, d), (n,), (n,)) -> (state, judgement)."""
+def traced(rule: Rule, losses: LossesOf | None = None) -> Any:
+    """The rule in the reference kernels: a tf.function (state, (n, d), (n,), (n,)) -> (state, judgement).
 
-    def advance(state: Any, updates: Any, num_examples: Any, places: Any) -> tuple[Any, Judgement]:
-        return rule.advance(TensorFlowKernels(), state, Batch(Updates(updates), num_examples, places))
+    A last argument, (d,), is the trusted update for rules that need it. losses: of aggregates, as in `Batch`.
+    """
+
+    def advance(state: Any, updates: Any, num_examples: Any, places: Any, trusted: Any = None) -> tuple[Any, Judgement]:
+        batch = Batch(Updates(updates), num_examples, places, trusted, losses)
+        return rule.advance(TensorFlowKernels(), state, batch)
 
     return tf.function(advance, autograph=False)

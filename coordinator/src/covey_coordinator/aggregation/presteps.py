@@ -116,6 +116,10 @@ class Before(Rule):
         return self.inner.remembers_devices
 
     @property
+    def needs_trusted(self) -> str:  # type: ignore[override]  # the same
+        return self.inner.needs_trusted
+
+    @property
     def expects_copies(self) -> bool:  # type: ignore[override]  # as above
         return self.inner.expects_copies
 
@@ -208,7 +212,7 @@ class NearestNeighbourMixing(PreStep):
         share = k.divide(1.0, k.real(kept))
         examples = k.sum_rows(k.transpose(k.take(k.real(batch.num_examples), nearest[:, :kept]))) * share
         mixed = batch.updates.mixed(members, share)
-        return state, one_to_one(k, Batch(mixed, k.single(examples), batch.places))
+        return state, one_to_one(k, batch._replace(updates=mixed, num_examples=k.single(examples)))
 
 
 @dataclass(frozen=True)
@@ -258,7 +262,7 @@ class Bucketing(PreStep):
         sizes = k.sum_rows(k.transpose(used))
         examples = k.sum_rows(k.transpose(used * k.take(k.real(batch.num_examples), devices)))
         mixed = batch.updates.through(devices, used * k.divide(k.full((), 1.0), sizes)[:, None])
-        groups = Batch(mixed, k.single(examples), k.arange(rows))
+        groups = batch._replace(updates=mixed, num_examples=k.single(examples), places=k.arange(rows))
         row_of = k.argsort(order) // self.size
         return state + 1, Prepared(groups, row_of, k.full((n,), True), {})
 

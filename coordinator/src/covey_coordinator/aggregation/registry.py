@@ -25,9 +25,11 @@ from covey_coordinator.aggregation.krum import Krum, MultiKrum
 from covey_coordinator.aggregation.mda import MinimumDiameter
 from covey_coordinator.aggregation.mean import Mean
 from covey_coordinator.aggregation.presteps import Before, Bucketing, NearestNeighbourMixing, PreStep
+from covey_coordinator.aggregation.rejection import ErrorRejection, LossRejection, UnionRejection
 from covey_coordinator.aggregation.rules import Rule
 from covey_coordinator.aggregation.spectral import CovarianceFilter, DivideAndConquer
 from covey_coordinator.aggregation.trimmed_mean import Median, TrimmedMean
+from covey_coordinator.aggregation.trusted import FLTrust, TrustedAlignment, TrustedOnly
 from covey_protocol.errors import ConfigError, RuleError
 
 RULES: dict[str, type[Rule]] = {
@@ -45,6 +47,12 @@ RULES: dict[str, type[Rule]] = {
     "caf": CovarianceFilter,
     "foolsgold": FoolsGold,
     "flame": Flame,
+    "fltrust": FLTrust,
+    "trusted-alignment": TrustedAlignment,
+    "trusted-only": TrustedOnly,
+    "lfr": LossRejection,
+    "err": ErrorRejection,
+    "lfr-err": UnionRejection,
     "draco": Draco,
 }
 RULE_NAMES = tuple(RULES)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 from covey_coordinator.aggregation.kernels import Kernels, Updates
@@ -16,18 +16,35 @@ from covey_coordinator.records import Array
 from covey_protocol.errors import RuleError, UsageError
 
 MAX_DEVICES = 1 << 16  # far above any cohort; bounds the search in `least_devices`
+UPDATE, LOSSES = "update", "losses"  # what a rule may need of trusted data
+TRUSTED_PLACE = -2  # in TFF, of the row that is the coordinator's own; devices have places of 0 and above
 
 
 class Batch(NamedTuple):
     """What one round gives to a rule, after screening.
 
     updates: n rows of d. num_examples: (n,) float32, positive, as the devices claim. places: (n,) int64, a number per
-    device that is the same in every round, for rules that remember devices.
+    device that is the same in every round, for rules that remember devices. For rules that need trusted data (see
+    Rule.needs_trusted), else None: trusted: (d,) float32, the coordinator's own update, made with the round's plan;
+    losses: from (m, d) float32 aggregates to (m, 2) float64, the mean loss and the share of wrong answers on the
+    trusted data of the round's model plus each.
     """
 
     updates: Updates
     num_examples: Any
     places: Any
+    trusted: Any = None
+    losses: Callable[[Any], Any] | None = None
+
+
+class Trusted(NamedTuple):
+    """What an engine is given of the trusted data in one round; what the rule does not need is None.
+
+    update: (d,) float32. losses: from (m, d) float32 models to (m, 2) float64, see `Batch`; may raise RuleError.
+    """
+
+    update: Array | None = None
+    losses: Callable[[Array], Any] | None = None
 
 
 class Judgement(NamedTuple):
@@ -66,12 +83,14 @@ class Rule(ABC):
     A stateless rule gives `name`, `num_byzantine`, `check`, `step` and `explain`. A rule with memory (momentum)
     overrides `initial_state` and `advance` instead of `step` alone; engines and the TFF factory call only those two.
     The state is a nest of arrays whose shapes and dtypes do not change, nor depend on num_byzantine. remembers_devices:
-    the rule reads `Batch.places`, so its rows must be single devices. expects_copies: bit-equal updates are what
-    honest devices send, so screening does not look for copies.
+    the rule reads `Batch.places`, so its rows must be single devices. needs_trusted: UPDATE for a rule that reads
+    `Batch.trusted`, LOSSES for one that reads `Batch.losses`, "" for one that needs no trusted data. expects_copies:
+    bit-equal updates are what honest devices send, so screening does not look for copies.
     """
 
     facts: ClassVar[Facts]
     remembers_devices: ClassVar[bool] = False
+    needs_trusted: ClassVar[str] = ""
     expects_copies: ClassVar[bool] = False
 
     @property

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import psutil
 
+from covey_coordinator.aggregation.rules import Trusted
 from covey_coordinator.records import Array
 from covey_protocol.errors import RuleError, UsageError
 from covey_protocol.parameters import MAX_UPDATE_NORM
@@ -38,7 +39,8 @@ class Screened:
 
     updates: (n, d) float32. num_examples: (n,) float32, capped at MAX_NUM_EXAMPLES. device_ids: sorted. norms: of every
     update that is a vector of numbers, refused ones too (may be inf or nan). refused_on_arrival: how many devices more
-    sent what could not even be stored, such as an update of the wrong size.
+    sent what could not even be stored, such as an update of the wrong size. trusted: for rules that need it; it is the
+    coordinator's own, so nothing here judges it.
     """
 
     updates: Array
@@ -47,6 +49,7 @@ class Screened:
     reasons: dict[str, str] = field(default_factory=dict)
     norms: dict[str, float] = field(default_factory=dict)
     refused_on_arrival: int = 0
+    trusted: Trusted | None = None
 
     @property
     def num_faulty(self) -> int:
@@ -175,6 +178,11 @@ def _require_consistent(updates: Any, num_examples: Any, device_ids: Sequence[st
         raise UsageError(f"{len(updates)} updates, {len(num_examples)} num_examples, {len(device_ids)} device ids")
     if len(set(device_ids)) != len(device_ids):
         raise UsageError("a device id occurs twice in one round")
+
+
+def update_fault(update: Any, d: int) -> str:
+    """Why this is no update of d numbers that a rule can work with; "" where it is."""
+    return _shape_fault(update, d) or _value_fault(update, _norm(update))
 
 
 def _shape_fault(update: Any, d: int) -> str:

@@ -1,4 +1,6 @@
-"""Cosines between updates: of their directions, whatever their sizes. FoolsGold and FLAME judge by them."""
+"""Cosines between updates: of their directions, whatever their sizes. FoolsGold and FLAME judge by them, and the rules
+with trusted data by cosines with one vector.
+"""
 
 from __future__ import annotations
 
@@ -31,3 +33,17 @@ def cosine_distances(k: Kernels, updates: Updates) -> tuple[Any, Any]:
     is_zero = norms <= 0.0
     distances = k.where(is_zero[:, None] | is_zero[None, :], k.full((), 1.0), distances)
     return k.with_diagonal(distances, 0.0), norms
+
+
+def cosines_with(k: Kernels, updates: Updates, vector: Any) -> tuple[Any, Any, Any]:
+    """(n,) float64 cosines with the vector (d,) float32, (n,) Euclidean norms, and the vector's norm.
+
+    From the distances between the rows and the vector, all scaled to length 1 and rounded to float32: right to about
+    1e-6. A row of zeros has cosine 0.
+    """
+    norms, one = k.sqrt(k.square_norms(updates)), Updates(vector[None])
+    length = k.sqrt(k.square_norms(one))
+    direction = k.row(one.through(k.arange(1)[:, None], k.divide(1.0, length)[:, None]), 0)
+    directions = updates.through(k.arange(k.count(updates))[:, None], k.divide(1.0, norms)[:, None])
+    cosines = 1.0 - k.square_norms(directions, direction) * 0.5
+    return k.where(norms > 0.0, k.maximum(cosines, -1.0), 0.0 * norms), norms, length[0]

@@ -42,15 +42,17 @@ def asked_by(engine: Any) -> tuple[str, tuple[Array, ...]]:
     return (engine.work, engine.vectors) if isinstance(engine, Asking) else (TRAIN, ())
 
 
-class _Saved(msgspec.Struct, frozen=True, tag="covey algorithm", forbid_unknown_fields=True):
-    """description: what the state belongs to. engines: the saved states of the plain ones. kept: float32, by name."""
+class _Saved(msgspec.Struct, frozen=True, tag="covey algorithm", forbid_unknown_fields=True, omit_defaults=True):
+    """description: what the state belongs to. engines: the saved states of the plain ones. kept: float32, by name.
+    more: of an algorithm that keeps other things."""
 
     description: str
     engines: list[bytes]
     kept: dict[str, bytes]
+    more: bytes = b""
 
 
-class _AlgorithmEngine:
+class AlgorithmEngine:
     """What the two have in common: plain engines, and vectors that are kept."""
 
     def __init__(self, description: str, engines: list[Engine], close: Callable[[], None] = lambda: None) -> None:
@@ -68,7 +70,7 @@ class _AlgorithmEngine:
     def saved_state(self) -> bytes:
         kept = {name: vector.astype("<f4").tobytes() for name, vector in self._kept.items()}
         states = [engine.saved_state() for engine in self._engines]
-        return msgspec.msgpack.encode(_Saved(self._description, states, kept))
+        return msgspec.msgpack.encode(_Saved(self._description, states, kept, self._more()))
 
     def load_state(self, data: bytes) -> bool:
         """As Engine.load_state; also False for the state of a plain engine: the run had another algorithm."""
@@ -76,15 +78,24 @@ class _AlgorithmEngine:
             saved = msgspec.msgpack.decode(data, type=_Saved)
         except msgspec.MsgspecError:
             return False
-        before = [engine.saved_state() for engine in self._engines]
+        before, more = [engine.saved_state() for engine in self._engines], self._more()
         if saved.description != self._description or len(saved.engines) != len(before):
             return False
-        if not all(engine.load_state(state) for engine, state in zip(self._engines, saved.engines)):
+        loaded = all(engine.load_state(state) for engine, state in zip(self._engines, saved.engines))
+        if not loaded or not self._load_more(saved.more):
+            self._load_more(more)
             for engine, state in zip(self._engines, before):
                 engine.load_state(state)
             return False
         self._kept = {name: np.frombuffer(data, "<f4").astype(np.float32) for name, data in saved.kept.items()}
         return True
+
+    def _more(self) -> bytes:
+        return b""
+
+    def _load_more(self, data: bytes) -> bool:
+        """False, with nothing changed, for what `_more` of other settings has given."""
+        return not data
 
     def close(self) -> None:
         for engine in self._engines:
@@ -92,7 +103,7 @@ class _AlgorithmEngine:
         self._close()
 
 
-class SvrgEngine(_AlgorithmEngine):
+class SvrgEngine(AlgorithmEngine):
     """Federated SVRG: exchanges of `features` (once, where scaled), then `gradient` and `svrg` in turn.
 
     gradients, updates: plain engines with the server optimizer sgd, the first with a learning rate of 1. equal: every
@@ -133,12 +144,12 @@ class SvrgEngine(_AlgorithmEngine):
             self._kept = {**self._kept, "gradient": result.parameters}
             return dataclasses.replace(result, parameters=parameters)
         boost = self._kept["boosts"] if self._scaled else np.ones_like(parameters)
-        with _all_or_nothing(self._updates):
-            result = self._updates.aggregate(parameters, _equal(screened) if self._equal else screened)
+        with all_or_nothing(self._updates):
+            result = self._updates.aggregate(parameters, equal(screened) if self._equal else screened)
             new = boosted(parameters, np.float32(self._rate) * result.aggregate, boost)
-            _require_finite(new)
+            require_finite(new)
         self._kept = {name: vector for name, vector in self._kept.items() if name != "gradient"}
-        return _moved(result, parameters, new)
+        return moved_by(result, parameters, new)
 
     def _count(self, parameters: Array, screened: Screened) -> StepResult:
         """phi and A of the fleet. Raises RuleError where so few devices cannot bear num_byzantine."""
@@ -149,7 +160,7 @@ class SvrgEngine(_AlgorithmEngine):
         return StepResult(parameters, _all_accepted(screened), measurements, shares)
 
 
-class ScaffoldEngine(_AlgorithmEngine):
+class ScaffoldEngine(AlgorithmEngine):
     """SCAFFOLD: every exchange is `scaffold`, and moves the model and the fleet's control. Every device counts alike.
 
     updates: a plain engine with the server optimizer sgd. steps, rate: K and eta, every device's. devices: N, how many
@@ -168,19 +179,19 @@ class ScaffoldEngine(_AlgorithmEngine):
         return (self._kept["control"],)
 
     def aggregate(self, parameters: Array, screened: Screened) -> StepResult:
-        with _all_or_nothing(self._updates):
-            result = self._updates.aggregate(parameters, _equal(screened))
+        with all_or_nothing(self._updates):
+            result = self._updates.aggregate(parameters, equal(screened))
             used = sum(verdict.status == ACCEPTED for verdict in result.verdicts)
             control = fleet_control(
                 self._kept["control"], result.aggregate, self._steps, self._rate, used, self._devices
             )
-            _require_finite(control)
+            require_finite(control)
         self._kept = {"control": control}
         return result
 
 
 @contextlib.contextmanager
-def _all_or_nothing(engine: Engine) -> Iterator[None]:
+def all_or_nothing(engine: Engine) -> Iterator[None]:
     """A round that is refused leaves the plain engine as it was, also where it did not refuse it itself."""
     before = engine.saved_state()
     try:
@@ -190,18 +201,18 @@ def _all_or_nothing(engine: Engine) -> Iterator[None]:
         raise
 
 
-def _equal(screened: Screened) -> Screened:
+def equal(screened: Screened) -> Screened:
     return dataclasses.replace(screened, num_examples=np.ones_like(screened.num_examples))
 
 
-def _moved(result: StepResult, parameters: Array, new: Array) -> StepResult:
+def moved_by(result: StepResult, parameters: Array, new: Array) -> StepResult:
     change = float(np.linalg.norm(new - parameters))
     return dataclasses.replace(
         result, parameters=new, measurements={**result.measurements, "parameter_change_norm": change}
     )
 
 
-def _require_finite(vector: Array) -> None:
+def require_finite(vector: Array) -> None:
     if not np.isfinite(vector).all():
         raise RuleError("the round would make numbers that are not finite", "lower the learning rates")
 

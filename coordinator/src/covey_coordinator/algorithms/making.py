@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from covey_coordinator.aggregation.engines import Engine, make_engine
+from covey_coordinator.aggregation.mean import Mean
 from covey_coordinator.aggregation.rules import Rule
 from covey_coordinator.aggregation.worker import Worker
+from covey_coordinator.algorithms.comt import Teaching, TeachingEngine
 from covey_coordinator.algorithms.engines import ScaffoldEngine, SvrgEngine
-from covey_coordinator.algorithms.settings import FEDAVG, FSVRG_NAIVE, Algorithm
+from covey_coordinator.algorithms.settings import COMT, FEDAVG, FSVRG_NAIVE, Algorithm
 from covey_protocol.errors import ConfigError
 from covey_protocol.parameters import ParameterSpec, total_size
+from covey_protocol.works import SCAFFOLD
 
 
 def check_algorithm(algorithm: Algorithm, server_optimizer: str) -> None:
@@ -33,15 +36,16 @@ def make_algorithm_engine(
     rate: float,
     devices: int,
     worker: Worker | None = None,
+    teaching: Teaching | None = None,
     device_ids: Sequence[str] = (),
-) -> Engine | SvrgEngine | ScaffoldEngine:
+) -> Engine | SvrgEngine | ScaffoldEngine | TeachingEngine:
     """As make_engine, for an algorithm. rate: the devices' learning rate. devices: how many may take part.
 
-    Raises ConfigError.
+    teaching: of comt. Raises ConfigError.
     """
     check_algorithm(algorithm, server_optimizer)
-    if not algorithm.svrg:
-        optimizer = server_optimizer, server_learning_rate
+    optimizer = server_optimizer, server_learning_rate
+    if algorithm.name in (FEDAVG, SCAFFOLD):
         plain = make_engine(name, rule, specs, *optimizer, worker=worker, device_ids=device_ids)
         if algorithm.name == FEDAVG:
             return plain
@@ -49,12 +53,15 @@ def make_algorithm_engine(
     shared = Worker() if name == "tff" and worker is None else worker  # one for both engines
     try:
         gradients = make_engine(name, rule, specs, worker=shared, device_ids=device_ids)
-        optimizer = server_optimizer, server_learning_rate
+        # holders of trusted instances are named by the operator, who takes their word
+        rule = Mean() if algorithm.name == COMT else rule
         updates = make_engine(name, rule, specs, *optimizer, worker=shared, device_ids=device_ids)
     except BaseException:
         if shared is not None and worker is None:
             shared.stop()
         raise
     close = shared.stop if shared is not None and worker is None else lambda: None
+    if teaching is not None:
+        return TeachingEngine(gradients, updates, total_size(specs), teaching, close)
     equal = algorithm.name == FSVRG_NAIVE
     return SvrgEngine(gradients, updates, server_learning_rate, scaled=algorithm.scaled, equal=equal, close=close)

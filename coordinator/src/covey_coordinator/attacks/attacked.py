@@ -52,6 +52,10 @@ class Attacked(Rule):
     def num_byzantine(self) -> int:
         return self.inner.num_byzantine
 
+    @property
+    def needs_trusted(self) -> str:  # type: ignore[override]  # a constant of other rules' classes
+        return self.inner.needs_trusted
+
     def with_num_byzantine(self, num_byzantine: int) -> Rule:
         return dataclasses.replace(self, inner=self.inner.with_num_byzantine(num_byzantine))
 

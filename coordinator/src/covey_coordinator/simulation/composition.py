@@ -63,7 +63,7 @@ def learning_process(learning: Learning, work: DeviceWork) -> Any:
     first = tff.tensorflow.computation(lambda: wire.weights(tf.constant(start)))
     flat = tff.tensorflow.computation(wire.flat, wire.weights_type)
     train = work.training()
-    aggregation = aggregation_of(learning, wire.vector_type)
+    aggregation = aggregation_of(learning, wire.vector_type, work.losses if work.trusted is not None else None)
     finalizer = tff.learning.templates.build_apply_optimizer_finalizer(
         build_server_optimizer(learning.server_optimizer, learning.server_learning_rate), wire.weights_type
     )
@@ -131,7 +131,8 @@ def learning_process(learning: Learning, work: DeviceWork) -> Any:
     )
 
 
-def aggregation_of(learning: Learning, vector_type: Any) -> Any:
+def aggregation_of(learning: Learning, vector_type: Any, losses: Any = None) -> Any:
+    """losses: as of RuleFactory."""
     rule: Rule = learning.rule
     if learning.attack is not None and learning.hostile:
         rule = Attacked(learning.attack, tuple(learning.hostile), rule, learning.seed, sampled=True)
@@ -141,7 +142,7 @@ def aggregation_of(learning: Learning, vector_type: Any) -> Any:
         told = {field.name: getattr(learning.privacy, field.name) for field in dataclasses.fields(learning.privacy)}
         devices = told.pop("devices_per_round")
         return private_aggregator(rule, clients_per_round=devices, seed=learning.seed, **told).create(vector_type)
-    return RuleFactory(rule).create(vector_type, tff.types.to_type((np.float32, np.int64)))
+    return RuleFactory(rule, losses=losses).create(vector_type, tff.types.to_type((np.float32, np.int64)))
 
 
 def gathering(columns: int, dtype: Any) -> Any:

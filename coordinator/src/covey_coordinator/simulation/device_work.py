@@ -7,7 +7,7 @@ It runs the model's own entry points, as a device runs their TFLite form, in the
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,9 +17,10 @@ import tensorflow_federated as tff
 
 from covey_coordinator.aggregation.kernels.normal import normals
 from covey_coordinator.aggregation.kernels.reference import TensorFlowKernels
+from covey_coordinator.aggregation.rules import LOSSES, TRUSTED_PLACE
 from covey_coordinator.simulation.entry_points import EntryPoints, captured_values
-from covey_coordinator.simulation.learning import Array, Privacy
-from covey_coordinator.simulation.schedule import Schedule
+from covey_coordinator.simulation.learning import Array, DeviceData, Privacy
+from covey_coordinator.simulation.schedule import Schedule, in_order
 from covey_coordinator.simulation.shards import Shards
 from covey_edge.runtime import NO_CLIPPING
 from covey_models.steps import Steps
@@ -35,7 +36,9 @@ class DeviceWork:
     """The graphs of one model under one plan.
 
     privacy: what a device does to its own update, if anything. one_gradient_step: a device sends -learning_rate times
-    the gradient over all its examples, at the parameters it received, instead of training.
+    the gradient over all its examples, at the parameters it received, instead of training. needs_trusted, trusted: of
+    the rule, and the data. The task with TRUSTED_PLACE is the coordinator's: its update is not protected, or is the
+    received parameters for a rule that needs losses.
     """
 
     steps: Steps
@@ -43,6 +46,8 @@ class DeviceWork:
     shards: Shards
     privacy: Privacy | None = None
     one_gradient_step: bool = False
+    needs_trusted: str = ""
+    trusted: DeviceData | None = None
     values: Mapping[int, Array] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -103,13 +108,21 @@ class DeviceWork:
                         update = entry("get_parameters")["parameters"] - parameters
             count = tf.reduce_sum(task["counts"][: task["steps_per_epoch"]])
             return OrderedDict(
-                update=self.protect(update, task["noise_seed"]),
+                update=self.sent(update, parameters, task),
                 num_examples=tf.where(self.is_usable(update), tf.cast(count, tf.float32), 0.0),
                 place=task["place"],
                 loss=loss,
             )
 
         return tf.function(run, autograph=False)(parameters, task)
+
+    def sent(self, update: Tensor, parameters: Tensor, task: Any) -> Tensor:
+        """What a device sends of its update; the coordinator's is as the rule needs it."""
+        protected = self.protect(update, task["noise_seed"])
+        if not self.needs_trusted:
+            return protected
+        own = parameters if self.needs_trusted == LOSSES else update
+        return tf.where(tf.equal(task["place"], TRUSTED_PLACE), own, protected)
 
     def constants(self, parameters: Tensor) -> dict[str, Tensor]:
         """What all steps of a round share, of those inputs that the model's `train` has."""
@@ -183,22 +196,42 @@ class DeviceWork:
 
         def run(parameters: Tensor, task: Any) -> Any:
             x, y = self.shards.read(task["shard"])
-
-            def step(number: Tensor, totals: Tensor) -> tuple[Tensor, Tensor]:
-                found = entry("evaluate", **batch(x, y, task["rows"][number], task["counts"][number]))
-                one = tf.stack([tf.reshape(found[name], []) for name in ("loss_sum", "correct", "count")])
-                return number + 1, totals + tf.cast(one, tf.float64)
-
-            with tf.control_dependencies([entry("set_parameters", parameters=parameters)["dimension"]]):
-                _, totals = tf.while_loop(
-                    lambda number, _: number < tf.shape(task["counts"])[0],
-                    step,
-                    (tf.constant(0), tf.zeros([3], tf.float64)),
-                    parallel_iterations=1,
-                )
-            return totals
+            return evaluated(entry, parameters, x, y, task["rows"], task["counts"])
 
         return tf.function(run, autograph=False)(parameters, task)
+
+    def losses(self) -> Callable[[Tensor], Tensor]:
+        """As `aggregation.factory.LossesMaker`: of models on the trusted data."""
+        assert self.trusted is not None
+        entry = EntryPoints(self.steps, self.values, ("evaluate", "set_parameters"))
+        rows, counts = (tf.constant(part) for part in in_order(len(self.trusted.y), self.steps.batch_size))
+        x, y = (tf.constant(part) for part in self.trusted[1:3])
+
+        def of_one(parameters: Tensor) -> Tensor:
+            loss_sum, correct, count = tf.unstack(evaluated(entry, parameters, x, y, rows, counts))
+            return tf.stack([loss_sum / count, 1.0 - correct / count])
+
+        return lambda models: tf.map_fn(
+            of_one, models, fn_output_signature=tf.TensorSpec([2], tf.float64), parallel_iterations=1
+        )
+
+
+def evaluated(entry: EntryPoints, parameters: Tensor, x: Tensor, y: Tensor, rows: Tensor, counts: Tensor) -> Tensor:
+    """(3,) float64: loss_sum, correct, count of the model over these batches."""
+
+    def step(number: Tensor, totals: Tensor) -> tuple[Tensor, Tensor]:
+        found = entry("evaluate", **batch(x, y, rows[number], counts[number]))
+        one = tf.stack([tf.reshape(found[name], []) for name in ("loss_sum", "correct", "count")])
+        return number + 1, totals + tf.cast(one, tf.float64)
+
+    with tf.control_dependencies([entry("set_parameters", parameters=parameters)["dimension"]]):
+        _, totals = tf.while_loop(
+            lambda number, _: number < tf.shape(counts)[0],
+            step,
+            (tf.constant(0), tf.zeros([3], tf.float64)),
+            parallel_iterations=1,
+        )
+    return totals
 
 
 def batch(x: Tensor, y: Tensor, rows: Tensor, count: Tensor) -> dict[str, Tensor]:

@@ -25,6 +25,8 @@ ALGORITHMS = {
     "fsvrg": "Federated SVRG (Konecny et al. 2016, arXiv:1610.02527, Algorithm 4): a round is two exchanges, of "
     "gradients and of passes over the local data; with feature_scaling S_k and A for sparse data",
     "fsvrg-naive": "its naive form (Algorithm 3): plan.steps steps on every device, a plain average",
+    "comt": "machine teaching with trusted data (Han, Zhang 2020), in `covey_coordinator.teaching.simulation`, which "
+    "takes no Learning",
     "scaffold": "plan.steps steps on every device, corrected by controls (Karimireddy et al. 2020, arXiv:1910.06378)",
 }
 
@@ -78,6 +80,7 @@ class Learning:
     loss, optimizer, moving_statistics: as for `covey_models.export`. plan: what every device does in a round, as in a
     live invitation. algorithm: see `ALGORITHMS`. attack: what the devices with the numbers
     `hostile` send instead. feature_scaling: of fsvrg, for models whose first tensor is a kernel on the inputs.
+    trusted: the coordinator's own data, for rules that need them, under the name `RESERVED_ID`.
     """
 
     model: Any
@@ -95,8 +98,11 @@ class Learning:
     privacy: Privacy | CentralPrivacy | None = None
     seed: int = 0
     feature_scaling: bool = True
+    trusted: DeviceData | None = None
 
     def __post_init__(self) -> None:
         if self.algorithm not in ALGORITHMS:
             known = tuple(ALGORITHMS)
             raise ConfigError(f"there is no algorithm {self.algorithm!r}", suggest(self.algorithm, known))
+        if self.rule.needs_trusted and self.trusted is None:
+            raise ConfigError(f"the rule {self.rule.name!r} needs trusted data", "give some")

@@ -17,6 +17,7 @@ import numpy as np
 import tensorflow as tf
 
 from covey_coordinator.aggregation.kernels import FLOAT32_MAX
+from covey_coordinator.aggregation.rules import LOSSES, TRUSTED_PLACE
 from covey_coordinator.aggregation.states import pack_state, unpack_state
 from covey_coordinator.aggregation.worker import Worker, refusal_of
 from covey_coordinator.simulation.composition import evaluator, learning_process
@@ -29,7 +30,7 @@ from covey_coordinator.simulation.schedule import Schedule, in_order, schedule_o
 from covey_coordinator.simulation.shards import FileShards, Pair, SentShards, Shards
 from covey_models.losses import loss_for
 from covey_models.steps import Recipe, Steps, training_steps
-from covey_protocol.errors import DataError, RuleError, StorageError, UsageError
+from covey_protocol.errors import ConfigError, DataError, RuleError, StorageError, UsageError
 from covey_protocol.parameters import ParameterSpec
 from covey_protocol.works import SCAFFOLD
 
@@ -72,12 +73,24 @@ class Simulation:
         self._shards = _shards(self._steps, send_data or not self._worker.read_our_files)
         try:
             self._numbers = [self._shards.add(_checked(one, self._steps)) for one in self._devices]
+            needed = learning.rule.needs_trusted
+            self._trusted = learning.trusted if needed else None
+            if self._trusted is not None:
+                self._trusted_shard = self._shards.add(_checked(self._trusted, self._steps))
             self._work = DeviceWork(
-                self._steps, learning.plan, self._shards, _of_devices(learning), learning.algorithm == "fedsgd"
+                self._steps,
+                learning.plan,
+                self._shards,
+                _of_devices(learning),
+                learning.algorithm == "fedsgd",
+                needed,
+                self._trusted,
             )
             self._exchanges: Any = None
             algorithm = algorithm_of(learning)
             if algorithm is not None:
+                if needed:
+                    raise ConfigError(f"{learning.rule.name} with {learning.algorithm}", "take fedavg or fedsgd")
                 self._exchanges = self._worker.call(process_for, learning, algorithm, self._work, self._devices)
             self._process = self._exchanges or self._worker.call(learning_process, learning, self._work)
             self._evaluator = self._worker.call(evaluator, self._work)
@@ -125,6 +138,8 @@ class Simulation:
             plan = msgspec.structs.replace(plan, shuffle_seed=shuffle_seed)
         devices = [self._devices[number] for number in cohort]
         tasks = [self._task(number, plan) for number in cohort]
+        if self._trusted is not None:
+            tasks.append(self._trusted_task(self._trusted, plan))
         try:
             new_state, metrics = self._next(state, tasks)
         except Exception as error:
@@ -193,6 +208,15 @@ class Simulation:
         noise_seed = int(random.generate_state(1, np.uint64)[0] >> np.uint64(1))
         task = self._work.task(self._numbers[number], number, schedule, noise_seed)
         return task if self._exchanges is None else self._exchanges.task(task, number, device, count, plan)
+
+    def _trusted_task(self, trusted: DeviceData, plan: Any) -> OrderedDict[str, Any]:
+        """The coordinator's own; it trains nothing for a rule that needs losses."""
+        draws, size = "seed" in self._steps.train_inputs, self._steps.batch_size
+        count = min(len(trusted.y), plan.max_examples or len(trusted.y))
+        schedule = schedule_of(self._learning.algorithm, plan, trusted.device_id, count, size, draws)
+        if self._work.needs_trusted == LOSSES:
+            schedule = Schedule(schedule.rows[:0], schedule.counts[:0], schedule.seeds[:0], 0)
+        return self._work.task(self._trusted_shard, TRUSTED_PLACE, schedule, 0)
 
     def _check_cohort(self, cohort: Sequence[int]) -> None:
         if len(set(cohort)) < len(cohort) or not all(0 <= number < len(self._devices) for number in cohort):
@@ -289,7 +313,7 @@ def _means(totals: Array) -> dict[str, float]:
 
 
 def _outcome(devices: Sequence[DeviceData], metrics: Any) -> RoundOutcome:
-    losses, counts = np.asarray(metrics["client_work"]).reshape(-1, 2).T
+    losses, counts = np.asarray(metrics["client_work"]).reshape(-1, 2)[: len(devices)].T  # a last one is trusted
     told = dict(_flat_measurements(metrics["aggregator"]))
     ids = [device.device_id for device in devices]
     accepted = told.pop("accepted", counts > 0)

@@ -18,6 +18,8 @@ from covey_coordinator.algorithms.settings import Algorithm
 from covey_coordinator.grid.settings import NO_ATTACK, AttackSpec, RuleSpec, attack_spec, rule_spec
 from covey_coordinator.simulation.learning import ALGORITHMS
 from covey_coordinator.simulation.remote import RemoteWorkers
+from covey_coordinator.simulation.trusted_data import TrustedSettings, check_trusted
+from covey_coordinator.teaching.settings import COMT, SimulatedTeaching
 from covey_edge.config import NotNegative, Positive
 from covey_models.names import LOSSES, OPTIMIZERS, no_such
 from covey_protocol.errors import ConfigError
@@ -25,6 +27,8 @@ from covey_protocol.messages import MAX_EPOCHS, MAX_GRADIENT_NORM, MAX_LEARNING_
 from covey_protocol.topics import check_name
 
 FEDSGD = "fedsgd"
+TAUGHT_LOSSES = ("sparse_categorical_crossentropy", "mean_squared_error")  # of comt: logistic, ridge
+TRUSTED_ALGORITHMS = ("fedavg", FEDSGD)  # in which the coordinator can make an update of its own
 MAX_DEVICES = 100_000
 MAX_SEED = 2**31  # as of `covey serve`: times a million and the round's number, a shuffle_seed stays within 2^53
 MOVING_STATISTICS = ("average", "local")
@@ -127,6 +131,8 @@ class ExperimentSettings(Struct, frozen=True, forbid_unknown_fields=True):
     attack: Table = field(default_factory=lambda: {"attack": NO_ATTACK})
     server: ServerSettings = ServerSettings()
     privacy: PrivacySettings = PrivacySettings()
+    trusted: TrustedSettings = TrustedSettings()
+    teaching: SimulatedTeaching | None = None
     workers: tuple[str, ...] = ()
     sweep: Table = field(default_factory=dict)
 
@@ -166,6 +172,7 @@ def check_settings(settings: ExperimentSettings) -> None:
     if settings.workers:
         RemoteWorkers(settings.workers)  # raises ConfigError for what is no address; connects to none
     _check_privacy(settings)
+    _check_trusted(settings)
 
 
 def _check_seeds(settings: ExperimentSettings) -> None:
@@ -196,7 +203,14 @@ def _check_model(model: ModelSettings) -> None:
 def _check_training(settings: ExperimentSettings) -> None:
     training, model = settings.training, settings.model
     _known("training.algorithm", training.algorithm, tuple(ALGORITHMS))
-    if training.algorithm != FEDSGD:
+    if (training.algorithm == COMT) != (settings.teaching is not None):
+        raise ConfigError(
+            f"the algorithm {training.algorithm!r} {'without' if settings.teaching is None else 'with'} [teaching]",
+            f"give {COMT!r} the table [teaching], which may be empty, and others none",
+        )
+    if training.algorithm == COMT:
+        _check_teaching(settings)
+    elif training.algorithm != FEDSGD:
         algorithm = Algorithm(training.algorithm, training.local_steps, training.feature_scaling)
         check_algorithm(algorithm, settings.server.optimizer)
     elif not _is_plain(training) or model.optimizer != "sgd":
@@ -204,6 +218,27 @@ def _check_training(settings: ExperimentSettings) -> None:
             "fedsgd is one step of plain gradient descent with all of a device's examples",
             "of [training] set only the learning_rate, and leave model.optimizer out, or take fedavg",
         )
+
+
+def _check_teaching(settings: ExperimentSettings) -> None:
+    """Sums of all teachers, and nothing else, are what it works with."""
+    told, loss = settings.teaching, settings.model.loss
+    if loss not in TAUGHT_LOSSES:
+        raise ConfigError(f"comt with the loss {loss!r}", f"choose {' or '.join(TAUGHT_LOSSES)}")
+    if told is not None and told.representation_steps and loss != TAUGHT_LOSSES[0]:
+        raise ConfigError(f"representation_steps with the loss {loss!r}", f"choose {TAUGHT_LOSSES[0]}")
+    if not settings.trusted.is_there:
+        raise ConfigError("comt without trusted data", "write [trusted] with a size or a path")
+    for told, is_usual in (
+        ("a sample of the devices", not settings.sample),
+        ("an [aggregation] other than the mean", settings.aggregation == {"rule": "mean"}),
+        ("an [attack]; corrupted data are a [[corruption]]", settings.attack.get("attack") == NO_ATTACK),
+        ("[privacy]", not settings.privacy.clip_norm),
+        ("a [server]", settings.server == ServerSettings()),
+        ("settings of [training]", settings.training == TrainingSettings(COMT)),
+    ):
+        if not is_usual:
+            raise ConfigError(f"comt with {told}", "leave it out: every device teaches in every round, and sums add up")
 
 
 def _is_plain(training: TrainingSettings) -> bool:
@@ -250,6 +285,26 @@ def _check_privacy(settings: ExperimentSettings) -> None:
             )
 
 
+def _check_trusted(settings: ExperimentSettings) -> None:
+    told = settings.trusted
+    check_trusted(told)
+    if told.path and settings.data.standardise:
+        raise ConfigError(
+            "trusted.path with data.standardise", "draw trusted data with a size, or standardise the file"
+        )
+    rule = settings.rule_spec().made(0)
+    if not rule.needs_trusted:
+        return
+    if not told.is_there:
+        raise ConfigError(f"the rule {rule.name!r} needs trusted data", "write [trusted] with a size or a path")
+    if settings.training.algorithm not in TRUSTED_ALGORITHMS:
+        raise ConfigError(
+            f"the rule {rule.name!r} with the algorithm {settings.training.algorithm!r}: the coordinator makes no such"
+            " exchange of its own",
+            f"choose {' or '.join(TRUSTED_ALGORITHMS)}, or another rule",
+        )
+
+
 def _within(section: str, made: Any) -> None:
     try:
         made()
@@ -269,12 +324,14 @@ def is_user_code(name: str) -> bool:
 
 def with_absolute_paths(settings: ExperimentSettings, beside: Path) -> ExperimentSettings:
     """Relative paths of data and of the user's code start from this folder."""
-    data, model = settings.data, settings.model
+    data, model, trusted = settings.data, settings.model, settings.trusted
     if data.path:
         data = structs.replace(data, path=str(beside.resolve() / data.path))
+    if trusted.path:
+        trusted = structs.replace(trusted, path=str(beside.resolve() / trusted.path))
     code = {key: getattr(model, key) for key in CODE_KEYS if is_user_code(getattr(model, key))}
     absolute = {key: str(beside.resolve() / name) for key, name in code.items()}
-    return structs.replace(settings, data=data, model=structs.replace(model, **absolute))
+    return structs.replace(settings, data=data, trusted=trusted, model=structs.replace(model, **absolute))
 
 
 def code_files(settings: ExperimentSettings) -> set[str]:

@@ -24,23 +24,29 @@ from covey_coordinator.simulation import emnist
 from covey_coordinator.simulation.learning import CentralPrivacy, DeviceData, Learning, Privacy
 from covey_coordinator.simulation.settings import DataSettings, ExperimentSettings, is_user_code
 from covey_coordinator.simulation.sweep import Cell
+from covey_coordinator.simulation.trusted_data import TrustedSettings, parted
 from covey_models import population
 from covey_models.datasets import Dataset
 from covey_models.user_code import UserCode
 from covey_protocol.errors import CoveyError, RuleError
 from covey_protocol.messages import TrainingPlan
+from covey_protocol.topics import RESERVED_ID
 from covey_protocol.works import SCAFFOLD
 
 DEFAULT_DATA = "digits"
 
 
 class People(NamedTuple):
-    """The data of a seed: the central test data, and the devices with what they train on. parts: rows of train."""
+    """The data of a seed: the central test data, and the devices with what they train on. parts: rows of train.
+
+    trusted: the coordinator's, none of which is in train.
+    """
 
     train: Dataset
     test: Dataset
     devices: list[DeviceData]
     parts: list[Array]
+    trusted: Dataset | None
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,7 @@ class World:
     attack: Attack | None
     hostile: tuple[int, ...]
     rule: Rule
+    trusted: Dataset | None = None
 
     @property
     def settings(self) -> ExperimentSettings:
@@ -101,7 +108,7 @@ def _world(cell: Cell) -> World:
     for number, cohort in enumerate(_cohorts(settings, cell.seed), 1):
         _check_honest(number, cohort, hostile)
     attack = spec.attack if hostile else None
-    return World(cell, people.train, people.test, devices, people.parts, attack, hostile, rule)
+    return World(cell, people.train, people.test, devices, people.parts, attack, hostile, rule, people.trusted)
 
 
 def _unequal(settings: ExperimentSettings) -> dict[str, tuple[Any, str]]:
@@ -138,20 +145,21 @@ def _cohorts(settings: ExperimentSettings, seed: int) -> list[list[int]]:
 def people_key(cell: Cell) -> bytes:
     """The same for cells whose devices hold the same data."""
     settings = cell.settings
-    parts = [settings.data, settings.devices, settings.partition, settings.corruption, cell.seed, cell.data_dir]
-    return msgspec.json.encode(parts)
+    devices = [settings.devices, settings.partition, settings.corruption]
+    return msgspec.json.encode([settings.data, *devices, settings.trusted, cell.seed, cell.data_dir])
 
 
 @functools.lru_cache(maxsize=1)
 def _people(key: bytes) -> People:
     """Kept for the next cell, which mostly asks for the same."""
-    data, devices, partition, corruptions, seed, data_dir = msgspec.json.decode(key)
+    data, devices, partition, corruptions, asked, seed, data_dir = msgspec.json.decode(key)
     told = msgspec.convert(data, DataSettings)
     train, test = emnist.load_split(
         told.path or told.set or DEFAULT_DATA, data_dir, test_fraction=told.test_fraction, seed=seed, **told.reading()
     )
+    trusted, train = parted(train, msgspec.convert(asked, TrustedSettings), seed, data_dir)
     found = population.populate(train, devices=devices, partition=partition, corruptions=corruptions, seed=seed)
-    return People(train, test, found.devices, found.parts)
+    return People(train, test, found.devices, found.parts, trusted)
 
 
 def _attacking(device: DeviceData, number: int, attack: Attack, label: str, train: Dataset, seed: int) -> DeviceData:
@@ -176,7 +184,7 @@ def learning_of(world: World) -> Learning:
     settings, cell = world.settings, world.cell
     training, model, code = settings.training, settings.model, UserCode()
     return Learning(
-        model=_model(world, code),
+        model=model_of(world, code),
         plan=TrainingPlan(
             epochs=training.epochs,
             learning_rate=training.learning_rate,
@@ -197,10 +205,11 @@ def learning_of(world: World) -> Learning:
         server_learning_rate=settings.server.learning_rate,
         privacy=_privacy(settings),
         seed=cell.seed,
+        trusted=DeviceData(RESERVED_ID, world.trusted.x, world.trusted.y) if world.trusted is not None else None,
     )
 
 
-def _model(world: World, code: UserCode) -> Any:
+def model_of(world: World, code: UserCode) -> Any:
     """With first weights of the seed, also where the user's function draws them from Keras's global generator."""
     from covey_models import zoo
 

@@ -1,0 +1,1 @@
+"""Machine teaching with trusted instances (docs/teaching-mathematics.md)."""
