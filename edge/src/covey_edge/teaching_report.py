@@ -87,7 +87,14 @@ def class_report(
     best = chances.argmax(axis=1)
     labels = [told[place] for place in y.tolist()]
     expected = [f"{told[place]} ({chances[row, place]:.0%})" for row, place in enumerate(best.tolist())]
-    return _report(task, round_id, labels, expected, 1.0 - chances[np.arange(len(y)), y], judged)
+    return _report(task, round_id, labels, expected, against(y, chances), judged)
+
+
+def against(y: Numbers, chances: Numbers) -> Numbers:
+    """Of classes y (n,) and chances (n, C) the suspicion: 0.5 where another class has the chance of the label's."""
+    own = chances[np.arange(len(y)), y]
+    others = np.where(np.arange(chances.shape[1]) == y[:, None], 0.0, chances).max(axis=1)
+    return np.asarray(others / np.maximum(own + others, 1e-300))
 
 
 def far(distances: Numbers) -> Numbers:
