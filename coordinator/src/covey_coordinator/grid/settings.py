@@ -15,7 +15,7 @@ from msgspec import Meta, Struct
 from covey_coordinator.aggregation.registry import RULE_NAMES, make_rule, suggest
 from covey_coordinator.aggregation.rules import Rule, least_devices
 from covey_coordinator.attacks.contract import Attack
-from covey_coordinator.attacks.registry import ATTACK_NAMES, make_attack
+from covey_coordinator.attacks.registry import GENERAL_NAMES, make_attack
 from covey_protocol.errors import ConfigError, RuleError
 
 if sys.version_info >= (3, 11):
@@ -153,7 +153,7 @@ def plan_of(settings: GridSettings) -> Plan:
     for spec in rules if not settings.trusted else []:
         if spec.made(0).needs_trusted:
             raise ConfigError(f"the rule {spec.label!r} needs trusted data", "set trusted to a number of examples")
-    attacks = [attack_spec(spec) for spec in settings.attacks or ATTACK_NAMES]
+    attacks = [attack_spec(spec) for spec in settings.attacks or GENERAL_NAMES]
     for kind, labels in (("rule", [r.label for r in rules]), ("attack", [a.label for a in attacks])):
         twice = next((label for label in labels if labels.count(label) > 1), None)
         if twice is not None:
