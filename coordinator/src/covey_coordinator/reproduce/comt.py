@@ -165,8 +165,8 @@ COMT_TABLES = Reproduction(
         "Label flips: 60% or 80% of the devices' labels, two thirds of the flipped ones positive, or all positive "
         "ones where there are fewer (spambase).",
         f"Every method tries {BUDGET} settings (quick: {QUICK_BUDGET}) from a Latin hypercube over its ranges, "
-        "log-uniform, and keeps the best on the validation set; `own validation` by 3-fold cross-validation on the trusted "
-        "instances alone; `untuned` is decay 1e-3.",
+        "log-uniform, and keeps the best on the validation set; `own validation` by 3-fold cross-validation on the "
+        "trusted instances alone; `untuned` is decay 1e-3.",
         "CoMT: 60 rounds at most, six constants tuned. `weighted`, `centred`, `best devices` and `sign-corrected` are "
         "ours (teaching/baselines.py says what they do); `nothing corrupted` is the bound with clean devices.",
     ),
@@ -180,7 +180,7 @@ COMT_TABLES = Reproduction(
         "IJCNN and SUSY are replaced by breast cancer and spambase (log(1 + x) first); no reference for their numbers.",
         "RSA, DUTI, REWLS and the medians: deviations in the docstrings of teaching/baselines.py and duti.py.",
     ),
-    full_time="full form: 10 seeds; about 30 minutes of one core (measured)",
+    full_time="full form: 10 seeds; about 30 minutes of one core (scaled from one seed)",
     cases=cases,
     claims=(
         Claim(

@@ -90,7 +90,7 @@ INCOMPLETE = Reproduction(
         "60% of the table on 10 devices in equal shares; 10% complete validation; 20 trusted, complete instances, two "
         "with each device; the rest is the test set. Features in [-1, 1] and a 1.",
         "On 30%, 50%, 70% or 90% of the devices the user hides, in the half of the attributes that are most correlated "
-        "with the target there, every value above the device's own median: what is hidden depends on the value.",
+        "with the target there, every value above the device's own median: what is hidden depends on its value.",
         "What stands in its place: the mean of the device's shown values (`mean`), the middle of the scale (`zero`), or "
         "the trusted instances' mean and a column that says so (`missing`).",
         f"Every method tries {BUDGET} settings (quick: {QUICK_BUDGET}), as in `comt`.",

@@ -1,8 +1,8 @@
 """Devices of which most are corrupted, with few trusted instances: data, split and corruption of the experiments.
 
 A world is drawn from a table with a seed: devices with noisy instances, trusted, validation and test instances.
-Features are in [-1, 1] before corruption and get a column of ones. Targets are made comparable by the *trusted* instances' mean
-and standard deviation, since nobody knows others. What happens to devices is one of CORRUPTIONS below.
+Features are in [-1, 1] before corruption and get a column of ones. Targets are made comparable by the *trusted*
+instances' mean and standard deviation, since nobody knows others. What happens to devices is one of CORRUPTIONS below.
 """
 
 from __future__ import annotations
