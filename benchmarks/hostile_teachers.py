@@ -50,7 +50,7 @@ def taught(seed: int, trust: float, lie: Callable[[Array, Array], Array] | None,
     """(accuracy, the longest honest share for each instance, times lambda_w)."""
     parts, trusted, test = fleet(seed)
     setting = {"lambda_w": 1.0, "trust": trust, "lambda_a": 0.0, "lambda_z": np.inf, "lambda_y": np.inf}
-    settings, problem = settings_of(parts, trusted, setting), Problem(LOGISTIC)
+    settings, problem = settings_of(LOGISTIC, parts, trusted, setting), Problem(LOGISTIC)
     teachers = [Teacher(problem, settings, part.features, part.y[:, None], None, DEVICES) for part in parts]
     held = trusted.features, trusted.y[:, None]
     own = Teacher(problem, settings, held[0][:0], held[1][:0], held, DEVICES)

@@ -61,27 +61,32 @@ def taught(work: Work, parts: Sequence[Examples], trusted: Examples, setting: Se
     data = [(part.features, work.targets(part.y)) for part in parts]
     nothing = data[0][0][:0], data[0][1][:0]
     held = (trusted.features, work.targets(trusted.y))
-    settings = settings_of(parts, trusted, setting)
+    settings = settings_of(work.kind, parts, trusted, setting)
     return comt(data, [*[nothing] * len(data), held], Problem(work.kind), settings)
 
 
-def settings_of(parts: Sequence[Examples], trusted: Examples, setting: Setting) -> Settings:
+def settings_of(kind: str, parts: Sequence[Examples], trusted: Examples, setting: Setting) -> Settings:
     """With the pace that suits these examples, which moves no result. trust: weight of all trusted examples together,
     in weights of all others together."""
-    n, width = sum(len(part) for part in parts), parts[0].features.shape[1]
+    n, bends = sum(len(part) for part in parts), 1.0 if kind == RIDGE else 0.25  # a loss's largest second derivative
     weight = setting["trust"] * n / len(trusted)
-    bend = sum(float(np.sum(part.features**2)) for part in parts) / (width * len(parts))
+    usual = float(np.mean([_mean_eigenvalue(part) for part in parts]))
     return Settings(
         lambda_w=setting["lambda_w"],
         lambda_t=weight,
         lambda_a=setting["lambda_a"],
         lambda_z=setting["lambda_z"],
         lambda_y=setting["lambda_y"],
-        rho=2 * weight * len(trusted),
-        curvature=max(bend, setting["lambda_w"]),
+        rho=(2.0 if kind == RIDGE else bends) * weight * _mean_eigenvalue(trusted),
+        curvature=max(bends * usual, setting["lambda_w"]),
         rounds=ROUNDS,
         tolerance=TOLERANCE,
     )
+
+
+def _mean_eigenvalue(examples: Examples) -> float:
+    """Of X'X."""
+    return float(np.sum(examples.features**2)) / examples.features.shape[1]
 
 
 def decays(random: np.random.Generator, count: int) -> list[Setting]:

@@ -111,7 +111,7 @@ def final(work: Work, found: Compared) -> tuple[Report, Settings]:
     sizes = np.maximum(np.linalg.norm(work.data.features[rows, :-1], axis=1), 1e-12)
     judged = Judged((weights > SELECTED_ABOVE).any(axis=1), weights.max(axis=1), moved / sizes)
     outputs, y = work.data.features[rows] @ result.theta, work.data.y[rows]
-    settings = settings_of(parts, work.trusted, setting)
+    settings = settings_of(work.kind, parts, work.trusted, setting)
     if work.kind == RIDGE:
         return regression_report(work.name, "covey teach", y, outputs[:, 0], judged), settings
     return class_report(work.name, "covey teach", y, chances_of(outputs), judged, work.class_names), settings
