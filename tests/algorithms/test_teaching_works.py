@@ -115,7 +115,7 @@ def exchange(children: list[Child], engine: Any, parameters: Any, lies: Any = No
         update = one.do(plan, parameters, vectors)
         arrivals.add(one.name, (lies or {}).get(one.name, lambda update: update)(update), 20)
     return engine.aggregate(
-        parameters, arrivals.screened([one.name for one in asked], refuse_copies=refuses_copies(plan))
+        parameters, arrivals.screened([one.name for one in asked], refuse_copies=refuses_copies(plan, engine))
     )
 
 

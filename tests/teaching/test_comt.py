@@ -245,7 +245,7 @@ def test_an_owner_is_told_which_instances_were_used_how_much_and_how_far_off_the
     assert (judged.residual < 0).tolist() == [row == 3 for row in range(12)]
     assert_allclose(judged.feature_change, np.linalg.norm(np.outer(teacher.alpha, teacher.direction), axis=1))
     assert not judged.target_change.any()
-    ridge = Teacher(Problem(), settings("ridge", lambda_a=1.0, lambda_y=2.0), x, 3 * y)
+    ridge = Teacher(Problem(), settings("ridge", lambda_a=1.0, lambda_y=2.0), x, y * np.linspace(0, 3, 12))
     ridge.answer(np.array([2.0, 0.0, 0.0]), np.zeros(3), np.zeros(3))
     found = ridge.judged()
     assert_array_equal(found.selected, ridge.alpha != 0)

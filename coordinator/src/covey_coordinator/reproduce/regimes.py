@@ -36,7 +36,7 @@ FEW = [
     place("abalone, 10 trusted", "abalone", "features", 10, **FEATURE_NOISE),
     place("cpusmall, 20 trusted", "cpusmall", "targets", 20, **TARGET_NOISE),
 ]
-WIDE = [place("cpusmall, 200 wide", "cpusmall", "targets", 80, **{**TARGET_NOISE, "fourier": 200})]
+WIDE = [place("breast-cancer, 200 wide", "breast-cancer", "flips", 28, **{**FLIPS, "fourier": 200})]
 DEEP = [place("digits, deep, 80% flips", "deep-digits", "flips", 10, **FLIPS)]
 PARTLY = [
     *(
@@ -94,7 +94,7 @@ REGIMES = Reproduction(
         "As `comt`: 5 devices, feature noise of variance 1.5 (abalone), target noise of variance 20 (cpusmall), 80% of "
         "labels flipped (breast-cancer, digits), all devices corrupted where nothing else is said.",
         "Few trusted: 10 (abalone) and 20 (cpusmall), dealt out to the devices.",
-        "Wide: 200 random Fourier features of cpusmall, 80 trusted.",
+        "Wide: 200 random Fourier features of breast-cancer, 28 trusted.",
         "Deep: 3 against 8 of scikit-learn's digits by the 32 hidden units of a net that was trained on the other "
         "eight digits; 10 trusted.",
         "Partly clean: 40% or 80% of 5 devices corrupted with 20 trusted (abalone), 80% with 10 (breast-cancer).",

@@ -229,7 +229,7 @@ def _check_teaching(settings: ExperimentSettings) -> None:
         raise ConfigError(f"representation_steps with the loss {loss!r}", f"choose {TAUGHT_LOSSES[0]}")
     if not settings.trusted.is_there:
         raise ConfigError("comt without trusted data", "write [trusted] with a size or a path")
-    for told, is_usual in (
+    for beside, is_usual in (
         ("a sample of the devices", not settings.sample),
         ("an [aggregation] other than the mean", settings.aggregation == {"rule": "mean"}),
         ("an [attack]; corrupted data are a [[corruption]]", settings.attack.get("attack") == NO_ATTACK),
@@ -238,7 +238,9 @@ def _check_teaching(settings: ExperimentSettings) -> None:
         ("settings of [training]", settings.training == TrainingSettings(COMT)),
     ):
         if not is_usual:
-            raise ConfigError(f"comt with {told}", "leave it out: every device teaches in every round, and sums add up")
+            raise ConfigError(
+                f"comt with {beside}", "leave it out: every device teaches in every round, and sums add up"
+            )
 
 
 def _is_plain(training: TrainingSettings) -> bool:
