@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -76,8 +77,9 @@ class Fleet:
         self._agents[name] = AgentProcesses(config, self.folder / "logs")
 
     def kill(self, name: str) -> None:
-        for pid in self._agents.pop(name).pids().values():
-            subprocess.run(["kill", "-9", str(pid)], check=True)
+        agent = self._agents.pop(name)
+        os.kill(agent.pids()[name], signal.SIGKILL)
+        agent.stop()  # collects it
 
     def stop(self) -> None:
         for agent in self._agents.values():
