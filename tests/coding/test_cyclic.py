@@ -92,11 +92,11 @@ def test_without_liars_nobody_is_named_and_the_sum_is_right_to_rounding() -> Non
         found = decode(CyclicCode(*size), rows, np.random.default_rng(0))
         assert found.liars == ()
         assert error(found.total, total) < 1e-14
-        assert found.misfit < TOLERANCE / 10
+        assert found.misfit < TOLERANCE / 2
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)
-@given(st.integers(0, 2**31), st.sampled_from([(7, 2), (15, 3), (16, 3)]), st.floats(-11, 12))
+@given(st.integers(0, 2**31), st.sampled_from([(7, 2), (15, 3), (25, 5), (44, 5), (45, 5)]), st.floats(-11, 12))
 def test_colluding_liars_of_any_size_move_the_sum_by_at_most_a_billionth(
     seed: int, size: tuple[int, int], power: float
 ) -> None:
@@ -113,6 +113,18 @@ def test_colluding_liars_of_any_size_move_the_sum_by_at_most_a_billionth(
     assert error(decode(code, sent, np.random.default_rng(seed)).total, total) < 1e-9
 
 
+def test_rows_that_are_mostly_rounding_are_refused_until_told_to_bear_it() -> None:
+    """With n = 2s + 1 a row is the sum itself; of shards that cancel, devices that add in another order differ."""
+    code = CyclicCode(5, 2)
+    shards = np.random.default_rng(0).standard_normal((5, 60))
+    shards -= shards.mean(axis=0) * (1 - 1e-4)
+    rows = np.stack([code.encode(shards[code.shards(device)]) for device in range(5)])
+    with pytest.raises(RuleError, match="or raise tolerance"):
+        decode(code, rows, np.random.default_rng(0))
+    found = decode(code, rows, np.random.default_rng(0), tolerance=1e-10)
+    assert error(found.total, shards.sum(axis=0)) < 1e-9
+
+
 def test_a_lie_that_is_large_enough_is_located_and_a_smaller_one_does_not_matter() -> None:
     code = CyclicCode(45, 5)
     rows, total = coded(code, seed=3)
@@ -121,7 +133,7 @@ def test_a_lie_that_is_large_enough_is_located_and_a_smaller_one_does_not_matter
         sent[7] += 10.0**power * np.random.default_rng(power + 16).standard_normal(rows.shape[1]) * np.abs(rows).max()
         found = decode(code, sent, np.random.default_rng(0))
         assert error(found.total, total) < 1e-12
-        if power != -13:  # the border
+        if power not in (-14, -13):  # the border
             assert found.liars == ((7,) if power > -13 else ())
 
 
@@ -166,7 +178,7 @@ def test_a_missing_row_costs_half_a_liar() -> None:
 
 
 def test_rows_in_float32_need_a_tolerance_and_cost_digits() -> None:
-    """What docs/coded-redundancy.md says of a wire of float32: 1e-7 at best, and lies below 1e-5 pass."""
+    """What docs/coded-redundancy.md says of a wire of float32: what it costs."""
     code = CyclicCode(15, 3)
     rows, total = coded(code, seed=8)
     sent = rows.astype(np.float32).astype(np.float64)

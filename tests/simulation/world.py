@@ -28,7 +28,7 @@ from scripted import manifest_of
 
 from covey_coordinator import records
 from covey_coordinator.aggregation.staleness import staleness_weight
-from covey_coordinator.coordinator import Clock, Common, Coordinator
+from covey_coordinator.coordinator import NO_TRAINING, Clock, Common, Coordinator, OwnTraining
 from covey_coordinator.fleet import FromFleet
 from covey_coordinator.orders import Orders
 from covey_coordinator.serve import CoordinatorConfig, RoundSettings, Task, WireSettings, Work, run_tasks
@@ -605,6 +605,10 @@ class World:
     def orders_of(self, run: str) -> Orders:
         return self.orders if run == next(iter(self.configs)) else Orders(Path("no folder"))
 
+    def own_training(self) -> OwnTraining:
+        """What makes the coordinator's own updates, new for every start of it."""
+        return NO_TRAINING
+
     def task(self, coordinator: Coordinator, config: CoordinatorConfig) -> Task:
         work = Work(config, BUNDLE, np.zeros(D, np.float32))
         engine = LedgerEngine(self, config.run)
@@ -674,6 +678,7 @@ class World:
                     revoked=self.revoked,
                     entropy=self.entropy,
                     common=common,
+                    own=self.own_training(),
                 )
                 for run, store in stores.items()
             ]

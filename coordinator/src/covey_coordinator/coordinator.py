@@ -538,7 +538,9 @@ class Coordinator:
             while state.finished is None:
                 self._take_some(state, POLL_S)
                 self._end_if_aborted(state)
-                self._aggregate_if_due(state)
+                if state.due:
+                    with self._together():
+                        self._run_rule_if_ready(state)
                 self._keep_time(state)
                 self._tell_progress(state)
         finally:
@@ -574,15 +576,11 @@ class Coordinator:
         if state.engine is not None and not invitation.plan.evaluate:
             self.own.begin(invitation.round_id, state.parameters, invitation.plan)
 
-    def _aggregate_if_due(self, state: _Round) -> None:
-        """Where the rule had to wait for the coordinator's own update."""
+    def _run_rule_if_ready(self, state: _Round) -> None:
+        """It may have to wait for the coordinator's own update; the loop goes on meanwhile."""
         if state.due and state.finished is None and self.own.is_ready():
-            with self._together():
-                self._run_rule(state)
-
-    def _run_rule(self, state: _Round) -> None:
-        device_ids, state.due = state.due, ()
-        self._handle(state, self._aggregate(state, device_ids))
+            device_ids, state.due = state.due, ()
+            self._handle(state, self._aggregate(state, device_ids))
 
     def _tell_opened(self, state: _Round, now: float, resumed: bool) -> None:
         machine, invitation = state.machine, state.machine.invitation
@@ -703,8 +701,7 @@ class Coordinator:
                 self.store.decided(state.machine.invitation.round_id)
                 self._commit()
                 state.due = effect.device_ids
-                if self.own.is_ready():
-                    self._run_rule(state)
+                self._run_rule_if_ready(state)
             elif isinstance(effect, rounds.Finished):
                 self._conclude(state, effect)
                 state.finished = effect

@@ -20,6 +20,7 @@ from covey_coordinator.aggregation.rules import Batch, Facts, Judgement, Rule
 from covey_coordinator.records import Array
 from covey_protocol.errors import ConfigError, RuleError, UsageError
 
+SAMPLED = 16  # numbers of every update by which the vote guesses where to begin
 NOBODY = -1  # a group that has no winner yet; the group of a device that is in none
 REMEDY = "see that the devices of a group hold the same examples in the same order and have one data.replica"
 
@@ -32,8 +33,8 @@ class Draco(Rule):
     device ids of each. group_size: in place of groups, so many devices each, in the order of the fleet; 0 for 2 s + 1.
     tolerance: 0 compares bits; above it, two numbers are the same if they differ by at most so much (in the units of
     the updates), and what is aggregated is the update of one device that s others confirm, not the exact one.
-    A device agrees with another if all numbers and num_examples are the same. A group's update is that of the first
-    device with which s others agree; it counts with its num_examples, which have been voted on, too.
+    A device agrees with another if all numbers and num_examples are the same. A group's update is that of a device with
+    which s others agree; it counts with its num_examples, which have been voted on, too.
     score: share of the device's numbers that its group's majority did not send. Not accepted: outvoted.
     A group without s + 1 that agree fails the round, as leaving its shard out would not be the exact sum.
     Source: Chen et al. 2018 (arXiv:1803.09877), section 4.1. Deviations: s is per group, which allows more liars than
@@ -52,7 +53,7 @@ class Draco(Rule):
         summary="majority vote of devices that share a shard, then the mean: exact whatever the liars send",
         needs="groups of 2f + 1 devices with the same data, f liars in each; equal updates of honest devices",
         breakdown="just under 1/2 of every group",
-        cost="n d, up to (f + 1) n d under attack; every shard is trained 2f + 1 times",
+        cost="n d, at most (f + 1) n d under attack; every shard is trained 2f + 1 times",
         sums_only=False,
         source="Chen et al. 2018 (arXiv:1803.09877), section 4.1 (repetition code)",
     )
@@ -190,23 +191,25 @@ def _seats(k: Kernels, group: Any, rank: Any) -> Seats:
 def _vote(k: Kernels, batch: Batch, seats: Seats, needed: int, tolerance: float) -> tuple[Any, Any]:
     """(n,) int64: the row that won in the row's group, NOBODY for none; (n,) int64: numbers that differ from it.
 
-    In every group the rows are compared with its first, then with its second, until one has the votes. An honest first
-    row ends it in one pass over the updates; a row of a liar before it costs one more.
+    In every group the rows are compared with one of them, then with another, until one has the votes. The first is one
+    that most agree with in a few numbers: only a lie that is right in these can cost one more pass over the updates.
     """
     n = k.count(batch.updates)
     last = k.whole(k.length(batch.places)) - 1
+    order = _by_agreement(k, batch.updates, seats, tolerance)
+    rank = k.argsort(order)
 
     def candidates(tried: Any) -> Any:
-        """(n,) positions of the first row of each row's group that was not tried; beyond the last where all were."""
+        """(n,) the rank of the first row of each row's group that was not tried; beyond the last where all were."""
         free = seats.together & ~tried[None, :]
-        return k.smallest(k.where(free, seats.position[None, :], k.whole(n)))
+        return k.smallest(k.where(free, rank[None, :], k.whole(n)))
 
     def goes_on(winner: Any, different: Any, tried: Any) -> Any:
         return k.any((winner < 0) & (candidates(tried) <= last))
 
     def body(winner: Any, different: Any, tried: Any) -> tuple[Any, Any, Any]:
         found = candidates(tried)
-        candidate = k.take(seats.order, k.minimum(found, last))
+        candidate = k.take(order, k.minimum(found, last))
         is_open = (winner < 0) & (found <= last)
         differences = _differences(k, batch.updates, candidate, tolerance)
         agrees = k.equal(differences, 0) & k.equal(batch.num_examples, k.take(batch.num_examples, candidate))
@@ -221,16 +224,28 @@ def _vote(k: Kernels, batch: Batch, seats: Seats, needed: int, tolerance: float)
     return winner, different
 
 
+def _by_agreement(k: Kernels, updates: Updates, seats: Seats, tolerance: float) -> Any:
+    """(n,) int64: the rows, those that agree with most of their group in SAMPLED numbers first, then by position."""
+    d = k.dimension(updates)
+    columns = k.whole(k.floor(k.divide(k.real(k.arange(SAMPLED)) * k.real(d), float(SAMPLED))))
+    values = k.columns(updates, columns)
+    alike = k.equal(k.number_true(_same(k, values[:, None, :], values[None, :, :], tolerance)), SAMPLED)
+    agreeing = k.number_true(seats.together & alike)
+    return k.take(seats.order, k.argsort(-k.take(agreeing, seats.order)))
+
+
+def _same(k: Kernels, a: Any, b: Any, tolerance: float) -> Any:
+    """Element-wise whether two numbers are the same to the vote."""
+    if tolerance == 0.0:
+        return k.equal_bits(a, b)
+    return k.maximum(k.real(a) - k.real(b), k.real(b) - k.real(a)) <= tolerance
+
+
 def _differences(k: Kernels, updates: Updates, candidate: Any, tolerance: float) -> Any:
     """(n,) int64: in how many numbers each row is not the same as the row `candidate` (n,) of its group."""
 
     def per_block(block: Any, carry: Any) -> tuple[Any, Any]:
-        other = k.take(block, candidate)
-        if tolerance == 0.0:
-            same = k.equal_bits(block, other)
-        else:
-            same = k.maximum(k.real(block) - k.real(other), k.real(other) - k.real(block)) <= tolerance
-        return block[0], carry + k.number_true(~same)
+        return block[0], carry + k.number_true(~_same(k, block, k.take(block, candidate), tolerance))
 
     return k.over_columns(updates, per_block, k.whole(k.full((k.count(updates),), 0.0)))[1]
 

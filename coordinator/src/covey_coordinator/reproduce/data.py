@@ -1,26 +1,35 @@
 """The data of published experiments, from a folder of the user's: nothing is downloaded.
 
 mnist.npz: the Keras layout (x_train, y_train, x_test, y_test; 28x28 uint8). spambase.csv: UCI Spambase, a line of
-names, 57 features and the class (0 or 1) in the last column.
+names, 57 features and the class (0 or 1) in the last column. abalone.csv (UCI) and cpusmall.csv (Delve): a line of
+names, 8 or 12 features and the target in the last column.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
-from covey_models.csv_tables import load_csv
+from covey_models.csv_tables import load_csv, read_table
 from covey_models.datasets import DATA_VARIABLE, Dataset, load_npz_parts, split
 from covey_protocol.errors import DataError
+
+Floats = npt.NDArray[np.float64]
 
 WHAT = {
     "mnist.npz": "MNIST as Keras has it (x_train, y_train, x_test, y_test)",
     "spambase.csv": "UCI Spambase: a line of names, then 57 features and the class in each line",
+    "abalone.csv": "UCI Abalone: a line of names, then sex (M, F or I), 7 numbers and the rings in each line",
+    "cpusmall.csv": "Delve's CPU activity, small: a line of names, then 12 features and usr in each line",
 }
 SPAMBASE_FEATURES = 57
 SPAMBASE_TEST = 0.25
+REGRESSION_FEATURES = {"abalone.csv": 8, "cpusmall.csv": 12}
+SEXES = {"M": 1.0, "F": 2.0, "I": 3.0}  # as LIBSVM's copy of the table has them
 
 
 def located(folder: Path | None, name: str) -> Path:
@@ -56,3 +65,18 @@ def spambase(folder: Path | None, seed: int) -> tuple[Dataset, Dataset]:
     x = ((x - x.mean(0)) / x.std(0)).astype(np.float32)
     bounds = (float(x.min()), float(x.max()))
     return split(dataclasses.replace(table, x=x, input_range=bounds), SPAMBASE_TEST, seed)
+
+
+@functools.lru_cache(maxsize=4)
+def regression_table(folder: Path | None, name: str) -> tuple[Floats, Floats]:
+    """(x (n, d), y (n,)) of abalone.csv or cpusmall.csv, as they stand in the file."""
+    path = located(folder, name)
+    columns = list(read_table(path).columns.values())
+    try:
+        cells = [[float(SEXES.get(cell, cell)) for cell in column] for column in columns]
+    except ValueError as exc:
+        raise DataError(f"{path} holds what is no number ({exc})", f"put {WHAT[name]} there") from exc
+    if len(cells) != REGRESSION_FEATURES[name] + 1:
+        raise DataError(f"{path} has {len(cells)} columns", f"put {WHAT[name]} there")
+    table = np.asarray(cells, np.float64).T
+    return table[:, :-1], table[:, -1]

@@ -82,11 +82,12 @@ class _Run:
 
     def _gradients(self, number: int) -> Floats:
         """(devices, d) float32: minus the gradient of one batch of each shard; as many shards as devices."""
-        found = []
-        for shard, rows in enumerate(self._world.shards):
-            batch = rows[stream(self._seed, BATCHES, number, shard).integers(len(rows), size=self._settings.batch)]
-            found.append(self._world.network.gradients(self.parameters, self._x[batch], self._world.train.y[batch]))
-        return -np.stack(found)
+        batches = [
+            rows[stream(self._seed, BATCHES, number, shard).integers(len(rows), size=self._settings.batch)]
+            for shard, rows in enumerate(self._world.shards)
+        ]
+        x, y = self._x[np.stack(batches)], self._world.train.y[np.stack(batches)]
+        return -self._world.network.gradients(self.parameters, x, y)
 
     def _rows(self, shards: Floats) -> Any:
         """What honest devices send. Those of a group, or of a support, compute the same: each shard is done once."""

@@ -20,6 +20,9 @@ MODULES = {  # name -> module of this package and the value in it
     "super-teaching": "super_teaching:SUPER_TEACHING",
     "byzfl-heatmap": "heatmaps:BYZFL",
     "tff-image-classification": "image_classification:TUTORIAL",
+    "comt": "comt:COMT_TABLES",
+    "incomplete-data": "incomplete:INCOMPLETE",
+    "teaching-regimes": "regimes:REGIMES",
 }
 NAMES = tuple(MODULES)
 

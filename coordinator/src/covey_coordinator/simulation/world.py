@@ -184,7 +184,7 @@ def learning_of(world: World) -> Learning:
     settings, cell = world.settings, world.cell
     training, model, code = settings.training, settings.model, UserCode()
     return Learning(
-        model=_model(world, code),
+        model=model_of(world, code),
         plan=TrainingPlan(
             epochs=training.epochs,
             learning_rate=training.learning_rate,
@@ -209,7 +209,7 @@ def learning_of(world: World) -> Learning:
     )
 
 
-def _model(world: World, code: UserCode) -> Any:
+def model_of(world: World, code: UserCode) -> Any:
     """With first weights of the seed, also where the user's function draws them from Keras's global generator."""
     from covey_models import zoo
 

@@ -19,7 +19,7 @@ Setting = dict[str, float]
 Method = Callable[[Work, Sequence[Examples], Examples, Setting], Array]  # -> theta (F + 1, C)
 
 DECAYS = (0.01, 0.1, 1.0, 10.0, 100.0)
-ROUNDS, TOLERANCE = 80, 1e-3  # of teaching: the scores that are compared do not move any more
+ROUNDS, TOLERANCE = 60, 3e-3  # of teaching; settings are ranked, and scores compared, to a percent
 
 
 def learned(work: Work, examples: Examples, decay: float) -> Array:

@@ -1,4 +1,4 @@
-"""The server's step of CoMT, on sums alone: docs/machine-teaching.md. Numpy; no teacher, no transport."""
+"""The server's step of CoMT, on sums alone: docs/teaching-mathematics.md. Numpy; no teacher, no transport."""
 
 from __future__ import annotations
 
