@@ -11,30 +11,33 @@ import pytest
 import tensorflow_federated as tff
 from aggregation_references import bits, judge, judge_in_tensorflow
 from attack_references import craft, honest_rows, push
+from scipy.optimize import minimize
 
 from covey_coordinator.aggregation.factory import RuleFactory
+from covey_coordinator.aggregation.kernels import Updates
 from covey_coordinator.aggregation.kernels.fast import NumpyKernels
 from covey_coordinator.aggregation.kernels.reference import TensorFlowKernels
 from covey_coordinator.aggregation.registry import make_rule, settings_of
 from covey_coordinator.aggregation.screening import screen_updates
 from covey_coordinator.attacks.attacked import Attacked
 from covey_coordinator.attacks.contract import DataSetting
-from covey_coordinator.attacks.mathematics import disguised
+from covey_coordinator.attacks.mathematics import disguised, seed_of
 from covey_coordinator.attacks.registry import ATTACKS, make_attack
 from covey_protocol.errors import ConfigError, RuleError
 
 SETTING = DataSetting(num_classes=10, input_range=(0.0, 1.0))
 K = NumpyKernels()
+SHORT: dict[str, dict[str, Any]] = {"fltrust-adaptive": {"rounds": 2, "steps": 2, "start": "plane"}}
 
 
 @pytest.mark.parametrize("shape", [pytest.param((5, 1), marks=pytest.mark.slow), (30, 4097)])
 @pytest.mark.parametrize("name", ATTACKS)
 def test_both_kernels_give_the_same_bits(name: str, shape: tuple[int, int]) -> None:
-    honest = honest_rows(1, *shape)
-    found = craft(make_attack(name), honest, 2)
+    honest, attack = honest_rows(1, *shape), make_attack(name, **SHORT.get(name, {}))
+    found = craft(attack, honest, 2)
     assert found.dtype == np.float32
     assert found.shape == (2, shape[1])
-    assert bits(found) == bits(reference.craft_in_tensorflow(make_attack(name), honest, 2))
+    assert bits(found) == bits(reference.craft_in_tensorflow(attack, honest, 2))
 
 
 @pytest.mark.parametrize("name", ATTACKS)
@@ -72,6 +75,8 @@ def test_unknown_attacks_and_settings_are_refused_with_the_nearest_name() -> Non
         ("ipm", {"epsilon": "much"}),
         ("min-max", {"direction": "north"}),
         ("adaptive", {"doublings": 0}),
+        ("fltrust-adaptive", {"rounds": 0}),
+        ("fltrust-adaptive", {"smoothing": 0.0}),
         ("scaling-backdoor", {"poisoned_share": 1.5}),
         ("scaling-backdoor", {"patch": 0}),
         ("fang-trim", {"b": 0.5}),
@@ -214,6 +219,70 @@ def test_adaptive_does_not_send_zeros_where_standing_still_is_the_worst() -> Non
     honest = np.tile(honest_rows(1, 1, 30), (3, 1)) * np.array([[1], [1.001], [0.999]], np.float32)
     rows = craft(make_attack("adaptive", direction="mean", doublings=4, refinements=0), honest, 4, rule=("median", 3))
     assert np.abs(rows / honest.mean(0) - (1 - 0.88)).max() < 1e-3
+
+
+def fltrust_told(honest: np.ndarray, rows: np.ndarray, trusted: np.ndarray, s: np.ndarray) -> float:
+    """s'g' of FLTrust's aggregate g', in float64."""
+    units = np.concatenate([honest, rows]).astype(np.float64)
+    units /= np.linalg.norm(units, axis=1, keepdims=True)
+    trust = np.maximum(units @ trusted / np.linalg.norm(trusted), 0)
+    return float(np.linalg.norm(trusted) * (trust @ units / trust.sum()) @ s)
+
+
+def knowing_fltrust(honest: np.ndarray, own: np.ndarray, trusted: np.ndarray) -> Any:
+    known = reference.knowledge_of(honest, own, ("fltrust", len(own)))
+    batch_with: Any = known.batch_with
+    return dataclasses.replace(known, batch_with=lambda rows: batch_with(rows)._replace(trusted=trusted))
+
+
+def test_the_attack_on_fltrust_takes_its_steps_on_the_rules_own_formula() -> None:
+    """Algorithm 3 written out, h of FLTrust's whole aggregate for every step; the same random directions."""
+    honest, rounds, steps = honest_rows(4, 9, 40), 2, 3
+    trusted = (honest.mean(0) + 0.3 * honest_rows(5, 1, 40)[0]).astype(np.float32)
+    known = knowing_fltrust(honest, honest_rows(6, 2, 40), trusted)
+    attack: Any = make_attack("fltrust-adaptive", rounds=rounds, steps=steps, rate=0.05, start="plane")
+    found = attack.craft(K, Updates(honest), 2, known)
+    start = dataclasses.replace(attack, rate=0.0).craft(K, Updates(honest), 2, known)
+
+    s = np.where(honest.mean(0) > 0, 1.0, -1.0)
+    rows = start.astype(np.float64) / np.linalg.norm(trusted)
+    seed, number = seed_of(K, 7, 3), 0
+    for _ in range(rounds):
+        for device in range(2):
+            for _ in range(steps):
+                u = np.sqrt(0.5) * np.where(K.random_bits(seed + number, 40) > 0, 1.0, -1.0)
+                tried = rows.copy()
+                tried[device] += 0.005 * u
+                climb = fltrust_told(honest, rows, trusted, s) - fltrust_told(honest, tried, trusted, s)
+                rows[device] += 0.05 * climb / 0.005 * u
+                rows[device] /= np.linalg.norm(rows[device])
+                number += 1
+    assert np.abs(found - start).max() > 0.05 * np.abs(start).max()
+    np.testing.assert_allclose(found, rows * np.linalg.norm(trusted), atol=1e-3 * np.abs(found).max())
+
+
+def test_the_attack_on_fltrust_finds_the_worst_unit_vector_for_it() -> None:
+    """Against a search by gradients over all unit vectors, every attacker sending the same."""
+    honest = honest_rows(4, 18, 30)
+    trusted = (honest.mean(0) + 0.5 * honest_rows(5, 1, 30)[0]).astype(np.float32)
+    s = np.where(honest.mean(0) > 0, 1.0, -1.0)
+    attack = make_attack("fltrust-adaptive", start="plane", rate=0.0, rounds=1, steps=1)
+    rows = attack.craft(K, Updates(honest), 4, knowing_fltrust(honest, honest[:4], trusted))
+    np.testing.assert_allclose(np.linalg.norm(rows, axis=1), np.linalg.norm(trusted), rtol=1e-5)
+    found = fltrust_told(honest, rows, trusted, s)
+    searched = minimize(lambda e: fltrust_told(honest, np.tile(e, (4, 1)), trusted, s), rows[0] + 0.3 * trusted)
+    nothing = fltrust_told(honest, -np.tile(trusted, (4, 1)), trusted, s)
+    assert found < nothing - 1.0
+    assert found == pytest.approx(searched.fun, abs=0.01 * abs(nothing - found))
+
+
+def test_from_the_trim_attack_no_step_is_taken_where_it_points_away_from_the_trusted_update() -> None:
+    honest = honest_rows(4, 18, 300)
+    known = knowing_fltrust(honest, honest[:4], honest.mean(0))
+    rows = make_attack("fltrust-adaptive").craft(K, Updates(honest), 4, known)
+    start = craft(make_attack("fang-trim"), honest, 4)
+    ratio = np.linalg.norm(honest.mean(0)) / np.linalg.norm(start, axis=1, keepdims=True)
+    np.testing.assert_allclose(rows, start * ratio, rtol=1e-5)
 
 
 def test_label_flip_reverses_the_labels_and_nothing_else() -> None:

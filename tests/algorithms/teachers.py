@@ -57,6 +57,14 @@ def linear(key: SealingKey | None, loss: str) -> bytes:
     return covey_models.export(model, name="linear", loss=loss, batch_size=8, key=key, teach=True)
 
 
+def deep_model() -> Any:
+    """Three classes; what the last layer sees is made by layers that are not zero."""
+    tf.keras.utils.set_random_seed(7)
+    layers = tf.keras.layers
+    hidden = layers.Dense(5, "relu", bias_initializer="ones")
+    return tf.keras.Sequential([layers.InputLayer((FEATURES,)), hidden, layers.Dense(3, kernel_initializer="zeros")])
+
+
 def with_intercept(data: Data) -> tuple[Any, Any]:
     """For the reference, as ridge (float targets) or logistic (0 and 1 become -1 and 1)."""
     x = np.hstack([data.x.astype(np.float64), np.ones((len(data.x), 1))])

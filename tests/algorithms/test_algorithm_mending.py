@@ -45,7 +45,9 @@ def run(tmp_path: Path) -> tuple[RunStore, Any]:
             row = np.random.default_rng([number, place]).uniform(0.1, 0.9, D).astype("<f4")
             store.store_update(name, Offer(invitation.round_id, blob_ref(row.tobytes()), 5), row.tobytes())
             arrivals.add(name, row, 5)
-        parameters = made.aggregate(parameters, arrivals.screened(IDS, refuse_copies=refuses_copies(plan))).parameters
+        parameters = made.aggregate(
+            parameters, arrivals.screened(IDS, refuse_copies=refuses_copies(plan, made))
+        ).parameters
         verdicts = [DeviceVerdict(name, ACCEPTED) for name in IDS]
         checkpoint = Checkpoint(number, parameters, made.saved_state())
         store.conclude(invitation.round_id, Phase.PUBLISHED, "", verdicts, checkpoint)

@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tensorflow as tf
 from click.testing import CliRunner
 
+import covey_models
 from covey_coordinator.teach.command import teach_command
 from covey_coordinator.teach.comparing import Compared
 from covey_coordinator.teach.data import read_work
@@ -56,8 +58,7 @@ def test_a_table_with_mostly_wrong_labels(tables: Path) -> None:
     found = {one["row"] for one in report["instances"] if one["suspicion"] >= 0.5}
     assert len(found & set(range(126))) > 0.8 * 126
     assert len(found - set(range(126))) < 0.2 * 54
-    assert 'algorithm = "comt"' in said
-    assert (tables / "out" / "teaching.toml").read_text().startswith("[teaching]\nlambda_w = ")
+    assert "--bundle MODEL.covey" in said
 
 
 class Page(HTMLParser):
@@ -74,6 +75,15 @@ class Page(HTMLParser):
         self.sources += [value or "" for name, value in attrs if name in ("src", "href")]
 
 
+def image_bundle() -> bytes:
+    """What its last layer sees are 12 numbers of a layer that nobody trained."""
+    layers = tf.keras.layers
+    tf.keras.utils.set_random_seed(2)
+    hidden = layers.Dense(12, "tanh")
+    model = tf.keras.Sequential([layers.InputLayer((8, 8, 1)), layers.Flatten(), hidden, layers.Dense(1, "sigmoid")])
+    return covey_models.export(model, name="images", loss="binary_crossentropy", input_range=(0.0, 1.0), teach=True)
+
+
 def test_images_are_shown_on_a_page_that_asks_nobody_for_anything(tmp_path: Path) -> None:
     data = digits()
     part = data.take(np.flatnonzero(data.y < 2))
@@ -81,8 +91,11 @@ def test_images_are_shown_on_a_page_that_asks_nobody_for_anything(tmp_path: Path
     y[:30] ^= 1
     np.savez(tmp_path / "data.npz", x=part.x[:150], y=y[:150])
     np.savez(tmp_path / "trusted.npz", x=part.x[200:230], y=part.y[200:230])
-    run(tmp_path / "data.npz", "--trusted", tmp_path / "trusted.npz", "--tries", 1, "--teachers", 2,
-        "--output", tmp_path / "out")  # fmt: skip
+    (tmp_path / "model.covey").write_bytes(image_bundle())
+    said = run(tmp_path / "data.npz", "--trusted", tmp_path / "trusted.npz", "--tries", 1, "--teachers", 2,
+               "--bundle", tmp_path / "model.covey", "--output", tmp_path / "out")  # fmt: skip
+    assert "30 trusted, 12 features, 2 classes" in said
+    assert '[training]\n  algorithm = "comt"\n  [teaching]\n  lambda_w = ' in said
     page = Page((tmp_path / "out" / "report.html").read_text())
     assert not {"script", "link", "iframe"} & set(page.tags)
     assert 15 <= len(page.sources) == page.tags.count("img")

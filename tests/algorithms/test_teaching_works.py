@@ -11,9 +11,11 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+import tensorflow as tf
 from algorithms import teachers
 from numpy.testing import assert_allclose
 
+import covey_models
 from covey_coordinator.aggregation.registry import make_rule
 from covey_coordinator.algorithms.comt import Teaching
 from covey_coordinator.algorithms.engines import asked_by
@@ -37,7 +39,9 @@ LOSSES = ("mean_squared_error", "binary_crossentropy")
 
 @pytest.fixture(scope="module")
 def bundles(coordinator_key: SealingKey) -> dict[str, bytes]:
-    return {loss: teachers.linear(coordinator_key, loss) for loss in LOSSES}
+    made = {loss: teachers.linear(coordinator_key, loss) for loss in LOSSES}
+    deep = covey_models.export(teachers.deep_model(), name="deep", batch_size=8, key=coordinator_key, teach=True)
+    return {**made, "deep": deep}
 
 
 class Child:
@@ -111,7 +115,7 @@ def exchange(children: list[Child], engine: Any, parameters: Any, lies: Any = No
         update = one.do(plan, parameters, vectors)
         arrivals.add(one.name, (lies or {}).get(one.name, lambda update: update)(update), 20)
     return engine.aggregate(
-        parameters, arrivals.screened([one.name for one in asked], refuse_copies=refuses_copies(plan))
+        parameters, arrivals.screened([one.name for one in asked], refuse_copies=refuses_copies(plan, engine))
     )
 
 
@@ -146,6 +150,33 @@ def test_children_and_engine_are_the_reference(loss: str, holder: str, fleet: Fl
     right = comt([teachers.with_intercept(one) for one in data], trusted, teachers.problem(loss), told)
     assert np.abs(right.theta).max() > 0.3
     assert_allclose(parameters, right.theta, rtol=1e-4, atol=1e-5)
+
+
+def test_classes_are_taught_on_what_the_last_layer_sees(fleet: Fleet) -> None:
+    """One learner for each class against the rest, on the features of a net that is not trained."""
+    model = teachers.deep_model()
+    until = tf.keras.Model(model.inputs, model.layers[-1].input)
+
+    def three(seed: int, n: int) -> teachers.Data:
+        plain = teachers.numbers(seed, n)
+        return teachers.Data(plain.x, np.digitize(plain.y, np.quantile(plain.y, (0.3, 0.7))).astype(np.int32))
+
+    def as_reference(data: teachers.Data) -> Any:
+        x = np.hstack([np.asarray(until(data.x), np.float64), np.ones((len(data.x), 1))])
+        return x, np.where(data.y[:, None] == np.arange(3), 1.0, -1.0)
+
+    data, held = [three(1, 20), three(2, 25)], three(8, 9)
+    children, engine = fleet("deep", data, {1: held})
+    parameters = np.zeros(18, np.float32)
+    for _ in range(2 * ROUNDS):
+        parameters = exchange(children, engine, parameters).parameters
+    told = Settings(**teachers.CONSTANTS, rounds=ROUNDS, tolerance=0.0)
+    nothing = tuple(part[:0] for part in as_reference(held))
+    trusted = [nothing, as_reference(held)]
+    right = comt([as_reference(one) for one in data], trusted, teachers.problem("binary_crossentropy"), told)
+    assert np.abs(right.theta).max() > 0.1
+    assert_allclose(parameters.reshape(6, 3), right.theta, rtol=1e-4, atol=1e-5)
+    assert {one["label"] for one in json.loads(children[0].found["report.json"])["instances"]} == {"0", "1", "2"}
 
 
 def test_a_child_that_is_asked_again_or_started_anew_sends_the_same_bits(fleet: Fleet) -> None:

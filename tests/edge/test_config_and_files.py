@@ -74,6 +74,11 @@ BAD = {
     ),
     "a password file without a user": (GOOD.replace('username = "pi"\n', ""), "password_file needs"),
     "the coordinator's own name": (GOOD.replace("kitchen-pi", "coordinator"), "own name"),
+    "a replica that adds noise": (
+        GOOD.replace("[data]\n", '[data]\nreplica = "hall"\n') + "[privacy]\nclip_norm = 1.0\nnoise_multiplier = 1.0\n",
+        "replica = 'hall' with noise_multiplier",
+    ),
+    "a replica's name with a blank": (GOOD.replace("[data]\n", '[data]\nreplica = "the hall"\n'), "replica"),
     "noise without a clip norm": (GOOD + "[privacy]\nnoise_multiplier = 1.0\n", "needs clip_norm"),
     "a device id that breaks topics": (GOOD.replace("kitchen-pi", "kitchen/pi"), "device_id"),
     "not TOML": ("device_id = ", "not valid TOML"),

@@ -86,6 +86,18 @@ def test_training_lowers_the_loss_and_the_update_is_trained_minus_received(
     assert loss < answer.metrics["loss_before"]
 
 
+def test_devices_with_one_replica_name_send_equal_bits_and_others_do_not(opened: tuple[Trainer, np.ndarray]) -> None:
+    """The order of examples is drawn from the replica's name in place of the device's id."""
+    trainer, received = opened
+    alone, mine, yours, elsewhere = (
+        update_of(trainer.answer(run_request(received, device_id=device_id, replica=replica))).tobytes()
+        for device_id, replica in (("a", ""), ("a", "shard-1"), ("b", "shard-1"), ("b", "shard-2"))
+    )
+    assert mine == yours
+    assert len({alone, mine, elsewhere}) == 3
+    assert alone == update_of(trainer.answer(run_request(received, device_id="a"))).tobytes()
+
+
 def test_the_same_request_gives_the_same_bits_and_another_seed_others(opened: tuple[Trainer, np.ndarray]) -> None:
     trainer, received = opened
     first = update_of(trainer.answer(run_request(received)))

@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from covey_coordinator.aggregation.registry import RULES
-from covey_coordinator.attacks.registry import ATTACKS
+from covey_coordinator.attacks.registry import GENERAL_NAMES
 from covey_coordinator.grid.command import grid_command, settings_from, usable_jobs
 from covey_coordinator.grid.folder import Folder
 from covey_coordinator.grid.picture import heat_map
@@ -32,9 +32,9 @@ def settings_of_toml(folder: Path, text: str, quick: bool = False, **options: An
 def test_by_default_every_rule_meets_every_attack() -> None:
     plan = plan_of(GridSettings())
     assert set(plan.rules) | {note.split()[0] for note in plan.notes} == set(RULES)
-    assert list(plan.attacks) == list(ATTACKS)
+    assert list(plan.attacks) == list(GENERAL_NAMES)
     cells = plan.cells()
-    assert len(cells) == len(plan.rules) * 3 * (1 + 4 * len(ATTACKS))
+    assert len(cells) == len(plan.rules) * 3 * (1 + 4 * len(GENERAL_NAMES))
     assert {cell.num_hostile for cell in cells} == {0, 2, 4, 6, 8}
     assert len({cell.key for cell in cells}) == len(cells)
 

@@ -28,7 +28,7 @@ from scripted import manifest_of
 
 from covey_coordinator import records
 from covey_coordinator.aggregation.staleness import staleness_weight
-from covey_coordinator.coordinator import Clock, Common, Coordinator
+from covey_coordinator.coordinator import NO_TRAINING, Clock, Common, Coordinator, OwnTraining
 from covey_coordinator.fleet import FromFleet
 from covey_coordinator.orders import Orders
 from covey_coordinator.serve import CoordinatorConfig, RoundSettings, Task, WireSettings, Work, run_tasks
@@ -294,6 +294,7 @@ class LedgerEngine:
     """Adds the honest updates up. Its state counts the rounds: it must be as old as the model."""
 
     num_byzantine = 1
+    expects_copies = False
 
     def __init__(self, world: World, run: str) -> None:
         self._world, self._run, self.count = world, run, 0
@@ -604,6 +605,10 @@ class World:
     def orders_of(self, run: str) -> Orders:
         return self.orders if run == next(iter(self.configs)) else Orders(Path("no folder"))
 
+    def own_training(self) -> OwnTraining:
+        """What makes the coordinator's own updates, new for every start of it."""
+        return NO_TRAINING
+
     def task(self, coordinator: Coordinator, config: CoordinatorConfig) -> Task:
         work = Work(config, BUNDLE, np.zeros(D, np.float32))
         engine = LedgerEngine(self, config.run)
@@ -673,6 +678,7 @@ class World:
                     revoked=self.revoked,
                     entropy=self.entropy,
                     common=common,
+                    own=self.own_training(),
                 )
                 for run, store in stores.items()
             ]

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from instances import fleet, objective
+from numpy.testing import assert_allclose, assert_array_equal
 from scipy.optimize import minimize
 
 from covey_coordinator.teaching.reference import comt
@@ -224,6 +225,32 @@ def test_a_saved_teacher_goes_on_as_if_nothing_had_happened() -> None:
         anew().loaded(one.saved()[:-40])
     with pytest.raises(StorageError, match="other data"):
         Teacher(Problem(), told, *teachers[1]).loaded(one.saved())
+
+
+def test_an_owner_is_told_which_instances_were_used_how_much_and_how_far_off_they_are() -> None:
+    rng = np.random.default_rng(13)
+    x = np.column_stack([rng.normal(size=(12, 2)), np.ones(12)])
+    y = np.where(x[:, 0] > 0, 1.0, -1.0)
+    y[3] = -y[3]
+    told = settings("logistic", lambda_t=20.0, lambda_z=8.0, rounds=60)
+    trusted = (10 * np.eye(3)[:1], np.ones(1))
+    teacher, state = Teacher(Problem("logistic"), told, x, y, trusted), begun((3,))
+    for _ in range(60):
+        answer, correction = teacher.answer(state.theta, state.u, np.zeros(3)), teacher.correct(state.theta)
+        state, _ = moved(state, told, answer, 1, correction, 1)
+    teacher.told(state.theta)
+    judged = teacher.judged()
+    assert judged.weight.argmax() == 3
+    assert_allclose(judged.residual, y * (x @ state.theta))
+    assert (judged.residual < 0).tolist() == [row == 3 for row in range(12)]
+    assert_allclose(judged.feature_change, np.linalg.norm(np.outer(teacher.alpha, teacher.direction), axis=1))
+    assert not judged.target_change.any()
+    ridge = Teacher(Problem(), settings("ridge", lambda_a=1.0, lambda_y=2.0), x, y * np.linspace(0, 3, 12))
+    ridge.answer(np.array([2.0, 0.0, 0.0]), np.zeros(3), np.zeros(3))
+    found = ridge.judged()
+    assert_array_equal(found.selected, ridge.alpha != 0)
+    assert 0 < found.selected.sum() < 12
+    assert_allclose(found.target_change, ridge.alpha / 4)
 
 
 def test_what_cannot_be_taught_is_refused() -> None:

@@ -87,6 +87,8 @@ class Engine(Protocol):
     def load_state(self, data: bytes) -> bool: ...
     @property
     def num_byzantine(self) -> int: ...
+    @property
+    def expects_copies(self) -> bool: ...
 
 
 class Devices(Protocol):
@@ -536,7 +538,9 @@ class Coordinator:
             while state.finished is None:
                 self._take_some(state, POLL_S)
                 self._end_if_aborted(state)
-                self._aggregate_if_due(state)
+                if state.due:
+                    with self._together():
+                        self._run_rule_if_ready(state)
                 self._keep_time(state)
                 self._tell_progress(state)
         finally:
@@ -572,15 +576,11 @@ class Coordinator:
         if state.engine is not None and not invitation.plan.evaluate:
             self.own.begin(invitation.round_id, state.parameters, invitation.plan)
 
-    def _aggregate_if_due(self, state: _Round) -> None:
-        """Where the rule had to wait for the coordinator's own update."""
+    def _run_rule_if_ready(self, state: _Round) -> None:
+        """It may have to wait for the coordinator's own update; the loop goes on meanwhile."""
         if state.due and state.finished is None and self.own.is_ready():
-            with self._together():
-                self._run_rule(state)
-
-    def _run_rule(self, state: _Round) -> None:
-        device_ids, state.due = state.due, ()
-        self._handle(state, self._aggregate(state, device_ids))
+            device_ids, state.due = state.due, ()
+            self._handle(state, self._aggregate(state, device_ids))
 
     def _tell_opened(self, state: _Round, now: float, resumed: bool) -> None:
         machine, invitation = state.machine, state.machine.invitation
@@ -701,8 +701,7 @@ class Coordinator:
                 self.store.decided(state.machine.invitation.round_id)
                 self._commit()
                 state.due = effect.device_ids
-                if self.own.is_ready():
-                    self._run_rule(state)
+                self._run_rule_if_ready(state)
             elif isinstance(effect, rounds.Finished):
                 self._conclude(state, effect)
                 state.finished = effect
@@ -742,7 +741,7 @@ class Coordinator:
             return rounds.Aggregated(dict.fromkeys(device_ids, ""))
         refused = sum(progress is Progress.REFUSED for progress in state.machine.progress().values())
         names, engine = state.machine.invitation.plan.evaluate, state.engine
-        copies = refuses_copies(state.machine.invitation.plan)
+        copies = refuses_copies(state.machine.invitation.plan, engine)
         screened = state.arrivals.screened(device_ids, refuse_copies=copies, refused_on_arrival=refused)
         outcome: StepOutcome
         try:
@@ -786,9 +785,10 @@ def arrivals_of(device_ids: Iterable[str], plan: TrainingPlan, d: int) -> Arriva
     return Arrivals(device_ids, d, faults.get(plan.work))
 
 
-def refuses_copies(plan: TrainingPlan) -> bool:
-    """Metrics and shares of two honest devices may agree in every bit, and so may what two teachers have no use for."""
-    return not plan.evaluate and plan.work not in (FEATURES, TEACH, CORRECT)
+def refuses_copies(plan: TrainingPlan, engine: Engine) -> bool:
+    """Metrics and shares of two honest devices may agree in every bit, and so may what two teachers have no use for,
+    and updates where the rule counts on it."""
+    return not plan.evaluate and plan.work not in (FEATURES, TEACH, CORRECT) and not engine.expects_copies
 
 
 def _with_held_out(

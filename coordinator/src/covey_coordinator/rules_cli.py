@@ -16,6 +16,7 @@ import click
 
 WIDTH = 160  # of the table where no terminal says another
 EXAMPLE_BYZANTINE = 2
+TRUSTED_EXAMPLE = ("", "[trusted]", 'path = "trusted.npz"')
 
 
 @click.command(name="rules", short_help="List the aggregation rules and pre-steps, or explain one.")
@@ -68,11 +69,18 @@ def example(sort: str, name: str, settings: dict[str, Any]) -> str:
     """The table of coordinator.toml with every setting at its default; those that have no value are commented out."""
     if sort == "rule":
         head = ["[aggregation]", f"rule = {toml(name)}", f"num_byzantine = {_bearable(name)}"]
-        return "\n".join(head + [f"{_commented(value)}{key} = {toml(value)}" for key, value in settings.items()])
+        told = [f"{_commented(value)}{key} = {toml(value)}" for key, value in settings.items()]
+        return "\n".join([*head, *told, *(TRUSTED_EXAMPLE if _needs_trusted(name) else ())])
     written = {"step": name, **{key: value for key, value in settings.items() if value is not None}}
     table = ", ".join(f"{key} = {toml(value)}" for key, value in written.items())
     step = f"{{ {table} }}" if len(written) > 1 else toml(name)
     return f'[aggregation]\nrule = "median"\nnum_byzantine = {EXAMPLE_BYZANTINE}\nbefore = [{step}]'
+
+
+def _needs_trusted(name: str) -> bool:
+    from covey_coordinator.aggregation.registry import RULES
+
+    return bool(RULES[name].needs_trusted)
 
 
 def _commented(value: Any) -> str:

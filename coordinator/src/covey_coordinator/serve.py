@@ -28,6 +28,7 @@ from covey_coordinator.algorithms.engines import asked_by
 from covey_coordinator.algorithms.making import check_algorithm, make_algorithm_engine
 from covey_coordinator.algorithms.settings import FEDAVG, Algorithm
 from covey_coordinator.algorithms.teaching_settings import TeachingSettings, teaching_of, teaching_plan
+from covey_coordinator.coding.conditions import check_equal_updates
 from covey_coordinator.coordinator import (
     NO_TRAINING,
     Common,
@@ -82,7 +83,7 @@ from covey_protocol.errors import (
     StorageError,
     TrainingError,
 )
-from covey_protocol.forms import WITHHOLDING
+from covey_protocol.forms import NONE, WITHHOLDING
 from covey_protocol.messages import (
     DEFAULT_CHUNK_BYTES,
     MAX_CHUNK_BYTES,
@@ -293,6 +294,7 @@ def _planned(path: Path, config: CoordinatorConfig, weight: float, key: SealingK
     rule = _rule(path, config)
     rule.check(config.round.quorum)
     check_needs(path, rule, config.trusted, config.training.algorithm, config.round.max_staleness)
+    _check_copies(path, config, rule)
     if config.evaluation.every:
         try:
             Median(rule.num_byzantine).check(config.evaluation.quorum or config.round.quorum)
@@ -352,8 +354,9 @@ def _made_engine(stack: contextlib.ExitStack, planned: Planned, folder: Path) ->
         server.optimizer,
         server.learning_rate,
         rate=config.training.learning_rate,
-        devices=len(meant(config.devices, config.round.only, config.round.exclude)),
+        devices=len(_meant(config)),
         teaching=teaching,
+        device_ids=_meant(config) if planned.rule.expects_copies else (),
     )
     stack.callback(engine.close)
     return engine
@@ -371,6 +374,10 @@ def _own_training(stack: contextlib.ExitStack, planned: Planned, folder: Path) -
     stack.callback(own.close)
     own.check()
     return own
+
+
+def _meant(config: CoordinatorConfig) -> list[str]:
+    return meant(config.devices, config.round.only, config.round.exclude)
 
 
 def _named(say: Say, task: str) -> Say:
@@ -733,7 +740,23 @@ def _rule(path: Path, config: CoordinatorConfig) -> Rule:
             'write [aggregation] with rule = "...", num_byzantine, before and the rule\'s settings as its keys',
         )
     try:
-        return rule_from_table(config.aggregation)
+        return rule_from_table(config.aggregation).for_fleet(_meant(config))
+    except ConfigError as exc:
+        raise ConfigError(f"{path}: [aggregation]: {exc.what}", exc.remedy) from exc
+
+
+def _check_copies(path: Path, config: CoordinatorConfig, rule: Rule) -> None:
+    """That a rule that counts on equal updates can get them (coding.conditions)."""
+    settings, training, missing = config.round, config.training, "a group needs its devices in every round"
+    unequal = {
+        "round.sample": (settings.sample, missing),
+        "round.goal": (settings.goal, missing),
+        "round.max_staleness": (settings.max_staleness, "updates from different models are not equal"),
+        "wire.compression": (config.wire.compression != NONE and config.wire.compression, "it draws per device"),
+        "training.algorithm": (training.algorithm != FEDAVG and training.algorithm, "only fedavg is proven with it"),
+    }
+    try:
+        check_equal_updates(rule, unequal)
     except ConfigError as exc:
         raise ConfigError(f"{path}: [aggregation]: {exc.what}", exc.remedy) from exc
 
@@ -869,7 +892,7 @@ def _mended(
         arrivals.add(device_id, update, offer.num_examples)
     try:
         refused = store.num_refused(round_id)
-        screened = arrivals.screened(updates, refuse_copies=refuses_copies(plan), refused_on_arrival=refused)
+        screened = arrivals.screened(updates, refuse_copies=refuses_copies(plan, engine), refused_on_arrival=refused)
         own.begin(round_id, before.parameters, plan)
         parameters = engine.aggregate(before.parameters, replace(screened, trusted=own.given())).parameters
     except RuleError:

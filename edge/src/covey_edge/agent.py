@@ -331,6 +331,7 @@ class AgentProgram:
             self._config.training.max_epochs,
             data.source if data is not None else "npz",
             str(self._agent.folder / data.trusted) if data is not None and data.trusted else "",
+            data.replica if data is not None else "",
         )
         self._child.request(invitation.round_id, request, self._config.training.timeout_s)
 

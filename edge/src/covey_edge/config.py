@@ -58,18 +58,21 @@ class TaskData(Struct, frozen=True, forbid_unknown_fields=True):
     source: str = "npz"
     evaluation_path: str = ""
     trusted_path: str = ""
+    replica: str = ""
 
 
 class DataSettings(Struct, frozen=True, forbid_unknown_fields=True):
     """source: the adapter that reads the data. path: what it reads. evaluation_path: what it reads for evaluations, ""
     for the same. trusted_path: instances whose labels the owner vouches for, "" for none (machine teaching). tasks: the
     data of tasks by name; with any of them, other tasks find no data here.
+    replica: the name of the shard that other devices hold, too, whose updates are to be equal; "" for data of its own.
     """
 
     path: str = ""
     source: str = "npz"
     evaluation_path: str = ""
     trusted_path: str = ""
+    replica: str = ""
     tasks: dict[str, TaskData] = {}  # msgspec copies empty defaults
 
 
@@ -145,6 +148,7 @@ def load_agent(path: Path) -> Agent:
     check_name(config.fleet, "fleet")
     if config.privacy.noise_multiplier and not config.privacy.clip_norm:
         raise ConfigError(f"{path}: noise_multiplier needs clip_norm", "set privacy.clip_norm; noise is measured in it")
+    _check_replicas(path, config)
     for name in (*config.data.tasks, *(config.policy.tasks or ()), *config.policy.refuse_tasks):
         check_name(name, "task")
     if not config.data.path and not config.data.tasks:
@@ -159,6 +163,17 @@ def load_agent(path: Path) -> Agent:
         SealingKey.from_pem(read_file(path.parent / config.identity.key_file), config.identity.key_file),
         keys_from(config.identity.coordinator_key, "the coordinator"),
     )
+
+
+def _check_replicas(path: Path, config: AgentConfig) -> None:
+    for name in (config.data.replica, *(task.replica for task in config.data.tasks.values())):
+        if name and config.privacy.noise_multiplier:
+            raise ConfigError(
+                f"{path}: replica = {name!r} with noise_multiplier: a noised update equals nobody's",
+                "leave one of them out",
+            )
+        if name:
+            check_name(name, "replica")
 
 
 def read_broker(settings: BrokerSettings, folder: Path) -> Broker:

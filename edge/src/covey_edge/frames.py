@@ -33,6 +33,7 @@ class Run(msgspec.Struct, frozen=True, tag="run"):
     float32.
     max_epochs: the owner's, which bounds a plan's steps by the batches of so many passes; 0 for no bound.
     data_source, trusted_path: of the instances that the owner vouches for, "" for none.
+    replica: the owner's name for data that other devices hold, too; "" for none.
     """
 
     round_id: str
@@ -49,6 +50,12 @@ class Run(msgspec.Struct, frozen=True, tag="run"):
     max_epochs: int = 0
     data_source: str = "npz"
     trusted_path: str = ""
+    replica: str = ""
+
+    @property
+    def order_name(self) -> str:
+        """Whose order of examples, and of what the model draws, this is."""
+        return self.replica or self.device_id
 
 
 class Probe(msgspec.Struct, frozen=True, tag="probe"):

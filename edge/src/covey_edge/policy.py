@@ -11,13 +11,14 @@ from covey_protocol.works import CORRECT, FEATURES, WORKS
 
 
 class DataPlace(NamedTuple):
-    """path: as in agent.toml. held_out: the owner keeps these data for evaluations. trusted: where the instances are
-    whose labels the owner vouches for, "" for none."""
+    """path, replica: as in agent.toml. held_out: the owner keeps these data for evaluations. trusted: where the
+    instances are whose labels the owner vouches for, "" for none."""
 
     source: str
     path: str
     held_out: bool = False
     trusted: str = ""
+    replica: str = ""
 
 
 def data_for(data: DataSettings, plan: TrainingPlan) -> Optional[DataPlace]:
@@ -31,7 +32,7 @@ def data_for(data: DataSettings, plan: TrainingPlan) -> Optional[DataPlace]:
         return None
     if plan.evaluate and own.evaluation_path:
         return DataPlace(own.source, own.evaluation_path, held_out=True)
-    return DataPlace(own.source, own.path, trusted=own.trusted_path)
+    return DataPlace(own.source, own.path, trusted=own.trusted_path, replica=own.replica)
 
 
 def places(data: DataSettings) -> list[DataPlace]:

@@ -24,7 +24,7 @@ MOST_ON_PAGE = 200  # rows of the HTML page; the JSON names all instances
 STRONG = 0.5  # crafted by more than this share of its own size, an instance is named for it
 DOUBTFUL = 0.5  # suspicion from which an instance is named
 CHANNELS = (1, 3)
-ZOOM_TO = 96  # pixels of a small picture on the page
+ZOOM_TO, THIN_TO = 96, 128  # pixels of a small picture on the page, and of a large one: 200 of them stay a few MB
 
 
 class Instance(msgspec.Struct, frozen=True):
@@ -87,7 +87,14 @@ def class_report(
     best = chances.argmax(axis=1)
     labels = [told[place] for place in y.tolist()]
     expected = [f"{told[place]} ({chances[row, place]:.0%})" for row, place in enumerate(best.tolist())]
-    return _report(task, round_id, labels, expected, 1.0 - chances[np.arange(len(y)), y], judged)
+    return _report(task, round_id, labels, expected, against(y, chances), judged)
+
+
+def against(y: Numbers, chances: Numbers) -> Numbers:
+    """Of classes y (n,) and chances (n, C) the suspicion: 0.5 where another class has the chance of the label's."""
+    own = chances[np.arange(len(y)), y]
+    others = np.where(np.arange(chances.shape[1]) == y[:, None], 0.0, chances).max(axis=1)
+    return np.asarray(others / np.maximum(own + others, 1e-300))
 
 
 def far(distances: Numbers) -> Numbers:
@@ -177,7 +184,12 @@ def is_picture(x: Numbers) -> bool:
 
 
 def picture(example: Numbers, low: float, high: float) -> str:
-    """An <img> that holds its own PNG. low, high: the values shown as black and white."""
+    """An <img> that holds its own PNG, of every second or third pixel where it is large.
+
+    low, high: the values shown as black and white.
+    """
+    step = max(1, -(-max(example.shape[:2]) // THIN_TO))
+    example = example[::step, ::step]
     data = base64.b64encode(png(as_pixels(example, low, high))).decode()
     height, width = example.shape[:2]
     zoom = max(1, ZOOM_TO // max(height, width))

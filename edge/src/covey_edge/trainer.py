@@ -127,7 +127,7 @@ def _made(model: Model, examples: Examples, request: Run, received: Floats) -> M
     """The plan's work on the model, which holds the parameters `received`."""
     if request.plan.work != TRAIN:
         return made(model, examples, request, received)
-    loss = train(model, examples, request.plan, request.device_id)
+    loss = train(model, examples, request.plan, request.order_name)
     return Made(model.parameters() - received, loss)
 
 
@@ -164,13 +164,13 @@ def check_sendable(update: Floats, *, may_be_zero: bool = False) -> None:
         raise TrainingError("training changed nothing: the update is all zeros", "raise the learning rate")
 
 
-def train(model: Model, examples: Examples, plan: TrainingPlan, device_id: str) -> float:
-    """plan.epochs passes in an order fixed by the plan's seed and the device id; the mean loss of the last pass.
+def train(model: Model, examples: Examples, plan: TrainingPlan, order_name: str) -> float:
+    """plan.epochs passes in an order fixed by the plan's seed and the name; the mean loss of the last pass.
 
     FedProx's centre is the parameters the model holds at the start.
     """
     x, y = examples
-    rng = order_of(plan.shuffle_seed, device_id)
+    rng = order_of(plan.shuffle_seed, order_name)
     size = model.manifest.batch_size
     draws = "seed" in model.manifest.train_inputs
     mean_loss, step = float("nan"), 0
@@ -179,7 +179,7 @@ def train(model: Model, examples: Examples, plan: TrainingPlan, device_id: str) 
         order = rng.permutation(len(x))
         loss_sum = 0.0
         for rows in (order[start : start + size] for start in range(0, len(x), size)):
-            seed = step_seed(plan.shuffle_seed, device_id, step) if draws else 0
+            seed = step_seed(plan.shuffle_seed, order_name, step) if draws else 0
             loss_sum += model.train_batch(x[rows], y[rows], plan.learning_rate, seed) * len(rows)
             step += 1
         mean_loss = loss_sum / len(x)

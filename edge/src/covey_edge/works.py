@@ -67,7 +67,7 @@ def made(model: Model, examples: Examples, request: Run, received: Floats) -> Ma
 
 def _svrg(model: Model, examples: Examples, request: Run, received: Floats, vectors: list[Floats]) -> Made:
     (x, y), plan, size = examples, request.plan, model.manifest.batch_size
-    order = svrg.order_of(plan.shuffle_seed, request.device_id)
+    order = svrg.order_of(plan.shuffle_seed, request.order_name)
 
     def gradient(w: Floats, rows: svrg.Rows, step: int) -> Floats:
         model.set_parameters(w)
@@ -86,7 +86,7 @@ def _scaffold(model: Model, examples: Examples, request: Run, received: Floats, 
     (x, y), plan = examples, request.plan
     own = np.frombuffer(request.withheld, "<f4") if request.withheld else np.zeros(len(received), np.float32)
     model.start_training(plan, scaffold.correction(fleet, own))
-    order = svrg.order_of(plan.shuffle_seed, request.device_id)
+    order = svrg.order_of(plan.shuffle_seed, request.order_name)
     losses = [
         model.train_batch(x[rows], y[rows], plan.learning_rate, _seed(model, request, step))
         for step, rows in enumerate(scaffold.batches(len(x), model.manifest.batch_size, plan.steps, order))
@@ -131,4 +131,4 @@ def _vectors(model: Model, request: Run) -> list[Floats]:
 def _seed(model: Model, request: Run, step: int) -> int:
     """The seed of what the model draws in this step; 0 where it draws nothing."""
     draws = "seed" in model.manifest.train_inputs
-    return svrg.step_seed(request.plan.shuffle_seed, request.device_id, step) if draws else 0
+    return svrg.step_seed(request.plan.shuffle_seed, request.order_name, step) if draws else 0

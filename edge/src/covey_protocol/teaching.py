@@ -1,9 +1,9 @@
 """Machine teaching (CoMT), the arithmetic of one teacher: a device with many instances, trusted or not.
 
 Numpy alone, and one definition for live devices, the simulation's twin and the reference. The derivation, with the
-places where we leave the paper, is docs/machine-teaching.md; equations are numbered there, "(6)". What the server does:
-covey_coordinator.teaching.server. Source: Han, Zhang 2020 (AAAI, "Robust Federated Training via Collaborative Machine
-Teaching using Trusted Instances"), equations 4 and 5 and Algorithm 1.
+places where we leave the paper, is docs/teaching-mathematics.md; equations are numbered there, "(6)". What the server
+does: covey_coordinator.teaching.server. Source: Han, Zhang 2020 (AAAI, "Robust Federated Training via Collaborative
+Machine Teaching using Trusted Instances"), equations 4 and 5 and Algorithm 1.
 
 Shapes: n instances, F features, C columns (targets of ridge, classes of logistic one against the rest). Arrays are
 float64; a vector (F,) goes wherever y is (n,), a matrix (F, C) where y is (n, C). Columns do not know of each other.
@@ -51,7 +51,8 @@ class Settings:
     be worth to be used at all. lambda_z, lambda_y: price of crafting features and targets. rho, curvature: of ADMM;
     they decide how many rounds it takes, not where it ends. rho: how firmly holders of trusted instances are held to
     the model; good near what a trusted instance set bends, 2 lambda_t m_k. curvature: the same of teachers, good near
-    the mean eigenvalue of one's X'X. rounds: at most so many; tolerance: of the residuals, relative to the model.
+    the geometric mean of the eigenvalues of one's X'X, for logistic a tenth of it. rounds: at most so many; tolerance:
+    of the residuals, relative to the model.
     """
 
     lambda_w: float = 1.0

@@ -1,4 +1,5 @@
-"""How a data set is divided among simulated devices: lists of index arrays, every example on exactly one device.
+"""How a data set is divided among simulated devices: lists of index arrays, every example on exactly one device,
+or, where shards are replicated on purpose, on as many as hold its shard.
 
 Pure NumPy; the same seed gives the same partition. `partition` takes the table that an experiment's file holds.
 """
@@ -244,6 +245,27 @@ class WriterLike:
         return writer_like(dataset.x, dataset.y, num_devices, seed, self.mixed)
 
 
+@dataclass(frozen=True)
+class Replicated:
+    """Every shard on `replicas` neighbouring devices, for coded redundancy; `of` says how the shards are made."""
+
+    replicas: int = 3
+    of: Union[str, Mapping[str, Any]] = "iid"
+
+    def parts(self, dataset: Dataset, num_devices: int, seed: int) -> list[Array]:
+        if self.replicas < 1 or num_devices % self.replicas:
+            raise ConfigError(
+                f"{num_devices} devices are not groups of {self.replicas} replicas",
+                "choose replicas that divide the number of devices",
+            )
+        shards = partition(dataset, num_devices // self.replicas, self.of, seed)
+        return [shard for shard in shards for _ in range(self.replicas)]
+
+    def replica_names(self, num_devices: int) -> list[str]:
+        """Of every device the name of its shard."""
+        return [f"shard-{number // self.replicas:03d}" for number in range(num_devices)]
+
+
 PARTITIONS: dict[str, type[Partition]] = {
     "iid": Iid,
     "label-shards": LabelShards,
@@ -251,6 +273,7 @@ PARTITIONS: dict[str, type[Partition]] = {
     "by-user": ByUser,
     "quantity-skew": QuantitySkew,
     "writer-like": WriterLike,
+    "replicated": Replicated,
 }
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from covey_models.corruption import Corruption, Setting, corrupt, make_corruption
 from covey_models.datasets import Dataset
-from covey_models.partitions import partition
+from covey_models.partitions import Replicated, make_partition, partition
 from covey_models.tables import converted, require_share
 from covey_protocol.errors import ConfigError
 
@@ -26,12 +26,21 @@ CHOSEN, DAMAGE = 2, 4  # streams of random numbers of one seed; `covey grid` cho
 
 
 class Device(NamedTuple):
-    """One device. x: (n, *shape), y: (n,), n >= 1, read-only. faults: the corruptions that changed its data."""
+    """One device. x: (n, *shape), y: (n,), n >= 1, read-only. faults: the corruptions that changed its data.
+
+    replica: the name of the shard that other devices hold, too, "" for data of its own; see `order_name`.
+    """
 
     device_id: str
     x: Array
     y: Array
     faults: tuple[str, ...] = ()
+    replica: str = ""
+
+    @property
+    def order_name(self) -> str:
+        """Whose order of examples it takes, as an agent with this data.replica."""
+        return self.replica or self.device_id
 
 
 @dataclass(frozen=True)
@@ -85,7 +94,7 @@ def populate(
         one.corruption.check(setting, size)
     parts = divided(dataset, devices, partition, seed)
     ids = device_ids(devices)
-    people = _handed_out(dataset, parts, ids)
+    people = _named(_handed_out(dataset, parts, ids), partition)
     for position, one in enumerate(placed):
         for number in chosen_devices(one, ids, position, seed):
             random = np.random.default_rng([seed, DAMAGE, position, int(number)])
@@ -148,6 +157,14 @@ def _listed(placed: Placed, ids: Sequence[str]) -> Array:
     return np.unique(np.asarray(found, np.int64))
 
 
+def _named(people: list[Device], table: Table) -> list[Device]:
+    """With the names of their shards, where these are replicated."""
+    made = make_partition(table)
+    if not isinstance(made, Replicated):
+        return people
+    return [one._replace(replica=name) for one, name in zip(people, made.replica_names(len(people)))]
+
+
 def _handed_out(dataset: Dataset, parts: Sequence[Array], ids: Sequence[str]) -> list[Device]:
     order = np.concatenate(parts)
     x, y = dataset.x[order], dataset.y[order]
@@ -164,4 +181,4 @@ def _damaged(device: Device, placed: Placed, setting: Setting, random: np.random
     if np.array_equal(x, device.x) and np.array_equal(y, device.y):
         return device
     x.flags.writeable = y.flags.writeable = False
-    return Device(device.device_id, x, y, (*device.faults, placed.name))
+    return device._replace(x=x, y=y, faults=(*device.faults, placed.name))

@@ -30,7 +30,7 @@ from covey_coordinator.aggregation.registry import suggest
 from covey_coordinator.aggregation.rules import LOSSES, TRUSTED_PLACE, Batch, Judgement, Rule, Trusted
 from covey_coordinator.aggregation.screening import Screened, screen_updates, update_fault
 from covey_coordinator.aggregation.states import pack_state, unpack_state
-from covey_coordinator.aggregation.worker import Worker
+from covey_coordinator.aggregation.worker import Worker, refusal_of
 from covey_coordinator.records import ACCEPTED, REJECTED, Array, DeviceVerdict
 from covey_protocol.errors import ConfigError, RuleError, UsageError
 from covey_protocol.parameters import ParameterSpec, offsets, total_size
@@ -79,6 +79,10 @@ class Engine(Protocol):
     @property
     def num_byzantine(self) -> int:
         """As the rule was told."""
+
+    @property
+    def expects_copies(self) -> bool:
+        """Whether bit-equal updates are what honest devices send: see `Rule.expects_copies`."""
 
     def saved_state(self) -> bytes:
         """All that lasts from round to round, to be kept with the parameters it belongs to."""
@@ -196,7 +200,8 @@ class _RoundEngine:
         device_ids: Sequence[str],
         trusted: Trusted | None = None,
     ) -> StepResult:
-        screened = screen_updates(updates, num_examples, device_ids, self._layout.d, refuse_copies=self._refuse_copies)
+        refuse_copies = self._refuse_copies and not self.expects_copies
+        screened = screen_updates(updates, num_examples, device_ids, self._layout.d, refuse_copies=refuse_copies)
         result = self.aggregate(parameters, dataclasses.replace(screened, trusted=trusted))
         verdicts = {verdict.device_id: verdict for verdict in result.verdicts}
         return dataclasses.replace(result, verdicts=[verdicts[device_id] for device_id in device_ids])
@@ -235,6 +240,10 @@ class _RoundEngine:
     @property
     def num_byzantine(self) -> int:
         return self._rule.num_byzantine
+
+    @property
+    def expects_copies(self) -> bool:
+        return self._rule.expects_copies
 
     def saved_state(self) -> bytes:
         return pack_state(self._description, list(self._places), (self._rule_state, self._optimizer_state))
@@ -416,7 +425,13 @@ class TffDoor:
         if trusted.update is not None:
             rows, told = [*rows, trusted.update], [*told, (np.float32(1), np.int64(TRUSTED_PLACE))]
         values = [[row[place].reshape(shape) for place, shape in self._shapes] for row in rows]
-        output = self._worker.call(self._aggregation(rule).next, state, values, told)
+        try:
+            output = self._worker.call(self._aggregation(rule).next, state, values, told)
+        except Exception as error:
+            refusal = refusal_of(error)
+            if refusal is None:
+                raise
+            raise refusal from error
         aggregate = np.concatenate([np.ravel(tensor) for tensor in output.result])
         measurements = dict(output.measurements)
         return output.state, Judgement(

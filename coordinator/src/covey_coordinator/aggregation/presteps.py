@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -41,11 +42,12 @@ class PreStep(ABC):
     """One pre-step with its settings: a frozen dataclass whose fields are the settings, like a rule.
 
     state: as in `Rule`, shapes and dtypes never change. mixes_devices: a row does not belong to one device any more,
-    so rules that remember devices cannot follow.
+    so rules that remember devices cannot follow. keeps_copies: updates that are equal come out equal.
     """
 
     facts: ClassVar[Facts]
     mixes_devices: ClassVar[bool] = False
+    keeps_copies: ClassVar[bool] = True
 
     @property
     @abstractmethod
@@ -92,6 +94,11 @@ class Before(Rule):
                 f"{self.inner.name} remembers devices, and {self.first.name} mixes them into new rows every round",
                 f"take {self.first.name} out, or choose another rule",
             )
+        if self.inner.expects_copies and not self.first.keeps_copies:
+            raise ConfigError(
+                f"{self.inner.name} counts on equal updates, and {self.first.name} mixes them with others",
+                f"take {self.first.name} out, or choose another rule",
+            )
 
     @property
     def name(self) -> str:
@@ -111,6 +118,13 @@ class Before(Rule):
     @property
     def needs_trusted(self) -> str:  # type: ignore[override]  # the same
         return self.inner.needs_trusted
+
+    @property
+    def expects_copies(self) -> bool:  # type: ignore[override]  # as above
+        return self.inner.expects_copies
+
+    def for_fleet(self, device_ids: Sequence[str]) -> Rule:
+        return dataclasses.replace(self, inner=self.inner.for_fleet(device_ids))
 
     def check(self, n: int) -> None:
         self.first.check(n, self.num_byzantine)
@@ -176,6 +190,7 @@ class NearestNeighbourMixing(PreStep):
     """
 
     name = "nnm"
+    keeps_copies = False
     facts = Facts(
         summary="nearest-neighbour mixing: each row becomes the mean of its n - f nearest",
         needs="n > 2f",
@@ -215,6 +230,7 @@ class Bucketing(PreStep):
     seed: int = 0
     name = "bucketing"
     mixes_devices = True
+    keeps_copies = False
     facts = Facts(
         summary="random groups of `size` devices are averaged into one row each",
         needs="the rule's, on ceil(n / size) rows",

@@ -17,6 +17,7 @@ import msgspec
 from covey_coordinator.aggregation.bulyan import Bulyan, MeanAroundMedian
 from covey_coordinator.aggregation.centred_clipping import CentredClipping
 from covey_coordinator.aggregation.clipping import AdaptiveRobustClipping, Clipping, NormClipping, Zeroing
+from covey_coordinator.aggregation.draco import Draco
 from covey_coordinator.aggregation.flame import Flame
 from covey_coordinator.aggregation.foolsgold import FoolsGold
 from covey_coordinator.aggregation.geometric_median import GeometricMedian
@@ -52,6 +53,7 @@ RULES: dict[str, type[Rule]] = {
     "lfr": LossRejection,
     "err": ErrorRejection,
     "lfr-err": UnionRejection,
+    "draco": Draco,
 }
 RULE_NAMES = tuple(RULES)
 PRE_STEPS: dict[str, type[PreStep]] = {

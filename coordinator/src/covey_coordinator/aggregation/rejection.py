@@ -25,8 +25,8 @@ class LossRejection(Rule):
     """Mean without the num_byzantine updates that raise the loss on the trusted data most.
 
     What an update does is the loss of the model plus the mean of all updates, minus that without this one; means are
-    weighted by capped num_examples. A model whose loss is no number counts as the worst; of equal ones the later devices
-    go. The server optimizer does not take part in these trials.
+    weighted by capped num_examples. A model whose loss is no number counts as the worst; of equal ones the later
+    devices go. The server optimizer does not take part in these trials.
     score: by how much the update raises the loss. Not accepted: left out.
     Source: Fang et al. 2020 (arXiv:1911.11815), section 6, with the mean as its rule.
     """

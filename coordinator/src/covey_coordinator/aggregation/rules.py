@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 from covey_coordinator.aggregation.kernels import Kernels, Updates
@@ -84,12 +84,14 @@ class Rule(ABC):
     overrides `initial_state` and `advance` instead of `step` alone; engines and the TFF factory call only those two.
     The state is a nest of arrays whose shapes and dtypes do not change, nor depend on num_byzantine. remembers_devices:
     the rule reads `Batch.places`, so its rows must be single devices. needs_trusted: UPDATE for a rule that reads
-    `Batch.trusted`, LOSSES for one that reads `Batch.losses`, "" for one that needs no trusted data.
+    `Batch.trusted`, LOSSES for one that reads `Batch.losses`, "" for one that needs no trusted data. expects_copies:
+    bit-equal updates are what honest devices send, so screening does not look for copies.
     """
 
     facts: ClassVar[Facts]
     remembers_devices: ClassVar[bool] = False
     needs_trusted: ClassVar[str] = ""
+    expects_copies: ClassVar[bool] = False
 
     @property
     @abstractmethod
@@ -106,6 +108,11 @@ class Rule(ABC):
         changed: Any = self
         rule: Rule = dataclasses.replace(changed, num_byzantine=num_byzantine)
         return rule
+
+    def for_fleet(self, device_ids: Sequence[str]) -> Rule:
+        """The rule for these devices, whose places are 0, 1, ... in this order; itself if it knows none by name."""
+        del device_ids
+        return self
 
     @abstractmethod
     def check(self, n: int) -> None:

@@ -17,6 +17,7 @@ import contextlib
 import importlib.util
 import os
 import queue
+import re
 import signal
 import socket
 import subprocess
@@ -32,7 +33,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
-from covey_protocol.errors import MachineError
+from covey_protocol.errors import MachineError, RuleError
 
 T = TypeVar("T")
 Own = TypeVar("Own", bound="Computing")
@@ -50,6 +51,8 @@ START_TIMEOUT_S = 180.0  # about 1 s on an idle desktop; slow disks read 300 MB 
 STOP_TIMEOUT_S = 5.0  # the worker ends within 10 ms of SIGTERM, busy or idle
 POLL_S = 0.2
 LISTEN_POLL_S = 0.02
+# as the rules' doors (factory) and draco word it; the assertion of a graph is all that leaves the worker
+REFUSED = re.compile(r"\[([^\];]* needs at least \d+ (?:usable|equal) updates)[\];]")
 GRPC_OPTIONS = (("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1))
 
 
@@ -381,3 +384,9 @@ def _translated(request: Callable[..., Any], failed: Callable[[Exception], Excep
             raise told from error
 
     return asked
+
+
+def refusal_of(error: Exception) -> RuleError | None:
+    """What the rule said inside the worker, where TFF's error is about too few updates."""
+    told = REFUSED.search(str(error))
+    return RuleError(told[1], "lower the learning rate, or choose a rule that bears more") if told else None

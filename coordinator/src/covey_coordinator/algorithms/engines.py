@@ -63,6 +63,10 @@ class AlgorithmEngine:
     def num_byzantine(self) -> int:
         return self._engines[0].num_byzantine
 
+    @property
+    def expects_copies(self) -> bool:
+        return self._engines[0].expects_copies
+
     def saved_state(self) -> bytes:
         kept = {name: vector.astype("<f4").tobytes() for name, vector in self._kept.items()}
         states = [engine.saved_state() for engine in self._engines]

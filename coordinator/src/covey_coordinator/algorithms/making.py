@@ -37,23 +37,25 @@ def make_algorithm_engine(
     devices: int,
     worker: Worker | None = None,
     teaching: Teaching | None = None,
+    device_ids: Sequence[str] = (),
 ) -> Engine | SvrgEngine | ScaffoldEngine | TeachingEngine:
     """As make_engine, for an algorithm. rate: the devices' learning rate. devices: how many may take part.
 
     teaching: of comt. Raises ConfigError.
     """
     check_algorithm(algorithm, server_optimizer)
+    optimizer = server_optimizer, server_learning_rate
     if algorithm.name in (FEDAVG, SCAFFOLD):
-        plain = make_engine(name, rule, specs, server_optimizer, server_learning_rate, worker=worker)
+        plain = make_engine(name, rule, specs, *optimizer, worker=worker, device_ids=device_ids)
         if algorithm.name == FEDAVG:
             return plain
         return ScaffoldEngine(plain, total_size(specs), algorithm.steps, rate, devices)
     shared = Worker() if name == "tff" and worker is None else worker  # one for both engines
     try:
-        gradients = make_engine(name, rule, specs, worker=shared)
+        gradients = make_engine(name, rule, specs, worker=shared, device_ids=device_ids)
         # holders of trusted instances are named by the operator, who takes their word
         rule = Mean() if algorithm.name == COMT else rule
-        updates = make_engine(name, rule, specs, server_optimizer, server_learning_rate, worker=shared)
+        updates = make_engine(name, rule, specs, *optimizer, worker=shared, device_ids=device_ids)
     except BaseException:
         if shared is not None and worker is None:
             shared.stop()

@@ -59,6 +59,10 @@ class Attacked(Rule):
     def with_num_byzantine(self, num_byzantine: int) -> Rule:
         return dataclasses.replace(self, inner=self.inner.with_num_byzantine(num_byzantine))
 
+    @property
+    def expects_copies(self) -> bool:  # type: ignore[override]  # a constant of other rules' classes
+        return self.inner.expects_copies
+
     def check(self, n: int) -> None:
         self.inner.check(n)
         if not self.sampled and n <= len(self.hostile):

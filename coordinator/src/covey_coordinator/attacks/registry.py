@@ -10,6 +10,7 @@ from covey_coordinator.attacks.contract import Attack
 from covey_coordinator.attacks.data import LabelFlip, ScalingBackdoor
 from covey_coordinator.attacks.envelope import MinMax, MinSum
 from covey_coordinator.attacks.fang import FangKrum, FangTrim
+from covey_coordinator.attacks.fltrust_adaptive import FLTrustAdaptive
 from covey_coordinator.attacks.plain import Constant, Gaussian, NoAttack, NotANumber, SignFlip, Zero
 from covey_coordinator.attacks.statistics import ALittleIsEnough, InnerProductManipulation, Mimic
 from covey_protocol.errors import ConfigError
@@ -31,8 +32,12 @@ ATTACKS: dict[str, type[Attack]] = {
     "min-max": MinMax,
     "min-sum": MinSum,
     "adaptive": Adaptive,
+    "fltrust-adaptive": FLTrustAdaptive,
 }
 ATTACK_NAMES = tuple(ATTACKS)
+GENERAL_NAMES = tuple(
+    name for name in ATTACKS if name != FLTrustAdaptive.name
+)  # built against no rule with trusted data
 
 
 def make_attack(name: str, **settings: Any) -> Attack:

@@ -50,9 +50,13 @@ def make_device(
     broker: dict[str, str],
     coordinator: PublicKey,
     shard: Shard,
+    replica: str = "",
     **tables: Mapping[str, object],
 ) -> DeviceFiles:
-    """Write everything one agent needs. broker: the [broker] table of its agent.toml; tables: further ones."""
+    """Write everything one agent needs. broker: the [broker] table of its agent.toml; tables: further ones.
+
+    replica: the name of a shard that other devices hold, too.
+    """
     key = SealingKey.generate()
     write_atomic(folder / "device.pem", key.pem(), mode=0o600)
     config = {
@@ -61,7 +65,7 @@ def make_device(
         "state_dir": "state",
         "broker": broker,
         "identity": {"key_file": "device.pem", "coordinator_key": coordinator.hex()},
-        "data": {"source": "npz", "path": "data.npz"},
+        "data": {"source": "npz", "path": "data.npz", **({"replica": replica} if replica else {})},
         **tables,
     }
     write_atomic(folder / "agent.toml", _toml(config).encode(), mode=0o600)

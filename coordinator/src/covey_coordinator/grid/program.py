@@ -11,6 +11,7 @@ from covey_coordinator.grid.folder import Folder
 from covey_coordinator.grid.settings import Cell, GridSettings, Plan, canonical, plan_of
 from covey_coordinator.grid.summary import panels_of, seeds, summary_of, table_lines
 from covey_coordinator.grid.workers import Workers
+from covey_coordinator.simulation.trusted_data import TrustedSettings, parted
 from covey_edge.files import write_atomic
 from covey_protocol.errors import RuleError
 
@@ -46,6 +47,7 @@ def _check_data(settings: GridSettings) -> None:
 
     dataset = datasets.load(settings.data)
     train, _ = datasets.split(dataset, 0.2, seed=0)
+    _, train = parted(train, TrustedSettings(settings.trusted), seed=0)
     partitions.dirichlet(train.y, settings.devices, settings.alpha, 0, 8)
 
 

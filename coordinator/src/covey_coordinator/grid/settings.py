@@ -15,7 +15,7 @@ from msgspec import Meta, Struct
 from covey_coordinator.aggregation.registry import RULE_NAMES, make_rule, suggest
 from covey_coordinator.aggregation.rules import Rule, least_devices
 from covey_coordinator.attacks.contract import Attack
-from covey_coordinator.attacks.registry import ATTACK_NAMES, make_attack
+from covey_coordinator.attacks.registry import GENERAL_NAMES, make_attack
 from covey_protocol.errors import ConfigError, RuleError
 
 if sys.version_info >= (3, 11):
@@ -37,6 +37,7 @@ class GridSettings(Struct, frozen=True, forbid_unknown_fields=True):
     `num_byzantine` (what the rule is told; otherwise the true number) and `before` (pre-steps); `label` names the row
     or column. fractions: of corrupted devices. steps: local SGD steps per round, with batches drawn from the device's
     own data. momentum: of every device, over rounds; 0 sends plain updates. alpha: of the Dirichlet partition.
+    trusted: so many examples are the coordinator's, for the rules that need them, and no device's.
     """
 
     data: str = "digits"
@@ -52,6 +53,7 @@ class GridSettings(Struct, frozen=True, forbid_unknown_fields=True):
     learning_rate: Annotated[float, Meta(gt=0, le=100)] = 0.1
     momentum: Annotated[float, Meta(ge=0, lt=1)] = 0.0
     alpha: Annotated[float, Meta(gt=0, le=1e6)] = 1.0
+    trusted: Annotated[int, Meta(ge=0)] = 0
 
 
 QUICK: dict[str, Any] = {
@@ -147,8 +149,11 @@ def plan_of(settings: GridSettings) -> Plan:
         raise ConfigError(f"the grid trains no model {settings.model!r}", suggest(settings.model, MODELS))
     _check_fractions(settings)
     notes: list[str] = []
-    rules = [rule_spec(spec) for spec in settings.rules] or _default_rules(notes)
-    attacks = [attack_spec(spec) for spec in settings.attacks or ATTACK_NAMES]
+    rules = [rule_spec(spec) for spec in settings.rules] or _default_rules(settings, notes)
+    for spec in rules if not settings.trusted else []:
+        if spec.made(0).needs_trusted:
+            raise ConfigError(f"the rule {spec.label!r} needs trusted data", "set trusted to a number of examples")
+    attacks = [attack_spec(spec) for spec in settings.attacks or GENERAL_NAMES]
     for kind, labels in (("rule", [r.label for r in rules]), ("attack", [a.label for a in attacks])):
         twice = next((label for label in labels if labels.count(label) > 1), None)
         if twice is not None:
@@ -172,14 +177,19 @@ def _check_fractions(settings: GridSettings) -> None:
         )
 
 
-def _default_rules(notes: list[str]) -> list[RuleSpec]:
-    """Every rule of the registry that works without settings."""
+def _default_rules(settings: GridSettings, notes: list[str]) -> list[RuleSpec]:
+    """Every rule of the registry that works without settings, with trusted data only where there are some."""
     found = []
     for name in RULE_NAMES:
         try:
-            make_rule(name, 0)
+            rule = make_rule(name, 0)
         except ConfigError as error:
             notes.append(f"{name} is left out: {error}")
+            continue
+        if rule.expects_copies:
+            notes.append(f"{name} is left out: no two devices of a grid hold the same data")
+        elif rule.needs_trusted and not settings.trusted:
+            notes.append(f"{name} is left out: it needs trusted data (trusted = a number of examples)")
         else:
             found.append(RuleSpec(name, name, None, ()))
     return found
@@ -273,6 +283,8 @@ def written_names(path: Path) -> list[str]:
 def canonical(plan: Plan) -> dict[str, Any]:
     """What identifies a grid: all settings, with the defaults' names written out. Plain JSON values."""
     settings = msgspec.to_builtins(plan.settings)
+    if not plan.settings.trusted:
+        del settings["trusted"]  # as before there were any
     settings["rules"] = [
         {"label": rule.label, "rule": rule.name, "num_byzantine": rule.num_byzantine, **dict(rule.settings)}
         for rule in plan.rules.values()

@@ -15,28 +15,30 @@ from typing import Any
 
 import numpy as np
 
-from covey_coordinator.aggregation.engines import Engine, make_engine
+from covey_coordinator.aggregation.engines import Engine, make_engine, needed_of
 from covey_coordinator.aggregation.kernels import Updates
 from covey_coordinator.aggregation.kernels.fast import NumpyKernels
-from covey_coordinator.aggregation.rules import Batch, Rule
+from covey_coordinator.aggregation.rules import LOSSES, Batch, Rule, Trusted
 from covey_coordinator.attacks.contract import Attack, DataSetting, Knowledge
 from covey_coordinator.attacks.data import ScalingBackdoor
 from covey_coordinator.attacks.mathematics import disguised
 from covey_coordinator.attacks.plain import NoAttack
 from covey_coordinator.grid.settings import Cell, GridSettings, Plan
 from covey_coordinator.grid.training import Floats, Integers, Network
+from covey_coordinator.simulation.trusted_data import TrustedSettings, parted
 from covey_models import datasets, partitions
 from covey_protocol.errors import RuleError
 from covey_protocol.parameters import ParameterSpec
 
 TEST_FRACTION = 0.2
 MIN_EXAMPLES = 8  # fewest a shard may hold, as in the demo
-BATCHES, CORRUPTED, POISON = 1, 2, 3  # streams of random numbers of one seed
+BATCHES, CORRUPTED, POISON, OWN_BATCHES = 1, 2, 3, 6  # streams of random numbers of one seed
+NONE = Trusted()
 
 
 @dataclass(frozen=True)
 class World:
-    """What does not depend on rule and attack. shards: of train's rows; initial: (d,)."""
+    """What does not depend on rule and attack. shards: of train's rows; initial: (d,). trusted: none of train's."""
 
     train: datasets.Dataset
     test: datasets.Dataset
@@ -44,6 +46,7 @@ class World:
     network: Network
     specs: list[ParameterSpec]
     initial: Floats
+    trusted: datasets.Dataset | None = None
 
     @property
     def setting(self) -> DataSetting:
@@ -51,15 +54,16 @@ class World:
 
 
 @functools.lru_cache(maxsize=8)
-def world_of(data: str, model: str, devices: int, alpha: float, seed: int) -> World:
+def world_of(data: str, model: str, devices: int, alpha: float, seed: int, trusted: int = 0) -> World:
     from covey_models import zoo
 
     train, test = datasets.split(datasets.load(data), TEST_FRACTION, seed)
+    own, train = parted(train, TrustedSettings(trusted), seed)
     shards = partitions.dirichlet(train.y, devices, alpha, seed, MIN_EXAMPLES)
     keras = zoo.build(model, train.input_shape, train.num_classes, seed)
     specs = [ParameterSpec(weight.name.removesuffix(":0"), tuple(weight.shape)) for weight in keras.weights]
     initial = np.concatenate([np.ravel(weight.numpy()) for weight in keras.weights]).astype(np.float32)
-    return World(train, test, shards, Network(specs), specs, initial)
+    return World(train, test, shards, Network(specs), specs, initial, own)
 
 
 def stream(seed: int, *which: int) -> np.random.Generator:
@@ -104,6 +108,27 @@ class Fleet:
         return trained - parameters
 
 
+class OwnData:
+    """The coordinator's own examples, on which it trains as a device does."""
+
+    def __init__(self, world: World, trusted: datasets.Dataset, settings: GridSettings, seed: int) -> None:
+        self._network, self._settings, self._seed = world.network, settings, seed
+        self._x, self._y = flat(trusted.x), trusted.y
+        self._momentum = np.zeros_like(world.initial)
+
+    def given(self, needs: str, parameters: Floats, number: int) -> Trusted:
+        """What a rule needs in this round."""
+        if needs == LOSSES:
+            return Trusted(losses=lambda models: self._network.losses(models, self._x, self._y))
+        settings = self._settings
+        drawn = stream(self._seed, OWN_BATCHES, number).random((settings.steps, 1, settings.batch))
+        rows = (drawn * len(self._y)).astype(np.int64)
+        change = self._network.trained(parameters, self._x, self._y, rows, settings.learning_rate)[0] - parameters
+        beta = np.float32(settings.momentum)
+        self._momentum = beta * self._momentum + (1 - beta) * change
+        return Trusted(self._momentum.copy())
+
+
 class Attackers:
     """The hostile devices of one run, who know all that an attack may know."""
 
@@ -114,13 +139,14 @@ class Attackers:
         self._rule, self._engine, self._seed = rule, engine, seed
         self._kernels = NumpyKernels()
 
-    def crafted(self, updates: Floats, parameters: Floats, number: int) -> Floats:
-        """What they send in this round, in place of their rows of the (n, d) updates."""
+    def crafted(self, updates: Floats, parameters: Floats, number: int, trusted: Trusted = NONE) -> Floats:
+        """What they send in this round, in place of their rows of the (n, d) updates. They know what is trusted."""
+        given = needed_of(self._rule, trusted, parameters)
 
         def batch_with(rows: Any) -> Batch:
             matrix = updates.copy()
             matrix[self._hostile] = rows
-            return Batch(Updates(matrix), self._sizes.astype(np.float32), np.arange(len(matrix)))
+            return Batch(Updates(matrix), self._sizes.astype(np.float32), np.arange(len(matrix)), *given)
 
         knowledge = Knowledge(
             own=updates[self._hostile],
@@ -146,7 +172,7 @@ def simulated(plan: Plan, cell: Cell, check: Callable[[], None] = lambda: None) 
     started = time.monotonic()
     settings, attack = plan.settings, plan.attacks[cell.attack].attack if cell.num_hostile else None
     rule = plan.rules[cell.rule].made(cell.num_hostile)
-    world = world_of(settings.data, settings.model, settings.devices, settings.alpha, cell.seed)
+    world = world_of(settings.data, settings.model, settings.devices, settings.alpha, cell.seed, settings.trusted)
     with np.errstate(all="ignore"):  # attacked models overflow; the engine refuses what is not finite
         run = _Run(world, settings, rule, attack, cell)
         for number in range(settings.rounds):
@@ -174,6 +200,7 @@ class _Run:
         self._hostile = corrupted_devices(settings.devices, cell.num_hostile, cell.seed)
         self._fleet = Fleet(world, settings, self.attack, self._hostile, cell.seed)
         self._engine = make_engine("direct", rule, world.specs)
+        self._own = OwnData(world, world.trusted, settings, cell.seed) if world.trusted is not None else None
         self._attackers = Attackers(self.attack, self._hostile, self._fleet.sizes, rule, self._engine, cell.seed)
         self.parameters = world.initial
         self._ids = [f"device-{number:04d}" for number in range(settings.devices)]  # sorts as it counts
@@ -184,10 +211,14 @@ class _Run:
     def round(self, number: int) -> None:
         """One round; a refused one leaves the model as it was, as in live rounds."""
         updates = self._fleet.updates(self.parameters, number)
-        if len(self._hostile):
-            updates[self._hostile] = self._attackers.crafted(updates, self.parameters, number)
+        needs, trusted = self._rule.needs_trusted, NONE
+        if needs and self._own is not None:
+            trusted = self._own.given(needs, self.parameters, number)
         try:
-            self.parameters = self._engine.step(self.parameters, updates, self._fleet.sizes, self._ids).parameters
+            if len(self._hostile):
+                updates[self._hostile] = self._attackers.crafted(updates, self.parameters, number, trusted)
+            sent = updates, self._fleet.sizes, self._ids, trusted
+            self.parameters = self._engine.step(self.parameters, *sent).parameters
         except RuleError as error:
             self.rounds_refused += 1
             self.last_refusal = str(error)

@@ -59,6 +59,15 @@ class Network:
         classes: Integers = layers[-1][0].argmax(axis=1)
         return classes
 
+    def losses(self, models: Floats, x: Floats, y: Integers) -> npt.NDArray[np.float64]:
+        """(m, 2): mean cross-entropy and share of wrong answers of each model (m, d) on these examples."""
+        logits = np.stack([_forward([tensor[None] for tensor in self.tensors(one)], x[None])[-1][0] for one in models])
+        wide = logits.astype(np.float64)
+        wide -= wide.max(axis=2, keepdims=True)
+        of_class = np.take_along_axis(wide, y[None, :, None].astype(np.int64), axis=2)[:, :, 0]
+        loss = (np.log(np.exp(wide).sum(axis=2)) - of_class).mean(axis=1)
+        return np.stack([loss, (wide.argmax(axis=2) != y).mean(axis=1)], axis=1)
+
 
 def _forward(tensors: list[Floats], x: Floats) -> list[Floats]:
     """The input of each layer (n, batch, width), then the logits."""

@@ -19,14 +19,26 @@ import numpy as np
 
 from covey_coordinator.aggregation.engines import make_engine
 from covey_coordinator.aggregation.registry import rule_from_table
-from covey_coordinator.aggregation.rules import Rule
+from covey_coordinator.aggregation.rules import LOSSES, Rule, Trusted
 from covey_coordinator.attacks.contract import Attack
 from covey_coordinator.attacks.registry import make_attack
 from covey_coordinator.grid.settings import GridSettings
-from covey_coordinator.grid.simulation import Attackers, Fleet, World, backdoor_success, corrupted_devices, flat, stream
+from covey_coordinator.grid.simulation import (
+    NONE,
+    OWN_BATCHES,
+    Attackers,
+    Fleet,
+    OwnData,
+    World,
+    backdoor_success,
+    corrupted_devices,
+    flat,
+    stream,
+)
 from covey_coordinator.grid.training import Floats, Integers, Network
 from covey_coordinator.reproduce import data
 from covey_coordinator.reproduce.contract import Outcome
+from covey_coordinator.simulation.trusted_data import TrustedSettings, parted
 from covey_models import partitions
 from covey_models.datasets import Dataset
 from covey_protocol.errors import ConfigError, RuleError
@@ -45,7 +57,8 @@ class Descent(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     partition: "iid"; "biased", `bias` the share of each class that goes to the devices of its group (Fang et al. 2020);
     "similar", `bias` the share of all examples dealt out at random, the others by class (ByzFL). momentum: of each
     device. server: the server's optimizer with `learning_rate`. measured: rounds between measurements on the test set.
-    standardised: inputs minus mean over standard deviation of all training inputs.
+    standardised: inputs minus mean over standard deviation of all training inputs. trusted: so many training examples
+    are the coordinator's and no device's, drawn as `[trusted]` of an experiment draws, with `trusted_bias` its bias.
     """
 
     data: str
@@ -63,6 +76,8 @@ class Descent(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     bias: float = 0.0
     measured: int = 10
     standardised: bool = False
+    trusted: int = 0
+    trusted_bias: float = 0.0
 
 
 def settings_of(**settings: Any) -> dict[str, Any]:
@@ -79,15 +94,18 @@ def world_of(
     partition: str,
     bias: float,
     standardised: bool,
+    trusted: int,
+    trusted_bias: float,
     seed: int,
     folder: Path | None,
 ) -> World:
     train, test = data.spambase(folder, seed) if name == "spambase" else data.mnist(folder)
     if standardised:
         train, test = _standardised(train, test)
+    own, train = parted(train, TrustedSettings(trusted, trusted_bias), seed)
     shards = shares_of(partition, train.y, devices, bias, seed)
     specs, initial = dense_layers((int(np.prod(train.input_shape)), *hidden, train.num_classes), seed)
-    return World(train, test, shards, Network(specs), specs, initial)
+    return World(train, test, shards, Network(specs), specs, initial, own)
 
 
 def _standardised(train: Dataset, test: Dataset) -> tuple[Dataset, Dataset]:
@@ -147,6 +165,16 @@ def biased_shares(y: Any, devices: int, bias: float, seed: int) -> list[Integers
     return [np.flatnonzero(device == number) for number in range(devices)]
 
 
+class OwnGradients(OwnData):
+    """The coordinator's change is minus its gradient on one batch of its own examples, as every device's is."""
+
+    def given(self, needs: str, parameters: Floats, number: int) -> Trusted:
+        if needs == LOSSES:
+            return super().given(needs, parameters, number)
+        rows = stream(self._seed, OWN_BATCHES, number).integers(0, len(self._y), (1, self._settings.batch))
+        return Trusted(-self._network.gradients(parameters, self._x[rows], self._y[rows])[0])
+
+
 class GradientFleet(Fleet):
     """Every device's change is minus its gradient on one batch, drawn with replacement from its own examples."""
 
@@ -171,7 +199,7 @@ def run(
     started = time.process_time()
     descent = msgspec.convert(settings, Descent)
     shape = (descent.data, descent.hidden, descent.devices, descent.partition, descent.bias, descent.standardised)
-    world = world_of(*shape, seed, folder)
+    world = world_of(*shape, descent.trusted, descent.trusted_bias, seed, folder)
     with np.errstate(all="ignore"):  # attacked models overflow; the engine refuses what is not finite
         one = _Run(descent, world, seed, rule or rule_from_table(descent.rule), watch, aggregate)
         for number in range(descent.rounds):
@@ -196,6 +224,8 @@ class _Run:
         self._hostile = corrupted_devices(descent.devices, descent.hostile, seed)
         fleet = GridSettings(devices=descent.devices, steps=1, batch=descent.batch, momentum=descent.momentum)
         self._fleet = GradientFleet(world, fleet, self.attack, self._hostile, seed)
+        self._needs = rule.needs_trusted
+        self._own = OwnGradients(world, world.trusted, fleet, seed) if world.trusted and self._needs else None
         self._engine = make_engine("direct", rule, world.specs, descent.server, descent.learning_rate)
         self._attackers = Attackers(self.attack, self._hostile, self._fleet.sizes, rule, self._engine, seed)
         self.parameters = world.initial
@@ -208,22 +238,23 @@ class _Run:
     def round(self, number: int) -> None:
         """One round; a refused one leaves the model as it was, as in live rounds."""
         updates = self._fleet.updates(self.parameters, number)
+        trusted = NONE if self._own is None else self._own.given(self._needs, self.parameters, number)
         if len(self._hostile):
-            updates[self._hostile] = self._attackers.crafted(updates, self.parameters, number)
+            updates[self._hostile] = self._attackers.crafted(updates, self.parameters, number, trusted)
         if self._watch is not None:
             self._watch(number, updates)
         if self._aggregate is not None:
             rate = np.float32(self._descent.learning_rate)
             self.parameters = self.parameters + rate * self._aggregate(updates)
         else:
-            self._step(updates)
+            self._step(updates, trusted)
         done = number + 1
         if done % self._descent.measured == 0 or done == self._descent.rounds:
             self.curve.append([done, self._accuracy()])
 
-    def _step(self, updates: Floats) -> None:
+    def _step(self, updates: Floats, trusted: Trusted) -> None:
         try:
-            self.parameters = self._engine.step(self.parameters, updates, self._equal, self._ids).parameters
+            self.parameters = self._engine.step(self.parameters, updates, self._equal, self._ids, trusted).parameters
         except RuleError as error:
             self.rounds_refused += 1
             self.last_refusal = str(error)

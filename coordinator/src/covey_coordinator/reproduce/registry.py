@@ -14,6 +14,7 @@ MODULES = {  # name -> module of this package and the value in it
     "alie-mnist": "alie:ALIE",
     "shejwalkar-mnist": "shejwalkar:SHEJWALKAR",
     "fltrust": "fltrust:FLTRUST",
+    "draco": "draco:DRACO",
     "fedavg-2nn": "fedavg:FEDAVG",
     "fsvrg": "fsvrg:FSVRG",
     "super-teaching": "super_teaching:SUPER_TEACHING",

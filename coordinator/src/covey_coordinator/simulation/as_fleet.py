@@ -6,11 +6,13 @@ runtime, every update sealed over MQTT, every round run by the coordinator and e
     data corruption     in the device's own file, as its agent reads it
     cohorts, batches    the same devices are invited, with the same shuffle_seed
     clipping and noise  by the agents' own policy (`Privacy`); noise is drawn from the system, so it differs
+    trusted data        by a training child of the coordinator's, as in `covey serve`
     model attacks       by replacing the hostile devices' rows at the coordinator, before the rule and after screening,
                         with the simulation's own `Attacked`: the attacks know all honest updates, which no device can.
                         The hostile agents train and send like the others; what they send is not used.
 
-Not as in a simulation: updates that are bit-equal to another's are refused, and refused devices lower num_byzantine.
+Not as in a simulation: updates that are bit-equal to another's are refused (but under draco), and refused devices lower
+num_byzantine.
 """
 
 from __future__ import annotations
@@ -28,12 +30,13 @@ from covey_coordinator.aggregation.engines import make_engine
 from covey_coordinator.aggregation.kernels import FLOAT32_MAX
 from covey_coordinator.aggregation.rules import Rule
 from covey_coordinator.attacks.attacked import Attacked
-from covey_coordinator.coordinator import RoundResult, Timing
+from covey_coordinator.coordinator import NO_TRAINING, OwnTraining, RoundResult, Timing
 from covey_coordinator.records import ACCEPTED, MISSING, DeviceVerdict
 from covey_coordinator.simulation.learning import Array, DeviceData, Learning, Privacy
 from covey_coordinator.simulation.local_fleet import LocalFleet
 from covey_coordinator.simulation.process import RoundOutcome
 from covey_coordinator.simulation.results import Judged
+from covey_coordinator.trusted_training import TrustedSettings, TrustedTraining
 from covey_edge.runtime import Model
 from covey_protocol.bundle import Bundle, read_bundle
 from covey_protocol.errors import ConfigError, RuleError, RunError
@@ -91,8 +94,20 @@ class FleetLearner:
                 device_ids=[device.device_id for device in devices],
             )
             stack.callback(self._engine.close)
-            self._coordinator = self.fleet.connect()
+            self._coordinator = self.fleet.connect(self._own_training(stack, folder))
             self._stack = stack.pop_all()
+
+    def _own_training(self, stack: contextlib.ExitStack, folder: Path) -> OwnTraining:
+        """What makes the coordinator's own updates, from a file as an operator would have it."""
+        trusted, needs = self._learning.trusted, self._learning.rule.needs_trusted
+        if trusted is None or not needs:
+            return NO_TRAINING
+        path = folder / "trusted.npz"
+        np.savez(path, x=trusted.x, y=trusted.y)
+        own = TrustedTraining(needs, TrustedSettings(str(path)), path, self.bundle, self.fleet.key.public.hex())
+        stack.callback(own.close)
+        own.check()
+        return own
 
     def __enter__(self) -> FleetLearner:
         return self

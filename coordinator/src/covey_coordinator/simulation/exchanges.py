@@ -159,7 +159,7 @@ class SvrgProcess(_Exchanges):
         rows, counts = in_order(count, self.work.steps.batch_size)
         seeds = np.zeros(len(rows), np.int32)
         if "seed" in self.work.steps.train_inputs:
-            first = svrg.step_seed(plan.shuffle_seed, device.device_id, 0)
+            first = svrg.step_seed(plan.shuffle_seed, device.order_name, 0)
             seeds = ((first + np.arange(len(rows))) % 2**31).astype(np.int32)
         base.update(all_rows=rows, all_counts=counts, all_seeds=seeds)
         if self._scales is not None:

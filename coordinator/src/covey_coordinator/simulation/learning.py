@@ -25,6 +25,8 @@ ALGORITHMS = {
     "fsvrg": "Federated SVRG (Konecny et al. 2016, arXiv:1610.02527, Algorithm 4): a round is two exchanges, of "
     "gradients and of passes over the local data; with feature_scaling S_k and A for sparse data",
     "fsvrg-naive": "its naive form (Algorithm 3): plan.steps steps on every device, a plain average",
+    "comt": "machine teaching with trusted data (Han, Zhang 2020), in `covey_coordinator.teaching.simulation`, which "
+    "takes no Learning",
     "scaffold": "plan.steps steps on every device, corrected by controls (Karimireddy et al. 2020, arXiv:1910.06378)",
 }
 

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 import psutil
 
-from covey_coordinator.coordinator import Coordinator
+from covey_coordinator.coordinator import NO_TRAINING, Coordinator, OwnTraining
 from covey_coordinator.demo.devices import DeviceFiles, Shard, make_device
 from covey_coordinator.demo.logs import logged_to
 from covey_coordinator.demo.processes import AgentProcesses, BrokerProcess
@@ -72,14 +72,17 @@ class LocalFleet:
         """End everything; safe to call twice."""
         self._stack.close()
 
-    def connect(self) -> Coordinator:
-        """The coordinator, when every agent is online. RunError says which agent ended at its start, and why."""
+    def connect(self, own: OwnTraining = NO_TRAINING) -> Coordinator:
+        """The coordinator, when every agent is online. RunError says which agent ended at its start, and why.
+
+        own: as of Coordinator.
+        """
         roster = {one.device_id: one.public for one in self._files}
         broker = read_broker(msgspec.convert(self._table, BrokerSettings), self._folder)
         fleet = Fleet(broker, FLEET, self.key, roster, check=self._check)
         fleet.connect()
         self._stack.callback(fleet.close)
-        coordinator = Coordinator(fleet, RunStore(self._folder), on_progress=self._take_progress)
+        coordinator = Coordinator(fleet, RunStore(self._folder), on_progress=self._take_progress, own=own)
         coordinator.wait_for(len(self._files), START_TIMEOUT_S, lambda online: self._agents.check_start())
         self._started = True
         return coordinator
@@ -103,7 +106,9 @@ class LocalFleet:
     def _device(self, device: DeviceData, tables: Mapping[str, Mapping[str, Any]]) -> DeviceFiles:
         place = self._folder / "devices" / device.device_id
         shard = Shard(device.x, device.y)
-        return make_device(device.device_id, place, FLEET, self._table, self.key.public, shard, **tables)
+        return make_device(
+            device.device_id, place, FLEET, self._table, self.key.public, shard, device.replica, **tables
+        )
 
     def _take_progress(self, progress: dict[str, Progress]) -> None:
         self.progress = progress

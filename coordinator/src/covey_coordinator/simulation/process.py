@@ -7,7 +7,6 @@ num_byzantine by devices that were refused before the rule.
 
 from __future__ import annotations
 
-import re
 from collections import OrderedDict
 from collections.abc import Sequence
 from types import TracebackType
@@ -20,7 +19,7 @@ import tensorflow as tf
 from covey_coordinator.aggregation.kernels import FLOAT32_MAX
 from covey_coordinator.aggregation.rules import LOSSES, TRUSTED_PLACE
 from covey_coordinator.aggregation.states import pack_state, unpack_state
-from covey_coordinator.aggregation.worker import Worker
+from covey_coordinator.aggregation.worker import Worker, refusal_of
 from covey_coordinator.simulation.composition import evaluator, learning_process
 from covey_coordinator.simulation.device_work import DeviceWork
 from covey_coordinator.simulation.exchanges import algorithm_of, process_for
@@ -36,7 +35,6 @@ from covey_protocol.parameters import ParameterSpec
 from covey_protocol.works import SCAFFOLD
 
 EVALUATED_TOGETHER = 2000  # examples of central test data per piece, so that a worker's cores share them
-TOO_FEW = re.compile(r"\[([^\]]* needs at least \d+ usable updates)\]")  # as `aggregation.factory` words it
 NOISE = 4  # stream of random numbers of a seed
 
 
@@ -145,7 +143,7 @@ class Simulation:
         try:
             new_state, metrics = self._next(state, tasks)
         except Exception as error:
-            refusal = _refusal(error)
+            refusal = refusal_of(error)
             if refusal is None:
                 raise
             raise refusal from error
@@ -205,7 +203,7 @@ class Simulation:
         device = self._devices[number]
         count = min(len(device.y), plan.max_examples or len(device.y))
         draws = "seed" in self._steps.train_inputs
-        schedule = schedule_of(self._learning.algorithm, plan, device.device_id, count, self._steps.batch_size, draws)
+        schedule = schedule_of(self._learning.algorithm, plan, device.order_name, count, self._steps.batch_size, draws)
         random = np.random.SeedSequence([self._learning.seed, NOISE, plan.shuffle_seed, number])
         noise_seed = int(random.generate_state(1, np.uint64)[0] >> np.uint64(1))
         task = self._work.task(self._numbers[number], number, schedule, noise_seed)
@@ -247,6 +245,13 @@ class Simulation:
         return [
             (shard, min(EVALUATED_TOGETHER, len(y) - place * EVALUATED_TOGETHER)) for place, shard in enumerate(shards)
         ]
+
+
+def traced_shards(learning: Learning, devices: Sequence[DeviceData], worker: Worker) -> tuple[Steps, Shards, list[int]]:
+    """The model's steps, and the devices' examples where the worker finds them, with their numbers there."""
+    steps = _traced(learning)
+    shards = _shards(steps, not worker.read_our_files)
+    return steps, shards, [shards.add(_checked(one, steps)) for one in devices]
 
 
 def _traced(learning: Learning) -> Steps:
@@ -296,12 +301,6 @@ def _checked(device: DeviceData, steps: Steps) -> Pair:
             "take a model with as many classes as the data have",
         )
     return device.x, device.y
-
-
-def _refusal(error: Exception) -> RuleError | None:
-    """What the rule said inside the worker, where TFF's error is about too few usable updates."""
-    told = TOO_FEW.search(str(error))
-    return RuleError(told[1], "lower the learning rate, or choose a rule that bears more") if told else None
 
 
 def _parts(weights: Any) -> list[Array]:

@@ -235,6 +235,10 @@ def train(shared: Shared, cell: Cell, tell: Tell, check: Check = lambda: None) -
 
 
 def _simulation(world: World) -> Any:
+    if world.settings.teaching is not None:
+        from covey_coordinator.teaching.simulation import TaughtWorld
+
+        return TaughtWorld(world, worker(world.settings.workers))
     from covey_coordinator.simulation.process import Simulation
 
     learning = learning_of(world)

@@ -36,33 +36,33 @@ def in_order(count: int, batch_size: int) -> tuple[Array, Array]:
 
 
 def schedule_of(
-    algorithm: str, plan: TrainingPlan, device_id: str, count: int, batch_size: int, draws: bool
+    algorithm: str, plan: TrainingPlan, order_name: str, count: int, batch_size: int, draws: bool
 ) -> Schedule:
     """The batches of the local steps of this algorithm."""
     if algorithm == FSVRG_NAIVE:
-        batches = svrg.drawn(count, batch_size, plan.steps, svrg.order_of(plan.shuffle_seed, device_id))
+        batches = svrg.drawn(count, batch_size, plan.steps, svrg.order_of(plan.shuffle_seed, order_name))
     elif algorithm == SCAFFOLD:
-        batches = scaffold.batches(count, batch_size, plan.steps, svrg.order_of(plan.shuffle_seed, device_id))
+        batches = scaffold.batches(count, batch_size, plan.steps, svrg.order_of(plan.shuffle_seed, order_name))
     else:
-        return training_schedule(plan, device_id, count, batch_size, draws)
+        return training_schedule(plan, order_name, count, batch_size, draws)
     chosen = list(batches)
     rows = np.stack([np.resize(one, batch_size) for one in chosen]).astype(np.int32)
     counts = np.array([len(one) for one in chosen], np.int32)
-    return Schedule(rows, counts, _seeds(plan, device_id, len(rows), draws), len(rows))
+    return Schedule(rows, counts, _seeds(plan, order_name, len(rows), draws), len(rows))
 
 
-def training_schedule(plan: TrainingPlan, device_id: str, count: int, batch_size: int, draws: bool) -> Schedule:
+def training_schedule(plan: TrainingPlan, order_name: str, count: int, batch_size: int, draws: bool) -> Schedule:
     """All steps of one round for a device of so many examples (n >= 1, after max_examples)."""
-    random = np.random.default_rng([plan.shuffle_seed, zlib.crc32(device_id.encode())])
+    random = np.random.default_rng([plan.shuffle_seed, zlib.crc32(order_name.encode())])
     epochs = [_cut(random.permutation(count), batch_size) for _ in range(plan.epochs)]
     rows, counts = (np.concatenate(parts) for parts in zip(*epochs))
-    return Schedule(rows, counts, _seeds(plan, device_id, len(rows), draws), len(epochs[0][0]))
+    return Schedule(rows, counts, _seeds(plan, order_name, len(rows), draws), len(epochs[0][0]))
 
 
-def _seeds(plan: TrainingPlan, device_id: str, steps: int, draws: bool) -> Array:
+def _seeds(plan: TrainingPlan, order_name: str, steps: int, draws: bool) -> Array:
     if not draws:
         return np.zeros(steps, np.int32)
-    return np.array([svrg.step_seed(plan.shuffle_seed, device_id, step) for step in range(steps)], np.int32)
+    return np.array([svrg.step_seed(plan.shuffle_seed, order_name, step) for step in range(steps)], np.int32)
 
 
 def _cut(order: Array, batch_size: int) -> tuple[Array, Array]:

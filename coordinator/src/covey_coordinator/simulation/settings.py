@@ -19,6 +19,7 @@ from covey_coordinator.grid.settings import NO_ATTACK, AttackSpec, RuleSpec, att
 from covey_coordinator.simulation.learning import ALGORITHMS
 from covey_coordinator.simulation.remote import RemoteWorkers
 from covey_coordinator.simulation.trusted_data import TrustedSettings, check_trusted
+from covey_coordinator.teaching.settings import COMT, SimulatedTeaching
 from covey_edge.config import NotNegative, Positive
 from covey_models.names import LOSSES, OPTIMIZERS, no_such
 from covey_protocol.errors import ConfigError
@@ -26,6 +27,7 @@ from covey_protocol.messages import MAX_EPOCHS, MAX_GRADIENT_NORM, MAX_LEARNING_
 from covey_protocol.topics import check_name
 
 FEDSGD = "fedsgd"
+TAUGHT_LOSSES = ("sparse_categorical_crossentropy", "mean_squared_error")  # of comt: logistic, ridge
 TRUSTED_ALGORITHMS = ("fedavg", FEDSGD)  # in which the coordinator can make an update of its own
 MAX_DEVICES = 100_000
 MAX_SEED = 2**31  # as of `covey serve`: times a million and the round's number, a shuffle_seed stays within 2^53
@@ -130,6 +132,7 @@ class ExperimentSettings(Struct, frozen=True, forbid_unknown_fields=True):
     server: ServerSettings = ServerSettings()
     privacy: PrivacySettings = PrivacySettings()
     trusted: TrustedSettings = TrustedSettings()
+    teaching: SimulatedTeaching | None = None
     workers: tuple[str, ...] = ()
     sweep: Table = field(default_factory=dict)
 
@@ -200,7 +203,14 @@ def _check_model(model: ModelSettings) -> None:
 def _check_training(settings: ExperimentSettings) -> None:
     training, model = settings.training, settings.model
     _known("training.algorithm", training.algorithm, tuple(ALGORITHMS))
-    if training.algorithm != FEDSGD:
+    if (training.algorithm == COMT) != (settings.teaching is not None):
+        raise ConfigError(
+            f"the algorithm {training.algorithm!r} {'without' if settings.teaching is None else 'with'} [teaching]",
+            f"give {COMT!r} the table [teaching], which may be empty, and others none",
+        )
+    if training.algorithm == COMT:
+        _check_teaching(settings)
+    elif training.algorithm != FEDSGD:
         algorithm = Algorithm(training.algorithm, training.local_steps, training.feature_scaling)
         check_algorithm(algorithm, settings.server.optimizer)
     elif not _is_plain(training) or model.optimizer != "sgd":
@@ -208,6 +218,29 @@ def _check_training(settings: ExperimentSettings) -> None:
             "fedsgd is one step of plain gradient descent with all of a device's examples",
             "of [training] set only the learning_rate, and leave model.optimizer out, or take fedavg",
         )
+
+
+def _check_teaching(settings: ExperimentSettings) -> None:
+    """Sums of all teachers, and nothing else, are what it works with."""
+    told, loss = settings.teaching, settings.model.loss
+    if loss not in TAUGHT_LOSSES:
+        raise ConfigError(f"comt with the loss {loss!r}", f"choose {' or '.join(TAUGHT_LOSSES)}")
+    if told is not None and told.representation_steps and loss != TAUGHT_LOSSES[0]:
+        raise ConfigError(f"representation_steps with the loss {loss!r}", f"choose {TAUGHT_LOSSES[0]}")
+    if not settings.trusted.is_there:
+        raise ConfigError("comt without trusted data", "write [trusted] with a size or a path")
+    for beside, is_usual in (
+        ("a sample of the devices", not settings.sample),
+        ("an [aggregation] other than the mean", settings.aggregation == {"rule": "mean"}),
+        ("an [attack]; corrupted data are a [[corruption]]", settings.attack.get("attack") == NO_ATTACK),
+        ("[privacy]", not settings.privacy.clip_norm),
+        ("a [server]", settings.server == ServerSettings()),
+        ("settings of [training]", settings.training == TrainingSettings(COMT)),
+    ):
+        if not is_usual:
+            raise ConfigError(
+                f"comt with {beside}", "leave it out: every device teaches in every round, and sums add up"
+            )
 
 
 def _is_plain(training: TrainingSettings) -> bool:

@@ -16,6 +16,7 @@ import numpy as np
 
 from covey_coordinator.aggregation.rules import Rule
 from covey_coordinator.attacks.contract import Attack, DataSetting
+from covey_coordinator.coding.conditions import check_equal_updates, check_replicas
 from covey_coordinator.eligibility import sampled
 from covey_coordinator.grid.simulation import POISON, corrupted_devices, stream
 from covey_coordinator.records import Array
@@ -30,6 +31,7 @@ from covey_models.user_code import UserCode
 from covey_protocol.errors import CoveyError, RuleError
 from covey_protocol.messages import TrainingPlan
 from covey_protocol.topics import RESERVED_ID
+from covey_protocol.works import SCAFFOLD
 
 DEFAULT_DATA = "digits"
 
@@ -99,12 +101,23 @@ def _world(cell: Cell) -> World:
         devices[number] = _attacking(devices[number], number, spec.attack, spec.label, people.train, cell.seed)
     corrupted = {number for number, device in enumerate(devices) if device.faults}
     most = max(len(corrupted.intersection(cohort)) for cohort in _cohorts(settings, cell.seed))
-    rule = settings.rule_spec().made(most)
+    rule = settings.rule_spec().made(most).for_fleet(population.device_ids(settings.devices))
     rule.check(settings.cohort_size)
+    check_replicas(rule, devices)
+    check_equal_updates(rule, _unequal(settings))
     for number, cohort in enumerate(_cohorts(settings, cell.seed), 1):
         _check_honest(number, cohort, hostile)
     attack = spec.attack if hostile else None
     return World(cell, people.train, people.test, devices, people.parts, attack, hostile, rule, people.trusted)
+
+
+def _unequal(settings: ExperimentSettings) -> dict[str, tuple[Any, str]]:
+    privacy, training = settings.privacy, settings.training
+    return {
+        "sample": (settings.sample, "a group needs its devices in every round"),
+        "privacy.noise_multiplier": (privacy.noise_multiplier, "a noised update equals nobody's"),
+        "training.algorithm": (training.algorithm == SCAFFOLD and SCAFFOLD, "controls differ once a device is missing"),
+    }
 
 
 def cohort_of(settings: ExperimentSettings, seed: int, number: int) -> list[int]:
@@ -155,7 +168,7 @@ def _attacking(device: DeviceData, number: int, attack: Attack, label: str, trai
     if attack.poisons_data:
         setting = DataSetting(train.num_classes, train.input_range)
         x, y = attack.poison(x, y, setting, stream(seed, POISON, number))
-    return DeviceData(device.device_id, x, y, (*device.faults, label))
+    return device._replace(x=x, y=y, faults=(*device.faults, label))
 
 
 def _check_honest(number: int, cohort: list[int], hostile: tuple[int, ...]) -> None:
@@ -171,7 +184,7 @@ def learning_of(world: World) -> Learning:
     settings, cell = world.settings, world.cell
     training, model, code = settings.training, settings.model, UserCode()
     return Learning(
-        model=_model(world, code),
+        model=model_of(world, code),
         plan=TrainingPlan(
             epochs=training.epochs,
             learning_rate=training.learning_rate,
@@ -196,7 +209,7 @@ def learning_of(world: World) -> Learning:
     )
 
 
-def _model(world: World, code: UserCode) -> Any:
+def model_of(world: World, code: UserCode) -> Any:
     """With first weights of the seed, also where the user's function draws them from Keras's global generator."""
     from covey_models import zoo
 

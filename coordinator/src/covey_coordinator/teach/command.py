@@ -7,6 +7,8 @@ from typing import Any
 
 import click
 
+from covey_coordinator.libraries import prepare
+
 A_FILE = click.Path(path_type=Path)
 
 
@@ -21,6 +23,7 @@ A_FILE = click.Path(path_type=Path)
 @click.option("--users", help="Column (.csv) that says whose an example is: every user teaches. Of .npz: users.")
 @click.option("--label", help="Column with the label.  [default: label, class or target, else the last]")
 @click.option("--numbers", is_flag=True, help="Labels are numbers, not classes.")
+@click.option("--bundle", type=A_FILE, help="Teach the last layer of this bundle (`covey export --teach`).")
 @click.option("--tries", default=20, show_default=True, type=click.IntRange(min=1), help="Settings of teaching to try.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0))
 @click.option("--output", type=A_FILE, default=Path("runs/teach"), show_default=True, help="Folder of what is found.")
@@ -32,6 +35,7 @@ def teach_command(**request: Any) -> None:
     models, each tuned; says plainly where trusted examples alone are as good. Writes OUTPUT/report.html: which examples
     of DATA to doubt, and what the model expects instead.
     """
+    prepare()
     from covey_coordinator.grid.display import Display
     from covey_coordinator.teach.program import Request, teach
     from covey_edge.processes import interrupted_by_signals

@@ -9,12 +9,17 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from covey_edge.data_sources import check_examples
+from covey_edge.runtime import Model
+from covey_edge.teaching import seen
 from covey_models.csv_tables import Table, label_column, read_table, user_column
-from covey_models.datasets import STANDARD_DEVIATIONS, Reading, load
+from covey_models.datasets import STANDARD_DEVIATIONS, Dataset, Reading, load
 from covey_protocol.errors import ConfigError, DataError
 from covey_protocol.teaching import LOGISTIC, RIDGE, Array
+from covey_protocol.works import LEARNERS, taught_layer
 
 Labels = npt.NDArray[Any]
+NO_USERS = "save one text or number for each example, or leave --users out"
 
 
 @dataclass(frozen=True)
@@ -57,16 +62,26 @@ class Work:
 
 
 def read_work(
-    path: str, trusted: str, *, numbers: bool, label: str | None, users: str | None, teachers: int, seed: int
+    path: str,
+    trusted: str,
+    *,
+    numbers: bool,
+    label: str | None,
+    users: str | None,
+    teachers: int,
+    seed: int,
+    model: Model | None = None,
 ) -> Work:
-    """Two files or folders of the same form. numbers: the labels are numbers, not classes. Raises DataError."""
+    """Two files or folders of the same form. numbers: the labels are numbers, not classes. model: a bundle's, whose
+    last layer is taught. Raises DataError.
+    """
     names, data, held = (_of_numbers if numbers else _of_classes)(path, trusted, label, users)
     if data.x.shape[1:] != held.x.shape[1:]:
         raise DataError(
             f"{trusted} has examples of shape {held.x.shape[1:]}, {path} of {data.x.shape[1:]}",
             "give both the same columns, or sizes of images",
         )
-    first, second = _features(data.x, held.x)
+    first, second = _features(data.x, held.x) if model is None else _seen(model, numbers, names, data, held)
     parts = _parts(data.users if users is not None else None, len(data.y), teachers, seed)
     return Work(
         Path(path).stem,
@@ -90,15 +105,23 @@ def _of_numbers(path: str, trusted: str, label: str | None, users: str | None) -
 
 def _of_classes(path: str, trusted: str, label: str | None, users: str | None) -> tuple[tuple[str, ...], _Read, _Read]:
     """The trusted part has its classes numbered as in the other."""
-    data, held = (
-        load(one, **{name: value for name, value in (("label", label), ("users", owner)) if value is not None})
-        for one, owner in ((path, users), (trusted, _also_in(trusted, users)))
-    )
+    data = _loaded(path, label, users)
+    held = _loaded(trusted, label, _also_in(trusted, users))
     strangers = [name for name in held.class_names if name not in data.class_names]
     if strangers:
         raise DataError(f"{held.name} has the class {strangers[0]!r}, which {data.name} has not", "check the labels")
     numbers = np.array([data.class_names.index(name) for name in held.class_names], np.int32)
     return data.class_names, _Read(data.x, data.y, data.users), _Read(held.x, numbers[held.y])
+
+
+def _loaded(path: str, label: str | None, users: str | None) -> Dataset:
+    """An .npz file says by itself whose its examples are."""
+    if path.endswith(".npz"):
+        data = load(path)
+        if users is not None and data.users is None:
+            raise DataError(f"{path} has no array users", NO_USERS)
+        return data
+    return load(path, **{name: value for name, value in (("label", label), ("users", users)) if value is not None})
 
 
 def _also_in(path: str, users: str | None) -> str | None:
@@ -118,6 +141,31 @@ def _features(x: npt.NDArray[Any], other: npt.NDArray[Any]) -> tuple[Array, Arra
         both = [np.clip((part - middle) / deviation, -limit, limit) for part in both]
     first, second = (np.hstack([part, np.ones((len(part), 1))]) for part in both)
     return first, second
+
+
+def _seen(model: Model, numbers: bool, names: tuple[str, ...], data: _Read, held: _Read) -> tuple[Array, Array]:
+    """What the bundle's last layer sees, of examples as a device would read them."""
+    check_teachable(model, RIDGE if numbers else LOGISTIC, len(names))
+    checked = (check_examples(one.x, one.y, model.manifest, Path("the data")) for one in (data, held))
+    first, second = (seen(model, x) for x, _ in checked)
+    return first, second
+
+
+def check_teachable(model: Model, kind: str, classes: int) -> None:
+    """ConfigError for a bundle that is not for teaching, or of another learner than the data are for."""
+    facts = model.manifest.facts
+    layer, learner = taught_layer(facts), LEARNERS.get(facts.loss)
+    if layer is None or learner is None:
+        raise ConfigError(
+            f"bundle {facts.name!r} has no last layer that can be taught", "export it with `covey export --teach`"
+        )
+    columns = 1 if kind == RIDGE or (classes == 2 and facts.loss == "binary_crossentropy") else classes
+    if learner != kind or layer[1] != columns:
+        raise ConfigError(
+            f"bundle {facts.name!r} has {layer[1]} outputs and the loss {facts.loss}, the data have "
+            + (f"{classes} classes" if classes else "numbers"),
+            "give a bundle of the same kind (two classes: one output and binary_crossentropy), or --numbers",
+        )
 
 
 def _parts(users: Any, n: int, teachers: int, seed: int) -> tuple[npt.NDArray[np.int64], ...]:
@@ -147,7 +195,7 @@ def _numbers(path: Path, label: str | None, users: str | None) -> _Read:
     with np.load(path, allow_pickle=False) as archive:
         owners = archive["users"] if users is not None and "users" in archive else None
     if users is not None and owners is None:
-        raise DataError(f"{path} has no array users", "save one text or number for each example, or leave --users out")
+        raise DataError(f"{path} has no array users", NO_USERS)
     return _Read(x, y.reshape(-1), owners)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import msgspec
@@ -13,17 +13,23 @@ import numpy as np
 from covey_coordinator.grid.display import Display
 from covey_coordinator.teach.comparing import FOLDS, Compared, compared, steps
 from covey_coordinator.teach.data import Work, read_work
-from covey_coordinator.teach.methods import CONTESTANTS, settings_of, taught
+from covey_coordinator.teach.methods import CONTESTANTS, as_data, taught
 from covey_coordinator.teaching.reference import Crafted
+from covey_coordinator.teaching.tuning import balanced
+from covey_edge.config import read_file
 from covey_edge.files import write_atomic
+from covey_edge.runtime import Model
 from covey_edge.teaching import chances_of
 from covey_edge.teaching_report import Judged, Report, class_report, files, regression_report
-from covey_protocol.teaching import RIDGE, SELECTED_ABOVE, Array, Settings
+from covey_protocol.bundle import read_bundle
+from covey_protocol.teaching import RIDGE, SELECTED_ABOVE, Array, Problem, Settings
 
 
 @dataclass(frozen=True)
 class Request:
-    """As on the command line. tries: settings of teaching that are tried. output: None for no files."""
+    """As on the command line. tries: settings of teaching that are tried. bundle: of whose last layer. output: None for
+    no files.
+    """
 
     data: str
     trusted: str
@@ -33,6 +39,7 @@ class Request:
     numbers: bool = False
     tries: int = 20
     seed: int = 0
+    bundle: Path | None = None
     output: Path | None = None
 
 
@@ -46,6 +53,7 @@ def teach(request: Request, display: Display, check: Callable[[], None] = lambda
         users=request.users,
         teachers=request.teachers,
         seed=request.seed,
+        model=None if request.bundle is None else Model(read_bundle(read_file(request.bundle))),
     )
     sizes = [len(rows) for rows in work.parts]
     display.line(
@@ -65,9 +73,9 @@ def teach(request: Request, display: Display, check: Callable[[], None] = lambda
     report, settings = final(work, found)
     display.line()
     if request.output is not None:
-        write(request.output, work, found, report, settings)
+        write(request.output, work, found, report)
         display.line(f"{len(report.named)} of {len(work.data)} examples are named in {request.output / 'report.html'}")
-    for line in for_a_fleet(settings):
+    for line in for_a_fleet(None if request.bundle is None else settings):
         display.line(line)
     return found
 
@@ -104,7 +112,7 @@ def final(work: Work, found: Compared) -> tuple[Report, Settings]:
     sizes = np.maximum(np.linalg.norm(work.data.features[rows, :-1], axis=1), 1e-12)
     judged = Judged((weights > SELECTED_ABOVE).any(axis=1), weights.max(axis=1), moved / sizes)
     outputs, y = work.data.features[rows] @ result.theta, work.data.y[rows]
-    settings = settings_of(parts, work.trusted, setting)
+    settings = balanced(Problem(work.kind), *as_data(work, parts, work.trusted), setting)
     if work.kind == RIDGE:
         return regression_report(work.name, "covey teach", y, outputs[:, 0], judged), settings
     return class_report(work.name, "covey teach", y, chances_of(outputs), judged, work.class_names), settings
@@ -115,7 +123,7 @@ def _moved(crafted: Crafted) -> Array:
     return np.asarray(np.sqrt(np.sum(crafted.features**2, axis=(0, 2))))
 
 
-def write(folder: Path, work: Work, found: Compared, report: Report, settings: Settings) -> None:
+def write(folder: Path, work: Work, found: Compared, report: Report) -> None:
     summary = {
         "data": work.name,
         "scores": found.scores,
@@ -126,17 +134,22 @@ def write(folder: Path, work: Work, found: Compared, report: Report, settings: S
     made = {**files(report, work.data.x), "summary.json": msgspec.json.format(msgspec.json.encode(summary), indent=1)}
     for name, data in made.items():
         write_atomic(folder / name, data, mode=0o600)
-    write_atomic(folder / "teaching.toml", ("\n".join(_table(settings)) + "\n").encode())
 
 
-def _plain(setting: dict[str, float]) -> dict[str, float | str]:
+def _plain(setting: float | Settings) -> dict[str, float | str]:
     """JSON has no infinity."""
-    return {name: value if math.isfinite(value) else "inf" for name, value in setting.items()}
+    if not isinstance(setting, Settings):
+        return {"decay": setting}
+    return {name: value if math.isfinite(value) else "inf" for name, value in asdict(setting).items()}
 
 
-def for_a_fleet(settings: Settings) -> list[str]:
+def for_a_fleet(settings: Settings | None) -> list[str]:
+    """What to write for these constants, which belong to the features of one bundle."""
+    if settings is None:
+        told = "--bundle MODEL.covey, of `covey export --teach`, tunes its constants"
+        return [f"For a fleet: {told} (docs/machine-teaching.md)."]
     return [
-        "On a fleet, in its coordinator.toml, with a bundle of `covey export --teach` (docs/machine-teaching.md):",
+        "On a fleet, in its coordinator.toml (docs/machine-teaching.md):",
         "  [training]",
         '  algorithm = "comt"',
         *(f"  {line}" for line in _table(settings)),

@@ -1,1 +1,1 @@
-"""Machine teaching with trusted instances (docs/machine-teaching.md)."""
+"""Machine teaching with trusted instances (docs/teaching-mathematics.md)."""

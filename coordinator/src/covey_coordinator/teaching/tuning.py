@@ -79,7 +79,7 @@ def drawn(
 
     lambda_w: 1e-4 to 10 of what all instances bend. lambda_t: the trusted instances bend 1e-2 to 1e4 times lambda_w.
     lambda_a: 0 in half of the tries, else 1e-2 to 3 (ridge: of the targets' deviation). lambda_z: infinite in half,
-    else so that crafting adds 1e-1 to 1e3 times lambda_w to the regularisation (docs/machine-teaching.md, (14)).
+    else so that crafting adds 1e-1 to 1e3 times lambda_w to the regularisation (docs/teaching-mathematics.md, (14)).
     """
 
     def between(low: float, high: float) -> float:

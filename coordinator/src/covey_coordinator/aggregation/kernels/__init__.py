@@ -212,6 +212,10 @@ class Kernels(ABC):
         """Element-wise a == b. Python's operator compares tensors by identity inside TFF."""
 
     @abstractmethod
+    def equal_bits(self, a: Any, b: Any) -> Any:
+        """Element-wise whether two arrays of float32 hold the same bits: 0.0 is not -0.0, and nothing is flushed."""
+
+    @abstractmethod
     def sqrt(self, values: Any) -> Any: ...
 
     @abstractmethod

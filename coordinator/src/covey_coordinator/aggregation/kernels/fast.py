@@ -113,6 +113,10 @@ class NumpyKernels(Kernels):
     def equal(self, a: Any, b: Any) -> Any:
         return np.equal(a, b)
 
+    def equal_bits(self, a: Any, b: Any) -> AnyArray:
+        same: AnyArray = np.equal(a.view(np.int32), b.view(np.int32))
+        return same
+
     def sqrt(self, values: Any) -> Any:
         return np.sqrt(values)
 

@@ -191,6 +191,9 @@ class TensorFlowKernels(Kernels):
     def equal(self, a: Any, b: Any) -> Any:
         return tf.equal(*_alike(a, b))
 
+    def equal_bits(self, a: Any, b: Any) -> Any:
+        return tf.equal(tf.bitcast(a, tf.int32), tf.bitcast(b, tf.int32))
+
     def sqrt(self, values: Any) -> Any:
         return tf.sqrt(values)
 
