@@ -21,7 +21,7 @@ def test_what_teachers_agree_on_in_tff_is_what_numpy_says_to_1e_9(kind: str, wor
         x = random.normal(size=(n, 3))
         y = x @ star + random.normal(size=n)
         teachers.append((x, y if kind == "ridge" else np.where(y > 0, 1.0, -1.0)))
-    settings = SuperSettings(kind=kind, prices=(0.0, 0.1), rounds=12)
+    settings = SuperSettings(kind=kind, prices=(0.0, 0.1), rounds=6)
     found = super_teach(teachers, star, settings, consensus=TffConsensus(worker))
     right = super_teach(teachers, star, settings)
     np.testing.assert_allclose(found.theta, right.theta, rtol=0, atol=1e-9)

@@ -112,38 +112,36 @@ def _round_of(kind: type, d: int) -> Any:
         OrderedDict(z=tff.TensorType(np.float64, [None, d]), first=column, second=column, own=vector, dual=vector)
     )
 
-    @tff.tensorflow.computation(server_type, client_type)
     def near(server: Any, client: Any) -> Any:
         def run(server: Any, client: Any) -> Any:
             loss = LOSSES[kind](client["first"], client["second"])
-            target = server["z"] - client["dual"]
-            return tensors.minimised(client["z"], loss, -server["penalty"] * target, server["penalty"], client["own"])
+            pull = -server["penalty"] * (server["z"] - client["dual"])
+            return tensors.minimised(client["z"], loss, pull, server["penalty"], client["own"])
 
         return tf.function(run, autograph=False)(server, client)
 
-    @tff.tensorflow.computation(vector, client_type)
     def said(own: Any, client: Any) -> Any:
         return OrderedDict(total=own + client["dual"], count=tf.constant(1.0, tf.float64))
 
-    @tff.tensorflow.computation(server_type, said.type_signature.result)
     def centred(server: Any, sums: Any) -> Any:
         return centre(sums["total"], sums["count"], server["penalty"], server["curvature"], server["linear"])
 
-    @tff.tensorflow.computation(vector, vector, client_type)
     def settled(z: Any, own: Any, client: Any) -> Any:
         return OrderedDict(own=own, dual=client["dual"] + own - z)
 
-    @tff.tensorflow.computation(vector, vector)
-    def square(z: Any, own: Any) -> Any:
-        return tf.reduce_sum((own - z) ** 2)
+    make = tff.tensorflow.computation
+    find, say = make(near, server_type, client_type), make(said, vector, client_type)
+    move = make(centred, server_type, say.type_signature.result)
+    settle = make(settled, vector, vector, client_type)
+    square = make(lambda z, own: tf.reduce_sum((own - z) ** 2), vector, vector)
 
-    @tff.federated_computation(tff.FederatedType(server_type, tff.SERVER), tff.FederatedType(client_type, tff.CLIENTS))
     def next_round(server: Any, clients: Any) -> Any:
-        own = tff.federated_map(near, (tff.federated_broadcast(server), clients))
-        sums = tff.federated_sum(tff.federated_map(said, (own, clients)))
-        new = tff.federated_map(centred, (server, sums))
+        own = tff.federated_map(find, (tff.federated_broadcast(server), clients))
+        sums = tff.federated_sum(tff.federated_map(say, (own, clients)))
+        new = tff.federated_map(move, (server, sums))
         told = tff.federated_broadcast(new)
         apart = tff.federated_sum(tff.federated_map(square, (told, own)))
-        return new, apart, tff.federated_map(settled, (told, own, clients))
+        return new, apart, tff.federated_map(settle, (told, own, clients))
 
-    return next_round
+    placed = tff.FederatedType(server_type, tff.SERVER), tff.FederatedType(client_type, tff.CLIENTS)
+    return tff.federated_computation(next_round, *placed)
