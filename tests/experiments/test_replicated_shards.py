@@ -93,25 +93,31 @@ def test_one_liar_of_three_agents_changes_no_bit_of_the_model(mosquitto: Running
 
 
 def test_liars_change_no_bit_of_a_simulation_and_a_majority_of_them_fails_it(worker: Worker) -> None:
-    devices = replicas(shards=2)
-    attacked = {"attack": make_attack("sign-flip"), "hostile": (2, 3), "seed": 1}
-    runs: dict[str, tuple[Learning, list[DeviceData]]] = {
-        "clean": (draco(devices), devices),
-        "a liar with other data": (draco(devices), lying(devices)),
-        "a liar in each group": (draco(devices, **attacked), devices),
-    }
-    found = {}
-    for name, (task, people) in runs.items():
-        with Simulation(task, people, worker=worker) as simulation:
-            found[name], outcome = trained(simulation, list(range(6)))
-            refused = [one for one, judged in outcome.verdicts.items() if not judged.accepted]
-            assert refused == {"clean": [], "a liar with other data": [LIAR]}.get(name, ["device-002", "device-003"])
-    assert len(set(found.values())) == 1
-    people = lying(lying(devices, "device-005"), "device-003")
-    people[3] = people[3]._replace(y=people[3].y[::-1].copy())
-    told = "the group device-003, device-004, device-005 needs at least 2 equal"
-    with Simulation(draco(devices), people, worker=worker) as simulation, pytest.raises(RuleError, match=told):
-        simulation.next(simulation.initial_state(), list(range(6)))
+    """Of each shard's five devices the last two lie; rounds are of three of them."""
+    devices = replicas(shards=2, size=5)
+    for number in (3, 4, 8, 9):
+        devices[number] = devices[number]._replace(y=(devices[number].y + number) % 10)
+    rule = make_rule("draco", 1, group_size=5).for_fleet([one.device_id for one in devices])
+    told = "the group device-005, .*, device-009 needs at least 2 equal updates"
+    with Simulation(learning(rule=rule), devices, worker=worker) as simulation:
+        clean, _ = trained(simulation, [0, 1, 2, 5, 6, 7])
+        lied, outcome = trained(simulation, [0, 2, 3, 5, 7, 9])
+        assert lied == clean != simulation.parameters(simulation.initial_state()).tobytes()
+        refused = [one for one, judged in outcome.verdicts.items() if not judged.accepted]
+        assert refused == ["device-003", "device-009"]
+        with pytest.raises(RuleError, match=told):
+            simulation.next(simulation.initial_state(), [0, 1, 2, 7, 8, 9])
+
+
+@pytest.mark.slow
+def test_attackers_change_no_bit_of_a_simulation(worker: Worker) -> None:
+    devices, found = replicas(shards=2), []
+    for attack in ({}, {"attack": make_attack("sign-flip"), "hostile": (2, 3), "seed": 1}):
+        with Simulation(draco(devices, **attack), devices, worker=worker) as simulation:
+            bits, outcome = trained(simulation, list(range(6)))
+        found.append(bits)
+        assert [judged.accepted for judged in outcome.verdicts.values()].count(False) == (2 if attack else 0)
+    assert found[0] == found[1]
 
 
 # ---- experiments
