@@ -310,7 +310,7 @@ def measured(asked: argparse.Namespace, folder: Path) -> Iterator[Result]:
                 if asked.desk
                 else real_fleet(world, folder / f"{seed}-{condition[:5]}") as fleet
             ):
-                for method in METHODS:
+                for method in asked.methods:
                     started = time.monotonic()
                     rounds = asked.rounds or (TEACHING_ROUNDS if method == TEACHING else ROUNDS)
                     if method == TUNED:
@@ -326,7 +326,7 @@ def table(results: Sequence[Result]) -> list[str]:
     """Mean accuracies in percent, and from least to most where there are several seeds."""
     conditions = list(dict.fromkeys(one.condition for one in results))
     lines = [f"| method | {' | '.join(conditions)} |", "|---" + "|---:" * len(conditions) + "|"]
-    for method in METHODS:
+    for method in [name for name in METHODS if any(one.method == name for one in results)]:
         cells = []
         for condition in conditions:
             values = [100 * one.accuracy for one in results if (one.condition, one.method) == (condition, method)]
@@ -343,7 +343,8 @@ def picture(results: Sequence[Result], path: Path, title: str) -> None:
     image, axes = new_figure(1, size=(9.0, 4.0))
     one = axes[0][0]
     conditions = list(dict.fromkeys(result.condition for result in results))
-    for place, (method, colour) in enumerate(zip(METHODS, COLOURS)):
+    shown = [(method, colour) for method, colour in zip(METHODS, COLOURS) if any(r.method == method for r in results)]
+    for place, (method, colour) in enumerate(shown):
         of = [[r.accuracy * 100 for r in results if (r.condition, r.method) == (name, method)] for name in conditions]
         means = np.array([np.mean(values) for values in of])
         whiskers = np.array([[mean - min(values), max(values) - mean] for mean, values in zip(means, of)]).T
@@ -363,6 +364,7 @@ def main() -> None:
     parser.add_argument("--desk", action="store_true", help="in numpy, without agents and a broker: seconds a run")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--conditions", nargs="+", default=list(CONDITIONS), choices=list(CONDITIONS))
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--rounds", type=int, default=0, help="of every method, in place of its own number")
     parser.add_argument("--quick", action="store_true", help="one seed, flipped labels, 3 rounds")
     parser.add_argument("--picture", type=Path)

@@ -15,7 +15,6 @@ from covey_coordinator.attacks.mathematics import repeated, seed_of
 from covey_coordinator.attacks.plain import require_finite
 from covey_protocol.errors import ConfigError
 
-
 STARTS = ("trim", "plane")
 ANGLES = 64  # tried between the trusted update's direction and a right angle to it
 
@@ -36,12 +35,13 @@ class _Round(NamedTuple):
 class FLTrustAdaptive(Attack):
     """Unit vectors e_i with the largest -s'g', g' what FLTrust makes of them and the honest, s the honest mean's signs.
 
-    From its start, `rounds` times over the attackers, each takes `steps` steps along a random direction u: e_i += rate (h(e_i + smoothing u) - h(e_i)) / smoothing u, then back to length 1; h is exact, since FLTrust's
-    aggregate enters it only by e_i'g, e_i's. start: "trim", the trim attack's updates, as in the paper: where these
-    point away from the trusted update they weigh nothing, h is flat and no step is taken. "plane": ours and stronger,
-    the e in the plane of g and s, one for all attackers, with the largest h: no e outside it is better, since h sees
-    only e'g and e's. What is sent has the trusted update's length. Where the rule in use has no
-    trusted update the honest mean stands for it: the attack is built against FLTrust and nothing else.
+    From its start, `rounds` times over the attackers, each takes `steps` steps along a random direction u:
+    e_i += rate (h(e_i + smoothing u) - h(e_i)) / smoothing u, then back to length 1. h = -s'g' is exact: FLTrust's
+    aggregate sees of e_i only e_i'g and e_i's, g the trusted update, whose length all updates are sent with.
+    start: "trim", the trim attack's updates, as in the paper: where these point away from g they weigh nothing, h is
+    flat and no step is taken. "plane", ours and stronger: the e in the plane of g and s with the largest h, the same
+    for all attackers; none outside that plane is better. Where the rule in use has no trusted update the honest mean
+    stands for it: the attack is built against FLTrust and nothing else.
     Deviations: u has entries +-sigma in place of normal ones, of the same variance and much faster; s is of the honest
     mean, as in our other attacks of this family, not of the aggregate before the attack.
     Source: Cao et al. 2021 (arXiv:2012.13995), section V-C and Algorithm 3, with V = Q = 10, eta = 0.01, gamma = 0.005,

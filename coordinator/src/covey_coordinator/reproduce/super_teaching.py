@@ -238,7 +238,7 @@ def both(holds: Callable[[Any, str], bool], *problems: str) -> Callable[[Any], b
 SUPER_TEACHING = Reproduction(
     name="super-teaching",
     title="Consensus super teaching: the abstract's claims on our reconstruction",
-    paper="Han, Zhang and others 2019, Consensus super teaching (IJCNN, arXiv:1905.02796)",
+    paper="Han et al. 2019 (IJCNN, arXiv:1905.02796), consensus super teaching",
     source="none: only the paper's abstract could be had, so method, protocol and problems are ours and no number is "
     "published",
     engine="numpy (teaching/super_teaching.py): consensus ADMM, all teachers in one process",
@@ -255,7 +255,7 @@ SUPER_TEACHING = Reproduction(
         "Planted: 100 instances of pure noise, 60 attributes; theta* is what 8 of them teach.",
     ),
     deviations=("All is ours: see the head of teaching/super_teaching.py for what was reconstructed and how.",),
-    full_time="full form: 144 runs, about 10 minutes of one core (scaled from the quick form)",
+    full_time="full form: 144 runs, about 3 minutes of one core",
     cases=cases,
     claims=(
         Claim(

@@ -28,7 +28,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -135,8 +135,7 @@ def agreed(parts: Sequence[Part], curvature: float, linear: Array, settings: Sup
     starts at the parts' mean curvature and follows the residuals; teachers hear of it with z.
     """
     d, count = len(linear), len(parts)
-    penalty = max(sum(float(np.sum(part.loss.bend(np.zeros(len(part.z))) @ part.z**2)) for part in parts), curvature)
-    penalty /= count * d
+    penalty = first_penalty(parts, curvature, d)
     own, duals, z = np.zeros((count, d)), np.zeros((count, d)), np.zeros(d)
     for number in range(1, settings.rounds + 1):
         own = np.stack([near(part, z - u, penalty, p) for part, u, p in zip(parts, duals, own)])
@@ -151,14 +150,20 @@ def agreed(parts: Sequence[Part], curvature: float, linear: Array, settings: Sup
     return Agreed(z, settings.rounds)
 
 
+def first_penalty(parts: Sequence[Part], curvature: float, d: int) -> float:
+    """The mean second derivative of a part at 0, in one direction."""
+    bends = sum(float(np.sum(part.loss.bend(np.zeros(len(part.z))) @ part.z**2)) for part in parts)
+    return max(bends, curvature) / (len(parts) * d)
+
+
 def near(part: Part, target: Array, penalty: float, start: Array) -> Array:
     """argmin_p of the part + penalty / 2 |p - target|^2: what a teacher computes in a round."""
     return minimised(part.z, part.loss, -penalty * target, penalty, start)
 
 
-def centre(total: Array, count: int, penalty: float, curvature: float, linear: Array) -> Array:
-    """The server's step. total: the sum of p_k + u_k."""
-    return np.asarray((penalty * total - linear) / (count * penalty + curvature))
+def centre(total: Any, count: Any, penalty: Any, curvature: Any, linear: Any) -> Any:
+    """The server's step, of arrays or tensors. total: the sum of p_k + u_k."""
+    return (penalty * total - linear) / (count * penalty + curvature)
 
 
 def balance(apart: float, moved: float) -> float:
