@@ -12,7 +12,16 @@ from covey_coordinator.reproduce.draco import ATTACKS, CODES, DRACO, Descent, fo
 
 
 def outcome(folder: Path, by: str, attack: str, **changes: Any) -> dict[str, Any]:
-    settings = {"by": by, "attack": attack, "devices": 9, "s": 1, "rounds": 30, "hidden": (12,), "measured": 30, **changes}
+    settings = {
+        "by": by,
+        "attack": attack,
+        "devices": 9,
+        "s": 1,
+        "rounds": 30,
+        "hidden": (12,),
+        "measured": 30,
+        **changes,
+    }
     assert Descent(**settings)
     return run(settings, 0, folder)
 
