@@ -15,6 +15,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 from covey_coordinator.libraries import prepare
 
@@ -27,7 +28,7 @@ from covey_coordinator.aggregation.engines import make_engine
 from covey_coordinator.aggregation.kernels import Updates
 from covey_coordinator.aggregation.kernels.fast import NumpyKernels
 from covey_coordinator.aggregation.registry import RULES, make_rule
-from covey_coordinator.aggregation.rules import Batch
+from covey_coordinator.aggregation.rules import LOSSES, Batch, Trusted
 from covey_coordinator.aggregation.screening import screen_updates
 from covey_coordinator.aggregation.worker import Worker
 from covey_protocol.parameters import ParameterSpec
@@ -64,15 +65,16 @@ def variants_of(name: str, n: int, d: int, worker: Worker) -> dict[str, Callable
     updates = generator.standard_normal((n, d)).astype(np.float32)
     num_examples = generator.integers(10, 100, n).astype(np.float32)
     parameters, ids = np.zeros(d, np.float32), [f"device-{i:03}" for i in range(n)]
-    kernels, batch = NumpyKernels(), Batch(Updates(updates), num_examples, np.arange(n))
+    own = generator.standard_normal(d).astype(np.float32)
+    kernels, batch = NumpyKernels(), Batch(Updates(updates), num_examples, np.arange(n), own)
     direct = make_engine("direct", rule, specs)
-    screened = screen_updates(updates, num_examples, ids, d)
+    screened = replace(screen_updates(updates, num_examples, ids, d), trusted=Trusted(own))
     by_tff = make_engine("tff", rule, specs, worker=worker)
     return {
         "kernel": lambda: rule.advance(kernels, rule.initial_state(d), batch),
         "live": lambda: direct.aggregate(parameters, screened),
-        "direct": lambda: direct.step(parameters, updates, num_examples, ids),
-        "tff": lambda: by_tff.step(parameters, updates, num_examples, ids),
+        "direct": lambda: direct.step(parameters, updates, num_examples, ids, Trusted(own)),
+        "tff": lambda: by_tff.step(parameters, updates, num_examples, ids, Trusted(own)),
         "numpy": lambda: numpy_rule(name, f, updates, num_examples),
     }
 
@@ -94,9 +96,11 @@ def main() -> None:
     repeats = 3 if parser.parse_args().quick else 15
     print(f"medians of {repeats}, ms; in brackets the ratio to the bare kernel; numpy with one BLAS thread")
     print(f"{'rule':<14}{'n':>4}{'d':>9}" + "".join(f"{variant:>20}" for variant in VARIANTS))
+    # rules on copies: see draco.py; those that need losses take what evaluating a model takes, n + 1 times
+    names = [name for name, kind in RULES.items() if not (kind.expects_copies or kind.needs_trusted == LOSSES)]
     with Worker() as worker, threadpool_limits(1):
         for n, d in SHAPES:
-            for name in [name for name, kind in RULES.items() if not kind.expects_copies]:  # see draco.py for those
+            for name in names:
                 row = medians_ms(variants_of(name, n, d, worker), repeats)
                 cells = "".join(f"{row[v]:>12.2f} ({row[v] / row['kernel']:4.1f})" for v in VARIANTS)
                 print(f"{name:<14}{n:>4}{d:>9}{cells}", flush=True)

@@ -17,7 +17,6 @@ import numpy as np
 from covey_coordinator.aggregation.screening import Screened
 from covey_coordinator.algorithms.comt import without_long_ones
 from covey_coordinator.teach.data import Examples
-from covey_coordinator.teach.methods import settings_of
 from covey_coordinator.teaching.server import begun, moved
 from covey_models.datasets import breast_cancer
 from covey_protocol.teaching import LOGISTIC, Logistic, Problem, Settings, Teacher, minimised
@@ -49,8 +48,10 @@ def fleet(seed: int) -> tuple[list[Examples], Examples, Examples]:
 def taught(seed: int, trust: float, lie: Callable[[Array, Array], Array] | None, rule: str) -> tuple[float, float]:
     """(accuracy, the longest honest share for each instance, times lambda_w)."""
     parts, trusted, test = fleet(seed)
-    setting = {"lambda_w": 1.0, "trust": trust, "lambda_a": 0.0, "lambda_z": np.inf, "lambda_y": np.inf}
-    settings, problem = settings_of(parts, trusted, setting), Problem(LOGISTIC)
+    weight = trust * sum(len(part) for part in parts) / len(trusted)
+    bend = np.mean([np.sum(part.features**2) for part in parts]) / trusted.features.shape[1]
+    settings = Settings(1.0, weight, rho=2 * weight * len(trusted), curvature=float(bend))
+    problem = Problem(LOGISTIC)
     teachers = [Teacher(problem, settings, part.features, part.y[:, None], None, DEVICES) for part in parts]
     held = trusted.features, trusted.y[:, None]
     own = Teacher(problem, settings, held[0][:0], held[1][:0], held, DEVICES)

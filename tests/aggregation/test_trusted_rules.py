@@ -7,11 +7,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from aggregation_references import bits, judge, noisy
+import tensorflow as tf
+import tensorflow_federated as tff
+from aggregation_references import bits, judge, losses_around, noisy, trusted_of
 
 from covey_coordinator.aggregation.engines import make_engine
+from covey_coordinator.aggregation.factory import RuleFactory
+from covey_coordinator.aggregation.kernels import Updates
+from covey_coordinator.aggregation.kernels.fast import NumpyKernels
+from covey_coordinator.aggregation.kernels.reference import TensorFlowKernels
 from covey_coordinator.aggregation.registry import RULES, make_rule
-from covey_coordinator.aggregation.rules import TRUSTED_PLACE, UPDATE, Trusted
+from covey_coordinator.aggregation.rules import TRUSTED_PLACE, UPDATE, Batch, Trusted
 from covey_coordinator.aggregation.worker import Worker
 from covey_coordinator.records import ACCEPTED
 from covey_protocol.errors import ConfigError, RuleError, UsageError
@@ -134,7 +140,9 @@ def test_the_ablations_show_what_each_part_is_for() -> None:
 # ---- in an engine, through both doors
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", ["fltrust", *(pytest.param(name, marks=pytest.mark.slow) for name in NAMES if name != "fltrust")]
+)
 def test_both_doors_give_the_same_bits_and_name_no_trusted_row(name: str, worker: Worker) -> None:
     rule = make_rule(name, 3, before=["norm-clipping"] if name == "fltrust" else [])
     with (
@@ -152,6 +160,71 @@ def test_both_doors_give_the_same_bits_and_name_no_trusted_row(name: str, worker
             assert [verdict.device_id for verdict in direct.verdicts] == ids(n)
             parameters = direct.parameters
         assert one.saved_state() == other.saved_state()
+
+
+@pytest.mark.usefixtures("on_worker")
+@pytest.mark.parametrize(
+    "name", ["lfr-err", pytest.param("lfr", marks=pytest.mark.slow), pytest.param("err", marks=pytest.mark.slow)]
+)
+def test_rules_that_need_losses_have_the_same_bits_in_tff(name: str) -> None:
+    """The model that the losses are of is the row of the coordinator's own."""
+    rule, d = make_rule(name, 2), 700
+    updates = noisy(9, n=8, d=d, hostile=2, size=5.0)
+    model, best = np.ones(d, np.float32), trusted_of(updates)
+
+    def losses() -> Any:
+        return lambda models: losses_around(TensorFlowKernels(), tf.constant(best))(models - tf.constant(model))
+
+    process = RuleFactory(rule, losses=losses).create(
+        tff.TensorType(np.float32, [d]), tff.types.to_type((np.float32, np.int64))
+    )
+    weights = [*((1.0, place) for place in range(8)), (1.0, TRUSTED_PLACE)]
+    output = process.next(process.initialize(), [*updates, model], weights)
+    k = NumpyKernels()
+    batch = Batch(Updates(updates), np.ones(8, np.float32), np.arange(8))
+    own = batch._replace(losses=lambda rows: losses_around(k, best)((model + rows) - model))
+    expected = rule.step(k, own)
+    assert bits(output.result) == bits(expected.aggregate)
+    assert bits(output.measurements["scores"]) == bits(expected.scores)
+    assert bits(output.measurements["accepted"]) == bits(expected.accepted)
+    assert not expected.accepted[:2].any()
+
+
+def test_rejections_leave_out_whoever_does_harm_and_two_that_mask_each_other_pass() -> None:
+    honest = noisy(10, n=9, d=50, spread=0.1)
+    one = np.concatenate([honest[:1] * np.float32(-30), honest])
+    for name in ("lfr", "err", "lfr-err"):
+        assert not judge(make_rule(name, 1), one, trusted=trusted_of(honest)).accepted[0]
+    direction = np.zeros(50, np.float32)
+    direction[0] = 1e20
+    pair = np.concatenate([direction[None], -direction[None], honest])
+    for name in ("lfr", "err"):
+        assert judge(make_rule(name, 1), pair, trusted=trusted_of(honest)).accepted[:2].any()
+
+
+def test_rejections_are_those_of_the_paper() -> None:
+    """With one obvious loop in float64: models with and without each update."""
+    updates = noisy(11, n=9, d=40, hostile=2, size=3.0)
+    counts = np.array([5, 1, 4, 2, 2, 3, 9, 1, 1], np.float32)
+    best = trusted_of(updates[2:])
+
+    def loss(rows: list[int]) -> float:
+        aggregate = np.average(updates[rows].astype(np.float64), axis=0, weights=counts[rows])
+        return float(np.sum((aggregate - best) ** 2))
+
+    everyone = list(range(9))
+    harm = [loss(everyone) - loss([row for row in everyone if row != one]) for one in everyone]
+    kept = sorted(sorted(everyone, key=lambda row: harm[row])[:7])
+    found = judge(make_rule("lfr", 2), updates, counts, trusted=best)
+    assert list(np.flatnonzero(found.accepted)) == kept
+    np.testing.assert_allclose(found.scores, harm, rtol=1e-4, atol=1e-4)
+    expected = np.average(updates[kept].astype(np.float64), axis=0, weights=counts[kept])
+    np.testing.assert_allclose(found.aggregate, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_losses_are_not_asked_for_on_tffs_worker_in_live_rounds() -> None:
+    with pytest.raises(ConfigError, match="lfr in the engine 'tff'"):
+        make_engine("tff", make_rule("lfr"), SPECS)
 
 
 def test_the_trusted_update_is_no_copy_of_a_devices_and_nobody_of_f() -> None:

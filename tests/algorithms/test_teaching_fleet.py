@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -76,8 +77,9 @@ class Fleet:
         self._agents[name] = AgentProcesses(config, self.folder / "logs")
 
     def kill(self, name: str) -> None:
-        for pid in self._agents.pop(name).pids().values():
-            subprocess.run(["kill", "-9", str(pid)], check=True)
+        agent = self._agents.pop(name)
+        os.kill(agent.pids()[name], signal.SIGKILL)
+        agent.stop()  # collects it
 
     def stop(self) -> None:
         for agent in self._agents.values():
@@ -215,7 +217,7 @@ def test_a_device_that_is_killed_again_and_again_goes_on_from_what_it_kept(victi
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as running:
         assert running.stdout is not None
         for line in running.stdout:
-            if line.startswith(("round 2/", "round 4/", "round 5/", "round 8/")):
+            if "published" in line and line.startswith(("round 2/", "round 4/", "round 5/", "round 8/")):
                 fleet.kill(victim)
                 fleet.start(victim)
     assert running.returncode == 0

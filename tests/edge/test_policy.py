@@ -47,7 +47,13 @@ def plan(task: str = "", *evaluate: str) -> TrainingPlan:
     return TrainingPlan(1, 0.1, evaluate=evaluate, task=task)
 
 
+TRUSTED = ONE + 'trusted_path = "trusted.npz"\n'
 WHERE = {
+    "what the owner vouches for beside the data": (
+        TRUSTED,
+        plan(),
+        DataPlace("npz", "data.npz", trusted="trusted.npz"),
+    ),
     "the data of a device with one set, for any task": (ONE, plan("faces"), DataPlace("npz", "data.npz")),
     "the same for an evaluation where nothing is held out": (ONE, plan("", "loss"), DataPlace("npz", "data.npz")),
     "what is held out": (HELD_OUT, plan("", "loss"), DataPlace("npz", "test.npz", True)),
@@ -184,3 +190,11 @@ def test_unknown_or_repeated_metrics_and_compression_are_refused_by_the_child(
     for asked in (plan("", "f1"), plan("", "loss", "loss"), compressed):
         answer = trainer.answer(request(model.parameters(), asked))
         assert isinstance(answer, Problem), asked
+
+
+def test_a_device_without_trusted_instances_declines_corrections(tmp_path: Path) -> None:
+    asked = TrainingPlan(1, 0.1, work="teach-correct")
+    assert "no trusted instances" in unwilling(agent(tmp_path, ONE).config, asked)
+    config = agent(tmp_path, TRUSTED).config
+    assert unwilling(config, asked) == ""
+    assert [place.path for place in places(config.data)] == ["data.npz", "trusted.npz"]

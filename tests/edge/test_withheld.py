@@ -48,6 +48,32 @@ def test_what_is_withheld_is_there_for_the_next_round_of_the_run(tmp_path: Path)
     assert (tmp_path / "w").stat().st_mode & 0o777 == 0o600
 
 
+TEACH = msgspec.structs.replace(PLAN, work="teach", compression="none", kept_fraction=0.0)
+AFTER = {  # the file knows rounds 1 and 2; what a round begins with
+    "the next round": ("run.3.c", b"second"),
+    "the same round again": ("run.2.b", b"first"),
+    "the same number again, after the round was abandoned": ("run.2.z", b"first"),
+    "another run": ("other.3.c", b""),
+}
+
+
+@pytest.mark.parametrize("what", AFTER)
+def test_a_teacher_begins_with_what_the_fleet_has_taken(what: str, tmp_path: Path) -> None:
+    """Its state has any size, and is another file than what top-k withholds."""
+    round_id, expected = AFTER[what]
+
+    def asked(name: str, work: str = "teach") -> Invitation:
+        plan = msgspec.structs.replace(TEACH, work=work)
+        return msgspec.structs.replace(invitation(name), plan=plan)
+
+    file = WithheldFile.of(tmp_path, asked("run.1.a"))
+    file.store(asked("run.1.a"), b"first")
+    file.store(asked("run.2.b", "teach-correct"), b"second")
+    assert WithheldFile.of(tmp_path, asked(round_id)).load(asked(round_id)) == expected
+    assert [path.name for path in tmp_path.iterdir()] == ["teacher.msgpack"]
+    assert WithheldFile.of(tmp_path, invitation(round_id)).load(invitation(round_id)) == b""
+
+
 OTHERS = {
     "another run": invitation("another.2.b"),
     "a run whose name begins alike": invitation("run.1.2.b"),

@@ -164,7 +164,7 @@ def test_the_devices_with_least_trusted_loss_are_the_clean_ones() -> None:
 
 
 def test_dutis_changes_satisfy_the_conditions_of_the_least_objective() -> None:
-    """Of a lasso: the gradient of the smooth part is price / n against every change, and no more where there is none."""
+    """Of a lasso: the smooth part's gradient is price / n against every change, and no more where there is none."""
     clean, trusted, decay, price, confidence = part(40, 0), part(8, 1), 0.05, 0.5, 20.0
     noisy = Data(clean.x, clean.y + np.where(np.arange(40) < 12, 4.0, 0.0))
     found = duti.changes(noisy, trusted, decay, price, confidence)

@@ -23,7 +23,12 @@ from covey_coordinator.reproduce.text import table_lines
 from covey_protocol.errors import ConfigError, DataError
 
 ALL = [reproduction_of(name) for name in NAMES]
-WITHOUT_NUMBERS = ("super-teaching", "incomplete-data", "teaching-regimes")  # no numbers to be had, or no paper
+WITHOUT_NUMBERS = (
+    "super-teaching",
+    "draco",
+    "incomplete-data",
+    "teaching-regimes",
+)  # no numbers to be had, or no paper
 
 
 def measured(**values: Sequence[float | None]) -> Measured:
@@ -103,6 +108,7 @@ PUBLISHED_BREAK = {
     "alie-mnist": ("mean, attacked", 0.1),
     "shejwalkar-mnist": ("trimmed-mean, min-max", 0.999),
     "fltrust": ("krum, fang-krum", 0.01),
+    "draco": ("repetition, reversed", 0.1),
     "fedavg-2nn": ("two shards each, 10 of 100 devices a round", 1.0),
     "fsvrg": ("FSVRG", 40.0),
     "super-teaching": ("ridge: together", 99.0),

@@ -35,39 +35,41 @@ class Taught(NamedTuple):
 
 
 def taught(model: Model, examples: Examples, request: Run, received: Floats, vectors: list[Floats]) -> Taught:
-    """The update of either work. vectors: of `teach`, the fleet's u and tau. Starts anew where the kept state is of
-    other data."""
+    """The update of either work. vectors: of `teach`, the fleet's u and tau.
+
+    Starts anew where the kept state is of other data. TrainingError for a correction without trusted instances.
+    """
     theta, *sums = (as_matrix(model, vector) for vector in (received, *vectors))
-    teacher = _teacher(model, examples, request)
-    if request.withheld:
-        try:
-            teacher = teacher.loaded(request.withheld)
-        except StorageError:  # the data are others now
-            teacher = _teacher(model, examples, request)
+    own = instances(model, examples)
+    teacher = _restored(model, own, request)
     if request.plan.work == CORRECT:
         return Taught(as_flat(teacher.correct(theta)), teacher.saved(), {})
     u, tau = sums
     answer = teacher.answer(theta, u, tau - teacher.share)
-    report = reported(model, examples, theta, teacher, request.plan.task, request.round_id)
+    report = reported(model, examples, own, theta, teacher, request)
     return Taught(as_flat(answer), teacher.saved(), files(report, examples[0]))
 
 
-def _teacher(model: Model, examples: Examples, request: Run) -> Teacher:
+def _restored(model: Model, own: tuple[Array, Array], request: Run) -> Teacher:
     plan = request.plan.teaching
     assert plan is not UNSET  # works.check_work
-    trusted = None
-    if request.trusted_path:
-        path = Path(request.trusted_path)
-        held = check_examples(*load_examples(request.data_source, path), model.manifest, path)
-        trusted = instances(model, held)
-    elif request.plan.work == CORRECT:
+    trusted = _trusted(model, request) if request.plan.work == CORRECT else None
+
+    def begun() -> Teacher:
+        return Teacher(problem_of(model), settings_of(plan), *own, trusted, plan.teachers)
+
+    try:
+        return begun().loaded(request.withheld) if request.withheld else begun()
+    except StorageError:  # the data are others now
+        return begun()
+
+
+def _trusted(model: Model, request: Run) -> tuple[Array, Array]:
+    if not request.trusted_path:
         raise TrainingError("this device has no trusted instances", "set data.trusted_path in its agent.toml")
-    return teacher_of(model, plan, examples, trusted)
-
-
-def teacher_of(model: Model, plan: TeachingPlan, examples: Examples, trusted: Any = None) -> Teacher:
-    """A teacher of the model's last layer, before its first round. trusted: `instances` of those it trusts."""
-    return Teacher(problem_of(model), settings_of(plan), *instances(model, examples), trusted, plan.teachers)
+    path = Path(request.trusted_path)
+    held = check_examples(*load_examples(request.data_source, path), model.manifest, path)
+    return instances(model, held)
 
 
 def problem_of(model: Model) -> Problem:
@@ -113,9 +115,11 @@ def as_flat(matrix: Array) -> Floats:
     return matrix.astype(np.float32).reshape(-1)
 
 
-def reported(model: Model, examples: Examples, theta: Array, teacher: Teacher, task: str, round_id: str) -> Report:
+def reported(
+    model: Model, examples: Examples, own: tuple[Array, Array], theta: Array, teacher: Teacher, request: Run
+) -> Report:
     """What the owner reads: every instance against the model theta, and what the teacher used it for."""
-    x, y = instances(model, examples)
+    (x, y), told = own, (request.plan.task, request.round_id)
     found = teacher.judged()
     sizes = np.maximum(np.linalg.norm(x[:, :-FIXED], axis=1), 1e-12)
     weights = np.abs(found.weight).reshape(len(x), -1).max(axis=1)
@@ -124,9 +128,9 @@ def reported(model: Model, examples: Examples, theta: Array, teacher: Teacher, t
     if teacher.problem.kind == RIDGE:
         worst = np.abs(y - outputs).argmax(axis=1)  # of several targets the one that is furthest off
         rows = np.arange(len(y))
-        return regression_report(task, round_id, y[rows, worst], outputs[rows, worst], judged)
+        return regression_report(*told, y[rows, worst], outputs[rows, worst], judged)
     chances = chances_of(outputs)
-    return class_report(task, round_id, examples[1].reshape(-1), chances, judged, model.manifest.class_names)
+    return class_report(*told, examples[1].reshape(-1), chances, judged, model.manifest.class_names)
 
 
 def chances_of(outputs: Array) -> Array:

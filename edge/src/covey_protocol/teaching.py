@@ -51,7 +51,8 @@ class Settings:
     be worth to be used at all. lambda_z, lambda_y: price of crafting features and targets. rho, curvature: of ADMM;
     they decide how many rounds it takes, not where it ends. rho: how firmly holders of trusted instances are held to
     the model; good near what a trusted instance set bends, 2 lambda_t m_k. curvature: the same of teachers, good near
-    the mean eigenvalue of one's X'X. rounds: at most so many; tolerance: of the residuals, relative to the model.
+    the geometric mean of the eigenvalues of one's X'X, for logistic a tenth of it. rounds: at most so many; tolerance:
+    of the residuals, relative to the model.
     """
 
     lambda_w: float = 1.0

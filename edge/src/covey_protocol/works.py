@@ -103,15 +103,16 @@ def _check_teaching(bundle: BundleFacts, plan: TrainingPlan) -> None:
         raise TrainingError(f"the plan asks for {plan.work} without its constants", "set teaching in the plan")
     if plan.steps:
         raise TrainingError(f"the plan asks for {plan.steps} steps of {plan.work}", "leave steps out")
-    if taught_layer(bundle) is None:
+    layer = taught_layer(bundle)
+    if layer is None:
         raise TrainingError(
             f"the parameters of bundle {bundle.name!r} are not those of one last Dense layer with a bias",
             "export the model with `covey export --teach`",
         )
-    if bundle.loss not in LEARNERS:
+    if bundle.loss not in LEARNERS or (bundle.loss == "binary_crossentropy" and layer[1] > 1):
         raise TrainingError(
-            f"the loss of bundle {bundle.name!r} is {bundle.loss}, of which there is no machine teaching",
-            f"export the model with one of {', '.join(LEARNERS)}",
+            f"the loss of bundle {bundle.name!r} is {bundle.loss} of {layer[1]} outputs, which cannot be taught",
+            f"export the model with one of {', '.join(LEARNERS)} (binary: one output)",
         )
 
 

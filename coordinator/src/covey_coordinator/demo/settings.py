@@ -58,7 +58,13 @@ class DemoSettings:
 
     def check_rule(self) -> None:
         """ConfigError for an unknown rule, RuleError for one that cannot bear this fleet."""
-        make_rule(self.rule, self.num_byzantine).check(self.devices)
+        rule = make_rule(self.rule, self.num_byzantine)
+        if rule.needs_trusted:
+            raise ConfigError(
+                f"the rule {self.rule!r} needs trusted data, of which the demo has none",
+                "choose another, or try it with covey simulate (docs/trusted-data.md)",
+            )
+        rule.check(self.devices)
 
     @property
     def num_byzantine(self) -> int:

@@ -39,9 +39,11 @@ class Method(NamedTuple):
 
 
 def taught(problem: Problem, settings: Settings) -> Floats:
-    """CoMT. decay: of the learner beside mean losses, as elsewhere; lambda_t, lambda_a, lambda_z, lambda_y. pace: of rho, in
-    units of its rule in `teaching.Settings`; it is tuned, since 60 rounds may end far from where it settles, which then
-    regularises. curvature is set by its rule."""
+    """CoMT. decay: of the learner beside mean losses, as elsewhere; lambda_t, lambda_a, lambda_z, lambda_y.
+
+    pace: of rho, in units of its rule in `teaching.Settings`. It is tuned, since 60 rounds may end far from where it
+    settles, which then regularises. curvature is set by its rule.
+    """
     devices, trusted = ([(part.x, part.y) for part in parts] for parts in (problem.devices, problem.trusted))
     noisy, checked = problem.all_noisy, problem.all_trusted
     pull = 2.0 * settings["lambda_t"] * len(checked.y)
@@ -141,9 +143,9 @@ def _fit(method: Method, problem: Problem, settings: Settings) -> Floats | None:
 
 def _judged(kind: str, parts: list[tuple[Data, Floats | None]]) -> tuple[float, float]:
     """(score of all predictions together, - their mean loss), the second for ties of an AUC of few instances."""
-    if any(theta is None for _, theta in parts):
+    found = [(part, part.x @ theta) for part, theta in parts if theta is not None]
+    if len(found) < len(parts):
         return (-np.inf, -np.inf)
-    whole = joined([part for part, _ in parts])
-    predicted = np.concatenate([part.x @ theta for part, theta in parts])
+    whole, predicted = joined([part for part, _ in found]), np.concatenate([z for _, z in found])
     losses = -loss(kind, Data(predicted[:, None], whole.y), np.ones(1))
     return (score(kind, whole.y, predicted), losses) if kind == LOGISTIC else (losses, losses)

@@ -84,12 +84,13 @@ INCOMPLETE = Reproduction(
     paper="none: an experiment of ours",
     source="none",
     engine="numpy: teaching/baselines.py and teaching/reference.py; the geometric median is covey's rule",
-    measure="R2 (abalone) or AUC (breast-cancer, spambase) on complete test instances, settings tuned on the validation set",
+    measure="R2 (abalone) or AUC (breast-cancer, spambase) on complete test instances, settings tuned on the "
+    "validation set",
     protocol=(
-        "60% of the table on 10 devices in equal shares; 10% complete validation; 20 trusted, complete instances, two with "
-        "each device; the rest is the test set. Features in [-1, 1] and a 1.",
-        "On 30%, 50%, 70% or 90% of the devices the user hides, in the half of the attributes that are most correlated with "
-        "the target there, every value above the device's own median: what is hidden depends on the value.",
+        "60% of the table on 10 devices in equal shares; 10% complete validation; 20 trusted, complete instances, two "
+        "with each device; the rest is the test set. Features in [-1, 1] and a 1.",
+        "On 30%, 50%, 70% or 90% of the devices the user hides, in the half of the attributes that are most correlated "
+        "with the target there, every value above the device's own median: what is hidden depends on its value.",
         "What stands in its place: the mean of the device's shown values (`mean`), the middle of the scale (`zero`), or "
         "the trusted instances' mean and a column that says so (`missing`).",
         f"Every method tries {BUDGET} settings (quick: {QUICK_BUDGET}), as in `comt`.",
@@ -107,8 +108,8 @@ INCOMPLETE = Reproduction(
             lambda v: of(v, 0.7, POOLED) <= of(v, 0.7, TRUSTED) + NEAR,
         ),
         Claim(
-            "When 70% hide, a tuned weight of the devices, or choosing devices by trusted loss, still is no worse than the "
-            "trusted instances alone (abalone)",
+            "When 70% hide, a tuned weight of the devices, or choosing devices by trusted loss, still is no worse than "
+            "the trusted instances alone (abalone)",
             lambda v: min(of(v, 0.7, "weighted"), of(v, 0.7, "best devices")) >= of(v, 0.7, TRUSTED),
         ),
         Claim(

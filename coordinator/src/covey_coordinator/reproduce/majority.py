@@ -1,8 +1,8 @@
-"""Devices of which most are corrupted, with few trusted instances: data, split and corruption of the experiments on it.
+"""Devices of which most are corrupted, with few trusted instances: data, split and corruption of the experiments.
 
-A world is drawn from a table with a seed: devices with noisy instances, trusted, validation and test instances. Features
-are in [-1, 1] before corruption and get a column of ones. Targets are made comparable by the *trusted* instances' mean
-and standard deviation, since nobody knows others. What happens to devices is one of CORRUPTIONS below.
+A world is drawn from a table with a seed: devices with noisy instances, trusted, validation and test instances.
+Features are in [-1, 1] before corruption and get a column of ones. Targets are made comparable by the *trusted*
+instances' mean and standard deviation, since nobody knows others. What happens to devices is one of CORRUPTIONS below.
 """
 
 from __future__ import annotations
@@ -205,8 +205,8 @@ CORRUPTIONS: dict[str, Callable[[Data, dict[str, Any], Random], Data]] = {
 def _appearing(
     noisy: list[Data], clean: list[Data], parts: dict[str, Data], how: str
 ) -> tuple[list[Data], list[Data], dict[str, Data]]:
-    """What stands in the place of hidden values: `zero` (the middle of the scale), `mean` of the device's shown ones, or
-    `missing`: the trusted instances' mean, and for every attribute a column that is 1 where it is hidden."""
+    """What stands in the place of hidden values: `zero` (the middle of the scale), `mean` of the device's shown ones,
+    or `missing`: the trusted instances' mean, and for every attribute a column that is 1 where it is hidden."""
     if how == "zero":
         return [Data(np.nan_to_num(part.x, nan=0.0), part.y) for part in noisy], clean, parts
     if how == "mean":

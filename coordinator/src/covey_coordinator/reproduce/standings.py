@@ -77,7 +77,7 @@ def matrix(measured: Measured) -> str:
 
 
 class Pair(NamedTuple):
-    """One method above another, seed by seed. mean and spread (standard deviation) of the differences; wins of seeds."""
+    """One method above another, seed by seed: mean and standard deviation of the differences, in how many it wins."""
 
     mean: float
     spread: float

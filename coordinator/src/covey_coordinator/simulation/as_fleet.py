@@ -11,7 +11,8 @@ runtime, every update sealed over MQTT, every round run by the coordinator and e
                         with the simulation's own `Attacked`: the attacks know all honest updates, which no device can.
                         The hostile agents train and send like the others; what they send is not used.
 
-Not as in a simulation: updates that are bit-equal to another's are refused, and refused devices lower num_byzantine.
+Not as in a simulation: updates that are bit-equal to another's are refused (but under draco), and refused devices lower
+num_byzantine.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from covey_coordinator.teach.data import Examples, Work
-from covey_coordinator.teach.methods import CONTESTANTS, Contestant, Setting
+from covey_coordinator.teach.methods import CONTESTANTS, Contestant
 from covey_protocol.errors import DataError
 from covey_protocol.teaching import RIDGE, Array
 
@@ -30,7 +30,7 @@ class Compared:
     """scores: by method, one for each fold: accuracy, or R2. settings: by method, tuned on all trusted examples."""
 
     scores: dict[str, list[float]]
-    settings: dict[str, Setting]
+    settings: dict[str, Any]
 
     def mean(self, name: str) -> float:
         return float(np.mean(self.scores[name]))
@@ -54,7 +54,7 @@ def compared(work: Work, seed: int, tries: int, finished: Callable[[str], None])
     parts = [work.data.take(rows) for rows in work.parts]
     folds = stratified(work, work.trusted.y, FOLDS, seed)
     scores: dict[str, list[float]] = {}
-    settings: dict[str, Setting] = {}
+    settings: dict[str, Any] = {}
     for name, one in CONTESTANTS.items():
         scores[name] = []
         for number, fold in enumerate(folds):
@@ -74,12 +74,12 @@ def steps() -> int:
     return len(CONTESTANTS) * (FOLDS + 1)
 
 
-def tuned(work: Work, one: Contestant, parts: Sequence[Examples], trusted: Examples, seed: int, tries: int) -> Setting:
+def tuned(work: Work, one: Contestant, parts: Sequence[Examples], trusted: Examples, seed: int, tries: int) -> Any:
     """The setting whose model, of two thirds of these trusted examples, is best on the last third."""
     judges = stratified(work, trusted.y, round(1 / TUNING_SHARE), seed)[0]
     others = np.setdiff1d(np.arange(len(trusted)), judges)
     held, judging = trusted.take(others), trusted.take(judges)
-    settings = one.settings(np.random.default_rng(seed), tries)
+    settings = one.settings(work, parts, held, tries, seed)
     found = [loss(work, judging, one.method(work, parts, held, setting)) for setting in settings]
     return settings[int(np.argmin(found))]
 

@@ -164,7 +164,7 @@ def check_teachable(model: Model, kind: str, classes: int) -> None:
         raise ConfigError(
             f"bundle {facts.name!r} has {layer[1]} outputs and the loss {facts.loss}, the data have "
             + (f"{classes} classes" if classes else "numbers"),
-            "give a bundle of the same kind, or --numbers",
+            "give a bundle of the same kind (two classes: one output and binary_crossentropy), or --numbers",
         )
 
 

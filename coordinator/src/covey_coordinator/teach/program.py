@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import msgspec
@@ -13,15 +13,16 @@ import numpy as np
 from covey_coordinator.grid.display import Display
 from covey_coordinator.teach.comparing import FOLDS, Compared, compared, steps
 from covey_coordinator.teach.data import Work, read_work
-from covey_coordinator.teach.methods import CONTESTANTS, settings_of, taught
+from covey_coordinator.teach.methods import CONTESTANTS, as_data, taught
 from covey_coordinator.teaching.reference import Crafted
+from covey_coordinator.teaching.tuning import balanced
 from covey_edge.config import read_file
 from covey_edge.files import write_atomic
 from covey_edge.runtime import Model
 from covey_edge.teaching import chances_of
 from covey_edge.teaching_report import Judged, Report, class_report, files, regression_report
 from covey_protocol.bundle import read_bundle
-from covey_protocol.teaching import RIDGE, SELECTED_ABOVE, Array, Settings
+from covey_protocol.teaching import RIDGE, SELECTED_ABOVE, Array, Problem, Settings
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ def final(work: Work, found: Compared) -> tuple[Report, Settings]:
     sizes = np.maximum(np.linalg.norm(work.data.features[rows, :-1], axis=1), 1e-12)
     judged = Judged((weights > SELECTED_ABOVE).any(axis=1), weights.max(axis=1), moved / sizes)
     outputs, y = work.data.features[rows] @ result.theta, work.data.y[rows]
-    settings = settings_of(parts, work.trusted, setting)
+    settings = balanced(Problem(work.kind), *as_data(work, parts, work.trusted), setting)
     if work.kind == RIDGE:
         return regression_report(work.name, "covey teach", y, outputs[:, 0], judged), settings
     return class_report(work.name, "covey teach", y, chances_of(outputs), judged, work.class_names), settings
@@ -135,9 +136,11 @@ def write(folder: Path, work: Work, found: Compared, report: Report) -> None:
         write_atomic(folder / name, data, mode=0o600)
 
 
-def _plain(setting: dict[str, float]) -> dict[str, float | str]:
+def _plain(setting: float | Settings) -> dict[str, float | str]:
     """JSON has no infinity."""
-    return {name: value if math.isfinite(value) else "inf" for name, value in setting.items()}
+    if not isinstance(setting, Settings):
+        return {"decay": setting}
+    return {name: value if math.isfinite(value) else "inf" for name, value in asdict(setting).items()}
 
 
 def for_a_fleet(settings: Settings | None) -> list[str]:

@@ -8,7 +8,7 @@ have: they are named so. Ours is said of those without a paper.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -98,9 +98,8 @@ def centred(problem: Problem, settings: Settings) -> Floats:
 
 
 def best_devices(problem: Problem, settings: Settings) -> Floats:
-    """Ours, after Fang et al. 2020's rejection by loss: of each device's own model the loss on the trusted instances is
-    taken; a tuned share of the devices, those of least loss, is kept, and `weighted` learns on them. decay, share, kept.
-    """
+    """Ours, after Fang et al. 2020's rejection by loss: a tuned share of the devices is kept, those whose own models
+    have the least loss on the trusted instances, and `weighted` learns on them. decay, share, kept."""
     trusted = problem.all_trusted
     losses = [loss(problem.kind, trusted, fitted(problem.kind, part, settings["decay"])) for part in problem.devices]
     number = max(1, round(settings["kept"] * len(losses)))
@@ -247,7 +246,7 @@ def rewls(problem: Problem, settings: Settings) -> Floats:
 
 
 def adaptive_cutoff(residuals: Floats) -> float:
-    """The i-th smallest of n absolute standardised residuals, i = n - floor(n d); d is by how much the share of residuals
+    """The i-th smallest of n absolute standardised residuals, i = n - floor(n d); d is by how much the share of them
     below t is less than a normal distribution's, at most over t >= 2.5."""
     from scipy.special import erf
 
@@ -301,7 +300,7 @@ def robust_logistic(problem: Problem, settings: Settings) -> Floats:
     rates = np.full((len(problem.devices), 2), FLIPS_AT_FIRST)  # of true -1 and of true 1
     for _ in range(FLIP_ROUNDS):
         chance = _truth(noisy, theta, rates[owner])
-        rates = _flip_rates(noisy.y > 0, chance, owner, len(rates))
+        rates = _flip_rates((noisy.y + 1) / 2, chance, owner, len(rates))
         theta = logistic(x, np.concatenate([chance, (trusted.y + 1) / 2]), weights, decay, start=theta)
     return theta
 
@@ -314,19 +313,21 @@ def _truth(noisy: Data, theta: Floats, rates: Floats) -> Floats:
     return np.asarray(one / np.maximum(one + other, 1e-300))
 
 
-def _flip_rates(given: Floats, chance: Floats, owner: Floats, devices: int) -> Floats:
+def _flip_rates(given: Floats, chance: Floats, owner: Any, devices: int) -> Floats:
+    """(K, 2): how often a true -1 is given as 1, and the other way round. given: (n,) labels as 0 and 1."""
+
     def per_device(values: Floats) -> Floats:
-        return np.bincount(owner, values, devices)
+        return np.asarray(np.bincount(owner, values, devices), np.float64)
 
     ones, others = per_device(chance), per_device(1.0 - chance)
     flipped = np.stack(
         [
             per_device((1.0 - chance) * given) / np.maximum(others, 1e-9),
-            per_device(chance * ~given) / np.maximum(ones, 1e-9),
+            per_device(chance * (1.0 - given)) / np.maximum(ones, 1e-9),
         ],
         axis=1,
     )
-    return np.clip(flipped, 0.01, 0.99)
+    return np.asarray(np.clip(flipped, 0.01, 0.99))
 
 
 def debugged(problem: Problem, settings: Settings) -> Floats:

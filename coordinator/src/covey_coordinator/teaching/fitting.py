@@ -57,7 +57,7 @@ def logistic(x: Floats, chance: Floats, weights: Floats, decay: float, start: Fl
     """loss_i = -chance_i log s_i - (1 - chance_i) log(1 - s_i), s = sigmoid(x theta). chance: (n,) in [0, 1], of the
     label 1: soft labels. By Newton's steps, halved while they do not descend."""
     theta = np.zeros(x.shape[1]) if start is None else start
-    value = _entropy(x @ theta, chance, weights) + decay / 2 * theta @ theta
+    value = _entropy(x @ theta, chance, weights) + decay / 2 * float(theta @ theta)
     for _ in range(NEWTON_STEPS):
         shares = sigmoid(x @ theta)
         gradient = x.T @ (weights * (shares - chance)) + decay * theta
@@ -78,9 +78,9 @@ def _descended(
     """(theta, its objective, whether it moved): along -step, halved until the objective is less."""
     for halvings in range(20):
         tried = theta - step / 2**halvings
-        found = _entropy(x @ tried, chance, weights) + decay / 2 * tried @ tried
+        found = _entropy(x @ tried, chance, weights) + decay / 2 * float(tried @ tried)
         if found < value:
-            return tried, float(found), True
+            return tried, found, True
     return theta, value, False
 
 

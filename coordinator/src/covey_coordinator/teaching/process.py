@@ -18,7 +18,7 @@ from covey_coordinator.aggregation.worker import Worker
 from covey_coordinator.simulation.remote import RemoteWorkers
 from covey_coordinator.simulation.shards import FileShards, SentShards, Shards
 from covey_coordinator.teaching.reference import Array, Data, assembled
-from covey_coordinator.teaching.server import Residuals, Standing, begun
+from covey_coordinator.teaching.server import Residuals, Standing, begun, stepped
 from covey_coordinator.teaching.tensors import Kept, answered, corrected
 from covey_protocol.teaching import Problem, Settings
 
@@ -51,6 +51,7 @@ class TeachingProcess:
         self._problem, self._settings, self._worker = problem, settings, worker
         self._features, self._columns = self._teachers[0].share.shape
         self._count = sum(one.teaches for one in self._teachers)
+        self._holders = sum(one.trusts for one in self._teachers)
         self._shards = self._made_shards()
         nothing = (teachers[0][0][:0], teachers[0][1][:0])
         try:
@@ -142,28 +143,22 @@ class TeachingProcess:
             held_x, held_y = self._shards.read(client["trusted"])
             kept = answered(self._problem, self._settings, self._count, x, y, Kept(**client["kept"]), model)
             kept, change = corrected(self._problem, self._settings, held_x, held_y, kept, model["theta"])
-            holds = tf.cast(tf.shape(held_x)[0] > 0, tf.float64)
-            sent = OrderedDict(answers=kept.share, corrections=change, holders=holds)
+            sent = OrderedDict(answers=kept.share, corrections=change)
             return OrderedDict(sent=sent, kept=OrderedDict(kept._asdict()))
 
         return tf.function(run, autograph=False)(model, client)
 
     def _move(self, standing: Any, sums: Any) -> Any:
         """As server.moved."""
-        told, teachers, holders = self._settings, float(self._count), sums["holders"]
-        kappa = told.lambda_w**2 / told.curvature
-        q = standing["theta"] + sums["corrections"] / tf.maximum(holders, 1.0)
-        drawn = kappa * (sums["answers"] / teachers - standing["u"]) + holders * told.rho * q
-        theta = drawn / (told.lambda_w + kappa / teachers + holders * told.rho)
-        moves = [theta - standing["theta"], sums["answers"] - standing["tau"]]
+        before, answers = Standing(**standing), sums["answers"]
+        after = stepped(before, self._settings, answers, self._count, sums["corrections"], self._holders)
         residuals = OrderedDict(
-            primal=tf.norm(theta - sums["answers"]),
-            dual=tf.norm(tf.stack(moves)),
-            trusted=tf.where(holders > 0, tf.norm(q - standing["q"]), tf.constant(0.0, tf.float64)),
-            size=tf.norm(theta),
+            primal=tf.norm(after.theta - answers),
+            dual=tf.norm(tf.stack([after.theta - before.theta, answers - before.tau])),
+            trusted=tf.norm(after.q - before.q) if self._holders else tf.constant(0.0, tf.float64),
+            size=tf.norm(after.theta),
         )
-        u = standing["u"] + (theta - sums["answers"]) / teachers
-        return OrderedDict(standing=OrderedDict(theta=theta, tau=sums["answers"], u=u, q=q), residuals=residuals)
+        return OrderedDict(standing=OrderedDict(after._asdict()), residuals=residuals)
 
 
 def _at(sets: Sequence[Data], place: int, nothing: Data) -> tuple[Array, Array]:

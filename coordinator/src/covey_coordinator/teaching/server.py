@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -45,14 +45,23 @@ def moved(
     state: Standing, settings: Settings, answers: Array, teachers: int, corrections: Array, holders: int
 ) -> tuple[Standing, Residuals]:
     """answers: the sum over all `teachers`; corrections: over all `holders`. Sums are all that the server needs."""
-    kappa = settings.lambda_w**2 / settings.curvature
-    q = state.theta + corrections / max(holders, 1)
-    drawn = kappa * (answers / teachers - state.u) + holders * settings.rho * q
-    theta = drawn / (settings.lambda_w + kappa / teachers + holders * settings.rho)
+    after = stepped(state, settings, answers, teachers, corrections, holders)
+    theta, q = after.theta, after.q
     residuals = Residuals(
         float(np.linalg.norm(theta - answers)),
         float(np.hypot(np.linalg.norm(theta - state.theta), np.linalg.norm(answers - state.tau))),
         float(np.linalg.norm(q - state.q)) if holders else 0.0,
         float(np.linalg.norm(theta)),
     )
-    return Standing(theta, answers, state.u + (theta - answers) / teachers, q), residuals
+    return after, residuals
+
+
+def stepped(
+    state: Standing, settings: Settings, answers: Any, teachers: int, corrections: Any, holders: int
+) -> Standing:
+    """(10), on arrays of numpy or tensors alike."""
+    kappa = settings.lambda_w**2 / settings.curvature
+    q = state.theta + corrections / max(holders, 1)
+    drawn = kappa * (answers / teachers - state.u) + holders * settings.rho * q
+    theta = drawn / (settings.lambda_w + kappa / teachers + holders * settings.rho)
+    return Standing(theta, answers, state.u + (theta - answers) / teachers, q)
