@@ -8,8 +8,8 @@ model, softmax regression, so that methods differ and nothing else does:
 
   mean, median, Multi-Krum   20 rounds of 2 epochs. Multi-Krum is told 3, the most it bears of ten
   FLTrust                    the same, with the coordinator's own update from its 50 images
-  CoMT                       30 rounds of machine teaching; regularisation and weight of the trusted images chosen by
-                             cutting them in three, by the same arithmetic in numpy; no crafting
+  CoMT                       30 rounds of machine teaching; constants chosen from 4 as `covey teach` does it, by cutting
+                             the trusted images in three, with the same arithmetic in numpy
   trusted-only, same plan    the coordinator's own updates in 20 rounds, no device
   trusted-only, tuned        a model of the 50 images, its regularisation chosen by cutting them in three: no fleet at
                              all, what every other method has to beat
@@ -54,10 +54,11 @@ from covey_coordinator.grid.training import Network
 from covey_coordinator.simulation.as_fleet import TIMING
 from covey_coordinator.simulation.local_fleet import LocalFleet
 from covey_coordinator.simulation.trusted_data import TrustedSettings, parted
-from covey_coordinator.teach.comparing import loss, stratified, tuned
+from covey_coordinator.teach.comparing import tuned
 from covey_coordinator.teach.data import Examples, Work
-from covey_coordinator.teach.methods import CONTESTANTS, learned, settings_of
+from covey_coordinator.teach.methods import CONTESTANTS, as_data, learned
 from covey_coordinator.teaching.reference import comt
+from covey_coordinator.teaching.tuning import balanced
 from covey_coordinator.trusted_training import TrustedSettings as OwnFile
 from covey_coordinator.trusted_training import TrustedTraining
 from covey_models import export, populate
@@ -69,7 +70,7 @@ from covey_protocol.teaching import LOGISTIC, Problem, Settings
 
 DEVICES, CORRUPTED, TRUSTED = 10, 0.7, 50
 ROUNDS, EPOCHS, RATE, BATCH, TEACHING_ROUNDS = 20, 2, 0.5, 16, 30
-TRUSTS, TRIAL, FOLDS, TRIES = (0.3, 3.0, 30.0), 20, 3, 20  # of tuning CoMT: weights tried, rounds of a trial
+TRIES = 4  # of tuning CoMT
 PIXELS, CLASSES = 64, 10
 CONDITIONS: dict[str, dict[str, Any]] = {
     "flipped labels": {"kind": "flip-labels"},
@@ -133,30 +134,13 @@ def world_of(condition: str, seed: int) -> World:
 
 def tuned_alone(world: World, seed: int) -> float:
     work, one = world.work, CONTESTANTS["trusted-only"]
-    setting = tuned(work, one, [], work.trusted, seed, TRIES)
-    return world.accuracy(learned(work, work.trusted, setting["lambda_w"]))
+    return world.accuracy(learned(work, work.trusted, tuned(work, one, [], work.trusted, seed, 0)))
 
 
 def teaching_settings(work: Work, parts: list[Examples], seed: int) -> Settings:
-    """lambda_w as trusted-only has it, and the weight of the trusted images, both tuned on these; no crafting."""
-    judges = stratified(work, work.trusted.y, FOLDS, seed)[0]
-    judging = work.trusted.take(judges)
-    held = work.trusted.take(np.setdiff1d(np.arange(len(work.trusted)), judges))
-    decay = tuned(work, CONTESTANTS["trusted-only"], [], work.trusted, seed, TRIES)["lambda_w"]
-    tried = [
-        {"lambda_w": decay, "trust": one, "lambda_a": 0.0, "lambda_z": np.inf, "lambda_y": np.inf} for one in TRUSTS
-    ]
-    found = [loss(work, judging, teach(work, parts, held, settings_of(parts, held, one), TRIAL)) for one in tried]
-    return settings_of(parts, work.trusted, tried[int(np.argmin(found))])
-
-
-def teach(work: Work, parts: list[Examples], trusted: Examples, settings: Settings, rounds: int) -> Any:
-    """theta (F + 1, C) of CoMT, the trusted images being the coordinator's."""
-    data = [(part.features, work.targets(part.y)) for part in parts]
-    nothing = data[0][0][:0], data[0][1][:0]
-    held = (trusted.features, work.targets(trusted.y))
-    told = dataclasses.replace(settings, rounds=rounds, tolerance=0.0)
-    return comt(data, [*[nothing] * len(data), held], Problem(LOGISTIC), told).theta
+    """As `covey teach` tunes them, with few tries."""
+    told: Settings = tuned(work, CONTESTANTS["teaching"], parts, work.trusted, seed, TRIES)
+    return balanced(Problem(LOGISTIC), *as_data(work, parts, work.trusted), told)
 
 
 # ---- at the desk
@@ -166,7 +150,8 @@ def at_the_desk(method: str, world: World, seed: int, rounds: int) -> float:
     if method == TEACHING:
         work = world.work
         parts = [work.data.take(rows) for rows in work.parts]
-        return world.accuracy(teach(work, parts, work.trusted, teaching_settings(work, parts, seed), rounds))
+        told = dataclasses.replace(teaching_settings(work, parts, seed), rounds=rounds, tolerance=0.0)
+        return world.accuracy(comt(*as_data(work, parts, work.trusted), Problem(LOGISTIC), told).theta)
     rule, network = RULES[method], Network(SPECS)
     engine = make_engine("direct", rule, SPECS)
     parameters = np.zeros(PIXELS * CLASSES + CLASSES, np.float32)

@@ -144,6 +144,23 @@ def test_the_benchmark_of_compressed_rules_shows_that_the_median_of_sparse_rows_
 
 
 @pytest.mark.slow
+@pytest.mark.broker
+@pytest.mark.fleet
+@pytest.mark.timeout(900)
+def test_real_agents_of_a_corrupted_majority_end_as_at_the_desk(tmp_path: Path) -> None:
+    mosquitto_binary()
+    found = {}
+    for how in ([], ["--desk"]):
+        written = tmp_path / f"{len(how)}.json"
+        command = [sys.executable, "benchmarks/corrupted_majority.py", "--quick", *how, "--json", str(written)]
+        ended = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
+        assert ended.returncode == 0, ended.stderr[-2000:]
+        found[bool(how)] = {one["method"]: one["accuracy"] for one in json.loads(written.read_text())}
+    assert found[False]["FLTrust"] > 0.7 > 0.1 > max(found[False][name] for name in ("mean", "median", "Multi-Krum"))
+    assert found[False]["CoMT"] == pytest.approx(found[True]["CoMT"], abs=0.01)  # the same arithmetic
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_the_benchmark_of_compression_measures_every_form() -> None:
     command = [sys.executable, "benchmarks/compression.py", "--quick"]

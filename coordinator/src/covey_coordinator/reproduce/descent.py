@@ -94,10 +94,10 @@ def world_of(
     partition: str,
     bias: float,
     standardised: bool,
-    trusted: int,
-    trusted_bias: float,
     seed: int,
     folder: Path | None,
+    trusted: int = 0,
+    trusted_bias: float = 0.0,
 ) -> World:
     train, test = data.spambase(folder, seed) if name == "spambase" else data.mnist(folder)
     if standardised:
@@ -199,7 +199,7 @@ def run(
     started = time.process_time()
     descent = msgspec.convert(settings, Descent)
     shape = (descent.data, descent.hidden, descent.devices, descent.partition, descent.bias, descent.standardised)
-    world = world_of(*shape, descent.trusted, descent.trusted_bias, seed, folder)
+    world = world_of(*shape, seed, folder, descent.trusted, descent.trusted_bias)
     with np.errstate(all="ignore"):  # attacked models overflow; the engine refuses what is not finite
         one = _Run(descent, world, seed, rule or rule_from_table(descent.rule), watch, aggregate)
         for number in range(descent.rounds):
@@ -225,7 +225,9 @@ class _Run:
         fleet = GridSettings(devices=descent.devices, steps=1, batch=descent.batch, momentum=descent.momentum)
         self._fleet = GradientFleet(world, fleet, self.attack, self._hostile, seed)
         self._needs = rule.needs_trusted
-        self._own = OwnGradients(world, world.trusted, fleet, seed) if world.trusted and self._needs else None
+        self._own = (
+            OwnGradients(world, world.trusted, fleet, seed) if world.trusted is not None and self._needs else None
+        )
         self._engine = make_engine("direct", rule, world.specs, descent.server, descent.learning_rate)
         self._attackers = Attackers(self.attack, self._hostile, self._fleet.sizes, rule, self._engine, seed)
         self.parameters = world.initial
