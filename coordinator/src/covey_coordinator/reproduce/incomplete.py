@@ -51,17 +51,16 @@ def figure(cases: Sequence[Case], measured: Measured) -> bytes:
     tables = [name for name in ("abalone", "breast-cancer") if any(one.startswith(name) for one in measured.outcomes)]
     picture, axes = new_figure(len(tables))
     for table, one in zip(tables, axes[0]):
-        shares = [share for share in FRACTIONS if label(hiding(table, "mean", share).name, COMT) in measured.outcomes]
         for number, method in enumerate(METHODS):
+            names = {100 * share: label(hiding(table, "mean", share).name, method) for share in FRACTIONS}
+            there = {percent: name for percent, name in names.items() if name in measured.outcomes}
             colour, dashes = STYLES[number % len(STYLES)]
-            names = [label(hiding(table, "mean", share).name, method) for share in shares]
-            percent = [100 * share for share in shares]
             width = 2.6 if method in (TRUSTED, COMT) else 1.3
-            means = [measured.mean(name) for name in names]
-            one.plot(percent, means, color=colour, linestyle=dashes, linewidth=width, label=method)
-            if method in (TRUSTED, COMT):
-                low, high = zip(*(measured.range(name) for name in names))
-                one.fill_between(percent, low, high, color=colour, alpha=0.12, linewidth=0)
+            means = [measured.mean(name) for name in there.values()]
+            one.plot(list(there), means, color=colour, linestyle=dashes, linewidth=width, label=method)
+            if method in (TRUSTED, COMT) and there:
+                low, high = zip(*(measured.range(name) for name in there.values()))
+                one.fill_between(list(there), low, high, color=colour, alpha=0.12, linewidth=0)
         one.set_title(table, fontsize=10, loc="left", weight="bold")
         one.set_xlabel("devices that hide, %", fontsize=9)
         one.set_ylabel("R2" if table == "abalone" else "AUC", fontsize=9)
