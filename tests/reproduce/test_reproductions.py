@@ -25,7 +25,6 @@ from covey_protocol.errors import ConfigError, DataError
 ALL = [reproduction_of(name) for name in NAMES]
 WITHOUT_NUMBERS = (
     "super-teaching",
-    "draco",
     "incomplete-data",
     "teaching-regimes",
 )  # no numbers to be had, or no paper
