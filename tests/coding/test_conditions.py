@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from covey_coordinator.demo.settings import DemoSettings
+from covey_coordinator.grid.settings import GridSettings, plan_of
 from covey_coordinator.serve import serve
 from covey_protocol.errors import ConfigError, CoveyError
 from covey_protocol.seals import SealingKey
@@ -64,3 +66,11 @@ def test_a_run_that_could_never_have_equal_updates_does_not_start(
     with pytest.raises(CoveyError, match=told) as refused:
         serve(tmp_path / "coordinator.toml", print)
     assert isinstance(refused.value, ConfigError) or "groups too small" in case
+
+
+def test_where_no_devices_share_data_the_rule_is_refused() -> None:
+    with pytest.raises(ConfigError, match="'draco' needs devices that share data, of which the demo has none"):
+        DemoSettings(rule="draco").check_rule()
+    with pytest.raises(ConfigError, match="'draco' needs devices that share data, of which a grid has none"):
+        plan_of(GridSettings(rules=("draco",)))
+    assert any(note.startswith("draco is left out") for note in plan_of(GridSettings()).notes)

@@ -27,6 +27,8 @@ LIES: dict[str, Lie] = {
         rows[liar] + 10.0 ** draw.integers(-8, 12) * draw.standard_normal(rows.shape[1])
     ),
     "not a number": lambda rows, liar, draw: np.full_like(rows[liar], np.nan),
+    "numbers too large to square": lambda rows, liar, draw: 1e200 * rows[liar],
+    "numbers of another world": lambda rows, liar, draw: 1e80 * rows[liar],
     "infinity": lambda rows, liar, draw: np.full_like(rows[liar], np.inf),
 }
 

@@ -11,6 +11,7 @@ import pytest
 
 from covey_coordinator.aggregation.engines import make_engine
 from covey_coordinator.aggregation.registry import make_rule
+from covey_coordinator.aggregation.rules import Trusted
 from covey_coordinator.aggregation.screening import Arrivals
 from covey_coordinator.records import ACCEPTED, REJECTED, DeviceVerdict
 from covey_coordinator.serve import _resume
@@ -137,3 +138,47 @@ def test_a_round_in_which_a_device_was_revoked_after_it_delivered_is_computed_ag
     spoil(store, 1)
     again, done = _resume(store, engine(), "run", START, lambda line: None)
     assert (done, again.tobytes()) == (1, parameters.tobytes())
+
+
+class OwnTraining:
+    """As `trusted_training.TrustedTraining`: an update that follows from the round, its model and its plan."""
+
+    def __init__(self) -> None:
+        self.round: Any = None
+
+    def begin(self, round_id: str, parameters: Any, plan: TrainingPlan) -> None:
+        self.round = round_id, parameters
+
+    def is_ready(self) -> bool:
+        return True
+
+    def given(self) -> Trusted:
+        round_id, parameters = self.round
+        noise = np.random.default_rng(list(round_id.encode())).normal(size=D)
+        return Trusted((parameters + noise).astype(np.float32))
+
+    def stop(self) -> None:
+        self.round = None
+
+
+def test_a_model_of_a_rule_with_trusted_data_is_computed_again_with_the_trusted_update_of_its_round(
+    tmp_path: Path,
+) -> None:
+    store, own, parameters = RunStore(tmp_path / "run"), OwnTraining(), START
+    made, again = (make_engine("direct", make_rule("fltrust"), (ParameterSpec("dense", (D,)),)) for _ in range(2))
+    for number in (1, 2):
+        blob = blob_ref(parameters.tobytes())
+        invitation = Invitation(f"run.{number}.a", number, 1000 * number, 1000, blob, blob, TrainingPlan(1, 0.1), IDS)
+        store.open_round("run", invitation, RoundSettings(2, 1.0, 1.0, 4 * D), 1000 * number)
+        updates = np.random.default_rng(number).normal(size=(len(IDS), D)).astype("<f4")
+        for name, update in zip(IDS, updates):
+            store.store_update(name, Offer(invitation.round_id, blob_ref(update.tobytes()), 5), update.tobytes())
+        own.begin(invitation.round_id, parameters, invitation.plan)
+        outcome = made.step(parameters, updates, [5.0] * 3, IDS, own.given())
+        parameters = outcome.parameters
+        checkpoint = Checkpoint(number, parameters, made.saved_state())
+        store.conclude(invitation.round_id, Phase.PUBLISHED, "", outcome.verdicts, checkpoint)
+    spoil(store, 1, 2)
+    found, done = _resume(store, again, "run", START, lambda line: None, own)
+    assert (done, found.tobytes()) == (2, parameters.tobytes())
+    assert own.round is None

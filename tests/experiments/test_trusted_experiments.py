@@ -18,7 +18,7 @@ from covey_coordinator.simulation.sweep import cells_of
 from covey_coordinator.simulation.trusted_data import drawn_rows
 from covey_coordinator.simulation.world import world_of
 from covey_models import datasets
-from covey_protocol.errors import ConfigError
+from covey_protocol.errors import ConfigError, RuleError
 from covey_protocol.topics import RESERVED_ID
 
 FLTRUST = {"name": "one", "rounds": 1, "aggregation": {"rule": "fltrust"}}
@@ -164,6 +164,16 @@ def test_what_ruins_a_mean_does_not_ruin_a_rule_with_trusted_data(
         judged = [verdict.accepted for verdict in outcome.verdicts.values()]
         assert not any(judged[place] for place in hostile)
         assert judged[4]
+
+
+@pytest.mark.slow
+def test_a_trusted_update_that_diverges_refuses_the_round_and_not_the_run(worker: Worker) -> None:
+    first, *others = digits()
+    own = DeviceData(RESERVED_ID, first.x * np.float32(1e30), first.y)
+    with Simulation(learning(rule=make_rule("fltrust"), trusted=own), others[:2], worker=worker) as simulation:
+        state = simulation.initial_state()
+        with pytest.raises(RuleError, match="the row of trusted data for fltrust is missing, not finite"):
+            simulation.next(state, range(2))
 
 
 def test_a_rule_without_the_data_it_needs_is_refused_before_any_worker() -> None:

@@ -35,14 +35,16 @@ DIGITS_WITH_USERS = Dataset(
 @pytest.mark.parametrize("kind", PARTITIONS)
 def test_devices_hold_exactly_the_rows_of_their_parts(kind: str) -> None:
     population = populate(DIGITS_WITH_USERS, devices=12, partition=kind, seed=3)
-    assert sorted(int(row) for part in population.parts for row in part) == list(range(len(DIGITS)))
+    copies = 3 if kind == "replicated" else 1
+    held = sorted(int(row) for part in population.parts for row in part)
+    assert held == sorted(list(range(len(DIGITS))) * copies)
     assert [device.device_id for device in population.devices] == [f"device-{n:03d}" for n in range(12)]
     for device, part in zip(population.devices, population.parts):
         np.testing.assert_array_equal(device.x, DIGITS.x[part])
         np.testing.assert_array_equal(device.y, DIGITS.y[part])
         assert (np.diff(part) > 0).all()  # sorted
         assert device.faults == ()
-    np.testing.assert_array_equal(population.counts().sum(0), np.bincount(DIGITS.y))
+    np.testing.assert_array_equal(population.counts().sum(0), copies * np.bincount(DIGITS.y))
 
 
 def faulty(fraction: float, devices: int, seed: int, listed: Any = None) -> set[str]:

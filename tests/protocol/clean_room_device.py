@@ -250,6 +250,16 @@ BLOB_FIELDS: Fields = {
     "size": (whole(1, 2**34), REQUIRED),
     "chunk_bytes": (whole(1, 1_048_576), 65_536),
 }
+TEACHING_FIELDS: Fields = {
+    "lambda_w": (real(0, 1e12, above=True), REQUIRED),
+    "lambda_t": (real(0, 1e12), REQUIRED),
+    "rho": (real(0, 1e12, above=True), REQUIRED),
+    "curvature": (real(0, 1e12, above=True), REQUIRED),
+    "teachers": (whole(1, 10_000), REQUIRED),
+    "lambda_a": (real(0, 1e12), 0.0),
+    "lambda_z": (real(0, math.inf, above=True), math.inf),
+    "lambda_y": (real(0.5, math.inf, above=True), math.inf),
+}
 PLAN_FIELDS: Fields = {
     "epochs": (whole(1, 1000), REQUIRED),
     "learning_rate": (real(0, 1000, above=True), REQUIRED),
@@ -263,6 +273,7 @@ PLAN_FIELDS: Fields = {
     "task": (text(63, "|[A-Za-z0-9][A-Za-z0-9_-]{0,62}"), ""),
     "work": (NAME, "train"),
     "steps": (whole(0, 1_000_000), 0),
+    "teaching": (structure(TEACHING_FIELDS), None),
 }
 
 
@@ -345,17 +356,26 @@ def decode_body(body: bytes, kinds: dict[str, Fields]) -> Message:
 def encode_body(message: Message) -> bytes:
     """All fields in the order of section 4, but of a plan only those that differ from their defaults."""
     fields = {**FROM_COORDINATOR, **FROM_DEVICE}[message["type"]]
-    said = {name: value for name, value in message.items() if value is not None}
+    said = there(message)
+    if "plan" in said:
+        said["plan"] = there(said["plan"])
     whole_message = {"type": message["type"], **structure(fields)(said)}
     for name in LEFT_OUT_AT_DEFAULT:
         if name in whole_message and whole_message[name] == fields[name][1]:
             del whole_message[name]
     if "plan" in whole_message:
-        plan = whole_message["plan"]
-        whole_message["plan"] = {
-            name: plan[name] for name, (_, default) in PLAN_FIELDS.items() if plan[name] != default
-        }
+        plan = whole_message["plan"] = changed(whole_message["plan"], PLAN_FIELDS)
+        if "teaching" in plan:
+            plan["teaching"] = changed(plan["teaching"], TEACHING_FIELDS)
     return pack(whole_message)
+
+
+def there(value: Message) -> Message:
+    return {name: part for name, part in value.items() if part is not None}
+
+
+def changed(value: Message, fields: Fields) -> Message:
+    return {name: value[name] for name, (_, default) in fields.items() if value[name] != default}
 
 
 # --- envelope and seal (section 3)

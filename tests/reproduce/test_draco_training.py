@@ -12,7 +12,16 @@ from covey_coordinator.reproduce.draco import ATTACKS, CODES, DRACO, Descent, fo
 
 
 def outcome(folder: Path, by: str, attack: str, **changes: Any) -> dict[str, Any]:
-    settings = {"by": by, "attack": attack, "devices": 9, "s": 1, "rounds": 40, "hidden": (), "measured": 20, **changes}
+    settings = {
+        "by": by,
+        "attack": attack,
+        "devices": 9,
+        "s": 1,
+        "rounds": 30,
+        "hidden": (12,),
+        "measured": 30,
+        **changes,
+    }
     assert Descent(**settings)
     return run(settings, 0, folder)
 
@@ -20,7 +29,7 @@ def outcome(folder: Path, by: str, attack: str, **changes: Any) -> dict[str, Any
 def test_codes_end_where_they_end_without_attack_and_the_mean_does_not(data_folder: Path) -> None:
     outcomes = {f"{by}, {attack}": [outcome(data_folder, by, attack)] for by in ("mean", *CODES) for attack in ATTACKS}
     last = {label: one[0]["last"] for label, one in outcomes.items()}
-    assert last["mean, no attack"] > 0.6
+    assert last["mean, no attack"] > 0.5
     for code in CODES:
         assert last[f"{code}, no attack"] == pytest.approx(last["mean, no attack"], abs=0.02)
         for attack in ATTACKS[1:]:

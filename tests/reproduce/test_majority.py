@@ -129,6 +129,21 @@ def test_candidates_fill_every_range_evenly_and_are_the_same_each_time(name: str
         np.testing.assert_allclose(places, (np.arange(12) + 0.5) / 12, atol=1e-9)
 
 
+def test_comts_candidates_are_draws_for_the_data_and_the_first_is_the_middle() -> None:
+    from covey_coordinator.teaching.tuning import drawn as drawn_settings
+    from covey_protocol import teaching
+
+    assert contestants.candidates(contestants.COMT, 3) == [{"draw": 0.0}, {"draw": 1.0}, {"draw": 2.0}]
+    problem = drawn(FLIPS, 0, None).problem
+    thetas = [contestants.taught(problem, {"draw": float(number)}) for number in (0, 1, 1)]
+    np.testing.assert_array_equal(thetas[1], thetas[2])
+    assert not np.allclose(thetas[0], thetas[1])
+    devices, trusted = ([(part.x, part.y) for part in parts] for parts in (problem.devices, problem.trusted))
+    kind, base = teaching.Problem(problem.kind), teaching.Settings(rounds=60, tolerance=1e-3)
+    middle = contestants.comt(devices, trusted, kind, drawn_settings(kind, devices, trusted, None, base)).theta
+    np.testing.assert_array_equal(thetas[0], middle)
+
+
 def spoiled(part: Data) -> Data:
     return Data(part.x, -part.y)
 

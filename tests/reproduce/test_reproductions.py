@@ -23,11 +23,8 @@ from covey_coordinator.reproduce.text import table_lines
 from covey_protocol.errors import ConfigError, DataError
 
 ALL = [reproduction_of(name) for name in NAMES]
-WITHOUT_NUMBERS = (
-    "super-teaching",
-    "incomplete-data",
-    "teaching-regimes",
-)  # no numbers to be had, or no paper
+# no numbers to be had, or no paper
+WITHOUT_NUMBERS = ("super-teaching", "draco", "incomplete-data", "teaching-regimes")
 
 
 def measured(**values: Sequence[float | None]) -> Measured:

@@ -51,7 +51,7 @@ def test_without_crafting_it_ends_where_a_convex_solver_does(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["ridge", "logistic"])
-@pytest.mark.parametrize("weight", [0.0, 1.0, 5.0])
+@pytest.mark.parametrize("weight", [0.0, 5.0])
 def test_every_instance_is_where_its_optimality_condition_holds(kind: str, weight: float) -> None:
     teachers, trusted = fleet(kind, seed=2)
     told = settings(kind, lambda_w=1.5, lambda_t=weight, lambda_a=0.1, rho=max(1.0, 4 * weight))

@@ -38,7 +38,7 @@ def columns(sets: Any) -> Any:
     return [(x, np.column_stack([y, y * np.where(x[:, 0] > 0, 1.0, -1.0)])) for x, y in sets]
 
 
-@pytest.mark.parametrize("kind", ["ridge", "logistic"])
+@pytest.mark.parametrize("kind", ["ridge", pytest.param("logistic", marks=pytest.mark.slow)])
 def test_a_round_in_tff_is_the_references_to_1e_9(kind: str, worker: Worker) -> None:
     """Three teachers, of whom one holds trusted instances, and a holder without others; with crafting and selection."""
     teachers, trusted = (columns(part) for part in fleet(kind, seed=30, trusted=(3, 0, 0, 4)))

@@ -239,7 +239,7 @@ def serve(
         if terminal is not None:
             say = stack.enter_context(live_status(board, terminal))
         engines = {one.config.run: _made_engine(stack, one, folder) for one in planned}
-        own = {one.config.run: _own_training(stack, one, folder) for one in planned}
+        own = {one.config.run: _own_training(stack, one, folder, key) for one in planned}
         check()  # making an engine takes seconds
         fleet = _fleet(config, broker, roster, key, runs, check_and_keep)
         if config.metrics is not None:
@@ -362,14 +362,12 @@ def _made_engine(stack: contextlib.ExitStack, planned: Planned, folder: Path) ->
     return engine
 
 
-def _own_training(stack: contextlib.ExitStack, planned: Planned, folder: Path) -> OwnTraining:
+def _own_training(stack: contextlib.ExitStack, planned: Planned, folder: Path, key: SealingKey) -> OwnTraining:
     """For a rule that needs trusted data: what makes the coordinator's own update, after a look at the data."""
     config, needs = planned.config, planned.rule.needs_trusted
     if config.trusted is None or not needs:
         return NO_TRAINING
-    sealed_by = (
-        config.bundle_key or SealingKey.from_pem(read_file(folder / config.key_file), config.key_file).public.hex()
-    )
+    sealed_by = config.bundle_key or key.public.hex()
     own = TrustedTraining(needs, config.trusted, folder / config.trusted.path, planned.data, sealed_by)
     stack.callback(own.close)
     own.check()

@@ -25,7 +25,7 @@ from covey_edge.frames import Done, Frame, Open, Problem, Run
 from covey_edge.training_process import TrainingProcess
 from covey_protocol import errors
 from covey_protocol.bundle import METRICS
-from covey_protocol.errors import ConfigError, CoveyError, RuleError, UsageError
+from covey_protocol.errors import ConfigError, CoveyError, RuleError, StorageError, UsageError
 from covey_protocol.forms import NONE
 from covey_protocol.messages import TrainingPlan
 from covey_protocol.topics import RESERVED_ID
@@ -79,9 +79,15 @@ class TrustedTraining:
             raise UsageError(f"a rule that needs {needs!r} of trusted data")
         self._needs, self._settings = needs, settings
         self._folder = tempfile.TemporaryDirectory(prefix="covey-trusted-")
-        self._bundle = Path(self._folder.name) / "model.covey"
-        self._bundle.write_bytes(bundle)
-        self._open = Open(str(self._bundle), hashlib.sha256(bundle).digest(), sealed_by, settings.source, str(path))
+        model = Path(self._folder.name) / "model.covey"
+        try:
+            model.write_bytes(bundle)
+        except OSError as exc:
+            self._folder.cleanup()
+            raise StorageError(
+                f"the bundle cannot be written to {model} ({exc.strerror})", "free space there, or set TMPDIR"
+            ) from exc
+        self._open = Open(str(model), hashlib.sha256(bundle).digest(), sealed_by, settings.source, str(path))
         self._answered = threading.Condition()
         self._answer: Frame | None = None
         self._after_open: Run | None = None

@@ -263,7 +263,7 @@ def _set_apart(
     """What the row of the coordinator's own says, and the rows of the clients."""
     is_own = tf.equal(places, TRUSTED_PLACE)
     row = tf.boolean_mask(updates, is_own)
-    message = f"{rule.name} needs one {rule.needs_trusted} of trusted data, of numbers that are finite"
+    message = f"the row of trusted data for {rule.name} is missing, not finite or all zeros"
     asked = tf.logical_and(tf.equal(tf.shape(row)[0], 1), tf.reduce_all(tf.math.is_finite(row)))
     if rule.needs_trusted != LOSSES:
         asked = tf.logical_and(asked, tf.reduce_any(row > 0) | tf.reduce_any(row < 0))

@@ -52,7 +52,7 @@ STOP_TIMEOUT_S = 5.0  # the worker ends within 10 ms of SIGTERM, busy or idle
 POLL_S = 0.2
 LISTEN_POLL_S = 0.02
 # as the rules' doors (factory) and draco word it; the assertion of a graph is all that leaves the worker
-REFUSED = re.compile(r"\[([^\];]* needs at least \d+ (?:usable|equal) updates)[\];]")
+REFUSED = re.compile(r"\[([^\];]* needs at least \d+ (?:usable|equal) updates|the row of trusted data [^\];]*)[\];]")
 GRPC_OPTIONS = (("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1))
 
 
@@ -387,6 +387,6 @@ def _translated(request: Callable[..., Any], failed: Callable[[Exception], Excep
 
 
 def refusal_of(error: Exception) -> RuleError | None:
-    """What the rule said inside the worker, where TFF's error is about too few updates."""
+    """What the rule said inside the worker, where TFF's error is about too few updates, or the trusted one."""
     told = REFUSED.search(str(error))
     return RuleError(told[1], "lower the learning rate, or choose a rule that bears more") if told else None

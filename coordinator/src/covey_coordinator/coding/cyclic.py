@@ -31,6 +31,7 @@ PROJECTIONS = 3
 WIDER = 1  # rows between liars that hide
 NEAR = 4  # candidates beside the best that are tried
 HELPS = 1e-2  # of the misfit before: what is left after rows were rightly left out
+LARGEST = 1e100  # of a projection: its square is a float64
 BLOCK = 1 << 16  # numbers of a row projected at once
 
 
@@ -62,7 +63,7 @@ def decode(
         raise UsageError(f"rows of shape {rows.shape} for a code of {code.n} devices")
     gone = set(missing)
     seen = _projected(rows, random)
-    broken = {row for row in range(code.n) if not np.isfinite(seen[row]).all()} - gone
+    broken = {row for row in range(code.n) if not np.abs(seen[row]).max() <= LARGEST} - gone
     search = _Search(code, seen, tolerance)
     found = search.liars(gone | broken, len(gone) + 2 * len(broken))
     left = [row for row in range(code.n) if row not in found]
@@ -97,10 +98,7 @@ class _Search:
         """`out` and at most so many rows more, such that the others are a codeword; None where there are none."""
         if self._left(out) <= self._tolerance:
             return out
-        for near in (
-            0,
-            NEAR,
-        ):  # mostly the polynomial is right, and trying what is near it takes a hundred times as long
+        for near in (0, NEAR):  # mostly the polynomial is right; what is near it takes a hundred times as long
             found = self._by_steps(out, most, near)
             if found is not None:
                 return found

@@ -64,6 +64,11 @@ class DemoSettings:
                 f"the rule {self.rule!r} needs trusted data, of which the demo has none",
                 "choose another, or try it with covey simulate (docs/trusted-data.md)",
             )
+        if rule.expects_copies:
+            raise ConfigError(
+                f"the rule {self.rule!r} needs devices that share data, of which the demo has none",
+                "choose another, or try it with covey simulate (docs/coded-redundancy.md)",
+            )
         rule.check(self.devices)
 
     @property

@@ -153,6 +153,12 @@ def plan_of(settings: GridSettings) -> Plan:
     for spec in rules if not settings.trusted else []:
         if spec.made(0).needs_trusted:
             raise ConfigError(f"the rule {spec.label!r} needs trusted data", "set trusted to a number of examples")
+    for spec in rules:
+        if spec.made(0).expects_copies:
+            raise ConfigError(
+                f"the rule {spec.label!r} needs devices that share data, of which a grid has none",
+                "try it with covey simulate (docs/coded-redundancy.md)",
+            )
     attacks = [attack_spec(spec) for spec in settings.attacks or GENERAL_NAMES]
     for kind, labels in (("rule", [r.label for r in rules]), ("attack", [a.label for a in attacks])):
         twice = next((label for label in labels if labels.count(label) > 1), None)

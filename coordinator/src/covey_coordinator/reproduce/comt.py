@@ -167,8 +167,9 @@ COMT_TABLES = Reproduction(
         f"Every method tries {BUDGET} settings (quick: {QUICK_BUDGET}) from a Latin hypercube over its ranges, "
         "log-uniform, and keeps the best on the validation set; `own validation` by 3-fold cross-validation on the "
         "trusted instances alone; `untuned` is decay 1e-3.",
-        "CoMT: 60 rounds at most, six constants tuned. `weighted`, `centred`, `best devices` and `sign-corrected` are "
-        "ours (teaching/baselines.py says what they do); `nothing corrupted` is the bound with clean devices.",
+        "CoMT: 60 rounds at most; as many draws of its constants by teaching/tuning.py. `weighted`, `centred`, "
+        "`best devices` and `sign-corrected` are ours (teaching/baselines.py says what they do); `nothing corrupted` "
+        "is the bound with clean devices.",
     ),
     deviations=(
         "The corrected form of CoMT (docs/machine-teaching.md), since the printed one leaves out the other teachers' "

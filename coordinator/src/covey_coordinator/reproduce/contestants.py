@@ -18,6 +18,7 @@ from covey_coordinator.teaching import baselines
 from covey_coordinator.teaching.baselines import Problem
 from covey_coordinator.teaching.fitting import LOGISTIC, RIDGE, Data, Floats, joined, loss, score
 from covey_coordinator.teaching.reference import comt
+from covey_coordinator.teaching.tuning import drawn
 from covey_protocol import teaching
 
 Settings = Mapping[str, float]
@@ -39,23 +40,12 @@ class Method(NamedTuple):
 
 
 def taught(problem: Problem, settings: Settings) -> Floats:
-    """CoMT. decay: of the learner beside mean losses, as elsewhere; lambda_t, lambda_a, lambda_z, lambda_y.
-
-    pace: of rho, in units of its rule in `teaching.Settings`. It is tuned, since 60 rounds may end far from where it
-    settles, which then regularises. curvature is set by its rule.
-    """
+    """CoMT with the constants that `teaching.tuning` draws for these data; draw 0 is the middle of its ranges."""
     devices, trusted = ([(part.x, part.y) for part in parts] for parts in (problem.devices, problem.trusted))
-    noisy, checked = problem.all_noisy, problem.all_trusted
-    pull = 2.0 * settings["lambda_t"] * len(checked.y)
-    chosen = teaching.Settings(
-        lambda_w=settings["decay"] * (len(noisy.y) + pull),
-        **{name: settings[name] for name in ("lambda_t", "lambda_a", "lambda_z", "lambda_y")},
-        rho=settings["pace"] * pull / max(1, sum(len(y) > 0 for _, y in trusted)),
-        curvature=float(np.sum(noisy.x**2) / noisy.x.shape[1] / len(devices)),
-        rounds=COMT_ROUNDS,
-        tolerance=COMT_TOLERANCE,
-    )
-    return comt(devices, trusted, teaching.Problem(problem.kind), chosen).theta
+    kind, draw = teaching.Problem(problem.kind), int(settings["draw"])
+    random = stream(draw, DRAWS) if draw else None
+    base = teaching.Settings(rounds=COMT_ROUNDS, tolerance=COMT_TOLERANCE)
+    return comt(devices, trusted, kind, drawn(kind, devices, trusted, random, base)).theta
 
 
 COMT = "CoMT"
@@ -74,22 +64,15 @@ METHODS: dict[str, Method] = {
     "robust logistic": Method(baselines.robust_logistic, {"decay": DECAY}, (LOGISTIC,)),
     "FLTrust": Method(baselines.fltrust, {"decay": DECAY, "rate": (0.003, 0.3)}),
     "DUTI": Method(baselines.debugged, {"decay": DECAY, "price": (1e-3, 10.0), "confidence": (1.0, 1e3)}),
-    COMT: Method(
-        taught,
-        {
-            "decay": (1e-5, 1.0),
-            "lambda_t": (1.0, 1e4),
-            "lambda_a": (1e-4, 1.0),
-            "lambda_z": (1.0, 1e5),
-            "lambda_y": (0.55, 300.0),
-            "pace": (0.003, 1.0),
-        },
-    ),
+    COMT: Method(taught, {}),  # its settings depend on one another and on the data: draws of its own, as many
 }
 
 
 def candidates(name: str, budget: int) -> list[dict[str, float]]:
-    """The settings that are tried, log-uniform in the method's ranges: in each range one in each of `budget` strata."""
+    """The settings that are tried, log-uniform in the method's ranges: in each range one in each of `budget` strata.
+    CoMT's are draws of `teaching.tuning`."""
+    if name == COMT:
+        return [{"draw": float(number)} for number in range(budget)]
     random = stream(sum(name.encode()), DRAWS)
     columns = {}
     for setting, (low, high) in METHODS[name].ranges.items():

@@ -50,7 +50,8 @@ def lied(row: Any, attack: str) -> Any:
 class _Run:
     def __init__(self, settings: Descent, seed: int, folder: Path | None) -> None:
         self._settings, self._seed = settings, seed
-        self._world = descent.world_of("mnist", settings.hidden, settings.devices, "iid", 0.0, False, seed, folder)
+        shape = "mnist", settings.hidden, settings.devices, "iid", 0.0, False
+        self._world = descent.world_of(*shape, trusted=0, trusted_bias=0.0, seed=seed, folder=folder)
         self.parameters = self._world.initial
         self._code = CyclicCode(settings.devices, settings.s)
         self._ids = [f"device-{number:04d}" for number in range(settings.devices)]
@@ -144,7 +145,7 @@ def cases(quick: bool) -> Sequence[Case]:
     for by in ("mean", "geometric-median", *CODES):
         s = shape.repetition if by == "repetition" else shape.s
         for attack in ATTACKS:
-            settings = msgspec.to_builtins(Descent(by, attack, shape.devices, s, shape.rounds))
+            settings = msgspec.json.decode(msgspec.json.encode(Descent(by, attack, shape.devices, s, shape.rounds)))
             found.append(Case(f"{by}, {attack}", settings))
     return found
 

@@ -91,8 +91,8 @@ INCOMPLETE = Reproduction(
         "with each device; the rest is the test set. Features in [-1, 1] and a 1.",
         "On 30%, 50%, 70% or 90% of the devices the user hides, in the half of the attributes that are most correlated "
         "with the target there, every value above the device's own median: what is hidden depends on its value.",
-        "What stands in its place: the mean of the device's shown values (`mean`), the middle of the scale (`zero`), or "
-        "the trusted instances' mean and a column that says so (`missing`).",
+        "What stands in its place: the mean of the device's shown values (`mean`), the middle of the scale (`zero`), "
+        "or the trusted instances' mean and a column that says so (`missing`).",
         f"Every method tries {BUDGET} settings (quick: {QUICK_BUDGET}), as in `comt`.",
     ),
     deviations=("Nothing is published that this could deviate from.",),
