@@ -330,7 +330,10 @@ def picture(results: Sequence[Result], path: Path, title: str) -> None:
     conditions = list(dict.fromkeys(result.condition for result in results))
     shown = [(method, colour) for method, colour in zip(METHODS, COLOURS) if any(r.method == method for r in results)]
     for place, (method, colour) in enumerate(shown):
-        of = [[r.accuracy * 100 for r in results if (r.condition, r.method) == (name, method)] for name in conditions]
+        of = [
+            [r.accuracy * 100 for r in results if (r.condition, r.method) == (name, method)] or [np.nan]
+            for name in conditions
+        ]
         means = np.array([np.mean(values) for values in of])
         whiskers = np.array([[mean - min(values), max(values) - mean] for mean, values in zip(means, of)]).T
         at = np.arange(len(conditions)) + (place - 3) * 0.12

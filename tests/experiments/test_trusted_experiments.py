@@ -133,14 +133,8 @@ def test_the_coordinators_own_update_is_that_of_a_device_of_its_name_without_noi
     np.testing.assert_array_equal(trusted, alone)
 
 
-@pytest.mark.parametrize(
-    ("rule", "hostile"),
-    [
-        ("fltrust", (0, 1, 2, 3)),
-        pytest.param("lfr", (0,), marks=pytest.mark.slow),
-        pytest.param("mean", (0,), marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("rule", "hostile"), [("fltrust", (0, 1, 2, 3)), ("lfr", (0,)), ("mean", (0,))])
 def test_what_ruins_a_mean_does_not_ruin_a_rule_with_trusted_data(
     worker: Worker, rule: str, hostile: tuple[int, ...]
 ) -> None:

@@ -21,7 +21,7 @@ from covey_protocol.messages import TrainingPlan
 from simulation.mutations import Patch, wrapped
 from simulation.world import CONFIG, Broken, LedgerEngine, Outcome, World
 
-SEEDS, MANY = 30, 20_000
+SEEDS, MANY = 15, 20_000
 
 
 def update_for(round_id: str, parameters: Any, plan: TrainingPlan) -> Any:
