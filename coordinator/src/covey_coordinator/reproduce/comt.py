@@ -181,7 +181,7 @@ COMT_TABLES = Reproduction(
         "IJCNN and SUSY are replaced by breast cancer and spambase (log(1 + x) first); no reference for their numbers.",
         "RSA, DUTI, REWLS and the medians: deviations in the docstrings of teaching/baselines.py and duti.py.",
     ),
-    full_time="full form: 10 seeds; about 30 minutes of one core (scaled from one seed)",
+    full_time="full form: 10 seeds; about 35 minutes of one core (scaled from one seed)",
     cases=cases,
     claims=(
         Claim(
