@@ -233,4 +233,5 @@ def test_the_quick_form_shows_the_ordering(name: str, tmp_path: Path) -> None:
     request = Request(reproduction, True, Path(folder) if folder else None, None, tmp_path, 2)
     file = io.StringIO()
     verdicts = reproduce(request, Display(file))
-    assert all(verdict.holds is not False for verdict in verdicts), file.getvalue()
+    expected = zip(reproduction.claims, verdicts)
+    assert [claim.sentence for claim, one in expected if claim.comes_out and one.holds is False] == [], file.getvalue()

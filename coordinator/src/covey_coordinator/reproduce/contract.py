@@ -28,11 +28,13 @@ class Case(NamedTuple):
 class Claim:
     """A sentence of the paper's, or one that its numbers make. holds: on the measured numbers of one seed, or on means.
 
-    A case that did not run makes it a KeyError: the claim is not tested then.
+    A case that did not run makes it a KeyError: the claim is not tested then. comes_out: False for one that is known
+    not to hold in our quick form, where a paper says it or a reader would expect it.
     """
 
     sentence: str
     holds: Callable[[Values], bool]
+    comes_out: bool = True
 
 
 class Verdict(NamedTuple):

@@ -115,10 +115,12 @@ REGIMES = Reproduction(
         Claim(
             "Nowhere else with all devices corrupted is it",
             lambda v: all(ahead(v, one, TRUSTED) <= NEAR for one in ran(v, [FEW[0], *WIDE, *DEEP])),
+            comes_out=False,
         ),
         Claim(
             f"With clean devices among them, CoMT is above tuned trusted-only by more than {NEAR} (abalone)",
             lambda v: all(ahead(v, one, TRUSTED) > NEAR for one in ran(v, PARTLY[:2])),
+            comes_out=False,
         ),
         Claim(
             "Nowhere is CoMT the best of all",
