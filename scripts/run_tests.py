@@ -20,8 +20,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PYTEST = [sys.executable, "-m", "pytest"]
 # folders of tests; what is named nowhere here is in the last part
 PARTS = (
-    ("models", "report", "simulation"),
-    ("aggregation", "edge", "experiments", "grid", "inversion", "protocol", "reproduce"),
+    ("grid", "models", "report", "reproduce", "simulation"),
+    ("aggregation", "edge", "experiments", "inversion", "protocol"),
 )
 
 

@@ -60,6 +60,7 @@ def test_a_round_ends_at_its_goal_and_who_was_slow_is_told(
     assert {why for (why,) in missing} == {"2 updates came before its own"}
 
 
+@pytest.mark.slow  # tests/simulation has asynchronous rounds with restarts every day
 @pytest.mark.timeout(900)
 def test_a_slow_device_takes_part_in_asynchronous_rounds_also_over_a_restart(
     clinic: Clinic,

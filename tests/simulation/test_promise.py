@@ -102,10 +102,13 @@ def test_the_same_seed_tells_the_same_story() -> None:
         assert run(seed).story(10**6) == run(seed).story(10**6)
 
 
+RARE = {"a second update of a device replaces the one that was acknowledged": 450}  # seeds before it are in vain
+
+
 @pytest.mark.parametrize("what", MUTATIONS)
 def test_the_simulation_finds_that(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     MUTATIONS[what](monkeypatch)
-    assert any(breaks(seed) for seed in range(EVERYDAY))
+    assert any(breaks(seed) for seed in range(RARE.get(what, 0), EVERYDAY))
 
 
 def breaks(seed: int) -> bool:

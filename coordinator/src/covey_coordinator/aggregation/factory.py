@@ -35,6 +35,7 @@ EncoderMaker = Callable[[tf.TensorSpec], Any]  # to a SimpleEncoder of the tenso
 LossesOf = Callable[[Any], Any]  # in a graph: (m, d) models -> (m, 2) float64, as in `rules.Trusted`
 LossesMaker = Callable[[], LossesOf]  # called while a computation is traced, outside its functions: it makes variables
 POSITION = -1  # the place of a client whose weight does not name one
+BLOCK = 8  # rows
 
 
 class RuleFactory(tff.aggregators.WeightedAggregationFactory):  # type: ignore[misc]  # TFF ships no types
@@ -175,25 +176,37 @@ class _Code:
 
 
 def _gathering(layout: _Layout, code: _Code, weight_type: Any) -> Any:
-    """(encoded values, weights) at clients -> (matrix (n, d), counts, places) at the server, in client order."""
+    """(encoded values, weights) at clients -> (matrix (n, d), counts, places) at the server, in client order.
+
+    Rows wait in a block of up to BLOCK before they join the matrix: n^2 / 16 + 4 n copies of a row instead of n^2 / 2.
+    """
     rows_type = layout.rows_type
+    kept_type = tff.types.to_type((rows_type, rows_type))
     pair_type = tff.types.to_type((code.encode.type_signature.result, weight_type))
     has_places = isinstance(weight_type, tff.StructType)
-
-    def joined(upper: Any, lower: Any) -> Any:
-        return tuple(tf.concat(parts, axis=0) for parts in zip(upper, lower))
-
-    def appended(rows: Any, pair: Any) -> Any:
-        count, place = pair[1] if has_places else (pair[1], tf.constant(POSITION, tf.int64))
-        return joined(rows, (code.flat(pair[0])[None], tf.cast(count, tf.float32)[None], place[None]))
 
     def empty() -> Any:
         return tuple(_any_rows(tf.zeros(shape, dtype)) for shape, dtype in layout.empty_rows)
 
-    nothing = tff.tensorflow.computation(empty)
-    append = tff.tensorflow.computation(appended, rows_type, pair_type)
-    join = tff.tensorflow.computation(joined, rows_type, rows_type)
-    all_rows = tff.tensorflow.computation(lambda rows: rows, rows_type)
+    def joined(*parts: Any) -> Any:
+        return tuple(tf.concat(columns, axis=0) for columns in zip(*parts))
+
+    def appended(kept: Any, pair: Any) -> Any:
+        count, place = pair[1] if has_places else (pair[1], tf.constant(POSITION, tf.int64))
+        block = joined(kept[1], (code.flat(pair[0])[None], tf.cast(count, tf.float32)[None], place[None]))
+        return tf.cond(
+            tf.shape(block[0])[0] < BLOCK,
+            lambda: (tuple(map(tf.identity, kept[0])), block),
+            lambda: (joined(kept[0], block), tuple(part[:0] for part in block)),
+        )
+
+    def both(upper: Any, lower: Any) -> Any:
+        return joined(*upper, lower[0]), tuple(map(tf.identity, lower[1]))
+
+    nothing = tff.tensorflow.computation(lambda: (empty(), empty()))
+    append = tff.tensorflow.computation(appended, kept_type, pair_type)
+    join = tff.tensorflow.computation(both, kept_type, kept_type)
+    all_rows = tff.tensorflow.computation(lambda kept: joined(*kept), kept_type)
 
     def gather(value: Any, weight: Any) -> Any:
         return tff.federated_aggregate(tff.federated_zip((value, weight)), nothing(), append, join, all_rows)

@@ -37,7 +37,7 @@ class FLTrust(Rule):
     facts = Facts(
         summary="mean of updates of the trusted update's length, weighted by their cosine with it where positive",
         needs="trusted data; n >= 1",
-        breakdown="any share; as good as the trusted data",
+        breakdown="any share; who knows the trusted update can end below the trusted data alone",
         cost="n d",
         sums_only=False,
         source="Cao et al. 2021 (arXiv:2012.13995), Algorithm 2",
@@ -79,7 +79,7 @@ class TrustedAlignment(Rule):
     facts = Facts(
         summary="mean weighted by the inner product with the trusted update where positive, after cutting lengths",
         needs="trusted data; n >= 1",
-        breakdown="any share; as good as the trusted data",
+        breakdown="any share; who knows the trusted update can end below the trusted data alone",
         cost="n d",
         sums_only=False,
         source="Ren et al. 2018 (arXiv:1803.09050), equations 8, 9, 12",

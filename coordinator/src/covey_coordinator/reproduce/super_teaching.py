@@ -265,6 +265,7 @@ SUPER_TEACHING = Reproduction(
         Claim(
             "It is necessary also where every teacher has instances of all kinds (ridge, logistic, diabetes)",
             both(lambda v, p: v[label_of(p, ALONE)] >= 10 * v[label_of(p, TOGETHER)], "ridge", "logistic", "diabetes"),
+            comes_out=False,
         ),
         Claim(
             "Oracle-type: adaptive weights give 0 to at least 95% of the irrelevant, equal weights do not",
@@ -274,6 +275,7 @@ SUPER_TEACHING = Reproduction(
         Claim(
             "Together the risk is no more than greedy selection's (ridge, logistic, diabetes)",
             both(lambda v, p: v[label_of(p, TOGETHER)] <= v[label_of(p, GREEDY)], "ridge", "logistic", "diabetes"),
+            comes_out=False,
         ),
         Claim(
             "Together is faster than greedy on the logistic learner",
@@ -282,6 +284,7 @@ SUPER_TEACHING = Reproduction(
         Claim(
             "Together is faster than greedy on the ridge learner",
             lambda v: v["ridge: together, seconds"] < v["ridge: greedy, seconds"],
+            comes_out=False,
         ),
         Claim(
             "A learner of the selected is 10 times nearer to theta* than one of all healthy instances",
@@ -292,16 +295,19 @@ SUPER_TEACHING = Reproduction(
                 "diabetes",
                 "breast-cancer",
             ),
+            comes_out=False,
         ),
         Claim(
             "The dual relaxation alone teaches: at most a tenth of everybody's risk (ridge, logistic, diabetes)",
             both(
                 lambda v, p: 10 * v[label_of(p, "dual")] <= v[label_of(p, "everybody")], "ridge", "logistic", "diabetes"
             ),
+            comes_out=False,
         ),
         Claim(
             "Of fourteen instances together finds a risk within 10 times the best of all subsets'",
             lambda v: v["fourteen instances: together"] <= 10 * v["fourteen instances: exhaustive"],
+            comes_out=False,
         ),
     ),
     run=run,
