@@ -112,25 +112,15 @@ ALIE = Reproduction(
             "The attack lowers every rule below the clean mean",
             lambda v: v[CLEAN] > max(*_attacked(v).values(), v[AUTHORS_TRIMMED], v[AUTHORS_KRUM]),
         ),
-        Claim(
-            "Krum (Blanchard et al.) suffers most",
-            lambda v: worst(_attacked(v)) == "krum, attacked",
-            comes_out=False,
-        ),
-        Claim(
-            "Krum as the authors' program has it suffers most",
-            lambda v: worst(_as_the_authors(v)) == AUTHORS_KRUM,
-            comes_out=False,
-        ),
+        Claim("Krum (Blanchard et al.) suffers most", lambda v: worst(_attacked(v)) == "krum, attacked"),
+        Claim("Krum as the authors' program has it suffers most", lambda v: worst(_as_the_authors(v)) == AUTHORS_KRUM),
         Claim(
             "No defence at all is the best defence",
             lambda v: v["mean, attacked"] == max(*_attacked(v).values(), v[AUTHORS_TRIMMED], v[AUTHORS_KRUM]),
-            comes_out=False,
         ),
         Claim(
             "The same among the rules as the authors' program has them",
             lambda v: v["mean, attacked"] == max(_as_the_authors(v).values()),
-            comes_out=False,
         ),
     ),
     run=run,
