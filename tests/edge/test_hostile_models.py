@@ -6,11 +6,13 @@ benchmarks/hostile_bundles.py does the same to hundreds of damaged models and co
 from __future__ import annotations
 
 import queue
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import handmade_bundles as handmade
+import msgspec
 import numpy as np
 import pytest
 from patience import PATIENCE_S
@@ -111,3 +113,25 @@ def test_a_model_that_never_ends_is_ended_at_the_timeout(
     assert isinstance(problem, Problem)
     assert "longer than 3 s" in problem.what
     assert isinstance(device.train(good), Done)
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        (b"no frame at all", "is no answer"),
+        (msgspec.msgpack.encode(Done(found={"report.html": b""})).replace(b"report.html", b"../../x.htm"), "found"),
+    ],
+    ids=["garbage", "a file outside the owner's folder"],
+)
+def test_a_child_that_was_taken_over_is_ended_and_its_answer_is_a_failure(
+    said: bytes, told: str, device: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken_over = tmp_path / "python"
+    program = f"import sys, time; o = sys.stdout.buffer; o.write({len(said).to_bytes(4, 'little') + said!r}); o.flush()"
+    taken_over.write_text(f"#!{sys.executable}\n{program}; time.sleep(600)\n")
+    taken_over.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(taken_over))
+    answer = device._ask(Open("", b"", "", "npz", ""), PATIENCE_S)
+    assert isinstance(answer, Problem)
+    assert told in answer.what
+    assert device.process.pid is None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from typing import IO, Any, Optional, Union
+from typing import IO, Annotated, Any, Optional, Union
 
 import msgspec
 
@@ -11,6 +11,8 @@ from covey_protocol.messages import TrainingPlan
 
 MAX_FRAME_BYTES = 2 * 1024 * 1024 * 1024
 _LENGTH = struct.Struct("<I")
+# a child that ran a hostile model must not choose where its files go
+FileName = Annotated[str, msgspec.Meta(pattern=r"\A[a-z]{1,32}\.[a-z]{1,8}\Z")]
 
 
 class Open(msgspec.Struct, frozen=True, tag="open"):
@@ -77,7 +79,7 @@ class Done(msgspec.Struct, frozen=True, tag="done"):
     metrics: dict[str, float] = {}
     runtime: str = ""
     withheld: bytes = b""
-    found: dict[str, bytes] = {}
+    found: dict[FileName, bytes] = {}
 
 
 class Problem(msgspec.Struct, frozen=True, tag="problem"):

@@ -16,6 +16,8 @@ import threading
 from collections.abc import Callable
 from typing import Optional
 
+import msgspec
+
 from covey_edge.frames import Frame, Problem, read_frame, write_frame
 from covey_protocol.errors import UsageError
 
@@ -83,11 +85,16 @@ class TrainingProcess:
 
     def _read(self, child: subprocess.Popen[bytes]) -> None:
         assert child.stdout is not None
-        while (answer := read_frame(child.stdout)) is not None:
-            self._answer(child, answer)
-        code = child.wait()
+        try:
+            while (answer := read_frame(child.stdout)) is not None:
+                self._answer(child, answer)
+            why = f"died ({_died_of(child.wait())})"
+        except msgspec.MsgspecError as exc:
+            child.kill()
+            child.wait()
+            why = f"said what is no answer ({exc})"
         _close_pipes(child)
-        self._answer(child, Problem("TrainingError", f"the training process died ({_died_of(code)})"))
+        self._answer(child, Problem("TrainingError", f"the training process {why}"))
 
     def _answer(self, child: subprocess.Popen[bytes], frame: Frame) -> None:
         with self._lock:
