@@ -29,7 +29,7 @@ class Claim:
     """A sentence of the paper's, or one that its numbers make. holds: on the measured numbers of one seed, or on means.
 
     A case that did not run makes it a KeyError: the claim is not tested then. comes_out: False for one that is known
-    not to hold in our quick form, where a paper says it or a reader would expect it.
+    not to hold in runs of ours, where a paper says it or a reader would expect it.
     """
 
     sentence: str
