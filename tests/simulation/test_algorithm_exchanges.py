@@ -26,7 +26,7 @@ from covey_protocol.messages import BlobRef, Invitation
 from covey_protocol.seals import SealingKey
 from covey_protocol.works import GRADIENT, SVRG
 from simulation.mutations import Patch, wrapped
-from simulation.world import CONFIG, MANIFEST, Broken, D, LedgerEngine, Outcome, SimulatedDevice, World
+from simulation.world import CONFIG, MANIFEST, D, LedgerEngine, Outcome, SimulatedDevice, World, breaks
 
 SEEDS, MANY = 50, 20_000
 BUNDLE = write_bundle(
@@ -207,12 +207,4 @@ BUGS = {
 @pytest.mark.parametrize("what", BUGS)
 def test_the_simulation_finds_that(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     BUGS[what](monkeypatch)
-    assert any(breaks(seed) for seed in range(SEEDS))
-
-
-def breaks(seed: int) -> bool:
-    try:
-        ExchangesWorld(seed).run()
-    except Broken:
-        return True
-    return False
+    assert any(breaks(ExchangesWorld, seed) for seed in range(SEEDS))

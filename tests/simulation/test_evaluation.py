@@ -21,7 +21,7 @@ from covey_coordinator.store import Checkpoint, RunStore
 from covey_protocol.round import Phase
 from simulation.mutations import Patch, wrapped
 from simulation.test_orders import TimedOrders
-from simulation.world import CONFIG, Broken, World
+from simulation.world import CONFIG, World, breaks
 
 SEEDS, MANY = 120, 20_000
 EVALUATION = EvaluationSettings(every=1)
@@ -189,11 +189,3 @@ def test_the_simulation_finds_that(what: str, monkeypatch: pytest.MonkeyPatch) -
     kind, plant = BUGS[what]
     plant(monkeypatch)
     assert any(breaks(kind, seed) for seed in range(SEEDS))
-
-
-def breaks(kind: type[World], seed: int) -> bool:
-    try:
-        kind(seed).run()
-    except Broken:
-        return True
-    return False

@@ -14,7 +14,7 @@ from covey_coordinator.orders import Order, Orders
 from covey_coordinator.store import RunStore
 from covey_protocol.messages import Invitation, Need, Receipt
 from simulation.mutations import REVOKED_MUTATIONS
-from simulation.world import HONEST, Broken, World
+from simulation.world import HONEST, World, breaks
 
 SEEDS = 100
 PAUSE_S = 60.0
@@ -151,12 +151,4 @@ def test_nothing_of_a_revoked_device_is_used_and_what_it_delivered_is_judged() -
 @pytest.mark.parametrize("what", REVOKED_MUTATIONS)
 def test_the_simulation_finds_of_revocations_that(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     REVOKED_MUTATIONS[what](monkeypatch)
-    assert any(_breaks(seed) for seed in range(15 * SEEDS))
-
-
-def _breaks(seed: int) -> bool:
-    try:
-        RevokedWorld(seed).run()
-    except Broken:
-        return True
-    return False
+    assert any(breaks(RevokedWorld, seed) for seed in range(15 * SEEDS))

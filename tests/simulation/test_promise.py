@@ -15,7 +15,7 @@ from multiprocessing import get_context
 import pytest
 
 from simulation.mutations import MUTATIONS
-from simulation.world import Broken, World
+from simulation.world import World, breaks
 
 EVERYDAY, MANY = 2_000, 100_000
 BLOCK = 250  # seeds in one test
@@ -108,12 +108,4 @@ RARE = {"a second update of a device replaces the one that was acknowledged": 45
 @pytest.mark.parametrize("what", MUTATIONS)
 def test_the_simulation_finds_that(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     MUTATIONS[what](monkeypatch)
-    assert any(breaks(seed) for seed in range(RARE.get(what, 0), EVERYDAY))
-
-
-def breaks(seed: int) -> bool:
-    try:
-        World(seed).run()
-    except Broken:
-        return True
-    return False
+    assert any(breaks(World, seed) for seed in range(RARE.get(what, 0), EVERYDAY))

@@ -1105,3 +1105,12 @@ def _short(value: Any) -> str:
     if isinstance(value, Chunk):
         return f"Chunk {value.round_id} {value.sha256.hex()[:8]} {value.index}"
     return str(value)[:200]
+
+
+def breaks(kind: type[World], seed: int) -> bool:
+    """Whether this world breaks an invariant: with a bug planted, one that does has found it."""
+    try:
+        kind(seed).run()
+    except Broken:
+        return True
+    return False

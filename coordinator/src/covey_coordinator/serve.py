@@ -781,8 +781,7 @@ def _check_plan(path: Path, config: CoordinatorConfig, manifest: Manifest) -> No
 def _algorithm(config: CoordinatorConfig) -> Algorithm:
     training, teaching = config.training, None
     if config.teaching is not None:
-        teachers = meant(config.devices, config.round.only, config.round.exclude)
-        teaching = teaching_plan(config.teaching, teachers, config.trusted is not None)
+        teaching = teaching_plan(config.teaching, _meant(config), config.trusted is not None)
     holders = config.teaching is not None and bool(config.teaching.holders)
     return Algorithm(training.algorithm, training.local_steps, training.feature_scaling, teaching, holders)
 

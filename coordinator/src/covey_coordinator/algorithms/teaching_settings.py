@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
-
-from msgspec import Meta, Struct
 
 from covey_coordinator.algorithms.comt import Teaching
+from covey_coordinator.teaching.settings import Penalties
 from covey_coordinator.trusted_training import TrustedSettings
 from covey_edge.config import NotNegative, Positive
 from covey_edge.data_sources import check_examples, load_examples
@@ -21,16 +18,11 @@ from covey_protocol.messages import TeachingPlan
 from covey_protocol.teaching import Teacher
 
 
-class TeachingSettings(Struct, frozen=True, forbid_unknown_fields=True):
-    """lambda_w to curvature: as in covey_protocol.teaching.Settings. holders: the devices that hold trusted instances.
+class TeachingSettings(Penalties, frozen=True, forbid_unknown_fields=True):
+    """rho, curvature: as in covey_protocol.teaching.Settings. holders: the devices that hold trusted instances.
     max_share: longest share for each example of its device, times lambda_w; 0 for no bound.
     """
 
-    lambda_w: Positive = 1.0
-    lambda_t: NotNegative = 1.0
-    lambda_a: NotNegative = 0.0
-    lambda_z: Positive = math.inf
-    lambda_y: Annotated[float, Meta(gt=0.5)] = math.inf
     rho: Positive = 1.0
     curvature: Positive = 1.0
     holders: tuple[str, ...] = ()

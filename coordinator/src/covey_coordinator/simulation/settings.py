@@ -14,12 +14,12 @@ from msgspec import Meta, Struct, field, structs
 from covey_coordinator.aggregation.engines import SERVER_OPTIMIZERS
 from covey_coordinator.aggregation.registry import suggest
 from covey_coordinator.algorithms.making import check_algorithm
-from covey_coordinator.algorithms.settings import Algorithm
+from covey_coordinator.algorithms.settings import COMT, Algorithm
 from covey_coordinator.grid.settings import NO_ATTACK, AttackSpec, RuleSpec, attack_spec, rule_spec
 from covey_coordinator.simulation.learning import ALGORITHMS
 from covey_coordinator.simulation.remote import RemoteWorkers
 from covey_coordinator.simulation.trusted_data import TrustedSettings, check_trusted
-from covey_coordinator.teaching.settings import COMT, SimulatedTeaching
+from covey_coordinator.teaching.settings import SimulatedTeaching
 from covey_edge.config import NotNegative, Positive
 from covey_models.names import LOSSES, OPTIMIZERS, no_such
 from covey_protocol.errors import ConfigError

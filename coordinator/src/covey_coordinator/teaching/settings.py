@@ -1,4 +1,4 @@
-"""[teaching] of an experiment. No TensorFlow here. docs/teaching-mathematics.md lists the keys."""
+"""[teaching] of an experiment, and what live rounds share with it. No TensorFlow. Keys: docs/teaching-mathematics.md."""
 
 from __future__ import annotations
 
@@ -10,22 +10,25 @@ from msgspec import Meta, Struct
 from covey_edge.config import NotNegative, Positive
 from covey_protocol.teaching import Settings
 
-COMT = "comt"
 
-
-class SimulatedTeaching(Struct, frozen=True, forbid_unknown_fields=True):
-    """lambda_w to lambda_y: as in covey_protocol.teaching.Settings. rho, curvature: the same, 0 for the data's own.
-
-    fourier_features: so many, of what the model's last layer sees; 0 for that itself. width: of their kernel, 0 for the
-    median distance of trusted instances. representation_steps: steps of Adam that the model is trained on the trusted
-    instances before it represents; 0 leaves it at its first weights.
-    """
+class Penalties(Struct, frozen=True, forbid_unknown_fields=True):
+    """What [teaching] has in experiments and in live rounds: as in covey_protocol.teaching.Settings."""
 
     lambda_w: Positive = 1.0
     lambda_t: NotNegative = 1.0
     lambda_a: NotNegative = 0.0
     lambda_z: Positive = math.inf
     lambda_y: Annotated[float, Meta(gt=0.5)] = math.inf
+
+
+class SimulatedTeaching(Penalties, frozen=True, forbid_unknown_fields=True):
+    """rho, curvature: as in covey_protocol.teaching.Settings, 0 for the data's own.
+
+    fourier_features: so many, of what the model's last layer sees; 0 for that itself. width: of their kernel, 0 for the
+    median distance of trusted instances. representation_steps: steps of Adam that the model is trained on the trusted
+    instances before it represents; 0 leaves it at its first weights.
+    """
+
     rho: NotNegative = 0.0
     curvature: NotNegative = 0.0
     fourier_features: Annotated[int, Meta(ge=0, le=100_000)] = 0
