@@ -1,4 +1,4 @@
-"""[teaching] of an experiment, and what live rounds share with it. No TensorFlow. Keys: docs/teaching-mathematics.md."""
+"""[teaching] of an experiment, and what live rounds share with it. No TensorFlow. docs/teaching-mathematics.md."""
 
 from __future__ import annotations
 
