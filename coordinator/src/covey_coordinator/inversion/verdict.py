@@ -62,8 +62,8 @@ class AuditVerdict(Struct, frozen=True, forbid_unknown_fields=True):
     """bundle: sha256 of the bundle's file, hex. plan: as `plan_facts` gives it; plan_digest: its `digest`.
 
     measured: by name; those of `Limits` and whatever else the audit found. attacks: the names of those that were run;
-    incomplete: of those that ran out of time, whose numbers are lower bounds. reasons: why it failed, or what the reader
-    should know. data: in words, which data were audited. made_at_ms: Unix time.
+    incomplete: of those that ran out of time, whose numbers are lower bounds. reasons: why it failed, or what else is
+    to be known. data: in words, which data were audited. made_at_ms: Unix time.
     """
 
     bundle: Hash
@@ -87,7 +87,9 @@ def plan_facts(plan: TrainingPlan) -> dict[str, Any]:
     """Every setting of the plan that an update depends on, as JSON has it."""
     facts: dict[str, Any] = msgspec.to_builtins(plan)
     full = {**_plan_defaults(), **facts}
-    return {name: value for name, value in sorted(full.items()) if name not in UNBOUND and value != ()}
+    told = {name: value for name, value in sorted(full.items()) if name not in UNBOUND and value != ()}
+    as_read: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(told))
+    return as_read
 
 
 def digest(facts: Mapping[str, Any]) -> str:
