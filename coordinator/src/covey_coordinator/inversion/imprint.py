@@ -96,9 +96,7 @@ def _thresholds(measured: Matrix, units: int) -> Matrix:
     return np.asarray(np.maximum.accumulate(edges + 1e-9 * reach * np.arange(units + 1)))
 
 
-def _behind(
-    measured: Matrix, thresholds: Matrix, behind: DenseLayer, rng: np.random.Generator, sparse: bool
-) -> Matrix:
+def _behind(measured: Matrix, thresholds: Matrix, behind: DenseLayer, rng: np.random.Generator, sparse: bool) -> Matrix:
     """One row for all units, so small that what the layer adds to the next one's outputs stays near 1."""
     units = len(thresholds) - 1
     total = CEILING * units if sparse else np.maximum(measured[:, None] - thresholds[:-1], 0.0).sum(1).mean()

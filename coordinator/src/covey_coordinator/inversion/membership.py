@@ -170,8 +170,7 @@ def _rates(inside: Floats, outside: Floats) -> tuple[Floats, Floats]:
     """(true-, false-positive rate) at every threshold between different scores, from none to all."""
     values, places = np.unique(np.concatenate([inside, outside]), return_inverse=True)
     counts = [
-        np.bincount(part, minlength=len(values))[::-1].cumsum() / len(part)
-        for part in np.split(places, [len(inside)])
+        np.bincount(part, minlength=len(values))[::-1].cumsum() / len(part) for part in np.split(places, [len(inside)])
     ]
     true_rate, false_rate = (np.concatenate([[0.0], one]) for one in counts)
     return true_rate, false_rate

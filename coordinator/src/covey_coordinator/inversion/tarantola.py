@@ -214,9 +214,7 @@ class Tarantola:
         for order, start in enumerate(_starts(prior, forward.shape, self.starts, seed)):
             if found and ((stop is not None and stop()) or found[-1].data_misfit <= FITS):
                 break
-            found.append(
-                most_probable(forward, prior, data, weights, start, iterations=self.iterations, stop=stop)
-            )
+            found.append(most_probable(forward, prior, data, weights, start, iterations=self.iterations, stop=stop))
             if progress is not None:
                 progress(order + 1, self.starts)
         best = min(found, key=lambda one: one.misfit)
@@ -228,7 +226,9 @@ class Tarantola:
             score=best.misfit,
             seconds=time.monotonic() - started,
             iterations=sum(one.iterations for one in found),
-            notes=(f"misfit per number of the update {best.data_misfit:.3g} after {len(found)} starts; 1 is a perfect fit",),
+            notes=(
+                f"misfit per number of the update {best.data_misfit:.3g} after {len(found)} starts; 1 is a perfect fit",
+            ),
         )
 
 
