@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ import numpy.typing as npt
 from covey_coordinator.capture.consistency import Check, as_rows, check_capture, check_record, numbers, problems
 from covey_coordinator.capture.picture import beside
 from covey_coordinator.grid.display import Display
-from covey_coordinator.inversion.contract import AttackedModel, Finding, Seen
+from covey_coordinator.inversion.contract import Attack, AttackedModel, Finding, Seen
 from covey_coordinator.inversion.grading import Grade, grade
 from covey_coordinator.inversion.registry import ATTACKS, CHEAP, make_attack
 from covey_edge.config import read_file
@@ -62,7 +62,7 @@ def replay(request: Request, display: Display, check: Callable[[], None] = lambd
 
     DataError where something does not fit, after everything that does was attacked.
     """
-    attacks = [make_attack(name) for name in request.attacks or CHEAP]
+    attacks = {name: make_attack(name) for name in request.attacks or CHEAP}
     if request.list_attacks:
         for name in ATTACKS:
             display.line(f"{name}: {make_attack(name).sees}")
@@ -134,7 +134,7 @@ def _attacked(
     capture: Capture,
     updates: Sequence[CapturedUpdate],
     records: dict[str, tuple[DeviceRecord, Work]],
-    attacks: Sequence[Any],
+    attacks: Mapping[str, Attack],
     request: Request,
     display: Display,
     check: Callable[[], None],
@@ -149,9 +149,9 @@ def _attacked(
             record, work = records.get(update.device_id, (None, None))
             seen = seen_of(capture, update, record)
             truth = (numbers(work.x), numbers(work.y)) if work is not None else None
-            for attack in attacks:
+            for name, attack in attacks.items():
                 check()
-                one = _run(attack, model, seen, truth, request, check)
+                one = _run(name, attack, model, seen, truth, request, check)
                 found.append(one)
                 ticker.finished(_told(one))
     for one in found:
@@ -175,7 +175,8 @@ def seen_of(capture: Capture, update: CapturedUpdate, record: DeviceRecord | Non
 
 
 def _run(
-    attack: Any,
+    name: str,
+    attack: Attack,
     model: AttackedModel,
     seen: Seen,
     truth: Truth | None,
@@ -191,11 +192,11 @@ def _run(
     try:
         finding = attack.run(model, seen, seed=request.seed, stop=over)
     except CoveyError as exc:
-        return Attacked(seen.device_id, attack.name, None, None, str(exc))
+        return Attacked(seen.device_id, name, None, None, str(exc))
     shown = truth[0] if truth is not None else finding.inputs
     input_range = _range(model.manifest, shown)
     graded = grade(finding, truth[0], truth[1], input_range) if truth is not None else None
-    return Attacked(seen.device_id, attack.name, finding, graded, "", truth, input_range)
+    return Attacked(seen.device_id, name, finding, graded, "", truth, input_range)
 
 
 def _range(manifest: Manifest, x: npt.NDArray[Any] | None) -> tuple[float, float]:
@@ -236,7 +237,7 @@ def _write(folder: Path, capture: Capture, checks: Sequence[Check], found: Seque
     write_atomic(folder / "replay.json", json.dumps(facts, indent=2, default=str).encode(), mode=0o600)
     for one in found:
         if one.finding is not None and one.finding.inputs is not None and len(one.finding.inputs):
-            name = f"{one.device_id}-{one.attack.replace(' ', '-')}"
+            name = f"{one.device_id}-{one.attack}"
             buffer = io.BytesIO()
             np.savez_compressed(buffer, inputs=one.finding.inputs)
             write_atomic(folder / f"{name}.npz", buffer.getvalue(), mode=0o600)
