@@ -13,10 +13,12 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, Optional
 
 import numpy as np
+from msgspec import UNSET
 
 from covey_edge.data_sources import Examples, check_examples, load_examples
 from covey_edge.frames import Done, Frame, Open, Probe, Problem, Run, read_frame, write_frame
@@ -25,6 +27,7 @@ from covey_edge.runtime import Floats, Model, installed
 from covey_edge.withheld import NO_WITHHELD_NOISE
 from covey_edge.works import Made, counted, made
 from covey_protocol.bundle import METRICS, Manifest, check_plan, read_bundle
+from covey_protocol.coding import Array, CyclicCode, as_numbers, weighed
 from covey_protocol.compression import decode, encode
 from covey_protocol.errors import BundleError, CoveyError, DataError, TrainingError
 from covey_protocol.forms import WITHHOLDING, compression_of, update_seed
@@ -33,7 +36,7 @@ from covey_protocol.parameters import MAX_UPDATE_NORM, offsets
 from covey_protocol.privacy import add_gaussian_noise, clip
 from covey_protocol.seals import PublicKey
 from covey_protocol.svrg import order_of, step_seed
-from covey_protocol.works import CORRECT, FEATURES, TEACH
+from covey_protocol.works import CORRECT, CYCLIC, FEATURES, TEACH
 
 
 class Trainer:
@@ -69,7 +72,8 @@ class Trainer:
             keys = [PublicKey.from_hex(text) for text in (request.sealed_by, *request.or_by)]
             self._model = Model(read_bundle(data, keys))
             self._bundle_sha256, self._examples = request.bundle_sha256, None
-        self._load_data(request.data_source, Path(request.data_path))
+        if request.data_path:
+            self._load_data(request.data_source, Path(request.data_path))
         return Done(runtime=self._model.runtime)
 
     def _load_data(self, source: str, path: Path) -> None:
@@ -85,6 +89,8 @@ class Trainer:
             self._examples = check_examples(*self._raw, self._model.manifest, path)
 
     def _run(self, request: Run) -> Done:
+        if self._model is not None and request.plan.work == CYCLIC:
+            return coded(self._model, request)
         if self._model is None or self._examples is None:
             raise TrainingError("no model is loaded")
         x, y = self._examples
@@ -121,6 +127,48 @@ class Trainer:
         finite = {name: value for name, value in metrics.items() if np.isfinite(value)}
         data, withheld = compressed(update, request)
         return Done(data, len(x), finite, self._model.runtime, withheld or kept, dict(found))
+
+
+def coded(model: Model, request: Run) -> Done:
+    """The row of a device that holds shards of a cyclic code: one update of each, combined in float64.
+
+    docs/protocol.md, section 8.4. Clipping befalls each shard's update: equal on all its holders where their owners
+    agree on clip_norm. TrainingError on a device that adds noise, and where a shard is not here.
+    """
+    plan = request.plan
+    check_plan(model.manifest, plan)
+    assert plan.coding is not UNSET  # check_plan
+    if request.noise_multiplier:
+        raise TrainingError("this device adds noise, and the rows of a code have to be exact", "invite others")
+    code, held = CyclicCode(plan.coding.n, plan.coding.s), plan.coding.held_by(request.device_id)
+    received = np.frombuffer(request.parameters, "<f4").astype(np.float32)
+    started, counts, losses = time.monotonic(), [], []
+
+    def parts() -> Iterator[Array]:
+        for name in held:
+            examples = _shard(model, request, name)
+            model.set_parameters(received)
+            losses.append(train(model, examples, plan, name))
+            update = protect(model.parameters() - received, request.clip_norm, 0.0)
+            check_sendable(update)
+            counts.append(len(examples[0]))
+            yield weighed(update, counts[-1])
+
+    row = code.encode(parts())
+    metrics = {"training_loss": float(np.average(losses, weights=counts)), "seconds": time.monotonic() - started}
+    finite = {name: value for name, value in metrics.items() if np.isfinite(value)}
+    return Done(encode(as_numbers(row), compression_of(plan), b""), sum(counts), finite, model.runtime)
+
+
+def _shard(model: Model, request: Run, name: str) -> Examples:
+    if name not in request.shards:
+        raise TrainingError(f"this device holds no shard {name!r}", "name it in [data.shards] of its agent.toml")
+    path = Path(request.shards[name])
+    x, y = check_examples(*load_examples(request.data_source, path), model.manifest, path)
+    most = request.plan.max_examples or len(x)
+    if min(most, len(x)) < request.min_examples:
+        raise TrainingError(f"the examples of shard {name!r} are fewer than this device's policy asks")
+    return x[:most], y[:most]
 
 
 def _made(model: Model, examples: Examples, request: Run, received: Floats) -> Made:
