@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
@@ -179,3 +180,45 @@ def test_a_device_with_other_data_is_named_and_the_model_is_that_without_it(yard
     serve(yard.configure("liars = 1", quorum=4), said.append)
     assert any("round 2/2 (cyclic-code) published: 3 of 4 updates" in line for line in said), said
     check_run(yard, ("c",), {"liars": 1})
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("victim", ["serve", "b", "everyone"])
+def test_whoever_is_killed_the_models_are_those_of_the_shards(victim: str, yard: Yard) -> None:
+    """In the middle of the second round; a device that was killed sends the same row again."""
+    hold(yard, liars=("d",))
+    for name in "abcd":
+        yard.start(name)
+    path = yard.configure("liars = 1", quorum=4)
+    command = [sys.executable, "-m", "covey_edge", "serve", "--config", str(path)]
+    first = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert first.stdout is not None
+    while "round 1/2" not in (line := first.stdout.readline()):
+        assert line, "serve has ended"
+    time.sleep(0.3)
+    if victim in ("serve", "everyone"):
+        first.kill()
+    for name in "abcd" if victim == "everyone" else victim if victim != "serve" else "":
+        yard.kill(name)
+        yard.start(name)
+    if first.poll() is None and victim == "b":
+        assert first.wait(PATIENCE_S) == 0
+    else:
+        first.wait()
+        subprocess.run(command, check=True, timeout=PATIENCE_S, capture_output=True)
+    first.stdout.close()
+    check_run(yard, ("d",), {"liars": 1})
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_device_that_is_away_is_borne_where_the_settings_say_so(yard: Yard) -> None:
+    """The rows of the three others hold what it has: with s = 1, one absent device and no liar, or one liar."""
+    hold(yard)
+    for name in "abd":
+        yard.start(name)
+    said: list[str] = []
+    serve(yard.configure("liars = 0\nabsent = 2", quorum=3), said.append)
+    assert any("round 2/2 (cyclic-code) published: 3 of 3 updates" in line for line in said), said
+    check_run(yard, (), {"liars": 0, "absent": 2})
