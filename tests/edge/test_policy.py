@@ -94,6 +94,11 @@ WHERE["the shards of a code, whatever else there is"] = (
     DataPlace("npz", "", shards=(("north", "n.npz"), ("south", "s.npz"), ("east", "e.npz"))),
 )
 WHERE["nothing for a code, of a device without shards"] = (ONE, coded(), None)
+WHERE["what a device with shards holds out"] = (
+    SHARDS.replace("[data.shards]", '[data]\nevaluation_path = "test.npz"\n[data.shards]'),
+    plan("", "loss"),
+    DataPlace("npz", "test.npz", True),
+)
 WHERE["nothing for training, of a device with shards alone"] = (SHARDS, plan(), None)
 WILLING = {
     "a row of its shards": (SHARDS, coded(), ""),

@@ -36,10 +36,10 @@ def data_for(data: DataSettings, plan: TrainingPlan) -> Optional[DataPlace]:
         return None
     if plan.coding is not UNSET:
         return DataPlace(own.source, "", shards=tuple(own.shards.items())) if own.shards else None
-    if not own.path:
-        return None
     if plan.evaluate and own.evaluation_path:
         return DataPlace(own.source, own.evaluation_path, held_out=True)
+    if not own.path:
+        return None
     return DataPlace(own.source, own.path, trusted=own.trusted_path, replica=own.replica)
 
 
