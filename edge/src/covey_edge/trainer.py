@@ -13,21 +13,21 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, Optional
 
+import msgspec
 import numpy as np
-from msgspec import UNSET
 
+from covey_edge.coded import coded
 from covey_edge.data_sources import Examples, check_examples, load_examples
 from covey_edge.frames import Done, Frame, Open, Probe, Problem, Run, read_frame, write_frame
 from covey_edge.processes import die_with_parent
-from covey_edge.runtime import Floats, Model, installed
+from covey_edge.runtime import Floats, Model, Numbers, installed
 from covey_edge.withheld import NO_WITHHELD_NOISE
 from covey_edge.works import Made, counted, made
 from covey_protocol.bundle import METRICS, Manifest, check_plan, read_bundle
-from covey_protocol.coding import Array, CyclicCode, as_numbers, weighed
+from covey_protocol.captures import Array, Work
 from covey_protocol.compression import decode, encode
 from covey_protocol.errors import BundleError, CoveyError, DataError, TrainingError
 from covey_protocol.forms import WITHHOLDING, compression_of, update_seed
@@ -90,7 +90,7 @@ class Trainer:
 
     def _run(self, request: Run) -> Done:
         if self._model is not None and request.plan.work == CYCLIC:
-            return coded(self._model, request)
+            return coded(self._model, request, shard_update)
         if self._model is None or self._examples is None:
             raise TrainingError("no model is loaded")
         x, y = self._examples
@@ -111,6 +111,7 @@ class Trainer:
         update, loss, kept, found = _made(self._model, (x, y), request, received)
         if not np.isfinite(update).all():
             raise TrainingError("training diverged: the update is not finite", "lower the learning rate")
+        trained = update
         update = protect(update, request.clip_norm, request.noise_multiplier)
         if request.noise_multiplier:
             update = keep_variances(update, received, self._model.manifest)
@@ -126,49 +127,19 @@ class Trainer:
         # a metric that is not a number would only confuse whoever averages it
         finite = {name: value for name, value in metrics.items() if np.isfinite(value)}
         data, withheld = compressed(update, request)
-        return Done(data, len(x), finite, self._model.runtime, withheld or kept, dict(found))
+        record = b""
+        if request.record and request.plan.work == TRAIN:
+            record = recorded((x, y), trained, data, request, self._model.runtime)
+        return Done(data, len(x), finite, self._model.runtime, withheld or kept, dict(found), record)
 
 
-def coded(model: Model, request: Run) -> Done:
-    """The row of a device that holds shards of a cyclic code: one update of each, combined in float64.
-
-    docs/protocol.md, section 8.4. Clipping befalls each shard's update: equal on all its holders where their owners
-    agree on clip_norm. TrainingError on a device that adds noise, and where a shard is not here.
-    """
-    plan = request.plan
-    check_plan(model.manifest, plan)
-    assert plan.coding is not UNSET  # check_plan
-    if request.noise_multiplier:
-        raise TrainingError("this device adds noise, and the rows of a code have to be exact", "invite others")
-    code, held = CyclicCode(plan.coding.n, plan.coding.s), plan.coding.held_by(request.device_id)
-    received = np.frombuffer(request.parameters, "<f4").astype(np.float32)
-    started, counts, losses = time.monotonic(), [], []
-
-    def parts() -> Iterator[Array]:
-        for name in held:
-            examples = _shard(model, request, name)
-            model.set_parameters(received)
-            losses.append(train(model, examples, plan, name))
-            update = protect(model.parameters() - received, request.clip_norm, 0.0)
-            check_sendable(update)
-            counts.append(len(examples[0]))
-            yield weighed(update, counts[-1])
-
-    row = code.encode(parts())
-    metrics = {"training_loss": float(np.average(losses, weights=counts)), "seconds": time.monotonic() - started}
-    finite = {name: value for name, value in metrics.items() if np.isfinite(value)}
-    return Done(encode(as_numbers(row), compression_of(plan), b""), sum(counts), finite, model.runtime)
-
-
-def _shard(model: Model, request: Run, name: str) -> Examples:
-    if name not in request.shards:
-        raise TrainingError(f"this device holds no shard {name!r}", "name it in [data.shards] of its agent.toml")
-    path = Path(request.shards[name])
-    x, y = check_examples(*load_examples(request.data_source, path), model.manifest, path)
-    most = request.plan.max_examples or len(x)
-    if min(most, len(x)) < request.min_examples:
-        raise TrainingError(f"the examples of shard {name!r} are fewer than this device's policy asks")
-    return x[:most], y[:most]
+def shard_update(model: Model, examples: Examples, request: Run, name: str, received: Floats) -> tuple[Floats, float]:
+    """What one shard of a code gives: its update, clipped and fit to be sent, and its training loss."""
+    model.set_parameters(received)
+    loss = train(model, examples, request.plan, name)
+    update = protect(model.parameters() - received, request.clip_norm, 0.0)
+    check_sendable(update)
+    return update, loss
 
 
 def _made(model: Model, examples: Examples, request: Run, received: Floats) -> Made:
@@ -262,6 +233,19 @@ def compressed(update: Floats, request: Run) -> tuple[bytes, bytes]:
     data = encode(clip(total, request.clip_norm) if request.clip_norm else total, form, seed)
     withheld = total - decode(data, form, seed, len(total))
     return data, withheld.astype("<f4").tobytes()
+
+
+def recorded(examples: Examples, trained: Floats, data: bytes, request: Run, runtime: str) -> bytes:
+    """What was done in this round, for the owner: an encoded Work. data: the update as it travels."""
+    form, seed = compression_of(request.plan), update_seed(request.round_id, request.device_id)
+    sent = decode(data, form, seed, len(trained)).astype("<f4").tobytes()
+    x, y = (_array(values) for values in examples)
+    sha256 = hashlib.sha256(sent).digest()
+    return msgspec.msgpack.encode(Work(x, y, trained.astype("<f4").tobytes(), sha256, request.order_name, runtime))
+
+
+def _array(values: Numbers) -> Array:
+    return Array(values.dtype.name, values.shape, values.astype(values.dtype.newbyteorder("<")).tobytes())
 
 
 def refuse_moving_statistics(manifest: Manifest) -> None:
