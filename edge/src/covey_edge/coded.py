@@ -37,11 +37,12 @@ def coded(model: Model, request: Run, trained: Trained) -> Done:
     assert plan.coding is not UNSET  # check_plan
     if request.noise_multiplier:
         raise TrainingError("this device adds noise, and the rows of a code have to be exact", "invite others")
-    code, received = CyclicCode(plan.coding.n, plan.coding.s), np.frombuffer(request.parameters, "<f4")
+    code, held = CyclicCode(plan.coding.n, plan.coding.s), plan.coding.held_by(request.device_id)
+    received = np.frombuffer(request.parameters, "<f4")
     started, counts, losses = time.monotonic(), [], []
 
     def parts() -> Iterator[Array]:
-        for name in plan.coding.held_by(request.device_id):
+        for name in held:
             examples = _shard(model, request, name)
             update, loss = trained(model, examples, request, name, received.astype(np.float32))
             counts.append(len(examples[0]))
