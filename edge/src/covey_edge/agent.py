@@ -19,6 +19,7 @@ from covey_edge.config import Agent
 from covey_edge.files import DISK
 from covey_edge.frames import Done, Frame, Open, Probe, Problem, Run
 from covey_edge.inbox import Inbox
+from covey_edge.leak_told import STOPPED, TOLD
 from covey_edge.mqtt import ConnectionDown, ConnectionUp, Incoming, MqttTransport, Refused
 from covey_edge.outbox import NumberFile, Outbox
 from covey_edge.performer import Performer
@@ -177,6 +178,7 @@ class AgentProgram:
         if isinstance(frame, Problem):
             problem = f"{frame.what}; {frame.remedy}" if frame.remedy else frame.what
             log.error("round %s: %s", round_id, problem)
+            self._keep_found(frame.found, "stopped")
             self._handle(device.TrainingFailed(round_id, self._told(problem, frame.kind)))
         elif isinstance(frame, Done) and not frame.update:
             if frame.runtime != self._runtime:
@@ -186,11 +188,14 @@ class AgentProgram:
         elif isinstance(frame, Done):
             done = "evaluated" if self._evaluates() else "trained"
             log.info("round %s: %s on %d examples with %s", round_id, done, frame.num_examples, frame.runtime)
-            self._keep_found(frame.found)
+            self._keep_found(frame.found, "teaching")
             self._take_update(round_id, frame)
 
     def _told(self, problem: str, kind: str) -> str:
-        """What a Failure says of it. In an encrypted round not how many examples are too few, or which row is wrong."""
+        """What a Failure says of it. In an encrypted round not how many examples are too few, or which row is wrong; of
+        a stopped update never what it would have told."""
+        if kind == STOPPED:
+            return TOLD
         invitation = self._machine.invitation
         hidden = invitation is not None and invitation.encryption_key
         return f"{kind}; in an encrypted round the reason is in the device's log alone" if hidden else problem
@@ -198,10 +203,11 @@ class AgentProgram:
     def _evaluates(self) -> bool:
         return self._machine.invitation is not None and bool(self._machine.invitation.plan.evaluate)
 
-    def _keep_found(self, found: dict[str, bytes]) -> None:
-        """What teaching found in the data, for the owner. Nothing waits for it, and nothing of it is sent."""
+    def _keep_found(self, found: dict[str, bytes], where: str) -> None:
+        """For the owner: what teaching found in the data, or what a stopped update would have told. Nothing waits for
+        it, and nothing of it is sent."""
         invitation = self._machine.invitation
-        folder = self._agent.state_dir / "teaching" / (invitation.plan.task if invitation is not None else "")
+        folder = self._agent.state_dir / where / (invitation.plan.task if invitation is not None else "")
         try:
             DISK.write_all({folder / name: data for name, data in found.items()}, mode=0o600)
         except errors.StorageError as exc:
@@ -332,6 +338,8 @@ class AgentProgram:
             data.source if data is not None else "npz",
             str(self._agent.folder / data.trusted) if data is not None and data.trusted else "",
             data.replica if data is not None else "",
+            privacy.max_psnr_db,
+            privacy.max_label_recovery,
         )
         self._child.request(invitation.round_id, request, self._config.training.timeout_s)
 

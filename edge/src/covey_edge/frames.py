@@ -36,6 +36,7 @@ class Run(msgspec.Struct, frozen=True, tag="run"):
     max_epochs: the owner's, which bounds a plan's steps by the batches of so many passes; 0 for no bound.
     data_source, trusted_path: of the instances that the owner vouches for, "" for none.
     replica: the owner's name for data that other devices hold, too; "" for none.
+    max_psnr_db, max_label_recovery: the owner's, of `leak_gate`; 0 for no limit.
     """
 
     round_id: str
@@ -53,6 +54,8 @@ class Run(msgspec.Struct, frozen=True, tag="run"):
     data_source: str = "npz"
     trusted_path: str = ""
     replica: str = ""
+    max_psnr_db: float = 0.0
+    max_label_recovery: float = 0.0
 
     @property
     def order_name(self) -> str:
@@ -83,11 +86,13 @@ class Done(msgspec.Struct, frozen=True, tag="done"):
 
 
 class Problem(msgspec.Struct, frozen=True, tag="problem"):
-    """A request failed. kind: the error's class name in covey_protocol.errors."""
+    """A request failed. kind: the error's class name in covey_protocol.errors, or `leak_gate.STOPPED`. found: as in
+    Done."""
 
     kind: str
     what: str
     remedy: str = ""
+    found: dict[FileName, bytes] = {}
 
 
 Frame = Union[Open, Run, Probe, Done, Problem]

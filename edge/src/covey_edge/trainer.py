@@ -20,6 +20,7 @@ import numpy as np
 
 from covey_edge.data_sources import Examples, check_examples, load_examples
 from covey_edge.frames import Done, Frame, Open, Probe, Problem, Run, read_frame, write_frame
+from covey_edge.leak_gate import STOPPED, Stopped, judge
 from covey_edge.processes import die_with_parent
 from covey_edge.runtime import Floats, Model, installed
 from covey_edge.withheld import NO_WITHHELD_NOISE
@@ -55,6 +56,8 @@ class Trainer:
                 return self._open(request)
             if isinstance(request, Run):
                 return self._run(request)
+        except Stopped as exc:
+            return Problem(STOPPED, exc.what, exc.remedy, dict(exc.found))
         except CoveyError as exc:
             return Problem(type(exc).__name__, exc.what, exc.remedy)
         except MemoryError:
@@ -120,6 +123,7 @@ class Trainer:
         # a metric that is not a number would only confuse whoever averages it
         finite = {name: value for name, value in metrics.items() if np.isfinite(value)}
         data, withheld = compressed(update, request)
+        judge(self._model, (x, y), request, received, data)
         return Done(data, len(x), finite, self._model.runtime, withheld or kept, dict(found))
 
 
