@@ -20,6 +20,7 @@ from covey_edge.files import DISK
 from covey_edge.frames import Done, Frame, Open, Probe, Problem, Run
 from covey_edge.inbox import Inbox
 from covey_edge.leak_told import STOPPED, TOLD
+from covey_edge.ledger import Ledger
 from covey_edge.mqtt import ConnectionDown, ConnectionUp, Incoming, MqttTransport, Refused
 from covey_edge.outbox import NumberFile, Outbox
 from covey_edge.performer import Performer
@@ -42,6 +43,7 @@ from covey_protocol.messages import (
     Presence,
     Receipt,
     RoundClosed,
+    TrainingPlan,
     Verdict,
 )
 from covey_protocol.topics import Topics
@@ -70,7 +72,8 @@ class AgentProgram:
         self._keys = KeyRing(agent.coordinators, retired.of(COORDINATOR), retired.retire(COORDINATOR))
         # a bundle and a model for every task, and those before (or the vectors of an algorithm)
         self._cache = BlobCache(agent.state_dir / "blobs", 2 * max(2, len(agent.config.data.tasks)))
-        self._performer = Performer(self._machine, Outbox(agent.state_dir), self, time.monotonic)
+        self._ledger = Ledger(agent.state_dir, agent.config.privacy)
+        self._performer = Performer(self._machine, Outbox(agent.state_dir), self, time.monotonic, self._ledger)
         self._child = TrainingProcess(
             lambda token, frame: self._inbox.put((token, frame)), agent.config.training.memory_mb
         )
@@ -261,8 +264,16 @@ class AgentProgram:
             reason = f"chunks of {chunk_bytes} bytes do not fit this device's broker (messages up to {limit} bytes)"
             reason += "; set a smaller chunk_bytes"
         else:
-            reason = refusal(invitation, self._config.privacy.require_encryption)
+            reason = refusal(invitation, self._config.privacy.require_encryption) or self._budget(plan)
         return device.ConditionsChecked(invitation.round_id, not reason, reason)
+
+    def _budget(self, plan: TrainingPlan) -> str:
+        """Why the privacy ledger forbids this round; "" where it does not."""
+        try:
+            return self._ledger.refusal(evaluates=bool(plan.evaluate))
+        except errors.StorageError as exc:
+            log.error("%s", exc)
+            return "this device's privacy ledger cannot be read"
 
     def fetch(self, blobs: tuple[BlobRef, ...]) -> None:
         here = [ref for ref in blobs if self._cache.has(ref)]
