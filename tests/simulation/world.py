@@ -413,7 +413,7 @@ class SimulatedDevice:
         self.starts += 1
         self.on = True
         machine = device.DeviceMachine(self.name)
-        ledger = self.world.ledger_of(self)
+        ledger = self.world.privacy_ledger(self)
         self.performer = Performer(machine, CheckedOutbox(self), self, lambda: self.world.now, ledger)
         self.run(self.performer.start)
         self.later(0.1, self.connect)
@@ -607,7 +607,7 @@ class World:
     def orders_of(self, run: str) -> Orders:
         return self.orders if run == next(iter(self.configs)) else Orders(Path("no folder"))
 
-    def ledger_of(self, owner: SimulatedDevice) -> Counts:
+    def privacy_ledger(self, owner: SimulatedDevice) -> Counts:
         """What counts the updates of this device, new for every start of it."""
         return UNCOUNTED
 

@@ -1,4 +1,4 @@
-"""`covey privacy`: what this device's updates have spent, and what was stopped. Reads only, also beside a running agent."""
+"""`covey privacy`: what this device's updates have spent, and what was stopped. Reads only; the agent may run."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def facts_of(config_path: Path) -> dict[str, Any]:
     stopped = sorted((agent.state_dir / "stopped").glob("**/stopped.txt"))
     return {
         "since_ms": book.since_ms,
-        "noised": {text: count for text, count in book.noised.items()},
+        "noised": book.noised,
         "exact_updates": book.exact_updates,
         "exact_evaluations": book.exact_evaluations,
         "delta": settings.delta,
