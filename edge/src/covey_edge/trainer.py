@@ -22,6 +22,7 @@ import numpy as np
 from covey_edge.coded import coded
 from covey_edge.data_sources import Examples, check_examples, load_examples
 from covey_edge.frames import Done, Frame, Open, Probe, Problem, Run, read_frame, write_frame
+from covey_edge.leak_gate import STOPPED, Stopped, judge
 from covey_edge.processes import die_with_parent
 from covey_edge.runtime import Floats, Model, Numbers, installed
 from covey_edge.withheld import NO_WITHHELD_NOISE
@@ -58,6 +59,8 @@ class Trainer:
                 return self._open(request)
             if isinstance(request, Run):
                 return self._run(request)
+        except Stopped as exc:
+            return Problem(STOPPED, exc.what, exc.remedy, dict(exc.found))
         except CoveyError as exc:
             return Problem(type(exc).__name__, exc.what, exc.remedy)
         except MemoryError:
@@ -127,6 +130,7 @@ class Trainer:
         # a metric that is not a number would only confuse whoever averages it
         finite = {name: value for name, value in metrics.items() if np.isfinite(value)}
         data, withheld = compressed(update, request)
+        judge(self._model, (x, y), request, received, data)
         record = b""
         if request.record and request.plan.work == TRAIN:
             record = recorded((x, y), trained, data, request, self._model.runtime)
