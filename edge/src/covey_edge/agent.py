@@ -25,11 +25,13 @@ from covey_edge.mqtt import ConnectionDown, ConnectionUp, Incoming, MqttTranspor
 from covey_edge.outbox import NumberFile, Outbox
 from covey_edge.performer import Performer
 from covey_edge.policy import data_for, places, unwilling
+from covey_edge.records_kept import RecordFolder
 from covey_edge.retired import RetiredKeys
 from covey_edge.training_process import TrainingProcess
 from covey_edge.withheld import NO_WITHHELD_NOISE, WithheldFile, withholds
 from covey_protocol import codec, device, errors
 from covey_protocol.blobs import BlobAssembly
+from covey_protocol.captures import with_consent
 from covey_protocol.codec import CHUNK_ROOM_BYTES, COORDINATOR, Sequence
 from covey_protocol.encryption import encrypted, refusal
 from covey_protocol.forms import NONE, WITHHOLDING
@@ -192,6 +194,7 @@ class AgentProgram:
             done = "evaluated" if self._evaluates() else "trained"
             log.info("round %s: %s on %d examples with %s", round_id, done, frame.num_examples, frame.runtime)
             self._keep_found(frame.found, "teaching")
+            self._keep_record(frame.record)
             self._take_update(round_id, frame)
 
     def _told(self, problem: str, kind: str) -> str:
@@ -216,6 +219,16 @@ class AgentProgram:
         except errors.StorageError as exc:
             log.error("%s", exc)
 
+    def _keep_record(self, work: bytes) -> None:
+        """What this device did in the round, for the owner. Nothing waits for it, and nothing of it is sent."""
+        invitation = self._machine.invitation
+        if not work or invitation is None:
+            return
+        try:
+            RecordFolder(self._agent.state_dir / "records").keep(self._agent, invitation, work)
+        except errors.StorageError as exc:
+            log.error("%s", exc)
+
     def _take_update(self, round_id: str, frame: Done) -> None:
         """What the update leaves out is durable before the update can be sent, so that nothing is sent twice."""
         invitation = self._machine.invitation
@@ -230,9 +243,12 @@ class AgentProgram:
         self._handle(trained)
 
     def _trained(self, round_id: str, frame: Done, invitation: Optional[Invitation]) -> device.Trained:
+        metrics = with_consent(frame.metrics, self._config.capture.allow)
+        if self._config.capture.allow:
+            log.info("round %s: its update may be captured ([capture] allow in agent.toml)", round_id)
         if invitation is None or not invitation.encryption_key:
-            return device.Trained(round_id, frame.update, frame.num_examples, frame.metrics)
-        data = encrypted(invitation, self._config.device_id, frame.update, frame.num_examples, frame.metrics)
+            return device.Trained(round_id, frame.update, frame.num_examples, metrics)
+        data = encrypted(invitation, self._config.device_id, frame.update, frame.num_examples, metrics)
         return device.Trained(round_id, data, 1)
 
     # --- what the performer uses
@@ -349,6 +365,7 @@ class AgentProgram:
             data.source if data is not None else "npz",
             str(self._agent.folder / data.trusted) if data is not None and data.trusted else "",
             data.replica if data is not None else "",
+            self._config.capture.keep_records > 0,
             privacy.max_psnr_db,
             privacy.max_label_recovery,
         )

@@ -121,6 +121,15 @@ class PolicySettings(Struct, frozen=True, forbid_unknown_fields=True):
     refuse_tasks: tuple[str, ...] = ()
 
 
+class CaptureSettings(Struct, frozen=True, forbid_unknown_fields=True):
+    """allow: whether the coordinator may keep this device's updates in captures, to study what they give away.
+    keep_records: of how many rounds this device keeps what it did, examples and all, for its owner; nothing of it is
+    ever sent."""
+
+    allow: bool = False
+    keep_records: Annotated[int, Meta(ge=0, le=1000)] = 0
+
+
 class AgentConfig(Struct, frozen=True, forbid_unknown_fields=True):
     device_id: str
     fleet: str
@@ -131,6 +140,7 @@ class AgentConfig(Struct, frozen=True, forbid_unknown_fields=True):
     privacy: PrivacySettings = PrivacySettings()
     wire: WireSettings = WireSettings()
     policy: PolicySettings = PolicySettings()
+    capture: CaptureSettings = CaptureSettings()
     state_dir: str = "state"
 
 

@@ -36,6 +36,7 @@ class Run(msgspec.Struct, frozen=True, tag="run"):
     max_epochs: the owner's, which bounds a plan's steps by the batches of so many passes; 0 for no bound.
     data_source, trusted_path: of the instances that the owner vouches for, "" for none.
     replica: the owner's name for data that other devices hold, too; "" for none.
+    record: whether to answer with what was done, for the owner.
     max_psnr_db, max_label_recovery: the owner's, of `leak_gate`; 0 for no limit.
     """
 
@@ -54,6 +55,7 @@ class Run(msgspec.Struct, frozen=True, tag="run"):
     data_source: str = "npz"
     trusted_path: str = ""
     replica: str = ""
+    record: bool = False
     max_psnr_db: float = 0.0
     max_label_recovery: float = 0.0
 
@@ -74,7 +76,8 @@ class Done(msgspec.Struct, frozen=True, tag="done"):
     """A request went well. update and metrics are set for Run only, num_examples for Probe as well.
 
     withheld: what is to be kept for later rounds: what this update leaves out or SCAFFOLD's control, float32, or a
-    teacher's state. found: files for the device's owner, by name; they are never sent.
+    teacher's state. found: files for the device's owner, by name; they are never sent. record: an encoded
+    `captures.Work`, never sent either.
     """
 
     update: bytes = b""
@@ -83,6 +86,7 @@ class Done(msgspec.Struct, frozen=True, tag="done"):
     runtime: str = ""
     withheld: bytes = b""
     found: dict[FileName, bytes] = {}
+    record: bytes = b""
 
 
 class Problem(msgspec.Struct, frozen=True, tag="problem"):

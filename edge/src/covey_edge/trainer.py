@@ -16,16 +16,18 @@ import time
 from pathlib import Path
 from typing import BinaryIO, Optional
 
+import msgspec
 import numpy as np
 
 from covey_edge.data_sources import Examples, check_examples, load_examples
 from covey_edge.frames import Done, Frame, Open, Probe, Problem, Run, read_frame, write_frame
 from covey_edge.leak_gate import STOPPED, Stopped, judge
 from covey_edge.processes import die_with_parent
-from covey_edge.runtime import Floats, Model, installed
+from covey_edge.runtime import Floats, Model, Numbers, installed
 from covey_edge.withheld import NO_WITHHELD_NOISE
 from covey_edge.works import Made, counted, made
 from covey_protocol.bundle import METRICS, Manifest, check_plan, read_bundle
+from covey_protocol.captures import Array, Work
 from covey_protocol.compression import decode, encode
 from covey_protocol.errors import BundleError, CoveyError, DataError, TrainingError
 from covey_protocol.forms import WITHHOLDING, compression_of, update_seed
@@ -108,6 +110,7 @@ class Trainer:
         update, loss, kept, found = _made(self._model, (x, y), request, received)
         if not np.isfinite(update).all():
             raise TrainingError("training diverged: the update is not finite", "lower the learning rate")
+        trained = update
         update = protect(update, request.clip_norm, request.noise_multiplier)
         if request.noise_multiplier:
             update = keep_variances(update, received, self._model.manifest)
@@ -124,7 +127,10 @@ class Trainer:
         finite = {name: value for name, value in metrics.items() if np.isfinite(value)}
         data, withheld = compressed(update, request)
         judge(self._model, (x, y), request, received, data)
-        return Done(data, len(x), finite, self._model.runtime, withheld or kept, dict(found))
+        record = b""
+        if request.record and request.plan.work == TRAIN:
+            record = recorded((x, y), trained, data, request, self._model.runtime)
+        return Done(data, len(x), finite, self._model.runtime, withheld or kept, dict(found), record)
 
 
 def _made(model: Model, examples: Examples, request: Run, received: Floats) -> Made:
@@ -218,6 +224,19 @@ def compressed(update: Floats, request: Run) -> tuple[bytes, bytes]:
     data = encode(clip(total, request.clip_norm) if request.clip_norm else total, form, seed)
     withheld = total - decode(data, form, seed, len(total))
     return data, withheld.astype("<f4").tobytes()
+
+
+def recorded(examples: Examples, trained: Floats, data: bytes, request: Run, runtime: str) -> bytes:
+    """What was done in this round, for the owner: an encoded Work. data: the update as it travels."""
+    form, seed = compression_of(request.plan), update_seed(request.round_id, request.device_id)
+    sent = decode(data, form, seed, len(trained)).astype("<f4").tobytes()
+    x, y = (_array(values) for values in examples)
+    sha256 = hashlib.sha256(sent).digest()
+    return msgspec.msgpack.encode(Work(x, y, trained.astype("<f4").tobytes(), sha256, request.order_name, runtime))
+
+
+def _array(values: Numbers) -> Array:
+    return Array(values.dtype.name, values.shape, values.astype(values.dtype.newbyteorder("<")).tobytes())
 
 
 def refuse_moving_statistics(manifest: Manifest) -> None:
