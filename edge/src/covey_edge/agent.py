@@ -308,7 +308,7 @@ class AgentProgram:
             invitation.bundle.sha256,
             self._agent.coordinators[-1].hex(),
             data.source,
-            str(self._agent.folder / data.path),
+            str(self._agent.folder / data.path) if data.path else "",
             # also a retired key: the invitation, under a key that is not, names the bundle's hash
             tuple(key.hex() for key in self._agent.coordinators[:-1]),
         )
@@ -366,6 +366,7 @@ class AgentProgram:
             str(self._agent.folder / data.trusted) if data is not None and data.trusted else "",
             data.replica if data is not None else "",
             self._config.capture.keep_records > 0,
+            {name: str(self._agent.folder / path) for name, path in data.shards} if data is not None else {},
             privacy.max_psnr_db,
             privacy.max_label_recovery,
         )

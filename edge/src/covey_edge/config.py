@@ -54,11 +54,12 @@ class IdentitySettings(Struct, frozen=True, forbid_unknown_fields=True):
 class TaskData(Struct, frozen=True, forbid_unknown_fields=True):
     """One task's, as in DataSettings."""
 
-    path: str
+    path: str = ""
     source: str = "npz"
     evaluation_path: str = ""
     trusted_path: str = ""
     replica: str = ""
+    shards: dict[str, str] = {}
 
 
 class DataSettings(Struct, frozen=True, forbid_unknown_fields=True):
@@ -66,6 +67,7 @@ class DataSettings(Struct, frozen=True, forbid_unknown_fields=True):
     for the same. trusted_path: instances whose labels the owner vouches for, "" for none (machine teaching). tasks: the
     data of tasks by name; with any of them, other tasks find no data here.
     replica: the name of the shard that other devices hold, too, whose updates are to be equal; "" for data of its own.
+    shards: name -> path of the shards of a cyclic code that this device holds; others hold each of them, too.
     """
 
     path: str = ""
@@ -73,6 +75,7 @@ class DataSettings(Struct, frozen=True, forbid_unknown_fields=True):
     evaluation_path: str = ""
     trusted_path: str = ""
     replica: str = ""
+    shards: dict[str, str] = {}
     tasks: dict[str, TaskData] = {}  # msgspec copies empty defaults
 
 
@@ -169,8 +172,11 @@ def load_agent(path: Path) -> Agent:
     _check_replicas(path, config)
     for name in (*config.data.tasks, *(config.policy.tasks or ()), *config.policy.refuse_tasks):
         check_name(name, "task")
-    if not config.data.path and not config.data.tasks:
+    if not (config.data.path or config.data.shards or config.data.tasks):
         raise ConfigError(f"{path}: [data] has no path", "say where this device's data are")
+    for name, task in config.data.tasks.items():
+        if not (task.path or task.shards):
+            raise ConfigError(f"{path}: [data.tasks.{name}] has no path", "say where this task's data are")
     for name in config.wire.compression:
         if name not in COMPRESSIONS:
             raise ConfigError(f"{path}: there is no compression {name!r}", f"use {', '.join(COMPRESSIONS)}")
@@ -196,14 +202,16 @@ def _check_epsilon(path: Path, privacy: PrivacySettings) -> None:
 
 
 def _check_replicas(path: Path, config: AgentConfig) -> None:
-    for name in (config.data.replica, *(task.replica for task in config.data.tasks.values())):
-        if name and config.privacy.noise_multiplier:
-            raise ConfigError(
-                f"{path}: replica = {name!r} with noise_multiplier: a noised update equals nobody's",
-                "leave one of them out",
-            )
-        if name:
-            check_name(name, "replica")
+    every: list[DataSettings | TaskData] = [config.data, *config.data.tasks.values()]
+    for data in every:
+        for what, name in (("replica", data.replica), *(("shard", name) for name in data.shards)):
+            if (name or what == "shard") and config.privacy.noise_multiplier:
+                raise ConfigError(
+                    f"{path}: {what} = {name!r} with noise_multiplier: a noised update equals nobody's",
+                    "leave one of them out",
+                )
+            if name or what == "shard":
+                check_name(name, what)
 
 
 def read_broker(settings: BrokerSettings, folder: Path) -> Broker:

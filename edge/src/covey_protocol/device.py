@@ -37,7 +37,7 @@ from covey_protocol.messages import (
     Verdict,
     reason_text,
 )
-from covey_protocol.works import CAPABILITY_OF, SCAFFOLD, SVRG, TEACH
+from covey_protocol.works import CAPABILITY_OF, CYCLIC, SCAFFOLD, SVRG, TEACH
 
 RESEND_S = 5.0  # how long an unanswered offer waits before it is sent again; doubled each time, up to ASK_S
 ASK_S = 30.0  # the same for an offer of a round that this device no longer works for
@@ -58,6 +58,7 @@ CAPABILITIES: tuple[Name, ...] = (
     SVRG,
     SCAFFOLD,
     TEACH,
+    CYCLIC,
 )
 
 
