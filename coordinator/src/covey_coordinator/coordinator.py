@@ -54,7 +54,7 @@ from covey_protocol.messages import (
     run_of,
 )
 from covey_protocol.round import Phase, Progress, RoundFacts, RoundMachine, RoundSettings
-from covey_protocol.works import CORRECT, FEATURES, TEACH
+from covey_protocol.works import CORRECT, CYCLIC, FEATURES, TEACH
 
 log = logging.getLogger("covey.coordinator")
 
@@ -780,6 +780,8 @@ def arrivals_of(device_ids: Iterable[str], plan: TrainingPlan, d: int) -> Arriva
     names = plan.evaluate
     if names:
         return Arrivals(device_ids, len(names), metrics_fault(names))
+    if plan.coding is not UNSET:
+        return Arrivals(device_ids, plan.coding.row_numbers(d), dtype=np.float64)
     # a teacher may have no use for any of its data, and send zeros
     faults = {FEATURES: shares_fault, TEACH: number_fault, CORRECT: number_fault}
     return Arrivals(device_ids, d, faults.get(plan.work))
@@ -787,8 +789,8 @@ def arrivals_of(device_ids: Iterable[str], plan: TrainingPlan, d: int) -> Arriva
 
 def refuses_copies(plan: TrainingPlan, engine: Engine) -> bool:
     """Metrics and shares of two honest devices may agree in every bit, and so may what two teachers have no use for,
-    and updates where the rule counts on it."""
-    return not plan.evaluate and plan.work not in (FEATURES, TEACH, CORRECT) and not engine.expects_copies
+    and updates where the rule counts on it. A copied row of a code is a lie like others."""
+    return not plan.evaluate and plan.work not in (FEATURES, TEACH, CORRECT, CYCLIC) and not engine.expects_copies
 
 
 def _with_held_out(

@@ -24,6 +24,7 @@ from rich.console import Console
 from covey_coordinator.aggregation.registry import rule_from_table
 from covey_coordinator.aggregation.rules import Rule
 from covey_coordinator.aggregation.trimmed_mean import Median
+from covey_coordinator.algorithms.coded_settings import CodingSettings, check_coded, coded_of, coding_plan
 from covey_coordinator.algorithms.engines import asked_by
 from covey_coordinator.algorithms.making import check_algorithm, make_algorithm_engine
 from covey_coordinator.algorithms.settings import FEDAVG, Algorithm
@@ -185,6 +186,7 @@ class CoordinatorConfig(Struct, frozen=True, forbid_unknown_fields=True):
     trusted: TrustedSettings | None = None
     task: str = ""
     teaching: TeachingSettings | None = None
+    coding: CodingSettings | None = None
     metrics: MetricsSettings | None = None
     runs_dir: str = "runs"
     bundle_key: str | None = None  # whose seal the bundle has, where that is not key_file's
@@ -346,6 +348,7 @@ def _made_engine(stack: contextlib.ExitStack, planned: Planned, folder: Path) ->
     algorithm, teaching = _algorithm(config), None
     if algorithm.teaching is not None and config.teaching is not None:
         teaching = teaching_of(config.teaching, algorithm.teaching, config.trusted, planned.bundle, folder)
+    coded = coded_of(config.coding, algorithm.coding) if config.coding is not None else None
     engine = make_algorithm_engine(
         algorithm,
         server.engine,
@@ -356,6 +359,7 @@ def _made_engine(stack: contextlib.ExitStack, planned: Planned, folder: Path) ->
         rate=config.training.learning_rate,
         devices=len(_meant(config)),
         teaching=teaching,
+        coded=coded,
         device_ids=_meant(config) if planned.rule.expects_copies else (),
     )
     stack.callback(engine.close)
@@ -783,7 +787,8 @@ def _algorithm(config: CoordinatorConfig) -> Algorithm:
     if config.teaching is not None:
         teaching = teaching_plan(config.teaching, _meant(config), config.trusted is not None)
     holders = config.teaching is not None and bool(config.teaching.holders)
-    return Algorithm(training.algorithm, training.local_steps, training.feature_scaling, teaching, holders)
+    coding = coding_plan(config.coding, _meant(config)) if config.coding is not None else None
+    return Algorithm(training.algorithm, training.local_steps, training.feature_scaling, teaching, holders, coding)
 
 
 def _check_algorithm(path: Path, config: CoordinatorConfig) -> None:
@@ -792,6 +797,8 @@ def _check_algorithm(path: Path, config: CoordinatorConfig) -> None:
         check_algorithm(algorithm, config.server.optimizer)
     except ConfigError as exc:
         raise ConfigError(f"{path}: {exc.what}", exc.remedy) from exc
+    if config.coding is not None:
+        check_coded(path, config.coding, config.aggregation, config.round, config.wire.compression)
     if algorithm.name != FEDAVG and config.round.max_staleness:
         raise ConfigError(
             f"{path}: algorithm {algorithm.name!r} with round.max_staleness: its vectors belong to one model",

@@ -116,14 +116,16 @@ class RunStore:
     Within `together` it is durable when `commit` returns: a sync takes milliseconds, and a fleet says a lot at once.
     """
 
-    def __init__(self, folder: Path, *, disk: Disk = DISK, database: Any = None) -> None:
+    def __init__(self, folder: Path, *, disk: Disk = DISK, database: Any = None, only_reads: bool = False) -> None:
+        """only_reads: `database` is open for reading, maybe beside the run's coordinator; change nothing."""
         self.folder = folder
         self._disk = disk
         self._database = open_database(folder / "coordinator.sqlite") if database is None else database
-        with _translated(folder):
-            migrate(self._database)
-        self._disk.sweep(self.folder / "updates")
-        self._disk.sweep(self.folder / "keys")
+        if not only_reads:
+            with _translated(folder):
+                migrate(self._database)
+            self._disk.sweep(self.folder / "updates")
+            self._disk.sweep(self.folder / "keys")
         self._together = False
         self._updates: dict[Path, bytes] = {}  # to be written before the commit
         # device -> (round, sha256 of the update, index, data) of updates that are coming in
@@ -612,6 +614,41 @@ class RunStore:
                 offer, update = self.opened(asked, device_id, offer, data)
                 found[device_id] = (offer, weighted(update, staleness))
         return found
+
+    def captured(self, round_id: str) -> Iterator[tuple[str, Offer | None, Floats | None, str, str, str]]:
+        """Of each device of a round: (device, its offer, its update before it is weighted, its status, why, the earlier
+        round the update was trained for). The update is None where it cannot be read any more, the offer where none was
+        stored."""
+        rows = self._all(
+            "SELECT id, offer, sha256, status, why, origin FROM devices WHERE round = ? ORDER BY id", round_id
+        )
+        for device_id, encoded, sha256, status, why, origin in rows:
+            offer = msgspec.msgpack.decode(encoded, type=Offer) if encoded is not None and sha256 else None
+            update = None
+            if offer is not None:
+                asked, data = self.invitation(offer.round_id), self._read_update(sha256)
+                if data is not None and self.has_key(asked):
+                    offer, update = self.opened(asked, device_id, offer, data)
+            yield device_id, offer, update, status or "", why or "", origin or ""
+
+    def ended_rounds(self) -> list[tuple[str, int]]:
+        """(id, number) of the training rounds that are over, the newest first."""
+        return self._all(
+            "SELECT id, number FROM rounds WHERE kind = ? AND phase NOT IN (?, ?) ORDER BY rowid DESC",
+            TRAINING,
+            *OPEN_PHASES,
+        )
+
+    def model(self, run_id: str, sha256: str) -> bytes | None:
+        """The published model with this hash, 4 d bytes, as its file has it."""
+        rows = self._all("SELECT number FROM checkpoints WHERE run = ? AND parameters = ?", run_id, sha256)
+        found = (self._verified(self._checkpoint_path(run_id, number, ".f32"), sha256) for (number,) in rows)
+        return next((data for data in found if data is not None), None)
+
+    def model_of(self, round_id: str) -> bytes | None:
+        """What came of the round, 4 d bytes; None where nothing did, or its file is gone."""
+        row = self._one("SELECT run, parameters FROM checkpoints WHERE round = ?", round_id)
+        return self.model(*row) if row is not None else None
 
     def num_refused(self, round_id: str) -> int:
         """How many devices sent what could not even be stored."""

@@ -36,6 +36,7 @@ class TaskTable(Struct, frozen=True, forbid_unknown_fields=True):
     wire: Table = UNSET
     evaluation: Table = UNSET
     teaching: Table = UNSET
+    coding: Table = UNSET
     trusted: Table = UNSET
 
 

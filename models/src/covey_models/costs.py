@@ -128,7 +128,7 @@ def _flops(model: TfliteModel, graph: Subgraph, known: dict[int, Flops]) -> Flop
 def _others(operator: Operator, graph: Subgraph) -> int:
     if operator.name in REDUCTIONS:
         return _size(operator.inputs, 0, graph)
-    window = math.prod(int(operator.settings.get(key, 1)) for key in ("FilterHeight", "FilterWidth"))
+    window = math.prod(operator.whole(key, 1) for key in ("FilterHeight", "FilterWidth"))
     return window * sum(graph.tensors[number].size for number in operator.outputs)
 
 

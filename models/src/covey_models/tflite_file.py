@@ -11,8 +11,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Optional, Union
 
+import numpy as np
+import numpy.typing as npt
+
 from covey_models._tensorflow import flatbuffer_schema
 from covey_protocol.errors import BundleError
+
+Setting = Union[int, float, str, tuple[float, ...]]
 
 MAX_RANK = 16  # TFLite's kernels take 8 at most
 # bytes of one number; a type that is not here (string, resource, variant) holds no numbers
@@ -60,7 +65,16 @@ class Operator:
     version: int
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
-    settings: Mapping[str, Union[int, str]] = field(default_factory=dict)
+    settings: Mapping[str, Setting] = field(default_factory=dict)
+
+    def whole(self, setting: str, default: int) -> int:
+        """A setting that is a whole number; the default where the file leaves it out."""
+        value = self.settings.get(setting, default)
+        return int(value) if isinstance(value, (int, float)) else default
+
+    def number(self, setting: str, default: float) -> float:
+        value = self.settings.get(setting, default)
+        return float(value) if isinstance(value, (int, float)) else default
 
 
 @dataclass(frozen=True)
@@ -96,6 +110,16 @@ def read_tflite(data: bytes) -> TfliteModel:
         if not schema.Model.ModelBufferHasIdentifier(data, 0):
             raise BundleError("the model in the bundle is not a TFLite file", "export the bundle again")
         return _Reader(schema, data).model()
+    except _UNREADABLE as exc:
+        raise BundleError(f"the model in the bundle is damaged ({exc})", "export the bundle again") from exc
+
+
+def read_buffers(data: bytes) -> list[npt.NDArray[np.uint8]]:
+    """The bytes of every buffer of a model that `read_tflite` took, as views of the file."""
+    model = flatbuffer_schema().Model.GetRootAs(data, 0)
+    try:
+        buffers = [model.Buffers(number) for number in range(model.BuffersLength())]
+        return [np.empty(0, np.uint8) if one.DataIsNone() else one.DataAsNumpy() for one in buffers]
     except _UNREADABLE as exc:
         raise BundleError(f"the model in the bundle is damaged ({exc})", "export the bundle again") from exc
 
@@ -187,16 +211,15 @@ class _Reader:
             raise ValueError(f"a tensor's number that is not among {tensors}")
         return numbers
 
-    def _settings(self, name: str, table: Optional[Any]) -> dict[str, Union[int, str]]:
-        """The options that matter here: how a product reads its inputs, a pool's window, a variable's name."""
+    def _settings(self, name: str, table: Optional[Any]) -> dict[str, Setting]:
+        """The options that decide what an operator computes, of the operators that `_SETTINGS` names."""
         wanted = _SETTINGS.get(name)
         if wanted is None or table is None:
             return {}
         kind, fields = wanted
         options = getattr(self._schema, kind)()
         options.Init(table.Bytes, table.Pos)
-        values = {field: getattr(options, field)() for field in fields}
-        return {field: _text(value or b"") if field == "SharedName" else int(value) for field, value in values.items()}
+        return {field: _setting(options, field) for field in fields}
 
     def _entry_point(self, signature: Any, graphs: tuple[Subgraph, ...]) -> tuple[str, EntryPoint]:
         graph = graphs[signature.SubgraphIndex()]
@@ -214,25 +237,68 @@ class _Reader:
 
 
 _SETTINGS = {
+    "ADD": ("AddOptions", ("FusedActivationFunction",)),
+    "SUB": ("SubOptions", ("FusedActivationFunction",)),
+    "MUL": ("MulOptions", ("FusedActivationFunction",)),
+    "DIV": ("DivOptions", ("FusedActivationFunction",)),
     "BATCH_MATMUL": ("BatchMatMulOptions", ("AdjX", "AdjY")),
-    "AVERAGE_POOL_2D": ("Pool2DOptions", ("FilterHeight", "FilterWidth")),
-    "MAX_POOL_2D": ("Pool2DOptions", ("FilterHeight", "FilterWidth")),
+    "FULLY_CONNECTED": ("FullyConnectedOptions", ("FusedActivationFunction", "WeightsFormat", "KeepNumDims")),
+    "CONV_2D": ("Conv2DOptions", ("Padding", "StrideH", "StrideW", "DilationHFactor", "DilationWFactor",
+                                  "FusedActivationFunction")),
+    "DEPTHWISE_CONV_2D": ("DepthwiseConv2DOptions", ("Padding", "StrideH", "StrideW", "DilationHFactor",
+                                                     "DilationWFactor", "FusedActivationFunction")),
+    "AVERAGE_POOL_2D": ("Pool2DOptions", ("Padding", "StrideH", "StrideW", "FilterHeight", "FilterWidth",
+                                          "FusedActivationFunction")),
+    "MAX_POOL_2D": ("Pool2DOptions", ("Padding", "StrideH", "StrideW", "FilterHeight", "FilterWidth",
+                                      "FusedActivationFunction")),
     "L2_POOL_2D": ("Pool2DOptions", ("FilterHeight", "FilterWidth")),
+    "SOFTMAX": ("SoftmaxOptions", ("Beta",)),
+    "LOCAL_RESPONSE_NORMALIZATION": ("LocalResponseNormalizationOptions", ("Radius", "Bias", "Alpha", "Beta")),
+    "BUCKETIZE": ("BucketizeOptions", ("Boundaries",)),
+    "REVERSE_SEQUENCE": ("ReverseSequenceOptions", ("SeqDim", "BatchDim")),
+    "LEAKY_RELU": ("LeakyReluOptions", ("Alpha",)),
+    "GELU": ("GeluOptions", ("Approximate",)),
+    "CONCATENATION": ("ConcatenationOptions", ("Axis", "FusedActivationFunction")),
+    "GATHER": ("GatherOptions", ("Axis", "BatchDims")),
+    "PACK": ("PackOptions", ("Axis",)),
+    "UNPACK": ("UnpackOptions", ("Axis",)),
+    "ONE_HOT": ("OneHotOptions", ("Axis",)),
+    "CUMSUM": ("CumsumOptions", ("Exclusive", "Reverse")),
+    "MIRROR_PAD": ("MirrorPadOptions", ("Mode",)),
+    "STRIDED_SLICE": ("StridedSliceOptions", ("BeginMask", "EndMask", "EllipsisMask", "NewAxisMask",
+                                              "ShrinkAxisMask")),
+    "SPACE_TO_DEPTH": ("SpaceToDepthOptions", ("BlockSize",)),
+    "DEPTH_TO_SPACE": ("DepthToSpaceOptions", ("BlockSize",)),
+    "RESIZE_BILINEAR": ("ResizeBilinearOptions", ("AlignCorners", "HalfPixelCenters")),
+    "RESIZE_NEAREST_NEIGHBOR": ("ResizeNearestNeighborOptions", ("AlignCorners", "HalfPixelCenters")),
     "VAR_HANDLE": ("VarHandleOptions", ("SharedName",)),
     "CALL_ONCE": ("CallOnceOptions", ("InitSubgraphIndex",)),
     "WHILE": ("WhileOptions", ("CondSubgraphIndex", "BodySubgraphIndex")),
     "IF": ("IfOptions", ("ThenSubgraphIndex", "ElseSubgraphIndex")),
-}
+}  # fmt: skip
+
+
+LISTS = ("Boundaries",)
+
+
+def _setting(options: Any, field: str) -> Setting:
+    if field in LISTS:
+        return tuple(float(value) for value in getattr(options, f"{field}AsNumpy")())
+    value = getattr(options, field)()
+    if field == "SharedName":
+        return _text(value or b"")
+    return float(value) if isinstance(value, float) else int(value)
 
 
 def called_subgraphs(model: TfliteModel, graph: Subgraph) -> Iterator[tuple[str, Subgraph]]:
     """(operator, subgraph) for each subgraph that operators of `graph` call."""
     for operator in graph.operators:
-        for key, number in operator.settings.items():
+        for key in operator.settings:
             if key.endswith("SubgraphIndex"):
-                if not 0 <= int(number) < len(model.subgraphs):
+                number = operator.whole(key, -1)
+                if not 0 <= number < len(model.subgraphs):
                     raise BundleError(f"the model calls a subgraph {number} it does not have", "export it again")
-                yield operator.name, model.subgraphs[int(number)]
+                yield operator.name, model.subgraphs[number]
 
 
 def names_of(enumeration: Any) -> dict[int, str]:

@@ -14,7 +14,7 @@ A_PATH = click.Path(path_type=Path)
 Command = Callable[..., None]
 
 
-def _which_run(command: Command) -> Command:
+def which_run(command: Command) -> Command:
     """The options that name a run."""
     for option in (
         click.option("--task", help="Of a file with several tasks this one [default: all; abort needs one]."),
@@ -31,7 +31,7 @@ reason_option = click.option("--reason", default="", help="Why; shown to whoever
 
 
 @click.command(name="status", short_help="Say what a coordinator is doing now.")
-@_which_run
+@which_run
 @as_json_option
 def status_command(config_path: Path, runs_dir: Path | None, run: str | None, task: str | None, as_json: bool) -> None:
     """Say what is going on in a run, from its store; also while its coordinator runs, and when none does."""
@@ -41,7 +41,7 @@ def status_command(config_path: Path, runs_dir: Path | None, run: str | None, ta
 
 
 @click.command(name="devices", short_help="List the devices of a run with what became of their updates.")
-@_which_run
+@which_run
 @as_json_option
 def devices_command(config_path: Path, runs_dir: Path | None, run: str | None, task: str | None, as_json: bool) -> None:
     """List every device that a run knows: when it was last heard, its rounds and its verdicts."""
@@ -62,7 +62,7 @@ def runs_command(config_path: Path, runs_dir: Path | None, as_json: bool) -> Non
 
 
 @click.command(name="pause", short_help="Let a run open no new round.")
-@_which_run
+@which_run
 @reason_option
 def pause_command(config_path: Path, runs_dir: Path | None, run: str | None, task: str | None, reason: str) -> None:
     """Let a run open no new round until `covey resume`. The round under way ends. Holds over a restart."""
@@ -72,7 +72,7 @@ def pause_command(config_path: Path, runs_dir: Path | None, run: str | None, tas
 
 
 @click.command(name="resume", short_help="Lift a pause.")
-@_which_run
+@which_run
 def resume_command(config_path: Path, runs_dir: Path | None, run: str | None, task: str | None) -> None:
     """Lift a pause."""
     from covey_coordinator.watching import commands
@@ -81,7 +81,7 @@ def resume_command(config_path: Path, runs_dir: Path | None, run: str | None, ta
 
 
 @click.command(name="abort", short_help="Abandon the round under way and end the run for good.")
-@_which_run
+@which_run
 @reason_option
 def abort_command(config_path: Path, runs_dir: Path | None, run: str | None, task: str | None, reason: str) -> None:
     """Abandon the round under way and end the run for good: `covey serve` ends with code 8, also when started again."""

@@ -76,19 +76,19 @@ def runs(config_path: Path, runs_dir: Path | None, as_json: bool) -> None:
 
 
 def pause(config_path: Path, runs_dir: Path | None, run: str | None, task: str | None, reason: str) -> None:
-    for folder in _runs_to_order(config_path, runs_dir, run, task, bears_more=True):
+    for folder in runs_to_order(config_path, runs_dir, run, task, bears_more=True):
         Orders(folder).pause(reason)
         click.echo(f"{folder.name} is paused: no new round is opened{_when(folder)}")
 
 
 def resume(config_path: Path, runs_dir: Path | None, run: str | None, task: str | None) -> None:
-    for folder in _runs_to_order(config_path, runs_dir, run, task, bears_more=True):
+    for folder in runs_to_order(config_path, runs_dir, run, task, bears_more=True):
         lifted = Orders(folder).resume()
         click.echo(f"{folder.name} goes on{_when(folder)}" if lifted else f"{folder.name} was not paused")
 
 
 def abort(config_path: Path, runs_dir: Path | None, run: str | None, task: str | None, reason: str) -> None:
-    for folder in _runs_to_order(config_path, runs_dir, run, task):
+    for folder in runs_to_order(config_path, runs_dir, run, task):
         Orders(folder).abort(reason)
         click.echo(f"{folder.name} is aborted{_when(folder)}")
 
@@ -168,7 +168,7 @@ def _of_tasks(config_path: Path, runs: Mapping[str, str], task: str | None) -> l
     return [runs[task]]
 
 
-def _runs_to_order(
+def runs_to_order(
     config_path: Path, runs_dir: Path | None, run: str | None, task: str | None, *, bears_more: bool = False
 ) -> list[Path]:
     """Folders of runs that exist: an order for a mistyped name would wait for ever.

@@ -1,0 +1,397 @@
+"""What the optimisation attacks share: a simulated gradient is made to match the seen one by moving dummy inputs.
+
+A `Problem` says what to match; `descend` minimises by (signed) Adam, many starts side by side, in one TensorFlow loop;
+`bend` minimises by L-BFGS. Both keep the best point they measured, ask `stop` between pieces of work and are seeded by
+whoever draws their starts. TensorFlow and SciPy are imported when they run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from covey_coordinator.inversion.contract import AttackedModel, Progress, Seen, Stop
+from covey_protocol.errors import UsageError
+from covey_protocol.parameters import offsets
+from covey_protocol.svrg import order_of, passes
+
+Numbers = npt.NDArray[Any]
+Floats = npt.NDArray[np.float64]
+Rows = npt.NDArray[np.int64]
+# dummy inputs (m, *input shape) and labels (integers, or (m, classes) soft) -> (d,), on the scale of what was seen
+Simulate = Callable[[Any, Any], Any]
+
+CHUNK_S = 0.5  # how long the attack computes between two questions whether to stop
+UNBOUNDED = (-3.0, 3.0)  # where an input has no declared range: three deviations of standardised features
+TINY = 1e-30  # keeps a norm's derivative finite at 0
+BETAS, EPSILON = (0.9, 0.999), 1e-8  # Adam's own defaults (Kingma and Ba 2015), which Geiping et al. use
+
+
+@dataclass(frozen=True)
+class Distance:
+    """How far a simulated gradient is from the seen one, a weighted sum of three distances, each free of units.
+
+    cosine: 1 - <g, s> / (|g| |s|), in [0, 2], blind to the length. euclidean: |g - s|^2 / |s|^2. l1: |g - s|_1 / |s|_1.
+    total_variation: of the dummy inputs' rows and columns, mean |difference| over the range; added to the distance.
+    Source: Geiping et al. 2020 (arXiv:2003.14053), eq. 4; Zhu et al. 2019 (arXiv:1906.08935), eq. 1, there not divided.
+    """
+
+    cosine: float = 0.0
+    euclidean: float = 0.0
+    l1: float = 0.0
+    total_variation: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not (self.cosine or self.euclidean or self.l1):
+            raise UsageError("a distance of nothing", "give cosine, euclidean or l1 a weight")
+
+
+EVERY_NUMBER = Distance(euclidean=1.0)  # of DLG
+DIRECTION = Distance(cosine=1.0, total_variation=0.01)  # of inverting gradients
+
+
+@dataclass(frozen=True)
+class Problem:
+    """simulate: what a device with these inputs would have sent. seen: (d,), the same scale; 0 where not trained.
+
+    shape: (m, *input shape) of the dummy inputs. bounds: lowest and highest value of an input. boxed: whether the
+    inputs are known to lie there. length_known: False for a clipped update; then the simulated gradient is stretched to
+    fit best before it is compared.
+    """
+
+    simulate: Simulate
+    seen: Floats
+    shape: tuple[int, ...]
+    bounds: tuple[float, float]
+    boxed: bool
+    distance: Distance
+    dtype: Any
+    length_known: bool = True
+
+    @property
+    def span(self) -> float:
+        return self.bounds[1] - self.bounds[0]
+
+    def objective(self, x: Any, y: Any) -> Any:
+        """()"""
+        import tensorflow as tf
+
+        simulated, seen = self.simulate(x, y), tf.constant(self.seen, self.dtype)
+        if not self.length_known:
+            along = tf.nn.relu(tf.reduce_sum(simulated * seen))
+            simulated *= along / (tf.reduce_sum(simulated**2) + TINY)
+        value = _distance(simulated, seen, self.distance)
+        if self.distance.total_variation and len(self.shape) == 4:
+            value += self.distance.total_variation * _total_variation(x) / self.span
+        return value
+
+    def starts(self, rng: np.random.Generator, count: int) -> Floats:
+        """(count, *shape): normal around the middle of the range, a quarter of it wide, within the box."""
+        middle = sum(self.bounds) / 2
+        drawn = middle + self.span / 4 * rng.standard_normal((count, *self.shape))
+        return np.clip(drawn, *self.bounds) if self.boxed else drawn
+
+
+@dataclass
+class Best:
+    """The best point so far. labels: soft ones, where they were sought too."""
+
+    inputs: Floats
+    score: float = math.inf
+    labels: Floats | None = None
+    evaluations: int = 0
+
+
+@dataclass
+class Work:
+    """How much of an attack is done: one unit is one evaluation of the objective and its derivative."""
+
+    total: int
+    stop: Stop | None = None
+    progress: Progress | None = None
+    done: int = 0
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def left(self) -> int:
+        return max(self.total - self.done, 0)
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.started
+
+    def add(self, count: int) -> bool:
+        """Whether to go on."""
+        self.done += count
+        if self.progress is not None:
+            self.progress(min(self.done, self.total), self.total)
+        return not self.over
+
+    @property
+    def over(self) -> bool:
+        return self.done >= self.total or (self.stop is not None and self.stop())
+
+
+def problem_of(model: AttackedModel, seen: Seen, count: int, simulate: Simulate, distance: Distance) -> Problem:
+    """The problem of `count` dummy inputs whose simulated mean gradient is to match that of the update."""
+    low, high = model.input.minimum, model.input.maximum
+    boxed = low is not None and high is not None and low < high
+    bounds = (float(low), float(high)) if low is not None and high is not None and boxed else UNBOUNDED
+    gradient = mean_gradient(model, seen)
+    if not np.any(gradient):
+        raise UsageError("the update changes nothing that is trained", "there is nothing to match")
+    shape, mask = (count, *model.input.shape), trained_mask(model)
+    return Problem(
+        lambda x, y: mask * simulate(x, y), gradient, shape, bounds, boxed, distance, model.dtype, not was_clipped(seen)
+    )
+
+
+def mean_gradient(model: AttackedModel, seen: Seen) -> Floats:
+    """(d,): the update divided by minus its rate and its number of steps; 0 in moving statistics.
+
+    With one step the gradient itself; with several the mean of the gradients along the way. Raises UsageError for an
+    update that does not belong to the model or is not finite.
+    """
+    size = sum(spec.size for spec in model.specs)
+    if seen.update.shape != (size,) or seen.parameters.shape != (size,):
+        raise UsageError(f"an update of shape {seen.update.shape} for a model of {size} numbers", "use both of one run")
+    if not (np.isfinite(seen.update).all() and np.isfinite(seen.parameters).all()):
+        raise UsageError("the update or the parameters hold NaN or infinity", "only finite updates can be attacked")
+    steps = len(batches_of(seen, model.manifest.batch_size))
+    return -np.asarray(seen.update, np.float64) / (seen.plan.learning_rate * steps) * trained_mask(model)
+
+
+def trained_mask(model: AttackedModel) -> Floats:
+    """(d,): 1 where a parameter is trained, 0 where it is a moving statistic."""
+    places, mask = offsets(model.specs), np.zeros(sum(spec.size for spec in model.specs))
+    for spec in model.specs:
+        mask[places[spec.name]] = float(spec.trainable)
+    return mask
+
+
+def was_clipped(seen: Seen) -> bool:
+    """Whether the update has the length it would have been shortened to."""
+    length = float(np.linalg.norm(np.asarray(seen.update, np.float64)))
+    return seen.clip_norm > 0 and length >= seen.clip_norm * (1 - 1e-4)
+
+
+def batches_of(seen: Seen, batch_size: int) -> list[Rows]:
+    """Which of the device's examples are in the batch of each step: known to whoever wrote the plan's shuffle seed.
+
+    An example's number is its place in the device's own data, which says nothing about what it is.
+    """
+    order = order_of(seen.plan.shuffle_seed, seen.device_id)
+    return list(passes(seen.examples, batch_size, seen.plan.epochs, order))
+
+
+def _distance(simulated: Any, seen: Any, weights: Distance) -> Any:
+    import tensorflow as tf
+
+    value = tf.zeros((), simulated.dtype)
+    if weights.cosine:
+        lengths = tf.sqrt(tf.reduce_sum(simulated**2) + TINY) * tf.sqrt(tf.reduce_sum(seen**2))
+        value += weights.cosine * (1.0 - tf.reduce_sum(simulated * seen) / lengths)
+    if weights.euclidean:
+        value += weights.euclidean * tf.reduce_sum((simulated - seen) ** 2) / tf.reduce_sum(seen**2)
+    if weights.l1:
+        value += weights.l1 * tf.reduce_sum(tf.abs(simulated - seen)) / tf.reduce_sum(tf.abs(seen))
+    return value
+
+
+def _total_variation(x: Any) -> Any:
+    import tensorflow as tf
+
+    return tf.reduce_mean(tf.abs(x[:, 1:] - x[:, :-1])) + tf.reduce_mean(tf.abs(x[:, :, 1:] - x[:, :, :-1]))
+
+
+# --- Adam
+
+
+@dataclass(frozen=True)
+class Descent:
+    """step: of Adam, as a share of the inputs' range. signed: it sees only the signs of the derivative.
+
+    decay: the step is divided by ten at 3/8, 5/8 and 7/8 of all iterations, as in Geiping et al.'s code.
+    """
+
+    step: float = 0.1
+    signed: bool = True
+    decay: bool = True
+
+
+def descend(problem: Problem, labels: Numbers, starts: Floats, settings: Descent, work: Work) -> list[Best]:
+    """The best point of every start; all start together and take as many iterations as the work still allows.
+
+    labels: (t, m), given. starts: (t, *shape). One iteration of t starts counts t evaluations.
+    """
+    import tensorflow as tf
+
+    trials, iterations = len(starts), work.left // len(starts)
+    y = tf.constant(labels)
+    boundaries = [share * iterations for share in (3 / 8, 5 / 8, 7 / 8)]
+
+    def step_size(number: Any) -> Any:
+        passed = tf.add_n([tf.cast(number >= math.ceil(bound), problem.dtype) for bound in boundaries])
+        return problem.span * settings.step * (tf.pow(tf.constant(0.1, problem.dtype), passed) if settings.decay else 1)
+
+    def iterate(number: Any, x: Any, first: Any, second: Any, best: Any, best_score: Any) -> tuple[Any, ...]:
+        scores, slopes = _scores_and_slopes(problem, x, y, trials)
+        better = scores < best_score
+        best = tf.where(tf.reshape(better, [-1] + [1] * len(problem.shape)), x, best)
+        best_score = tf.where(better, scores, best_score)
+        slopes = tf.where(tf.math.is_finite(slopes), slopes, tf.zeros_like(slopes))
+        slopes = tf.sign(slopes) if settings.signed else slopes
+        first = BETAS[0] * first + (1 - BETAS[0]) * slopes
+        second = BETAS[1] * second + (1 - BETAS[1]) * slopes**2
+        count = tf.cast(number + 1, problem.dtype)
+        corrected = tf.sqrt(second / (1 - tf.pow(tf.constant(BETAS[1], problem.dtype), count)))
+        x -= (
+            step_size(number)
+            * first
+            / (1 - tf.pow(tf.constant(BETAS[0], problem.dtype), count))
+            / (corrected + EPSILON)
+        )
+        x = tf.clip_by_value(x, *problem.bounds) if problem.boxed else x
+        return number + 1, x, first, second, best, best_score
+
+    @tf.function(autograph=False)  # type: ignore[untyped-decorator]
+    def run(number: Any, until: Any, *state: Any) -> Any:
+        return tf.while_loop(lambda current, *_: current < until, iterate, (number, *state))
+
+    x = tf.constant(starts, problem.dtype)
+    zeros, nothing = tf.zeros_like(x), tf.fill([trials], tf.constant(math.inf, problem.dtype))
+    state: tuple[Any, ...] = (tf.constant(0), x, zeros, zeros, x, nothing)
+    done, piece = 0, 1
+    while done < iterations and not work.over:
+        began = time.monotonic()
+        until = min(done + piece, iterations)
+        state = run(state[0], tf.constant(until), *state[1:])
+        work.add((until - done) * trials)
+        took = time.monotonic() - began
+        if done:  # the first piece holds the tracing
+            piece = max(1, min(4 * piece, int(piece * CHUNK_S / max(took, 1e-6))))
+        done = until
+    final, _ = _scores_and_slopes(problem, state[1], y, trials)
+    return [
+        Best(np.asarray(point, np.float64), float(score), None, done)
+        for point, score in _better(zip(state[1], final), zip(state[4], state[5]))
+    ]
+
+
+def _better(last: Any, best: Any) -> list[tuple[Any, Any]]:
+    return [one if float(one[1]) < float(other[1]) else other for one, other in zip(last, best)]
+
+
+def _scores_and_slopes(problem: Problem, x: Any, y: Any, trials: int) -> tuple[Any, Any]:
+    """(t,) and (t, *shape). The trials stand side by side in one graph, so that TensorFlow can run them in parallel."""
+    import tensorflow as tf
+
+    pairs = []
+    for trial in range(trials):
+        with tf.GradientTape() as tape:
+            one = x[trial]
+            tape.watch(one)
+            score = problem.objective(one, y[trial])
+        pairs.append((score, tape.gradient(score, one, unconnected_gradients="zero")))
+    return tf.stack([score for score, _ in pairs]), tf.stack([slope for _, slope in pairs])
+
+
+# --- L-BFGS
+
+
+@dataclass(frozen=True)
+class Bend:
+    """memory: pairs that L-BFGS keeps. good_enough: a score at which no other start is tried. patience: evaluations
+    without a gain of a hundredth after which a start is given up for a new one.
+    """
+
+    memory: int = 100
+    good_enough: float = 1e-12
+    patience: int = 60
+
+
+class _Enough(Exception):
+    """Ends a run of SciPy's."""
+
+
+def bend(
+    problem: Problem, labels: Any | None, classes: int, rng: np.random.Generator, settings: Bend, work: Work
+) -> Best:
+    """L-BFGS from one random start after another, until one is good enough or the work is done.
+
+    labels: (m,) given, or None: then soft labels are sought with the inputs. Inputs are bounded where the problem is.
+    """
+    import tensorflow as tf
+
+    m, size = problem.shape[0], math.prod(problem.shape)
+    compiled = tf.function(
+        lambda flat: _joint(problem, flat, labels, classes),
+        input_signature=[tf.TensorSpec([size + (m * classes if labels is None else 0)], problem.dtype)],
+        autograph=False,
+    )
+    best = Best(problem.starts(rng, 1)[0])
+    while not work.over and not best.score <= settings.good_enough:
+        start = (problem.starts(rng, 1)[0] - problem.bounds[0]).ravel() / problem.span
+        if labels is None:
+            start = np.concatenate([start, rng.standard_normal(m * classes)])
+        _one_start(problem, compiled, start, labels is None, best, settings, work)
+    return best
+
+
+def _joint(problem: Problem, flat: Any, labels: Any | None, classes: int) -> tuple[Any, Any]:
+    """The objective and its slope in the unknowns of L-BFGS: inputs from 0 to 1 over their range, then label logits."""
+    import tensorflow as tf
+
+    m, size = problem.shape[0], math.prod(problem.shape)
+    with tf.GradientTape() as tape:
+        tape.watch(flat)
+        x = problem.bounds[0] + problem.span * tf.reshape(flat[:size], problem.shape)
+        y = tf.nn.softmax(tf.reshape(flat[size:], [m, classes])) if labels is None else tf.constant(labels)
+        score = problem.objective(x, y)
+    return score, tape.gradient(score, flat)
+
+
+def _one_start(
+    problem: Problem, compiled: Any, start: Floats, joint: bool, best: Best, settings: Bend, work: Work
+) -> None:
+    from scipy.optimize import minimize
+
+    size = math.prod(problem.shape)
+    lowest, since = math.inf, 0
+
+    def evaluate(flat: Floats) -> tuple[float, Floats]:
+        nonlocal lowest, since
+        score, slope = (np.asarray(part, np.float64) for part in compiled(flat.astype(problem.dtype.as_numpy_dtype)))
+        going = work.add(1)
+        best.evaluations += 1
+        if score < best.score:
+            best.score = float(score)
+            best.inputs = problem.bounds[0] + problem.span * flat[:size].reshape(problem.shape)
+            best.labels = _softmax(flat[size:].reshape(problem.shape[0], -1)) if joint else None
+        if score < 0.99 * lowest:
+            lowest, since = float(score), 0
+        since += 1
+        if not going or since > settings.patience or score <= settings.good_enough or not np.isfinite(score):
+            raise _Enough
+        return float(score), slope
+
+    sides = [(0.0, 1.0) if problem.boxed else (None, None)] * size + [(None, None)] * (start.size - size)
+    options = {"maxcor": settings.memory, "maxiter": work.left, "maxfun": work.left, "ftol": 0.0, "gtol": 0.0}
+    with contextlib.suppress(_Enough):
+        minimize(evaluate, start, jac=True, method="L-BFGS-B", bounds=sides, options=options)
+
+
+def _softmax(logits: Floats) -> Floats:
+    shares = np.exp(logits - logits.max(-1, keepdims=True))
+    return np.asarray(shares / shares.sum(-1, keepdims=True))
+
+
+def best_of(found: Sequence[Best]) -> Best:
+    return min(found, key=lambda one: one.score)
