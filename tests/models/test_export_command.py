@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+from export_helpers import BATCH, batch_of, opened, parameters
 
 from covey_models import losses, names, optimizers
 from covey_models.cli import export_command
@@ -87,6 +89,27 @@ def test_every_setting_reaches_the_bundle(module: Path, tmp_path: Path) -> None:
     assert all(spec.trainable for spec in manifest.parameters)
 
 
+def test_rounded_outputs_are_multiples_of_the_unit_and_training_is_as_without(module: Path, tmp_path: Path) -> None:
+    given: dict[str, Any] = {}
+    bundles = {}
+    for name, options in (("plain", []), ("rounded", ["--round-outputs", 0.05])):
+        path = tmp_path / f"{name}.covey"
+        result = run(f"{module}:softmax", "-o", path, "--batch", BATCH, *options)
+        assert result.exit_code == 0, result.exception
+        bundles[name] = bundle = read_bundle(path.read_bytes())
+        calls, batch = opened(bundle), batch_of(bundle)
+        answer = calls["infer"](x=batch["x"])["output"].copy()
+        calls["train"](**batch, learning_rate=np.float32(0.5))
+        given[name] = answer, parameters(calls)
+    (answer, trained), (rounded, also_trained) = given["plain"], given["rounded"]
+    assert np.array_equal(trained, also_trained)
+    assert np.abs(rounded / 0.05 - np.round(rounded / 0.05)).max() < 1e-5
+    assert np.abs(rounded - answer).max() <= 0.025 + 1e-6
+    assert np.abs(rounded - answer).max() > 1e-3  # it did something
+    assert bundles["rounded"].manifest.metadata == {"round_outputs": "0.05"}
+    assert bundles["plain"].manifest.metadata == {}
+
+
 def test_the_help_lists_the_losses_and_optimizers_there_are() -> None:
     assert (tuple(losses.BUILT_IN), optimizers.NAMES) == (names.LOSSES, names.OPTIMIZERS)
 
@@ -99,6 +122,13 @@ REFUSED: dict[str, tuple[str, list[str], type[CoveyError], str]] = {
         "the op AsString of the layer 'text'",
     ),
     "a wrong number of classes": ("{m}:softmax", ["--classes", "7"], BundleError, "3 classes apart, not 7"),
+    "rounding to more than all": ("{m}:softmax", ["--round-outputs", "1"], ConfigError, "multiples of 1.0"),
+    "rounding what is no probability": (
+        "{m}:softmax",
+        ["--loss", "mean_squared_error", "--round-outputs", "0.1"],
+        ConfigError,
+        "rounding is for probabilities",
+    ),
     "no such function": ("{m}:other", [], ConfigError, "has no function 'other'"),
     "not a function": ("{m}:number", [], ConfigError, "has no function 'number'"),
     "a function that fails": ("{m}:failing", [], ConfigError, "ValueError: no data today"),

@@ -113,6 +113,8 @@ PUBLISHED_BREAK = {
     "comt": ("abalone, features, 1%: CoMT", 0.0),
     "incomplete-data": ("abalone, mean, 70% hide: weighted", 0.0),
     "teaching-regimes": ("abalone, 10 trusted: CoMT", 0.9),
+    "model-inversion": ("softmax: white box", 0.1),
+    "tree-inversion": ("survey: white box", 0.1),
 }
 
 

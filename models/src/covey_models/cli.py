@@ -46,6 +46,13 @@ if TYPE_CHECKING:
 @click.option("--correction", is_flag=True, help="Give the step a vector to add to the gradient (SVRG, SCAFFOLD).")
 @click.option("--teach", is_flag=True, help="Train the last Dense layer only; add the entry point `represent`.")
 @click.option(
+    "--round-outputs",
+    type=float,
+    default=0.0,
+    metavar="UNIT",
+    help="Round the probabilities that `infer` answers with to multiples of UNIT, such as 0.01; training is untouched.",
+)
+@click.option(
     "--moving-statistics",
     type=click.Choice(["average", "local"]),
     default="average",

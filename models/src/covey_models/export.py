@@ -32,6 +32,7 @@ def export(
     correction: bool = False,
     moving_statistics: str = "average",
     teach: bool = False,
+    round_outputs: float = 0.0,
     key: Optional[SealingKey] = None,
     seed: int = 0,
     metadata: Optional[Mapping[str, str]] = None,
@@ -58,6 +59,8 @@ def export(
         keeps them on each device. What is neither trained nor moving is a constant of the file and never travels.
     teach: train the last Dense layer only, with all before it as constants, and give the bundle the entry point
         `represent`, which gives what that layer sees (machine teaching).
+    round_outputs: `infer` answers with probabilities rounded to multiples of this, 0 for off. Training and evaluation
+        stay as they are. It hides little: docs/model-inversion.md.
     key: seals the bundle. seed: of the proof's data.
 
     Raises BundleError for a model that cannot be exported, naming the op and the layer, or whose export does not do
@@ -80,6 +83,7 @@ def export(
         correction=correction,
         moving_statistics=moving_statistics,
         teach=teach,
+        round_outputs=round_outputs,
         seed=seed,
         metadata=dict(metadata or {}),
     )

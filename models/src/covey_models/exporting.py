@@ -26,6 +26,8 @@ from covey_protocol.seals import SealingKey
 
 tf = import_tensorflow()
 
+ROUNDED = "round_outputs"  # in the manifest's metadata: what `infer` rounds to
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -45,6 +47,7 @@ class Settings:
     correction: bool = False
     moving_statistics: str = "average"
     teach: bool = False
+    round_outputs: float = 0.0
     seed: int = 0
     metadata: dict[str, str] = field(default_factory=dict)
 
@@ -62,6 +65,7 @@ def exported(model: Any, settings: Settings, key: Optional[SealingKey] = None) -
         num_classes=settings.num_classes,
     )
     _check_classes(loss, settings)
+    _check_rounding(loss, settings)
     recipe = Recipe(
         loss,
         settings.batch_size,
@@ -71,6 +75,7 @@ def exported(model: Any, settings: Settings, key: Optional[SealingKey] = None) -
         settings.correction,
         settings.moving_statistics,
         settings.teach,
+        settings.round_outputs,
     )
     frozen = only_last_trained(model) if settings.teach else nullcontext()
     with quiet(), _unchanged(model), frozen:
@@ -112,7 +117,7 @@ def _manifest(model: Any, settings: Settings, steps: Steps, proof: Proof) -> Man
         class_names=settings.class_names,
         tensorflow=tf.__version__,
         proof=proof,
-        metadata=settings.metadata,
+        metadata=settings.metadata | ({ROUNDED: f"{settings.round_outputs:g}"} if settings.round_outputs else {}),
     )
 
 
@@ -167,6 +172,7 @@ def _check_model(model: Any) -> None:
         raise BundleError(f"the model {model.name!r} has nothing to train", "make a layer with weights trainable")
 
 
+PROBABILITIES = ("sparse_categorical_crossentropy", "categorical_crossentropy", "binary_crossentropy")
 INPUT_DTYPES = ("float32", "int32", "uint8")
 
 
@@ -202,6 +208,17 @@ def _check_outputs(model: Any, loss: Loss, settings: Settings) -> None:
         raise BundleError(
             f"the outputs of {model.name!r} are probabilities, made where the export cannot see how",
             f"end the model in logits or in a plain softmax layer: {loss.name} needs the logits",
+        )
+
+
+def _check_rounding(loss: Loss, settings: Settings) -> None:
+    unit = settings.round_outputs
+    if not 0 <= unit < 1:  # false for NaN too
+        raise ConfigError(f"outputs cannot be rounded to multiples of {unit}", "give a number from 0 (off) to below 1")
+    if unit and loss.name not in PROBABILITIES:
+        raise ConfigError(
+            f"rounding is for probabilities, and a bundle trained on {loss.name} answers with the model's outputs",
+            f"leave round_outputs out, or train on {', '.join(PROBABILITIES)}",
         )
 
 

@@ -34,7 +34,8 @@ class Recipe:
 
     optimizer: a name or a Keras optimizer. clip, proximal, correction: which optional inputs `train` gets.
     moving_statistics: "average" lets BatchNorm's moving statistics travel with the parameters, "local" keeps them on
-    each device. teach: give the bundle the entry point `represent`.
+    each device. teach: give the bundle the entry point `represent`. round_outputs: `infer` answers with multiples of
+    it, 0 for unrounded; nothing else is rounded.
     """
 
     loss: Loss
@@ -45,6 +46,7 @@ class Recipe:
     correction: bool = False
     moving_statistics: str = "average"
     teach: bool = False
+    round_outputs: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -292,7 +294,9 @@ class _Step:
         }
 
     def infer(self, x: Tensor) -> dict[str, Tensor]:
-        return {"output": self.loss.prediction(self._outputs(x, training=False))}
+        output = self.loss.prediction(self._outputs(x, training=False))
+        unit = self.recipe.round_outputs
+        return {"output": tf.round(output * (1.0 / unit)) * unit if unit else output}
 
     def represent(self, x: Tensor) -> dict[str, Tensor]:
         """What the last Dense layer sees: one vector per example."""

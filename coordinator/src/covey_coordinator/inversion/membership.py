@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from covey_coordinator.inversion.contract import AttackedModel
+from covey_coordinator.inversion.grading import auc, tpr_at_fpr
 from covey_protocol.errors import UsageError
 
 Floats = npt.NDArray[np.float64]
@@ -96,7 +97,6 @@ def threshold(members: Floats, nonmembers: Floats, *, attack: str = "threshold",
         )
     if np.isnan(inside).any() or np.isnan(outside).any():
         raise UsageError("a score is NaN", "attack a model whose outputs are finite")
-    true_rate, false_rate = _rates(inside, outside)
     resolution = 1 / len(outside)
     notes = ()
     if len(outside) < ENOUGH:
@@ -105,15 +105,24 @@ def threshold(members: Floats, nonmembers: Floats, *, attack: str = "threshold",
     return Membership(
         attack=attack,
         sees=sees,
-        auc=float(np.sum(np.diff(false_rate) * (true_rate[1:] + true_rate[:-1]) / 2)),
+        auc=auc(inside, outside),
         auc_error=math.sqrt((len(inside) + len(outside) + 1) / (12 * len(inside) * len(outside))),
-        tpr_at_0_1_percent_fpr=float(true_rate[false_rate <= LOW_RATE].max()),
-        advantage=float((true_rate - false_rate).max()),
+        tpr_at_0_1_percent_fpr=tpr_at_fpr(inside, outside, LOW_RATE),
+        advantage=advantage(inside, outside),
         members=len(inside),
         nonmembers=len(outside),
         resolution=resolution,
         notes=notes,
     )
+
+
+def advantage(members: Floats, nonmembers: Floats) -> float:
+    """The largest true- minus false-positive rate at any threshold (the one-sided Kolmogorov-Smirnov distance)."""
+    values, places = np.unique(np.concatenate([members, nonmembers]), return_inverse=True)
+    inside, outside = (
+        np.bincount(part, minlength=len(values)).cumsum() / len(part) for part in np.split(places, [len(members)])
+    )
+    return float((outside - inside).max())
 
 
 def regression(members: Floats, nonmembers: Floats, *, seed: int = 0) -> Membership:
@@ -150,30 +159,22 @@ def likelihood_ratio(target: Floats, is_member: Any, shadow: Floats, shadow_memb
 
 def _moments(shadow: Floats, mask: Any) -> tuple[Floats, Any]:
     counts = mask.sum(axis=0)
+    freedom = int(counts.sum()) - len(counts)
     if not counts.all():
         raise UsageError(
             "some example is in all models of the attacker's, or in none", "train more of them, each on a half"
         )
+    if not freedom:
+        raise UsageError("no example is inside, or outside, of two models of the attacker's", "train more of them")
     means = np.where(mask, shadow, 0.0).sum(axis=0) / counts
     squares = np.where(mask, (shadow - means) ** 2, 0.0)
     if counts.min() >= ONE_SPREAD:
         return means, np.sqrt(squares.sum(axis=0) / counts) + np.finfo(np.float64).tiny
-    freedom = max(1, int(counts.sum()) - len(counts))
     return means, math.sqrt(float(squares.sum()) / freedom) + np.finfo(np.float64).tiny
 
 
 def _log_density(values: Floats, means: Floats, spreads: Any) -> Floats:
     return np.asarray(-(((values - means) / spreads) ** 2) / 2 - np.log(spreads), np.float64)
-
-
-def _rates(inside: Floats, outside: Floats) -> tuple[Floats, Floats]:
-    """(true-, false-positive rate) at every threshold between different scores, from none to all."""
-    values, places = np.unique(np.concatenate([inside, outside]), return_inverse=True)
-    counts = [
-        np.bincount(part, minlength=len(values))[::-1].cumsum() / len(part) for part in np.split(places, [len(inside)])
-    ]
-    true_rate, false_rate = (np.concatenate([[0.0], one]) for one in counts)
-    return true_rate, false_rate
 
 
 def _probabilities(model: AttackedModel, parameters: Any, x: Any) -> Floats:

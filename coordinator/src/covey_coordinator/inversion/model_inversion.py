@@ -305,16 +305,20 @@ def smoothed(ask: Ask, draw: Draw, spread: float, draws: int, seed: int) -> Slop
 
 def blotches(shape: Sequence[int], coarse: int) -> Draw:
     """Random pictures of coarse x coarse Gaussian numbers, smoothly enlarged to (height, width[, channels])."""
-    from scipy.ndimage import zoom
-
     height, width = shape[:2]
+    down, across = _enlarging(height, coarse), _enlarging(width, coarse)
 
     def draw(random: np.random.Generator, count: int) -> Array:
-        small = random.standard_normal((count, coarse, coarse))
-        large = zoom(small, (1, height / coarse, width / coarse), order=1, grid_mode=True, mode="nearest")
+        large = down @ random.standard_normal((count, coarse, coarse)) @ across.T
         return large.reshape(count, height, width, *([1] * (len(shape) - 2))) * np.ones(shape)
 
     return draw
+
+
+def _enlarging(size: int, coarse: int) -> Array:
+    """(size, coarse): linear interpolation between the centres of `coarse` equal pieces."""
+    centres = (np.arange(coarse) + 0.5) * size / coarse - 0.5
+    return np.stack([np.interp(np.arange(size), centres, row) for row in np.eye(coarse)], axis=1)
 
 
 # --- Process and AuxTerm

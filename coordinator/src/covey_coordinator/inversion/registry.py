@@ -1,4 +1,4 @@
-"""The attacks on updates by name, as `covey audit` and `covey replay` call them. Nothing is imported before it is used."""
+"""The attacks on updates by name, as `covey audit` and `covey replay` call them. Imported when they are used."""
 
 from __future__ import annotations
 

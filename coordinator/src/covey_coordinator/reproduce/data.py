@@ -2,13 +2,15 @@
 
 mnist.npz: the Keras layout (x_train, y_train, x_test, y_test; 28x28 uint8). spambase.csv: UCI Spambase, a line of
 names, 57 features and the class (0 or 1) in the last column. abalone.csv (UCI) and cpusmall.csv (Delve): a line of
-names, 8 or 12 features and the target in the last column.
+names, 8 or 12 features and the target in the last column. att_faces.npz: the faces of AT&T Laboratories Cambridge,
+which ask to be credited.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,7 @@ from covey_protocol.errors import DataError
 Floats = npt.NDArray[np.float64]
 
 WHAT = {
+    "att_faces.npz": "AT&T's (ORL's) faces: images (400, 112, 92) uint8, subject (400,), ten of each of 40 people",
     "mnist.npz": "MNIST as Keras has it (x_train, y_train, x_test, y_test)",
     "spambase.csv": "UCI Spambase: a line of names, then 57 features and the class in each line",
     "abalone.csv": "UCI Abalone: a line of names, then sex (M, F or I), 7 numbers and the rings in each line",
@@ -28,6 +31,7 @@ WHAT = {
 }
 SPAMBASE_FEATURES = 57
 SPAMBASE_TEST = 0.25
+FACE, FACES_TO_TRAIN = (112, 92), 7
 REGRESSION_FEATURES = {"abalone.csv": 8, "cpusmall.csv": 12}
 SEXES = {"M": 1.0, "F": 2.0, "I": 3.0}  # as LIBSVM's copy of the table has them
 
@@ -65,6 +69,28 @@ def spambase(folder: Path | None, seed: int) -> tuple[Dataset, Dataset]:
     x = ((x - x.mean(0)) / x.std(0)).astype(np.float32)
     bounds = (float(x.min()), float(x.max()))
     return split(dataclasses.replace(table, x=x, input_range=bounds), SPAMBASE_TEST, seed)
+
+
+def faces(folder: Path | None, seed: int) -> tuple[Dataset, Dataset]:
+    """(train, test): 7 and 3 pictures of each of 40 people, drawn by the seed; (n, 112, 92) in [0, 1]."""
+    path = located(folder, "att_faces.npz")
+    try:
+        with np.load(path) as file:
+            images, subject = file["images"], file["subject"]
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as exc:
+        raise DataError(f"{path} cannot be read ({exc})", f"put {WHAT['att_faces.npz']} there") from exc
+    people = np.unique(subject)
+    if images.shape != (len(subject), *FACE) or images.dtype != np.uint8 or len(subject) != 10 * len(people):
+        raise DataError(f"{path} holds images of shape {images.shape}", f"put {WHAT['att_faces.npz']} there")
+    y = np.searchsorted(people, subject).astype(np.int32)
+    names = tuple(f"person {number + 1}" for number in range(len(people)))
+    whole = Dataset("faces", (images / 255).astype(np.float32), y, names, (), (0.0, 1.0))
+    random = np.random.default_rng(seed)
+    orders = [random.permutation(np.flatnonzero(y == person)) for person in range(len(people))]
+    return (
+        whole.take(np.concatenate([order[:FACES_TO_TRAIN] for order in orders])),
+        whole.take(np.concatenate([order[FACES_TO_TRAIN:] for order in orders])),
+    )
 
 
 @functools.lru_cache(maxsize=4)

@@ -23,6 +23,8 @@ MODULES = {  # name -> module of this package and the value in it
     "comt": "comt:COMT_TABLES",
     "incomplete-data": "incomplete:INCOMPLETE",
     "teaching-regimes": "regimes:REGIMES",
+    "model-inversion": "model_inversion:MODEL_INVERSION",
+    "tree-inversion": "tree_inversion:TREE_INVERSION",
 }
 NAMES = tuple(MODULES)
 
