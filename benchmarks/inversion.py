@@ -17,6 +17,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 import venv
 from dataclasses import dataclass
 from pathlib import Path
@@ -167,7 +168,7 @@ def stored(path: Path, model: Any, seen: Any, x: np.ndarray, y: np.ndarray) -> N
 
 
 def measured(row: Row, images: int, evaluations: int, peer: Breaching | None, folder: Path | None) -> dict[str, Any]:
-    """column -> list of (PSNR, seconds) over the images; "pictures": of the first image."""
+    """column -> a list of (PSNR, seconds, CPU seconds, evaluations) over the images; "pictures": of the first image."""
     import covey_coordinator.inversion.matching as matching
     from covey_coordinator.inversion.contract import Finding
     from covey_coordinator.inversion.grading import grade
@@ -184,14 +185,16 @@ def measured(row: Row, images: int, evaluations: int, peer: Breaching | None, fo
         model, seen = attacked(row, x[place], y[place], keras_model)
         pictures: dict[str, Any] = {"truth": x[place]}
 
-        def note(column: str, inputs: Any, seconds: float, used: int) -> None:
+        def note(column: str, inputs: Any, *costs: float) -> None:
             graded = grade(Finding("", "", inputs=inputs), x[place], y[place], (0.0, 1.0))  # noqa: B023
-            found.setdefault(column, []).append((graded.mean_psnr_db, seconds, used))
+            found.setdefault(column, []).append((graded.mean_psnr_db, *costs))
             pictures[column] = inputs[graded.matched]  # noqa: B023
 
         for attack in ("deepleakage", "invertinggradients"):
+            started, cpu = time.perf_counter(), time.process_time()
             finding = ours(attack, model, seen, evaluations, image)
-            note(f"{attack}, ours", finding.inputs, finding.seconds, finding.iterations)
+            spent = time.perf_counter() - started, time.process_time() - cpu
+            note(f"{attack}, ours", finding.inputs, *spent, finding.iterations)
             if peer is None:
                 continue
             with tempfile.TemporaryDirectory() as temporary:
@@ -210,7 +213,7 @@ def measured(row: Row, images: int, evaluations: int, peer: Breaching | None, fo
                     columns[f"{attack}, breaching, our total variation"] = variation
                 for column, scale in columns.items():
                     answer = peer.ask({**job, "do": "run", "total_variation": scale})
-                    note(column, np.load(save), answer["seconds"], answer["evaluations"])
+                    note(column, np.load(save), answer["seconds"], answer["cpu_seconds"], answer["evaluations"])
         if image == 0:
             found["pictures"] = pictures
     return found
@@ -221,9 +224,9 @@ def shown(row: Row, found: dict[str, Any]) -> list[str]:
     for column, values in found.items():
         if column == "pictures":
             continue
-        psnr, seconds, used = (np.mean([value[part] for value in values]) for part in range(3))
+        psnr, seconds, cpu, used = (np.mean([value[part] for value in values]) for part in range(4))
         name = f"{row.data}, {row.model}, {row.state}, batch {row.examples}"
-        lines.append(f"| {name} | {column} | {psnr:.1f} | {seconds:.1f} | {used:.0f} |")
+        lines.append(f"| {name} | {column} | {psnr:.1f} | {seconds:.1f} | {cpu:.1f} | {used:.0f} |")
     return lines
 
 
@@ -267,15 +270,18 @@ def main() -> None:
     tf.config.threading.set_intra_op_parallelism_threads(1)
     tf.config.threading.set_inter_op_parallelism_threads(1)
     folder = Path(options.data) if options.data else None
-    names = ["digits"] if options.quick or folder is None else ["digits", "mnist"]
+    names = ["digits"] if options.quick or folder is None else ["mnist", "digits"]
     rows = [Row(data, model, state, 1) for data in names for model in MODELS for state in ("untrained", "trained")]
-    rows += [Row(name, "lenet", "untrained", 4) for name in names]
+    rows += [Row(data, "lenet", "untrained", 4) for data in names]
     images, evaluations = (1, 200) if options.quick else (options.images, options.evaluations)
     peer = Breaching(options.breaching) if (options.breaching / "bin" / "python").exists() else None
     if peer is None:
         print("breaching is not installed (--setup): ours alone", file=sys.stderr)
     print(f"{images} gradients a row, {evaluations} evaluations\n", flush=True)
-    print("| gradient of | attack | PSNR dB | seconds | evaluations |\n|---|---|---|---|---|", flush=True)
+    print(
+        "| gradient of | attack | PSNR dB | seconds | CPU seconds | evaluations |\n|---|---|---|---|---|---|",
+        flush=True,
+    )
     all_found = []
     try:
         for number, row in enumerate(rows, 1):
