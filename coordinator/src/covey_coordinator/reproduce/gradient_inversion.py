@@ -37,7 +37,7 @@ class Inverted(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def run(settings: dict[str, Any], seed: int, folder: Path | None) -> Outcome:
-    """value: mean PSNR in dB, or the labels read in per cent. pictures: the first truth and what was found, 0 to 255."""
+    """value: mean PSNR in dB, or the labels read in per cent. pictures: the first, truth and found, 0 to 255."""
     from covey_coordinator.inversion.keras_model import KerasModel
     from covey_coordinator.inversion.small_models import sigmoid_lenet, train
 
@@ -130,8 +130,8 @@ GRADIENT_INVERSION = Reproduction(
     engine="covey_coordinator.inversion on a Keras model, one gradient at a time",
     measure="PSNR in dB, mean over pictures; labels: per cent of pictures whose label was read",
     protocol=(
-        "MNIST. The LeNet of DLG's paper: three convolutions of 12 filters with sigmoids, a dense layer, weights uniform "
-        "in (-0.5, 0.5); untrained, or after 3 epochs on 6,000 other pictures.",
+        "MNIST. The LeNet of DLG's paper: three convolutions of 12 filters with sigmoids, a dense layer, weights "
+        "uniform in (-0.5, 0.5); untrained, or after 3 epochs on 6,000 other pictures.",
         "The attacker sees the float32 gradient of one picture and the model. L-BFGS matches every number and seeks "
         "the label too (DLG); signed Adam matches the direction with total variation, with the label read (iDLG).",
         "Full: 5 pictures a seed, 2,000 evaluations of the objective each, 500 labels. Quick: 1 picture, 400 and 50.",
