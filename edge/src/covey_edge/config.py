@@ -91,6 +91,7 @@ class PrivacySettings(Struct, frozen=True, forbid_unknown_fields=True):
     noise_moving_statistics: train models whose moving statistics (BatchNorm) would be noised too; without it such a
     round is refused. require_encryption: rounds whose updates are not encrypted to the coordinator are declined.
     exact_evaluation: answer evaluation rounds also with noise_multiplier above 0; what they send is never noised.
+    screen_models: what becomes of a round whose model looks made to read the data (model_screening).
     """
 
     clip_norm: NotNegative = 0.0
@@ -99,6 +100,7 @@ class PrivacySettings(Struct, frozen=True, forbid_unknown_fields=True):
     noise_moving_statistics: bool = False
     require_encryption: bool = False
     exact_evaluation: bool = False
+    screen_models: Literal["refuse", "warn", "off"] = "refuse"
 
 
 class WireSettings(Struct, frozen=True, forbid_unknown_fields=True):
@@ -108,10 +110,12 @@ class WireSettings(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class PolicySettings(Struct, frozen=True, forbid_unknown_fields=True):
-    """tasks: the names of those that this device works for, None for all. refuse_tasks: those it never works for."""
+    """tasks: the names of those that this device works for, None for all. refuse_tasks: those it never works for.
+    bundles: the sha256 of the bundle files it trains, 64 hex digits each, None for all that its coordinator seals."""
 
     tasks: Optional[tuple[str, ...]] = None
     refuse_tasks: tuple[str, ...] = ()
+    bundles: Optional[tuple[Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")], ...]] = None
 
 
 class CaptureSettings(Struct, frozen=True, forbid_unknown_fields=True):
