@@ -6,9 +6,9 @@ from typing import NamedTuple, Optional
 
 from msgspec import UNSET
 
-from covey_edge.config import AgentConfig, DataSettings, TaskData
+from covey_edge.config import AgentConfig, DataSettings, PolicySettings, TaskData
 from covey_protocol.bundle import METRICS
-from covey_protocol.messages import TrainingPlan
+from covey_protocol.messages import BlobRef, TrainingPlan
 from covey_protocol.works import CORRECT, FEATURES, WORKS
 
 
@@ -79,3 +79,10 @@ def unwilling(config: AgentConfig, plan: TrainingPlan) -> str:
     if plan.work == FEATURES and config.privacy.noise_multiplier:
         return "this device adds noise, and shares of its examples have none"
     return ""
+
+
+def unpinned(policy: PolicySettings, bundle: BlobRef) -> str:
+    """Why this device does not load this bundle; "" where it does."""
+    if policy.bundles is None or bundle.sha256.hex() in policy.bundles:
+        return ""
+    return f"this device does not load bundle {bundle.sha256.hex()[:12]}... ([policy] bundles in its agent.toml)"

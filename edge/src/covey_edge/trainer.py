@@ -23,6 +23,7 @@ from covey_edge.coded import coded
 from covey_edge.data_sources import Examples, check_examples, load_examples
 from covey_edge.frames import Done, Frame, Open, Probe, Problem, Run, read_frame, write_frame
 from covey_edge.leak_gate import STOPPED, Stopped, judge
+from covey_edge.model_screening import Screen
 from covey_edge.processes import die_with_parent
 from covey_edge.runtime import Floats, Model, Numbers, installed
 from covey_edge.withheld import NO_WITHHELD_NOISE
@@ -49,6 +50,7 @@ class Trainer:
         self._data_state: tuple[object, ...] = ()
         self._raw: Optional[Examples] = None
         self._examples: Optional[Examples] = None
+        self._screen = Screen()
 
     def answer(self, request: Frame) -> Frame:
         try:
@@ -109,6 +111,7 @@ class Trainer:
             refuse_moving_statistics(self._model.manifest)
         received = np.frombuffer(request.parameters, "<f4").astype(np.float32)
         started = time.monotonic()
+        warnings = self._screen.look(self._model.manifest, received, x, request)
         self._model.set_parameters(received)
         loss_before, accuracy_before = self._model.evaluate(x, y)
         update, loss, kept, found = _made(self._model, (x, y), request, received)
@@ -134,7 +137,7 @@ class Trainer:
         record = b""
         if request.record and request.plan.work == TRAIN:
             record = recorded((x, y), trained, data, request, self._model.runtime)
-        return Done(data, len(x), finite, self._model.runtime, withheld or kept, dict(found), record)
+        return Done(data, len(x), finite, self._model.runtime, withheld or kept, dict(found), record, warnings)
 
 
 def shard_update(model: Model, examples: Examples, request: Run, name: str, received: Floats) -> tuple[Floats, float]:
