@@ -135,7 +135,9 @@ def softmax_weights(faces: Faces, seed: int) -> tuple[Array, Array]:
 def softmax(faces: Faces, seed: int) -> Recogniser:
     import tensorflow as tf
 
-    return from_keras(trained([tf.keras.layers.Dense(faces.people)], faces.train_x, faces.train_y, 300, 1e-3, seed), faces)
+    return from_keras(
+        trained([tf.keras.layers.Dense(faces.people)], faces.train_x, faces.train_y, 300, 1e-3, seed), faces
+    )
 
 
 def mlp(faces: Faces, seed: int) -> Recogniser:
@@ -179,7 +181,9 @@ def dae(faces: Faces, seed: int) -> Recogniser:
     )
 
 
-def autoencoder(x: Array, width: int, seed: int, layer: int) -> tuple[Callable[[Array], Array], Callable[[Array], Array]]:
+def autoencoder(
+    x: Array, width: int, seed: int, layer: int
+) -> tuple[Callable[[Array], Array], Callable[[Array], Array]]:
     """(encode, decode) with sigmoids: 200 epochs of full-batch Adam on the cross entropy of pixels, inputs noisy."""
     import tensorflow as tf
 
@@ -332,9 +336,7 @@ def error(told: Attack, faces: Faces, seed: int) -> Outcome:
 def attacked(told: Attack, faces: Faces, people: Array, seed: int) -> Outcome:
     if told.attack == WHITE:
         one = RECOGNISERS[told.model](faces, seed)
-        found = inversion.invert(
-            one.slopes, people, one.start, Search(iterations=told.iterations), process=one.process
-        )
+        found = inversion.invert(one.slopes, people, one.start, Search(iterations=told.iterations), process=one.process)
         pictures = one.seen(found.inputs)
     else:
         kernel, bias = softmax_weights(faces, seed)
@@ -489,15 +491,23 @@ MODEL_INVERSION = Reproduction(
     full_time="full form: several hours of one core (scaled from the quick form)",
     cases=cases,
     claims=(
-        Claim("Softmax regression errs on at most 7.5% of held-out pictures", lambda v: v[label_of(SOFTMAX, ERROR)] <= 0.075),
-        Claim("At least 75% of the faces are identified (softmax, white box)", lambda v: v[label_of(SOFTMAX, WHITE)] >= 0.75),
+        Claim(
+            "Softmax regression errs on at most 7.5% of held-out pictures",
+            lambda v: v[label_of(SOFTMAX, ERROR)] <= 0.075,
+        ),
+        Claim(
+            "At least 75% of the faces are identified (softmax, white box)",
+            lambda v: v[label_of(SOFTMAX, WHITE)] >= 0.75,
+        ),
         Claim("A federated model gives its devices' people away as well", lambda v: v[label_of(FLEET, WHITE)] >= 0.75),
         Claim(
             "MLP and autoencoder give away less than softmax regression",
             lambda v: max(v[label_of(MLP, WHITE)], v[label_of(DAE, WHITE)]) < v[label_of(SOFTMAX, WHITE)],
         ),
-        Claim("A black box gives away as much as a white one, given a small step and exact answers",
-              lambda v: v[asked_label(SMALL, 0.0)] >= 0.75),
+        Claim(
+            "A black box gives away as much as a white one, given a small step and exact answers",
+            lambda v: v[asked_label(SMALL, 0.0)] >= 0.75,
+        ),
         Claim("Rounding to 0.1 leaves the paper's attack nothing", lambda v: v[asked_label(SMALL, 0.1)] == 0),
         Claim(
             "Rounding to 0.1 holds off an attacker who knows of it",

@@ -73,7 +73,9 @@ def tumours() -> Table:
     from sklearn.datasets import load_breast_cancer
 
     x, y = load_breast_cancer(return_X_y=True)
-    tens = np.column_stack([np.digitize(one, np.quantile(one, np.arange(1, 10) / 10)) for one in x.T]).astype(np.float64)
+    tens = np.column_stack([np.digitize(one, np.quantile(one, np.arange(1, 10) / 10)) for one in x.T]).astype(
+        np.float64
+    )
     tens[:, 1] = x[:, 1] > np.quantile(x[:, 1], 0.75)
     return Table(tens, y.astype(np.int64), 1, 2, 1)
 
