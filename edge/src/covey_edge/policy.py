@@ -7,6 +7,7 @@ from typing import NamedTuple, Optional
 from msgspec import UNSET
 
 from covey_edge.config import AgentConfig, DataSettings, PolicySettings, TaskData
+from covey_edge.leak_told import JUDGED
 from covey_protocol.bundle import METRICS
 from covey_protocol.messages import BlobRef, TrainingPlan
 from covey_protocol.works import CORRECT, FEATURES, WORKS
@@ -67,6 +68,9 @@ def unwilling(config: AgentConfig, plan: TrainingPlan) -> str:
         return f"this device cannot measure {', '.join(unknown)}; update its agent"
     if plan.evaluate and config.privacy.noise_multiplier and not config.privacy.exact_evaluation:
         return "this device adds noise, and metrics have none (privacy.exact_evaluation in its agent.toml)"
+    limited = config.privacy.max_psnr_db or config.privacy.max_label_recovery
+    if limited and not plan.evaluate and plan.work in WORKS and plan.work not in JUDGED:
+        return f"this device limits what its updates tell, and cannot judge {plan.work!r} ([privacy] in its agent.toml)"
     if plan.work not in WORKS:
         return f"this device cannot do {plan.work!r}; update its agent"
     if plan.coding is not UNSET:
