@@ -25,7 +25,7 @@ from covey_protocol.parameters import ParameterSpec
 FEDERATED, MOVES, NOISE, WEIGHTS = 61, 62, 63, 64  # streams of random numbers of one seed
 UNITS = (0.001, 0.005, 0.01, 0.05, 0.1)  # what the paper rounds to
 SMALL, LARGE = 1e-3, 1.0  # steps of the numerical slope, in pixels of [0, 1]
-MOVED = 0.3  # of the adaptive attack: the deviation of a move in one pixel
+MOVED = 0.1  # of the adaptive attack: the deviation of a move in one pixel
 SHOWN, THUMB = 6, 2  # people in the figure, and by how much their pictures are reduced there
 SOFTMAX, MLP, DAE, FLEET = "softmax", "MLP", "DAE", "softmax, federated"
 NO_PROCESS = "DAE, no Process"
