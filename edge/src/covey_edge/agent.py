@@ -350,6 +350,7 @@ class AgentProgram:
             data.replica if data is not None else "",
             self._config.capture.keep_records > 0,
             {name: str(self._agent.folder / path) for name, path in data.shards} if data is not None else {},
+            data.debug if data is not None else "",
         )
         self._child.request(invitation.round_id, request, self._config.training.timeout_s)
 

@@ -37,6 +37,7 @@ class Run(msgspec.Struct, frozen=True, tag="run"):
     data_source, trusted_path: of the instances that the owner vouches for, "" for none.
     replica: the owner's name for data that other devices hold, too; "" for none.
     record: whether to answer with what was done, for the owner.
+    debug: what becomes of examples with doubted labels, as in agent.toml.
     shards: name -> path of those that this device holds of a code.
     """
 
@@ -57,6 +58,7 @@ class Run(msgspec.Struct, frozen=True, tag="run"):
     replica: str = ""
     record: bool = False
     shards: dict[str, str] = {}
+    debug: str = ""
 
     @property
     def order_name(self) -> str:
