@@ -374,6 +374,7 @@ class AgentProgram:
             privacy.max_psnr_db,
             privacy.max_label_recovery,
             privacy.screen_models,
+            data.debug if data is not None else "",
         )
         self._child.request(invitation.round_id, request, self._config.training.timeout_s)
 

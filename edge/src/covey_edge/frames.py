@@ -43,6 +43,7 @@ class Run(msgspec.Struct, frozen=True, tag="run"):
     data_source, trusted_path: of the instances that the owner vouches for, "" for none.
     replica: the owner's name for data that other devices hold, too; "" for none.
     record: whether to answer with what was done, for the owner.
+    debug: what becomes of examples with doubted labels, as in agent.toml.
     shards: name -> path of those that this device holds of a code.
     max_psnr_db, max_label_recovery: the owner's, of `leak_gate`; 0 for no limit.
     screen_models: the owner's, of `model_screening`.
@@ -68,6 +69,7 @@ class Run(msgspec.Struct, frozen=True, tag="run"):
     max_psnr_db: float = 0.0
     max_label_recovery: float = 0.0
     screen_models: str = "refuse"
+    debug: str = ""
 
     @property
     def order_name(self) -> str:

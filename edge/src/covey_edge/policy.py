@@ -14,7 +14,7 @@ from covey_protocol.works import CORRECT, FEATURES, WORKS
 
 
 class DataPlace(NamedTuple):
-    """path, replica: as in agent.toml. held_out: the owner keeps these data for evaluations. trusted: where the
+    """path, replica, debug: as in agent.toml. held_out: the owner keeps these data for evaluations. trusted: where the
     instances are whose labels the owner vouches for, "" for none. shards: (name, path) of a code's; it has no path.
     """
 
@@ -24,6 +24,7 @@ class DataPlace(NamedTuple):
     trusted: str = ""
     replica: str = ""
     shards: tuple[tuple[str, str], ...] = ()
+    debug: str = ""
 
 
 def data_for(data: DataSettings, plan: TrainingPlan) -> Optional[DataPlace]:
@@ -41,7 +42,7 @@ def data_for(data: DataSettings, plan: TrainingPlan) -> Optional[DataPlace]:
         return DataPlace(own.source, own.evaluation_path, held_out=True)
     if not own.path:
         return None
-    return DataPlace(own.source, own.path, trusted=own.trusted_path, replica=own.replica)
+    return DataPlace(own.source, own.path, trusted=own.trusted_path, replica=own.replica, debug=own.debug)
 
 
 def places(data: DataSettings) -> list[DataPlace]:
