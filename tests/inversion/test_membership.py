@@ -84,7 +84,7 @@ def test_an_example_that_every_shadow_model_has_seen_is_refused() -> None:
 
 @pytest.fixture(scope="module")
 def learned_by_heart(digits: Any) -> tuple[Any, np.ndarray, Any, Any]:
-    """(float64 model, its parameters, members, nonmembers): 100 digits, of which 20 with wrong labels, until they sit."""
+    """(float64 model, its parameters, members, others): 100 digits, of which 20 with wrong labels, until they sit."""
     import tensorflow as tf
 
     x, y = (np.asarray(one) for one in digits)

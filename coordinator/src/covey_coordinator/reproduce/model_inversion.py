@@ -467,28 +467,28 @@ MODEL_INVERSION = Reproduction(
     engine="covey_coordinator.inversion.model_inversion; federated: ten devices in numpy, engine.step of live rounds",
     measure="error: share of wrong held-out pictures; else the share of attacked people whose picture is identified",
     protocol=(
-        "AT&T's faces, 40 people with ten pictures each, 7 to train and 3 held out by the seed. Pictures of 112 x 92 in "
+        "AT&T's faces, 40 people with ten pictures each, 7 to train and 3 held out by the seed; of 112 x 92 pixels in "
         "the full form's errors and white-box rows of the softmax models, else of 56 x 46.",
-        "MI-Face as in the paper: 5000 steps of rate 0.1 from a black picture, patience 100, until a confidence of 0.99; no "
+        "MI-Face as in the paper: 5000 steps of rate 0.1 from a black picture, patience 100, confidence 0.99; no "
         "Process but for the autoencoder (denoise and sharpen, in code space).",
         "A picture counts as identified where, of the mean held-out pictures of all 40 people, it correlates most with "
         "its own person's. A flat picture is not identified.",
         "People attacked: all 40 of both softmax models; of MLP and autoencoder 10, as a black box 6 (quick form: 4).",
         "Black box: central differences in every pixel; answers of softmax regression to single moved pixels are "
         "computed from the kernel's rows.",
-        f"Adaptive: confidences (rounded to 0.1) or labels alone, averaged over 100 random moves of coarse blotches, {400} "
-        "steps of length 0.5.",
+        "Adaptive: confidences (rounded to 0.1) or labels alone, averaged over 100 random moves of coarse blotches of "
+        f"deviation {MOVED}, {DITHERED.iterations} steps of length {DITHERED.rate}.",
         "Softmax: 300 epochs of full-batch Adam; MLP of 3000 sigmoids: 60 epochs; autoencoder 1000 and 300 sigmoids; "
         "federated: ten devices with four people each, 150 rounds of 5 steps of SGD.",
     ),
     deviations=(
-        "People at Mechanical Turk chose in the paper; here a program does, on pictures that no model has seen. It sees "
+        "People at Mechanical Turk chose in the paper; here a program does, with pictures no model has seen. It sees "
         "in a reconstruction what linear classifiers see, which is more than an eye does.",
-        "The paper's stopping rule as printed (cost at most 0.99) would stop at the start: we stop at a confidence of 0.99.",
+        "The paper's stopping rule as printed (cost at most 0.99) would stop at the start: ours is a confidence.",
         "The denoiser is a median filter, the paper's is non-local means; its optimizers are not known to us.",
         "The adaptive attacks are not in the paper.",
     ),
-    full_time="full form: several hours of one core (scaled from the quick form)",
+    full_time="full form: about half an hour of one core's time per seed (scaled from single runs of the quick form)",
     cases=cases,
     claims=(
         Claim(
