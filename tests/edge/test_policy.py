@@ -16,7 +16,7 @@ from covey_edge.trainer import Trainer
 from covey_protocol.blobs import blob_ref
 from covey_protocol.bundle import read_bundle
 from covey_protocol.errors import ConfigError
-from covey_protocol.messages import TrainingPlan
+from covey_protocol.messages import CodingPlan, TrainingPlan
 from covey_protocol.seals import SealingKey
 
 KEY = SealingKey.from_seed(bytes(32))
@@ -77,9 +77,42 @@ def test_all_data_are_looked_at_before_the_device_connects(tmp_path: Path) -> No
     found = {place.path for place in places(agent(tmp_path, TASKS).config.data)}
     assert found == {"faces.npz", "faces-test.npz", "bells"}
     assert [place.path for place in places(agent(tmp_path, HELD_OUT).config.data)] == ["data.npz", "test.npz"]
+    assert [place.path for place in places(agent(tmp_path, SHARDS).config.data)] == ["n.npz", "s.npz", "e.npz"]
 
 
+SHARDS = HEAD + '[data.shards]\nnorth = "n.npz"\nsouth = "s.npz"\neast = "e.npz"\n'
+RING = ("a", "kitchen-pi", "c", "d"), ("west", "north", "east", "south")
+
+
+def coded(*changes: tuple[str, ...]) -> TrainingPlan:
+    return TrainingPlan(1, 0.1, work="cyclic-code", coding=CodingPlan(*(changes or RING), 1))
+
+
+WHERE["the shards of a code, whatever else there is"] = (
+    SHARDS.replace("[data.shards]", '[data]\npath = "data.npz"\n[data.shards]'),
+    coded(),
+    DataPlace("npz", "", shards=(("north", "n.npz"), ("south", "s.npz"), ("east", "e.npz"))),
+)
+WHERE["what becomes of doubted labels"] = (
+    TRUSTED + 'debug = "drop"\n',
+    plan(),
+    DataPlace("npz", "data.npz", trusted="trusted.npz", debug="drop"),
+)
+WHERE["nothing for a code, of a device without shards"] = (ONE, coded(), None)
+WHERE["what a device with shards holds out"] = (
+    SHARDS.replace("[data.shards]", '[data]\nevaluation_path = "test.npz"\n[data.shards]'),
+    plan("", "loss"),
+    DataPlace("npz", "test.npz", True),
+)
+WHERE["nothing for training, of a device with shards alone"] = (SHARDS, plan(), None)
 WILLING = {
+    "a row of its shards": (SHARDS, coded(), ""),
+    "a row of one that it does not hold": (
+        SHARDS,
+        coded(RING[0], ("west", "north", "centre", "south")),
+        "this device holds no shard 'centre'",
+    ),
+    "a row of a code of others": (SHARDS, coded(("a", "b", "c"), ("x", "y", "z")), "has no place in the code"),
     "a round without a task": (ONE, plan(), ""),
     "any task, on its one set of data": (ONE, plan("faces"), ""),
     "a task that is allowed": (ONE + '[policy]\ntasks = ["faces"]\n', plan("faces"), ""),
@@ -105,8 +138,12 @@ def test_a_device_is_asked_for(what: str, tmp_path: Path) -> None:
 
 
 BAD = {
+    "debugging without trusted instances": (ONE + 'debug = "mend"\n', "debug = 'mend' without trusted_path"),
+    "debugging that is none": (TRUSTED + 'debug = "repair"\n', "Invalid enum value 'repair'"),
+    "shards, with noise": (SHARDS + NOISE, "shard = 'north' with noise_multiplier: a noised update equals nobody's"),
+    "a shard whose name is none": (HEAD + '[data.shards]\n"a b" = "x"\n', "shard 'a b'"),
     "no data at all": (HEAD + "[data]\n", "has no path"),
-    "a task without a path": (HEAD + "[data.tasks.faces]\n", "missing required field `path`"),
+    "a task without a path": (HEAD + "[data.tasks.faces]\n", r"\[data.tasks.faces\] has no path; say where"),
     "a task of no name": (HEAD + '[data.tasks."a b"]\npath = "x"\n', "task 'a b'"),
     "a misspelt key of a task": (HEAD + '[data.tasks.faces]\npaht = "x"\n', "unknown field `paht`"),
     "a name that is none": (ONE + '[policy]\nrefuse_tasks = ["a/b"]\n', "task 'a/b'"),

@@ -260,6 +260,23 @@ TEACHING_FIELDS: Fields = {
     "lambda_z": (real(0, math.inf, above=True), math.inf),
     "lambda_y": (real(0.5, math.inf, above=True), math.inf),
 }
+CODING_FIELDS: Fields = {
+    "devices": (listing(DEVICE_ID, 1, 255), REQUIRED),
+    "shards": (listing(DEVICE_ID, 1, 255), REQUIRED),  # the same letters
+    "s": (whole(0, 255), REQUIRED),
+}
+
+
+def coding(value: Any) -> Message:
+    plan: Message = structure(CODING_FIELDS)(value)
+    devices, shards = plan["devices"], plan["shards"]
+    if len(set(devices)) < len(devices) or len(set(shards)) < len(shards):
+        raise Refused("a code that names something twice")
+    if len(devices) != len(shards) or 2 * plan["s"] >= len(devices):
+        raise Refused("a code of sizes that do not go together")
+    return plan
+
+
 PLAN_FIELDS: Fields = {
     "epochs": (whole(1, 1000), REQUIRED),
     "learning_rate": (real(0, 1000, above=True), REQUIRED),
@@ -274,6 +291,7 @@ PLAN_FIELDS: Fields = {
     "work": (NAME, "train"),
     "steps": (whole(0, 1_000_000), 0),
     "teaching": (structure(TEACHING_FIELDS), None),
+    "coding": (coding, None),
 }
 
 

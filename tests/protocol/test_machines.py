@@ -142,6 +142,7 @@ def test_an_invitation_requires_what_an_old_device_would_pass_over_in_silence() 
         ("dream", "dream"),
         ("teach", "teach"),
         ("teach-correct", "teach"),
+        ("cyclic-code", "cyclic-code"),
     ):
         other = msgspec.structs.replace(plain, work=work)
         named = needed_capabilities(first, other)

@@ -24,6 +24,7 @@ from rich.console import Console
 from covey_coordinator.aggregation.registry import rule_from_table
 from covey_coordinator.aggregation.rules import Rule
 from covey_coordinator.aggregation.trimmed_mean import Median
+from covey_coordinator.algorithms.coded_settings import CodingSettings, check_coded, coded_of, coding_plan
 from covey_coordinator.algorithms.engines import asked_by
 from covey_coordinator.algorithms.making import check_algorithm, make_algorithm_engine
 from covey_coordinator.algorithms.settings import FEDAVG, Algorithm
@@ -43,7 +44,9 @@ from covey_coordinator.coordinator import (
 )
 from covey_coordinator.eligibility import Eligible, eligible, meant, sampled
 from covey_coordinator.fleet import MIN_CHUNK_BYTES, POLL_S, Fleet
-from covey_coordinator.orders import Orders, Revocations
+from covey_coordinator.inversion.plan_gate import PrivacyPolicy, refuse_leaks
+from covey_coordinator.inversion.round_checks import RoundChecks
+from covey_coordinator.orders import MAX_REASON, Orders, Revocations
 from covey_coordinator.records import ACCEPTED
 from covey_coordinator.retained import RetainedNote
 from covey_coordinator.roster import Roster, RosterFile
@@ -185,6 +188,8 @@ class CoordinatorConfig(Struct, frozen=True, forbid_unknown_fields=True):
     trusted: TrustedSettings | None = None
     task: str = ""
     teaching: TeachingSettings | None = None
+    coding: CodingSettings | None = None
+    privacy: PrivacyPolicy | None = None
     metrics: MetricsSettings | None = None
     runs_dir: str = "runs"
     bundle_key: str | None = None  # whose seal the bundle has, where that is not key_file's
@@ -218,6 +223,8 @@ def serve(
     planned = [_planned(path, one, weight, key) for one, weight in read]
     for one in planned:
         _warn_of_sparse_rows(one.config, say)
+        for line in one.warnings:
+            say(line)
         if one.config.trusted is not None and one.config.teaching is None and not one.rule.needs_trusted:
             say(f"warning: [trusted] is not used: {one.rule.name} needs no trusted data")
     keys, broker = roster_from(config.devices), read_broker(config.broker, folder)
@@ -260,6 +267,7 @@ def serve(
                 revoked=revoked,
                 common=common,
                 own=own[run],
+                checks=RoundChecks(one.bundle.manifest, one.config.privacy or PrivacyPolicy()),
             )
             model = Model(one.bundle).parameters()
             told = _named(say, one.config.task) if len(planned) > 1 else say
@@ -271,7 +279,8 @@ def serve(
 
 
 class Planned(NamedTuple):
-    """A task that was checked as far as that is possible without devices. data: the bundle's bytes.
+    """A task that was checked as far as that is possible without devices. data: the bundle's bytes. warnings: for the
+    operator.
 
     config.rounds counts exchanges with the devices, as everything after this does (algorithms.settings).
     """
@@ -281,6 +290,7 @@ class Planned(NamedTuple):
     data: bytes
     bundle: Bundle
     rule: Rule
+    warnings: tuple[str, ...] = ()
 
 
 def _planned(path: Path, config: CoordinatorConfig, weight: float, key: SealingKey) -> Planned:
@@ -301,7 +311,8 @@ def _planned(path: Path, config: CoordinatorConfig, weight: float, key: SealingK
         except RuleError as exc:  # as aggregation.evaluating would say of every round
             raise RuleError(f"{path}: [evaluation]: {exc.what}", "raise its quorum, or lower num_byzantine") from exc
     exchanges = _algorithm(config).exchanges(config.rounds)
-    return Planned(msgspec.structs.replace(config, rounds=exchanges), weight, data, bundle, rule)
+    warnings = _refuse_leaks(path, config, data, bundle.manifest)
+    return Planned(msgspec.structs.replace(config, rounds=exchanges), weight, data, bundle, rule, warnings)
 
 
 def _check_devices(path: Path, config: CoordinatorConfig) -> None:
@@ -346,6 +357,7 @@ def _made_engine(stack: contextlib.ExitStack, planned: Planned, folder: Path) ->
     algorithm, teaching = _algorithm(config), None
     if algorithm.teaching is not None and config.teaching is not None:
         teaching = teaching_of(config.teaching, algorithm.teaching, config.trusted, planned.bundle, folder)
+    coded = coded_of(config.coding, algorithm.coding) if config.coding is not None else None
     engine = make_algorithm_engine(
         algorithm,
         server.engine,
@@ -356,6 +368,7 @@ def _made_engine(stack: contextlib.ExitStack, planned: Planned, folder: Path) ->
         rate=config.training.learning_rate,
         devices=len(_meant(config)),
         teaching=teaching,
+        coded=coded,
         device_ids=_meant(config) if planned.rule.expects_copies else (),
     )
     stack.callback(engine.close)
@@ -621,6 +634,10 @@ class Task:
     def _take(self, result: RoundResult) -> None:
         for line in _lines(result.number, self.config.rounds, result):
             self._say(printable(line))
+        for line in result.leaks:
+            self._say(printable(f"  privacy: {line}"))
+        if result.leaks and self.config.privacy is not None and self.config.privacy.pause:
+            self._orders.pause(f"privacy: {result.leaks[0]}"[:MAX_REASON])
         if not result.evaluates:
             self._count(result)
         self.coordinator.tidy(self.config.run)
@@ -778,12 +795,21 @@ def _check_plan(path: Path, config: CoordinatorConfig, manifest: Manifest) -> No
         raise ConfigError(f"{path}: {exc.what}", f"{exc.remedy}, or leave the setting out") from exc
 
 
+def _refuse_leaks(path: Path, config: CoordinatorConfig, data: bytes, manifest: Manifest) -> tuple[str, ...]:
+    if config.privacy is None:
+        return ()
+    algorithm, plain = _algorithm(config), _plan(config, 1)
+    plans = [algorithm.plan(plain, work) for work in algorithm.works]
+    return tuple(refuse_leaks(path, config.privacy, data, manifest, plans))
+
+
 def _algorithm(config: CoordinatorConfig) -> Algorithm:
     training, teaching = config.training, None
     if config.teaching is not None:
         teaching = teaching_plan(config.teaching, _meant(config), config.trusted is not None)
     holders = config.teaching is not None and bool(config.teaching.holders)
-    return Algorithm(training.algorithm, training.local_steps, training.feature_scaling, teaching, holders)
+    coding = coding_plan(config.coding, _meant(config)) if config.coding is not None else None
+    return Algorithm(training.algorithm, training.local_steps, training.feature_scaling, teaching, holders, coding)
 
 
 def _check_algorithm(path: Path, config: CoordinatorConfig) -> None:
@@ -792,6 +818,8 @@ def _check_algorithm(path: Path, config: CoordinatorConfig) -> None:
         check_algorithm(algorithm, config.server.optimizer)
     except ConfigError as exc:
         raise ConfigError(f"{path}: {exc.what}", exc.remedy) from exc
+    if config.coding is not None:
+        check_coded(path, config.coding, config.aggregation, config.round, config.wire.compression)
     if algorithm.name != FEDAVG and config.round.max_staleness:
         raise ConfigError(
             f"{path}: algorithm {algorithm.name!r} with round.max_staleness: its vectors belong to one model",

@@ -36,7 +36,9 @@ class TaskTable(Struct, frozen=True, forbid_unknown_fields=True):
     wire: Table = UNSET
     evaluation: Table = UNSET
     teaching: Table = UNSET
+    coding: Table = UNSET
     trusted: Table = UNSET
+    privacy: Table = UNSET
 
 
 class NamedTask(Struct):

@@ -51,14 +51,19 @@ class IdentitySettings(Struct, frozen=True, forbid_unknown_fields=True):
     coordinator_key: Union[str, tuple[str, ...]]
 
 
+Debug = Literal["", "report", "drop", "mend"]
+
+
 class TaskData(Struct, frozen=True, forbid_unknown_fields=True):
     """One task's, as in DataSettings."""
 
-    path: str
+    path: str = ""
     source: str = "npz"
     evaluation_path: str = ""
     trusted_path: str = ""
     replica: str = ""
+    shards: dict[str, str] = {}
+    debug: Debug = ""
 
 
 class DataSettings(Struct, frozen=True, forbid_unknown_fields=True):
@@ -66,6 +71,9 @@ class DataSettings(Struct, frozen=True, forbid_unknown_fields=True):
     for the same. trusted_path: instances whose labels the owner vouches for, "" for none (machine teaching). tasks: the
     data of tasks by name; with any of them, other tasks find no data here.
     replica: the name of the shard that other devices hold, too, whose updates are to be equal; "" for data of its own.
+    debug: what becomes of examples whose labels the trusted ones speak against: "" for not looking, "report", "drop"
+    or "mend".
+    shards: name -> path of the shards of a cyclic code that this device holds; others hold each of them, too.
     """
 
     path: str = ""
@@ -73,6 +81,8 @@ class DataSettings(Struct, frozen=True, forbid_unknown_fields=True):
     evaluation_path: str = ""
     trusted_path: str = ""
     replica: str = ""
+    shards: dict[str, str] = {}
+    debug: Debug = ""
     tasks: dict[str, TaskData] = {}  # msgspec copies empty defaults
 
 
@@ -91,6 +101,9 @@ class PrivacySettings(Struct, frozen=True, forbid_unknown_fields=True):
     noise_moving_statistics: train models whose moving statistics (BatchNorm) would be noised too; without it such a
     round is refused. require_encryption: rounds whose updates are not encrypted to the coordinator are declined.
     exact_evaluation: answer evaluation rounds also with noise_multiplier above 0; what they send is never noised.
+    max_psnr_db: an update that states a true example more closely is stopped (leak_gate). max_label_recovery: likewise
+    for the share of the labels that it tells. epsilon_limit: rounds after which this device's updates would have spent
+    more are declined (ledger); delta: of epsilon.
     screen_models: what becomes of a round whose model looks made to read the data (model_screening).
     """
 
@@ -100,6 +113,10 @@ class PrivacySettings(Struct, frozen=True, forbid_unknown_fields=True):
     noise_moving_statistics: bool = False
     require_encryption: bool = False
     exact_evaluation: bool = False
+    max_psnr_db: NotNegative = 0.0
+    max_label_recovery: Annotated[float, Meta(ge=0, le=1)] = 0.0
+    epsilon_limit: NotNegative = 0.0
+    delta: Annotated[float, Meta(gt=0, lt=1)] = 1e-5
     screen_models: Literal["refuse", "warn", "off"] = "refuse"
 
 
@@ -162,11 +179,15 @@ def load_agent(path: Path) -> Agent:
     check_name(config.fleet, "fleet")
     if config.privacy.noise_multiplier and not config.privacy.clip_norm:
         raise ConfigError(f"{path}: noise_multiplier needs clip_norm", "set privacy.clip_norm; noise is measured in it")
+    _check_epsilon(path, config.privacy)
     _check_replicas(path, config)
     for name in (*config.data.tasks, *(config.policy.tasks or ()), *config.policy.refuse_tasks):
         check_name(name, "task")
-    if not config.data.path and not config.data.tasks:
+    if not (config.data.path or config.data.shards or config.data.tasks):
         raise ConfigError(f"{path}: [data] has no path", "say where this device's data are")
+    for name, task in config.data.tasks.items():
+        if not (task.path or task.shards):
+            raise ConfigError(f"{path}: [data.tasks.{name}] has no path", "say where this task's data are")
     for name in config.wire.compression:
         if name not in COMPRESSIONS:
             raise ConfigError(f"{path}: there is no compression {name!r}", f"use {', '.join(COMPRESSIONS)}")
@@ -179,15 +200,33 @@ def load_agent(path: Path) -> Agent:
     )
 
 
+def _check_epsilon(path: Path, privacy: PrivacySettings) -> None:
+    if privacy.epsilon_limit and not privacy.noise_multiplier:
+        raise ConfigError(
+            f"{path}: epsilon_limit without noise_multiplier: what has no noise has no epsilon",
+            "set privacy.clip_norm and privacy.noise_multiplier, or leave epsilon_limit out",
+        )
+    if privacy.epsilon_limit and privacy.exact_evaluation:
+        raise ConfigError(
+            f"{path}: epsilon_limit with exact_evaluation: exact numbers have no epsilon", "leave one of them out"
+        )
+
+
 def _check_replicas(path: Path, config: AgentConfig) -> None:
-    for name in (config.data.replica, *(task.replica for task in config.data.tasks.values())):
-        if name and config.privacy.noise_multiplier:
+    every: list[DataSettings | TaskData] = [config.data, *config.data.tasks.values()]
+    for data in every:
+        if data.debug and not data.trusted_path:
             raise ConfigError(
-                f"{path}: replica = {name!r} with noise_multiplier: a noised update equals nobody's",
-                "leave one of them out",
+                f"{path}: debug = {data.debug!r} without trusted_path", "say where the instances are that you vouch for"
             )
-        if name:
-            check_name(name, "replica")
+        for what, name in (("replica", data.replica), *(("shard", name) for name in data.shards)):
+            if (name or what == "shard") and config.privacy.noise_multiplier:
+                raise ConfigError(
+                    f"{path}: {what} = {name!r} with noise_multiplier: a noised update equals nobody's",
+                    "leave one of them out",
+                )
+            if name or what == "shard":
+                check_name(name, what)
 
 
 def read_broker(settings: BrokerSettings, folder: Path) -> Broker:

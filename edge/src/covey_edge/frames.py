@@ -22,8 +22,8 @@ SUSPECTED_TOLD = "this device takes the model for one made to read its data; the
 
 
 class Open(msgspec.Struct, frozen=True, tag="open"):
-    """Load this bundle (already in the cache) and these data. sealed_by: the coordinator's public key, hex; or by one
-    of or_by, while it has two."""
+    """Load this bundle (already in the cache) and these data, or none where data_path is "". sealed_by: the
+    coordinator's public key, hex; or by one of or_by, while it has two."""
 
     bundle_path: str
     bundle_sha256: bytes
@@ -42,7 +42,11 @@ class Run(msgspec.Struct, frozen=True, tag="run"):
     max_epochs: the owner's, which bounds a plan's steps by the batches of so many passes; 0 for no bound.
     data_source, trusted_path: of the instances that the owner vouches for, "" for none.
     replica: the owner's name for data that other devices hold, too; "" for none.
-    record: whether to answer with what was done, for the owner. screen_models: the owner's, of `model_screening`.
+    record: whether to answer with what was done, for the owner.
+    debug: what becomes of examples with doubted labels, as in agent.toml.
+    shards: name -> path of those that this device holds of a code.
+    max_psnr_db, max_label_recovery: the owner's, of `leak_gate`; 0 for no limit.
+    screen_models: the owner's, of `model_screening`.
     """
 
     round_id: str
@@ -61,7 +65,11 @@ class Run(msgspec.Struct, frozen=True, tag="run"):
     trusted_path: str = ""
     replica: str = ""
     record: bool = False
+    shards: dict[str, str] = {}
+    max_psnr_db: float = 0.0
+    max_label_recovery: float = 0.0
     screen_models: str = "refuse"
+    debug: str = ""
 
     @property
     def order_name(self) -> str:
@@ -95,11 +103,13 @@ class Done(msgspec.Struct, frozen=True, tag="done"):
 
 
 class Problem(msgspec.Struct, frozen=True, tag="problem"):
-    """A request failed. kind: the error's class name in covey_protocol.errors."""
+    """A request failed. kind: the error's class name in covey_protocol.errors, or `leak_gate.STOPPED`. found: as in
+    Done."""
 
     kind: str
     what: str
     remedy: str = ""
+    found: dict[FileName, bytes] = {}
 
 
 Frame = Union[Open, Run, Probe, Done, Problem]

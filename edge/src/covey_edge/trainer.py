@@ -19,8 +19,11 @@ from typing import BinaryIO, Optional
 import msgspec
 import numpy as np
 
+from covey_edge.coded import coded
 from covey_edge.data_sources import Examples, check_examples, load_examples
+from covey_edge.debugging import Debugged, debugged, is_debugged
 from covey_edge.frames import Done, Frame, Open, Probe, Problem, Run, read_frame, write_frame
+from covey_edge.leak_gate import STOPPED, Stopped, judge
 from covey_edge.model_screening import Screen
 from covey_edge.processes import die_with_parent
 from covey_edge.runtime import Floats, Model, Numbers, installed
@@ -36,7 +39,7 @@ from covey_protocol.parameters import MAX_UPDATE_NORM, offsets
 from covey_protocol.privacy import add_gaussian_noise, clip
 from covey_protocol.seals import PublicKey
 from covey_protocol.svrg import order_of, step_seed
-from covey_protocol.works import CORRECT, FEATURES, TEACH
+from covey_protocol.works import CORRECT, CYCLIC, FEATURES, TEACH
 
 
 class Trainer:
@@ -49,6 +52,9 @@ class Trainer:
         self._raw: Optional[Examples] = None
         self._examples: Optional[Examples] = None
         self._screen = Screen()
+        self._debugged: Optional[Debugged] = None
+        self._debugged_state: tuple[object, ...] = ()
+        self._told: dict[str, bytes] = {}  # what was found, until its owner hears of it
 
     def answer(self, request: Frame) -> Frame:
         try:
@@ -59,6 +65,8 @@ class Trainer:
                 return self._open(request)
             if isinstance(request, Run):
                 return self._run(request)
+        except Stopped as exc:
+            return Problem(STOPPED, exc.what, exc.remedy, dict(exc.found))
         except CoveyError as exc:
             return Problem(type(exc).__name__, exc.what, exc.remedy)
         except MemoryError:
@@ -73,7 +81,8 @@ class Trainer:
             keys = [PublicKey.from_hex(text) for text in (request.sealed_by, *request.or_by)]
             self._model = Model(read_bundle(data, keys))
             self._bundle_sha256, self._examples = request.bundle_sha256, None
-        self._load_data(request.data_source, Path(request.data_path))
+        if request.data_path:
+            self._load_data(request.data_source, Path(request.data_path))
         return Done(runtime=self._model.runtime)
 
     def _load_data(self, source: str, path: Path) -> None:
@@ -89,9 +98,11 @@ class Trainer:
             self._examples = check_examples(*self._raw, self._model.manifest, path)
 
     def _run(self, request: Run) -> Done:
+        if self._model is not None and request.plan.work == CYCLIC:
+            return self._coded(self._model, request)
         if self._model is None or self._examples is None:
             raise TrainingError("no model is loaded")
-        x, y = self._examples
+        x, y = self._used(self._model, self._examples, request)
         if request.plan.max_examples:
             x, y = x[: request.plan.max_examples], y[: request.plan.max_examples]
         if len(x) < request.min_examples:
@@ -126,10 +137,46 @@ class Trainer:
         # a metric that is not a number would only confuse whoever averages it
         finite = {name: value for name, value in metrics.items() if np.isfinite(value)}
         data, withheld = compressed(update, request)
+        judge(self._model, (x, y), request, received, data)
         record = b""
         if request.record and request.plan.work == TRAIN:
             record = recorded((x, y), trained, data, request, self._model.runtime)
-        return Done(data, len(x), finite, self._model.runtime, withheld or kept, dict(found), record, warnings)
+        told, self._told = {**self._told, **found}, {}
+        return Done(data, len(x), finite, self._model.runtime, withheld or kept, told, record, warnings)
+
+    def _coded(self, model: Model, request: Run) -> Done:
+        """The row of a code; the model is looked at with each shard's examples, as with all others."""
+        warned: list[str] = []
+
+        def trained(
+            model: Model, examples: Examples, request: Run, name: str, received: Floats
+        ) -> tuple[Floats, float]:
+            warned.extend(self._screen.look(model.manifest, received, examples[0], request))
+            return shard_update(model, examples, request, name, received)
+
+        done = coded(model, request, trained)
+        return msgspec.structs.replace(done, warnings=tuple(dict.fromkeys(warned)))
+
+    def _used(self, model: Model, examples: Examples, request: Run) -> Examples:
+        """The examples of this round; looked through for wrong labels once for each state of the data."""
+        if not request.debug or not is_debugged(request.plan):
+            return examples
+        trusted = Path(request.trusted_path)
+        stat = trusted.stat() if trusted.exists() else None
+        state = (*self._data_state, self._bundle_sha256, trusted, stat and (stat.st_mtime_ns, stat.st_size))
+        if self._debugged is None or state != self._debugged_state:
+            self._debugged, self._debugged_state = debugged(model, examples, request), state
+            self._told = self._debugged.found
+        return self._debugged.used(examples, request.debug)
+
+
+def shard_update(model: Model, examples: Examples, request: Run, name: str, received: Floats) -> tuple[Floats, float]:
+    """What one shard of a code gives: its update, clipped and fit to be sent, and its training loss."""
+    model.set_parameters(received)
+    loss = train(model, examples, request.plan, name)
+    update = protect(model.parameters() - received, request.clip_norm, 0.0)
+    check_sendable(update)
+    return update, loss
 
 
 def _made(model: Model, examples: Examples, request: Run, received: Floats) -> Made:

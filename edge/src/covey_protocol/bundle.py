@@ -20,7 +20,7 @@ from typing import Optional, Union
 import msgspec
 
 from covey_protocol.errors import BundleError, TrainingError
-from covey_protocol.forms import NONE, compression_of
+from covey_protocol.forms import FLOAT64, NONE, compression_of
 from covey_protocol.messages import TrainingPlan
 from covey_protocol.parameters import ParameterSpec, total_size
 from covey_protocol.seals import PublicKey, SealingKey
@@ -172,7 +172,7 @@ def check_plan(manifest: Manifest, plan: TrainingPlan) -> None:
 
 def _check_compression(manifest: Manifest, plan: TrainingPlan) -> None:
     """A rounded or delayed update of a moving variance can make it negative, and its root NaN on every device."""
-    if compression_of(plan).name == NONE:
+    if compression_of(plan).name in (NONE, FLOAT64):
         return
     moving = [spec.name for spec in manifest.parameters if not spec.trainable]
     if moving:

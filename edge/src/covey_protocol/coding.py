@@ -12,6 +12,7 @@ a row is then d float64 numbers, with n even d complex128 ones.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -70,8 +71,36 @@ class CyclicCode:
         width = self.n - 2 * self.s
         return np.arange(width) - (width - 1) // 2
 
-    def encode(self, parts: Array) -> Array:
-        """(2s + 1, d) vectors of the device's shards, in the order of `shards` -> (d,) its row. Raises ConfigError."""
-        if len(parts) != self.load:
-            raise ConfigError(f"{len(parts)} vectors for a code of {self.load}", "give one of each shard it holds")
-        return np.asarray(self.coefficients @ np.asarray(parts, np.float64))
+    def encode(self, parts: Iterable[Array]) -> Array:
+        """(d,) vectors of the device's shards, in the order of `shards` -> (d,) its row. Raises ConfigError.
+
+        One vector is held at a time beside the row.
+        """
+        row, count = np.zeros(()), 0
+        for count, part in enumerate(parts, 1):
+            if count <= self.load:
+                row = row + self.coefficients[count - 1] * np.asarray(part, np.float64)
+        if count != self.load:
+            raise ConfigError(f"{count} vectors for a code of {self.load}", "give one of each shard it holds")
+        return row
+
+
+def weighed(update: Array, num_examples: int) -> Array:
+    """(d,) a shard's mean update -> (d + 1,) float64: times its number of examples, and that number behind it.
+
+    So the sum over the shards holds both parts of the weighted mean, and nobody can lie about the number alone.
+    """
+    return np.append(np.asarray(update, np.float64) * num_examples, float(num_examples))
+
+
+def as_numbers(row: Array) -> Array:
+    """A row as it travels: its real parts, then its imaginary parts where it is complex; float64."""
+    return np.concatenate([row.real, row.imag]) if np.iscomplexobj(row) else row
+
+
+def as_rows(code: CyclicCode, numbers: Array) -> Array:
+    """(n, ...) what `as_numbers` made of them -> (n, d) the rows; complex128 for even n."""
+    if code.n % 2:
+        return numbers
+    half = numbers.shape[1] // 2
+    return np.asarray(numbers[:, :half] + 1j * numbers[:, half:])

@@ -14,6 +14,7 @@ decode to the same bits everywhere: only sums, differences and products in a fix
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +22,7 @@ import numpy.typing as npt
 from covey_protocol.errors import PeerError, UsageError
 from covey_protocol.forms import (
     BLOCK,
+    FLOAT64,
     LARGEST_VARINT,
     NONE,
     ROTATED_4BIT,
@@ -38,6 +40,7 @@ from covey_protocol.forms import (
 from covey_protocol.messages import TrainingPlan
 
 Floats = npt.NDArray[np.float32]
+Numbers = npt.NDArray[Any]  # float32, or float64 in the form FLOAT64
 Codes = npt.NDArray[np.uint8]
 Integers = npt.NDArray[np.int64]
 
@@ -48,12 +51,14 @@ GAPS = {TOP_K: 0x22, TOP_K_8BIT: 0x24}
 GROUP = 1 << 16  # numbers rotated in one go: they stay in a cache
 
 
-def encode(update: Floats, compression: Compression, seed: bytes) -> bytes:
+def encode(update: Numbers, compression: Compression, seed: bytes) -> bytes:
     """The update (d,) in this form. UsageError where it is to be compressed and its norm is not at most MAX_SCALE.
 
     The same arguments give the same bytes. Over seeds, the rotated forms are unbiased: the mean of what they decode to
     is the update, up to float32 rounding. Top-k is biased: it leaves out the smaller numbers.
     """
+    if compression.name == FLOAT64:
+        return np.asarray(update, "<f8").tobytes()
     values = np.asarray(update, np.float32)
     if compression.name == NONE:
         return values.astype("<f4").tobytes()
@@ -65,22 +70,24 @@ def encode(update: Floats, compression: Compression, seed: bytes) -> bytes:
     return _encode_top(values, compression, seed)
 
 
-def decode(data: bytes, compression: Compression, seed: bytes, d: int) -> Floats:
+def decode(data: bytes, compression: Compression, seed: bytes, d: int) -> Numbers:
     """The update (d,) that these bytes stand for. PeerError where they are none of this form.
 
-    Quantised forms decode to finite numbers; plain ones to whatever float32 was sent.
+    Quantised forms decode to finite numbers; plain ones to whatever float32 or float64 was sent.
     """
     least, most = update_sizes(compression, d)
     if not least <= len(data) <= most:
         raise PeerError(f"the update has {len(data)} bytes; {compression.name} of {d} numbers has {least} to {most}")
     if compression.name == NONE:
         return np.frombuffer(data, "<f4").astype(np.float32, copy=False)
+    if compression.name == FLOAT64:
+        return np.frombuffer(data, "<f8").astype(np.float64, copy=False)
     if compression.name in ROTATED_CODES:
         return _decode_rotated(data, compression.name, seed, d)
     return _decode_top(data, compression, d)
 
 
-def decode_update(data: bytes, plan: TrainingPlan, round_id: str, device_id: str, d: int) -> Floats:
+def decode_update(data: bytes, plan: TrainingPlan, round_id: str, device_id: str, d: int) -> Numbers:
     """What a device sent for a round of this plan. PeerError where it is malformed."""
     return decode(data, compression_of(plan), update_seed(round_id, device_id), d)
 

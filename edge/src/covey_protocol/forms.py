@@ -9,11 +9,14 @@ from __future__ import annotations
 import difflib
 from typing import NamedTuple
 
+from msgspec import UNSET
+
 from covey_protocol.encryption import ENCRYPTION_BYTES
 from covey_protocol.errors import ConfigError
 from covey_protocol.messages import Invitation, TrainingPlan
 
 NONE, ROTATED_8BIT, ROTATED_4BIT, TOP_K, TOP_K_8BIT = "none", "rotated-8bit", "rotated-4bit", "top-k", "top-k-8bit"
+FLOAT64 = "float64"  # of the rows of the cyclic code: no plan names it, and none of its works goes with another
 COMPRESSIONS = (ROTATED_8BIT, ROTATED_4BIT, TOP_K, TOP_K_8BIT)  # their names are capabilities, too
 ROTATED = (ROTATED_8BIT, ROTATED_4BIT)
 WITHHOLDING = (TOP_K, TOP_K_8BIT)  # send a part of an update; the rest is kept for a later one
@@ -24,7 +27,7 @@ LARGEST_VARINT = 5  # bytes: 35 bits, more than any d
 
 
 class Compression(NamedTuple):
-    """One of COMPRESSIONS or NONE. kept_fraction: of top-k, the share of the d numbers that is sent; else 0."""
+    """One of COMPRESSIONS, NONE or FLOAT64. kept_fraction: of top-k, the share of the d numbers sent; else 0."""
 
     name: str = NONE
     kept_fraction: float = 0.0
@@ -48,6 +51,10 @@ def compression_of(plan: TrainingPlan) -> Compression:
             f"compression {plan.compression!r} with kept_fraction = {plan.kept_fraction:g}",
             f"give {' and '.join(WITHHOLDING)} a fraction above 0, to 1, and others none",
         )
+    if plan.coding is not UNSET:
+        if plan.compression != NONE:
+            raise ConfigError(f"a code's rows with compression {plan.compression!r}", "they are exact: leave it out")
+        return Compression(FLOAT64)
     return Compression(plan.compression, plan.kept_fraction)
 
 
@@ -60,6 +67,8 @@ def update_sizes(compression: Compression, d: int) -> tuple[int, int]:
     """The fewest and the most bytes that an encoded update of d numbers may have."""
     if compression.name == NONE:
         return 4 * d, 4 * d
+    if compression.name == FLOAT64:
+        return 8 * d, 8 * d
     if compression.name in ROTATED:
         sizes = block_sizes(d)
         size = 1 + 4 * len(sizes) + sum(sizes) * bits(compression.name) // 8

@@ -28,6 +28,7 @@ MAX_DURATION_MS = 30 * 24 * 3600 * 1000  # a month
 MAX_STALENESS = 100  # rounds; and as many earlier rounds an invitation can name
 MAX_STEPS = 1_000_000  # on one device in one round
 MAX_VECTORS = 4  # beside the parameters
+MAX_CODED = 255  # devices of a code, and shards: decoding is a search, and each is named in every plan
 MAX_TEACHING = 1e12  # of a constant of machine teaching: its square, times a number of instances, stays finite
 TRAIN = "train"  # the work of a plan that asks for no other
 
@@ -36,6 +37,7 @@ RoundId = Annotated[str, Meta(pattern=r"\A[A-Za-z0-9][A-Za-z0-9._-]{0,94}\Z")]
 Name = Annotated[str, Meta(max_length=64)]
 Reason = Annotated[str, Meta(max_length=MAX_REASON_CHARS)]
 TaskName = Annotated[str, Meta(pattern=r"\A(?:[A-Za-z0-9][A-Za-z0-9_-]{0,62})?\Z")]  # safe in a file's name
+ShardName = Annotated[str, Meta(pattern=r"\A[A-Za-z0-9][A-Za-z0-9_-]{0,62}\Z")]
 Count = Annotated[int, Meta(ge=0, le=2**53)]
 Index = Annotated[int, Meta(ge=0, lt=MAX_CHUNKS)]
 Sha256 = Annotated[bytes, Meta(min_length=32, max_length=32)]
@@ -82,6 +84,40 @@ class TeachingPlan(Struct, frozen=True, omit_defaults=True):
     lambda_y: Annotated[float, Meta(gt=0.5)] = math.inf
 
 
+class CodingPlan(Struct, frozen=True, omit_defaults=True):
+    """Who holds which shards in the cyclic code: docs/protocol.md, section 8.4; the arithmetic is in `coding`.
+
+    devices[j] holds 2 s + 1 shards: shards[j], shards[j + 1], ... around the end. As many devices as shards, each named
+    once, more than 2 s of them.
+    """
+
+    devices: Annotated[tuple[DeviceId, ...], Meta(min_length=1, max_length=MAX_CODED)]
+    shards: Annotated[tuple[ShardName, ...], Meta(min_length=1, max_length=MAX_CODED)]
+    s: Annotated[int, Meta(ge=0, le=MAX_CODED)]
+
+    def __post_init__(self) -> None:
+        for what, names in (("devices", self.devices), ("shards", self.shards)):
+            if len(set(names)) < len(names):
+                raise ValueError(f"a code that names one of its {what} twice")
+        if len(self.devices) != len(self.shards) or not 2 * self.s < len(self.devices):
+            raise ValueError(f"a code of {len(self.devices)} devices, {len(self.shards)} shards and s = {self.s}")
+
+    @property
+    def n(self) -> int:
+        return len(self.devices)
+
+    def held_by(self, device_id: str) -> tuple[str, ...]:
+        """The names of this device's shards, in the order of its coefficients; none where it has no place."""
+        if device_id not in self.devices:
+            return ()
+        place = self.devices.index(device_id)
+        return tuple(self.shards[(place + step) % self.n] for step in range(2 * self.s + 1))
+
+    def row_numbers(self, d: int) -> int:
+        """How many float64 numbers a row is: d and the number of examples; twice that where it is complex."""
+        return (d + 1) * (1 if self.n % 2 else 2)
+
+
 class TrainingPlan(Struct, frozen=True, omit_defaults=True):
     """What a device is asked to do with its data. The device's own policy may do less, never more.
 
@@ -94,7 +130,8 @@ class TrainingPlan(Struct, frozen=True, omit_defaults=True):
     evaluate: names of metrics. Where there are any, nothing is trained: the update is these numbers of the received
     model on the device's data, in this order. task: which of the fleet's tasks this is, "" where it has only one.
     work: what the device makes of its data, see `works`; no Literal, as for compression. steps: so many local steps
-    in place of epochs, 0 for epochs. teaching: of the works of machine teaching, which need it.
+    in place of epochs, 0 for epochs. teaching: of the works of machine teaching, which need it. coding: of the cyclic
+    code, which needs it.
     """
 
     epochs: Annotated[int, Meta(ge=1, le=MAX_EPOCHS)]
@@ -110,6 +147,7 @@ class TrainingPlan(Struct, frozen=True, omit_defaults=True):
     work: Name = TRAIN
     steps: Annotated[int, Meta(ge=0, le=MAX_STEPS)] = 0
     teaching: Union[TeachingPlan, UnsetType] = UNSET
+    coding: Union[CodingPlan, UnsetType] = UNSET
 
     def __post_init__(self) -> None:
         # omit_defaults leaves out what *is* the default; a 0.0 from a configuration is another 0.0
@@ -162,7 +200,9 @@ class Invitation(Struct, frozen=True, tag="invitation", omit_defaults=True):
 
     @property
     def update_dimension(self) -> int:
-        """How many numbers an update is: d, or in an evaluation round one for each metric."""
+        """How many numbers an update is: d, in an evaluation round one for each metric, of a code those of a row."""
+        if self.plan.coding is not UNSET:
+            return self.plan.coding.row_numbers(self.dimension)
         return len(self.plan.evaluate) or self.dimension
 
 

@@ -1,7 +1,7 @@
 """What a plan may ask a device to make of its data instead of a trained update: names, and what a bundle must have.
 
 docs/protocol.md, section 8.4. Without NumPy, which the agent's own process does not load; the arithmetic is in `svrg`
-and `scaffold`.
+and `scaffold`, `teaching`, `coding`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from covey_protocol.parameters import ParameterSpec
 
 FEATURES, GRADIENT, SVRG, SCAFFOLD = "features", "gradient", "svrg", "scaffold"
 TEACH, CORRECT = "teach", "teach-correct"
-WORKS = (TRAIN, FEATURES, GRADIENT, SVRG, SCAFFOLD, TEACH, CORRECT)
+CYCLIC = "cyclic-code"
+WORKS = (TRAIN, FEATURES, GRADIENT, SVRG, SCAFFOLD, TEACH, CORRECT, CYCLIC)
 # the capability that a work needs; one of a later version is its own, so that this device declines by its name
 CAPABILITY_OF = {
     TRAIN: "train",
@@ -27,6 +28,7 @@ CAPABILITY_OF = {
     SCAFFOLD: SCAFFOLD,
     TEACH: TEACH,
     CORRECT: TEACH,
+    CYCLIC: CYCLIC,
 }
 LEARNERS = {  # a bundle's loss -> the learner of its last layer, as teaching.Problem calls it
     "mean_squared_error": "ridge",
@@ -58,6 +60,11 @@ def feature_units(bundle: BundleFacts) -> Optional[int]:
 
 def check_work(bundle: BundleFacts, plan: TrainingPlan) -> None:
     """TrainingError where the plan's work is none, or not this bundle's, or does not go with the rest of the plan."""
+    if (plan.work == CYCLIC) != (plan.coding is not UNSET):
+        raise TrainingError(f"the plan asks for {plan.work} {'without' if plan.work == CYCLIC else 'with'} a code")
+    if plan.work == CYCLIC:
+        _check_coding(plan)
+        return
     if plan.work == TRAIN:
         if plan.steps:
             raise TrainingError(f"the plan asks for {plan.steps} steps of {TRAIN!r}", "set epochs instead")
@@ -114,6 +121,14 @@ def _check_teaching(bundle: BundleFacts, plan: TrainingPlan) -> None:
             f"the loss of bundle {bundle.name!r} is {bundle.loss} of {layer[1]} outputs, which cannot be taught",
             f"export the model with one of {', '.join(LEARNERS)} (binary: one output)",
         )
+
+
+def _check_coding(plan: TrainingPlan) -> None:
+    """A row is made of trained updates, so all that shapes one goes with it: clipping of gradients, FedProx."""
+    beside = {"metrics to evaluate": plan.evaluate, "steps": plan.steps, "compression": plan.compression != "none"}
+    for name, value in beside.items():
+        if value:
+            raise TrainingError(f"the plan asks for {plan.work} with {name}", "leave one of them out")
 
 
 def _check_beside(plan: TrainingPlan) -> None:

@@ -105,25 +105,30 @@ class Arrivals:
     """The updates of one round: each is screened when it arrives and written into its row of one matrix.
 
     Rows lie in the order of the device ids. Raises RuleError where the matrix would be too large for the rules or this
-    machine (`require_memory`). value_fault: what is wrong with an update and its norm, "" for nothing.
+    machine (`require_memory`). value_fault: what is wrong with an update and its norm, "" for nothing. dtype: of the
+    updates; float64 for rows of a code.
     """
 
     def __init__(
-        self, device_ids: Iterable[str], d: int, value_fault: Callable[[Array, float], str] | None = None
+        self,
+        device_ids: Iterable[str],
+        d: int,
+        value_fault: Callable[[Array, float], str] | None = None,
+        dtype: type[np.floating[Any]] = np.float32,
     ) -> None:
         self._value_fault = _value_fault if value_fault is None else value_fault
         self._rows = {device_id: row for row, device_id in enumerate(sorted(device_ids))}
-        require_memory(len(self._rows), d)
-        self._matrix = np.empty((len(self._rows), d), np.float32)
+        require_memory(len(self._rows), d * np.dtype(dtype).itemsize // 4)
+        self._matrix = np.empty((len(self._rows), d), dtype)
         self._counts: dict[str, float] = {}
         self._reasons: dict[str, str] = {}
         self._norms: dict[str, float] = {}
 
     def add(self, device_id: str, update: Any, num_examples: Any) -> None:
-        """Screen one device's update, a (d,) float32 array if it is any good. A later one replaces an earlier one."""
+        """Screen one device's update, a (d,) array of the dtype if it is any good. A later one replaces it."""
         for notes in (self._counts, self._reasons, self._norms):
             notes.pop(device_id, None)
-        reason = _shape_fault(update, self._matrix.shape[1])
+        reason = _shape_fault(update, self._matrix.shape[1], self._matrix.dtype)
         if not reason:
             row = self._matrix[self._rows[device_id]]
             row[:] = update
@@ -185,11 +190,11 @@ def update_fault(update: Any, d: int) -> str:
     return _shape_fault(update, d) or _value_fault(update, _norm(update))
 
 
-def _shape_fault(update: Any, d: int) -> str:
+def _shape_fault(update: Any, d: int, dtype: Any = np.float32) -> str:
     if not isinstance(update, np.ndarray):
         return f"update is not an array but {type(update).__name__}"
-    if update.dtype != np.float32:
-        return f"update has dtype {update.dtype} instead of float32"
+    if update.dtype != dtype:
+        return f"update has dtype {update.dtype} instead of {np.dtype(dtype)}"
     if update.shape != (d,):
         return f"update has shape {update.shape} instead of ({d},)"
     return ""

@@ -13,11 +13,11 @@ import msgspec
 
 from covey_coordinator.aggregation.registry import suggest
 from covey_protocol.errors import ConfigError
-from covey_protocol.messages import TRAIN, TeachingPlan, TrainingPlan
-from covey_protocol.works import CORRECT, FEATURES, GRADIENT, SCAFFOLD, SVRG, TEACH
+from covey_protocol.messages import TRAIN, CodingPlan, TeachingPlan, TrainingPlan
+from covey_protocol.works import CORRECT, CYCLIC, FEATURES, GRADIENT, SCAFFOLD, SVRG, TEACH
 
 FEDAVG, FSVRG, FSVRG_NAIVE, COMT = "fedavg", "fsvrg", "fsvrg-naive", "comt"
-ALGORITHMS = (FEDAVG, FSVRG, FSVRG_NAIVE, SCAFFOLD, COMT)
+ALGORITHMS = (FEDAVG, FSVRG, FSVRG_NAIVE, SCAFFOLD, COMT, CYCLIC)
 STEPPED = (FSVRG_NAIVE, SCAFFOLD)  # every device takes the same number of steps
 
 
@@ -26,6 +26,7 @@ class Algorithm:
     """name: one of ALGORITHMS; FedProx is fedavg with a proximal_weight. steps: local steps of those in STEPPED.
     feature_scaling: of fsvrg: S_k and A; without it both are the identity. teaching: of comt, which needs it.
     holders: of comt: devices hold trusted instances and are asked for corrections, not the coordinator alone.
+    coding: of cyclic-code, which needs it.
     """
 
     name: str = FEDAVG
@@ -33,6 +34,7 @@ class Algorithm:
     feature_scaling: bool = True
     teaching: TeachingPlan | None = None
     holders: bool = False
+    coding: CodingPlan | None = None
 
     def __post_init__(self) -> None:
         if self.name not in ALGORITHMS:
@@ -47,6 +49,11 @@ class Algorithm:
             raise ConfigError(
                 f"algorithm {self.name!r} {'without' if self.teaching is None else 'with'} [teaching]",
                 f"give {COMT!r} the table [teaching], and others none",
+            )
+        if (self.name == CYCLIC) != (self.coding is not None):
+            raise ConfigError(
+                f"algorithm {self.name!r} {'without' if self.coding is None else 'with'} [coding]",
+                f"give {CYCLIC!r} the table [coding], and others none",
             )
 
     @property
@@ -64,7 +71,7 @@ class Algorithm:
             return (FEATURES, GRADIENT, SVRG) if self.scaled else (GRADIENT, SVRG)
         if self.name == COMT:
             return (TEACH, CORRECT) if self.holders else (TEACH,)
-        return (SCAFFOLD,) if self.name == SCAFFOLD else (TRAIN,)
+        return (self.name,) if self.name in (SCAFFOLD, CYCLIC) else (TRAIN,)
 
     def exchanges(self, rounds: int) -> int:
         """How many exchanges so many steps of the model take."""
@@ -90,6 +97,9 @@ class Algorithm:
         if work in (TEACH, CORRECT):
             assert self.teaching is not None
             return msgspec.structs.replace(plan, work=work, teaching=self.teaching)
+        if work == CYCLIC:
+            assert self.coding is not None
+            return msgspec.structs.replace(plan, work=work, coding=self.coding)
         own = self.steps if work in (SVRG, SCAFFOLD) else 0
         plain = {"compression": "none", "kept_fraction": 0.0} if work == FEATURES else {}
         return msgspec.structs.replace(plan, work=work, steps=own, **plain)
