@@ -114,7 +114,7 @@ def test_an_update_beyond_the_limit_is_neither_kept_nor_offered(tmp_path: Path) 
 
 def agent_toml(folder: Path, privacy: str) -> Path:
     key = SealingKey.from_seed(bytes(32))
-    (folder / "device.pem").write_bytes(key.to_pem())
+    (folder / "device.pem").write_bytes(key.pem())
     path = folder / "agent.toml"
     path.write_text(
         f'device_id = "a"\nfleet = "f"\n[broker]\nurl = "mqtt://localhost"\n[identity]\nkey_file = "device.pem"\n'
