@@ -75,14 +75,16 @@ class PlanSettings(Struct, frozen=True, forbid_unknown_fields=True):
         )
 
 
-def read_plan(path: Path | None, data: str | None) -> PlanSettings:
-    """The file, or the defaults. data: instead of the file's. Raises ConfigError naming the key."""
+def read_plan(path: Path | None, data: str | None, holdout: float | None = None) -> PlanSettings:
+    """The file, or the defaults. data, holdout: instead of the file's. Raises ConfigError naming the key."""
     settings = PlanSettings() if path is None else read_toml(path, PlanSettings)
     if data is not None:
         settings = structs.replace(settings, data=structs.replace(settings.data, set="", path=data))
     elif settings.data.path and path is not None:
         beside = str(path.resolve().parent / settings.data.path)
         settings = structs.replace(settings, data=structs.replace(settings.data, path=beside))
+    if holdout is not None:
+        settings = structs.replace(settings, data=structs.replace(settings.data, test_fraction=holdout))
     _check(settings, "the plan" if path is None else str(path))
     return settings
 

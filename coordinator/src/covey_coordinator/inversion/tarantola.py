@@ -4,13 +4,14 @@ What is minimised over the batch m, within the range that the bundle declares (T
 
     2 S(m) = |g(m) - d|^2 / C_D + |m - m0|^2 / C_M
 
-by Gauss-Newton steps with Levenberg's damping: (G'C_D^-1 G + C_M^-1 + damping) step = -gradient of S. Small batches solve it
-densely, larger ones by conjugate gradients with nothing but products (`forward`). Numbers that lie on the range's end
-and would leave it are held. The search begins with noise as large as the update, at which g is nearly linear in what
-can be seen of it, and lets it shrink tenfold at a time to the true one.
+by Gauss-Newton steps with Levenberg's damping: (G'C_D^-1 G + C_M^-1 + damping) step = -gradient of S. Small batches
+solve it densely, larger ones by conjugate gradients with nothing but products (`forward`). Numbers that lie on the
+range's end and would leave it are held. The search begins with noise as large as the update, at which g is nearly
+linear in what can be seen of it, and lets it shrink step by step to the true one.
 
-Unlike the attacks on gradients by gradient descent it uses the size of the update, the known noise and every number of
-a local training of several steps. It needs the labels, and an update whose kinks (ReLU) do not stop it.
+Unlike attacks that descend on a gradient's direction it uses the size of the update, the known noise and every number
+of a local training of several steps. It needs the labels. Where g jumps (the kinks of a ReLU) it stops before an exact
+copy; with noise that covers the jumps it does not matter.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ import numpy as np
 import numpy.typing as npt
 
 from covey_coordinator.inversion.contract import AttackedModel, Finding, Progress, Seen, Stop
+from covey_coordinator.inversion.labels import labels_for
 from covey_coordinator.inversion.priors import Matrix, Prior, Vector, flat_examples, plain_prior
 from covey_coordinator.inversion.resolution import Problem, data_weights, squared
-from covey_protocol.errors import UsageError
 
 DENSE_UP_TO = 400  # unknown numbers; a dense step needs a product for each of them
 STEPS_PER_STAGE = 12
@@ -173,18 +174,18 @@ def _solved(
 
 
 SEES = (
-    "The bundle, the parameters it sent, the plan, the update of one device (or several of the same batch), the settings "
-    "of clipping and noise, and the labels or what the update says about them."
+    "The bundle, the parameters it sent, the plan, the update of one device (or several of the same batch), the "
+    "settings of clipping and noise, and the labels or what the update says about them."
 )
 
 
 @dataclass(frozen=True)
 class Tarantola:
     """The attack. labels: of the examples, in their order, where the attacker knows them; None reads them off the
-    update's last bias. prior: the plain one where None. starts: the prior's middle, then random ones, until one fits.
-    ignored: (d,), numbers of the update to leave out."""
+    update (`labels`); over several steps their order then is a guess. prior: the plain one where None. starts: the
+    prior's middle, then random ones, until one fits. ignored: (d,), numbers of the update to leave out."""
 
-    labels: Optional[tuple[int, ...]] = None
+    labels: Any = None
     prior: Optional[Prior] = None
     starts: int = 3
     iterations: int = 150
@@ -206,7 +207,7 @@ class Tarantola:
 
         started = time.monotonic()
         several = [seen] if isinstance(seen, Seen) else list(seen)
-        labels = np.array(self.labels if self.labels is not None else labels_read(model, several[0]), np.int64)
+        labels = labels_for(model, several[0], self.labels, seed)
         forward, prior = Forward(model, several, labels), self.prior or plain_prior(model.input)
         data = np.concatenate([np.asarray(one.update, np.float64) for one in several])
         weights = np.concatenate([data_weights(one, self.ignored) for one in several])
