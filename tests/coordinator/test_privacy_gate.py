@@ -33,7 +33,7 @@ from covey_coordinator.watching.board import Board
 from covey_coordinator.watching.cli import leakage_command, runs_command, status_command
 from covey_coordinator.watching.metrics import Traffic, exposition
 from covey_protocol.blobs import blob_ref
-from covey_protocol.bundle import Manifest
+from covey_protocol.bundle import Manifest, TensorSpec
 from covey_protocol.errors import ConfigError
 from covey_protocol.messages import Invitation, TrainingPlan
 from covey_protocol.parameters import ParameterSpec
@@ -47,7 +47,8 @@ BUNDLE = b"the bundle's file"
 def manifest(bias: bool = True) -> Manifest:
     specs = [ParameterSpec("logits/kernel", (INPUTS, CLASSES))]
     specs += [ParameterSpec("logits/bias", (CLASSES,))] if bias else []
-    return replace(manifest_of(*specs), loss="sparse_categorical_crossentropy", num_classes=CLASSES, batch_size=4)
+    made = replace(manifest_of(*specs), loss="sparse_categorical_crossentropy", num_classes=CLASSES, batch_size=4)
+    return replace(made, input=TensorSpec((INPUTS,), "float32"))
 
 
 D = INPUTS * CLASSES + CLASSES
@@ -77,6 +78,22 @@ def test_what_is_not_certain_is_not_refused_by_rule() -> None:
     assert refused(PrivacyPolicy(max_psnr_db=150.0, max_label_recovery=1.0)) == ""
     assert refused(PrivacyPolicy(max_linkability_auc=0.6)) == ""
     assert refused(PrivacyPolicy(max_psnr_db=30.0), plan=replace(PLAN, evaluate=("loss",))) == ""
+
+
+def test_features_behind_other_layers_are_certain_in_one_step_alone() -> None:
+    specs = (ParameterSpec("conv/kernel", (3, 3, 1, 4)), *manifest().parameters)
+    behind = replace(manifest(), parameters=specs)
+    policy = PrivacyPolicy(max_psnr_db=30.0)
+    assert "layer 'logits/kernel'" in refused(policy, manifest=behind)
+    assert refused(policy, manifest=behind, plan=TrainingPlan(2, 0.1)) == ""
+    assert "layer 'logits/kernel'" in refused(policy, plan=TrainingPlan(2, 0.1))
+
+
+def test_steps_that_are_no_sums_of_gradients_are_not_certain() -> None:
+    policy = PrivacyPolicy(max_psnr_db=30.0, max_label_recovery=0.5)
+    assert refused(policy, manifest=replace(manifest(), optimizer="adam")) == ""
+    assert refused(policy, plan=replace(PLAN, work="scaffold", steps=1)) == ""
+    assert refused(policy, plan=replace(PLAN, compression="rotated-8bit")) == ""
 
 
 def test_limits_without_an_audit_are_said_to_be_unaudited() -> None:
@@ -217,6 +234,12 @@ def test_what_a_device_does_not_keep_of_what_the_policy_relies_on_is_told() -> N
     updates = fleet(1, 1.0)[0]
     few = measured(RoundChecks(manifest(), PrivacyPolicy(min_examples=10)), updates)
     assert sum("fewer than min_examples" in line for line in few.told) == 8
+    many = RoundChecks(manifest(), PrivacyPolicy(min_examples=10))
+    names = [f"d{number}" for number in range(300)]
+    found = many.measure(np.tile(updates, (38, 1))[:300], names, [6] * 300, PLAN)
+    assert found is not None
+    assert len(found.devices) == 200
+    assert list(found.told)[-1] == "and 190 more"
     long = measured(RoundChecks(manifest(), PrivacyPolicy(clip_norm=1e-3)), updates)
     assert sum("does not clip" in line for line in long.told) == 8
     quiet = measured(RoundChecks(manifest(), PrivacyPolicy(clip_norm=1.0, noise_multiplier=1.0)), updates)
