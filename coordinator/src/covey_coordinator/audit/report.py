@@ -64,6 +64,7 @@ def report_html(bench: Bench, request: Any, outcome: Outcome, pictures: Read) ->
         cases=[_case(name, results, bench, pictures) for name in CASES if _of(results, name)],
         rows=[row for name in CASES for row in _rows(results, name)],
         after=_after(results),
+        guarantee=_guarantee(bench, _after(results).get("accuracy")),
         curves=[shown for name in SETTINGS if (shown := _curve(results, name)) is not None],
         trade_off=_trade_off(outcome),
         refused=_refused(results),
@@ -221,6 +222,18 @@ def _after(results: Sequence[Result]) -> dict[str, Result]:
         if best is not None:
             found[name] = best
     return found
+
+
+def _guarantee(bench: Bench, accuracy: Result | None) -> str:
+    privacy, rounds = bench.settings.privacy, bench.settings.fleet.rounds
+    if not privacy.noise_multiplier:
+        return "none: without noise there is no epsilon"
+    if accuracy is None:
+        return "not computed"
+    whom = "all of a device's data, against the coordinator" if privacy.by == "device" else (
+        "whether a device takes part, against those who see models; the coordinator sees the updates without noise"
+    )
+    return f"epsilon {accuracy.metrics['epsilon']:.3g} at delta {privacy.delta:g} after {rounds} rounds: {whom}"
 
 
 def _refused(results: Sequence[Result]) -> list[tuple[str, str]]:

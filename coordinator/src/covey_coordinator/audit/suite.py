@@ -6,8 +6,8 @@ clock.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import msgspec
@@ -16,9 +16,12 @@ import numpy as np
 from covey_coordinator.audit.bench import Bench, Case, chosen, one_step
 from covey_coordinator.audit.results import BARE, CURVES, MALICIOUS, ONE_EXAMPLE, PLAN, Pictures, Result, finite
 from covey_coordinator.audit.updates import Fleet, Floats, Protection
+from covey_coordinator.aggregation.accounting import epsilon_spent
 from covey_coordinator.inversion.contract import Attack, Stop
+from covey_coordinator.inversion.registry import make_attack
 from covey_coordinator.simulation.settings import PrivacySettings
 from covey_protocol.errors import UsageError
+from covey_protocol.gaussian import epsilon_of, mu_of
 
 Found = tuple[Result, Pictures | None]
 MEMBERS = 200  # of each device that are asked about
@@ -30,7 +33,8 @@ AFTERWARDS = "The finished model, and examples with their labels."
 
 @dataclass(frozen=True)
 class Level:
-    """minutes: of the budget, where none is given. evaluations, iterations, restarts, unrolled: of attacks.
+    """minutes: of the budget, where none is given. evaluations, iterations, restarts, unrolled, newton: of
+    attacks.
 
     samples: updates of each kind. curve: iterations of attacks at a curve's points. resolved: how many numbers the
     examples of an update may have for its resolution to be computed.
@@ -42,13 +46,14 @@ class Level:
     iterations: int
     restarts: int
     unrolled: int
+    newton: int
     curve: int
     samples: int
     resolved: int
 
 
-QUICK = Level("quick", 2.4, evaluations=150, iterations=300, restarts=1, unrolled=40, curve=150, samples=3, resolved=600)
-FULL = Level("full", 60.0, evaluations=2000, iterations=2400, restarts=2, unrolled=600, curve=1000, samples=10, resolved=50_000)
+QUICK = Level("quick", 2.4, evaluations=150, iterations=300, restarts=1, unrolled=40, newton=40, curve=150, samples=3, resolved=600)
+FULL = Level("full", 60.0, evaluations=2000, iterations=2400, restarts=2, unrolled=600, newton=150, curve=1000, samples=10, resolved=50_000)
 
 
 @dataclass(frozen=True)
@@ -63,29 +68,32 @@ class Piece:
 
 @dataclass(frozen=True)
 class Weapon:
-    """An attack as the audit uses it. most: examples of an update beyond which it is not tried, 0 for any number."""
+    """An attack as the audit uses it. name, settings: as the registry has it. exact: in float64.
+
+    most: examples of an update beyond which it is not tried, 0 for any number. several_steps: only on updates of those.
+    """
 
     name: str
-    made: Callable[[], Attack]
+    settings: Mapping[str, Any] = field(default_factory=dict)
     exact: bool = False
     most: int = 0
     several_steps: bool = False
 
+    def made(self) -> Attack:
+        return make_attack(self.name, **self.settings)
+
 
 def weapons(level: Level, iterations: int) -> tuple[Weapon, ...]:
-    from covey_coordinator.inversion.deep_leakage import DeepLeakage
-    from covey_coordinator.inversion.inverting_gradients import InvertingGradients
-    from covey_coordinator.inversion.labels import LabelRecovery
-    from covey_coordinator.inversion.local_steps import LocalSteps
-    from covey_coordinator.inversion.trap_weights import UnitReading
-
-    restarts = level.restarts
+    """iterations: of the attack that is tried on every update."""
+    descent = {"iterations": iterations, "restarts": level.restarts}
+    unrolled = {"iterations": level.unrolled, "restarts": 1}
     return (
-        Weapon("labels", LabelRecovery),
-        Weapon("units", UnitReading),
-        Weapon("inverting-gradients", lambda: InvertingGradients(iterations, restarts)),
-        Weapon("deep-leakage", lambda: DeepLeakage(level.evaluations), exact=True, most=FEW),
-        Weapon("local-steps", lambda: LocalSteps(iterations=level.unrolled, restarts=1), several_steps=True),
+        Weapon("labels"),
+        Weapon("units"),
+        Weapon("inverting-gradients", descent),
+        Weapon("deep-leakage", {"evaluations": level.evaluations}, exact=True, most=FEW),
+        Weapon("tarantola", {"starts": level.restarts, "iterations": level.newton}, exact=True, most=FEW),
+        Weapon("local-steps", unrolled, several_steps=True),
     )
 
 
@@ -187,7 +195,17 @@ def _of_the_fleet(bench: Bench) -> Iterator[Piece]:
 def _accuracy_of_plan(bench: Bench, case: Case) -> Found:
     accuracy = bench.accuracy(bench.trained[-1].parameters)
     metrics = {"accuracy": accuracy, "accuracy_before": bench.accuracy(bench.child.initial)}
+    privacy = bench.settings.privacy
+    if privacy.noise_multiplier:
+        metrics["epsilon"] = _epsilon(privacy, bench.settings.fleet.rounds)
     return bench.result("fleet-accuracy", case, "accuracy", metrics=metrics), None
+
+
+def _epsilon(privacy: PrivacySettings, rounds: int) -> float:
+    """Of a device that takes part in all rounds: its own noise against the coordinator, or the sum's against others."""
+    if privacy.by == "device":
+        return epsilon_of(mu_of({privacy.noise_multiplier: rounds}), privacy.delta)
+    return epsilon_spent(privacy.noise_multiplier, rounds, 1.0, privacy.delta)
 
 
 def _members(bench: Bench, case: Case) -> Found:
