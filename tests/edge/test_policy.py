@@ -93,6 +93,11 @@ WHERE["the shards of a code, whatever else there is"] = (
     coded(),
     DataPlace("npz", "", shards=(("north", "n.npz"), ("south", "s.npz"), ("east", "e.npz"))),
 )
+WHERE["what becomes of doubted labels"] = (
+    TRUSTED + 'debug = "drop"\n',
+    plan(),
+    DataPlace("npz", "data.npz", trusted="trusted.npz", debug="drop"),
+)
 WHERE["nothing for a code, of a device without shards"] = (ONE, coded(), None)
 WHERE["what a device with shards holds out"] = (
     SHARDS.replace("[data.shards]", '[data]\nevaluation_path = "test.npz"\n[data.shards]'),
@@ -133,6 +138,8 @@ def test_a_device_is_asked_for(what: str, tmp_path: Path) -> None:
 
 
 BAD = {
+    "debugging without trusted instances": (ONE + 'debug = "mend"\n', "debug = 'mend' without trusted_path"),
+    "debugging that is none": (TRUSTED + 'debug = "repair"\n', "Invalid enum value 'repair'"),
     "shards, with noise": (SHARDS + NOISE, "shard = 'north' with noise_multiplier: a noised update equals nobody's"),
     "a shard whose name is none": (HEAD + '[data.shards]\n"a b" = "x"\n', "shard 'a b'"),
     "no data at all": (HEAD + "[data]\n", "has no path"),

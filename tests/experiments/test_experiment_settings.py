@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -276,6 +277,17 @@ def test_the_data_folder_is_the_option_or_the_environment(tmp_path: Path, monkey
     monkeypatch.setenv("COVEY_DATA", str(tmp_path / "environment"))
     assert read_experiment(SMALL).cells[0].data_dir == str(tmp_path / "environment")
     assert read_experiment(SMALL, data_dir=tmp_path).cells[0].data_dir == str(tmp_path)
+
+
+def test_infinity_of_a_python_dict_stays_infinite_and_tuples_are_lists() -> None:
+    """Not through JSON, in which it is null."""
+    told = {**SMALL, "training": {"algorithm": "comt"}, "teaching": {"lambda_z": math.inf}, "trusted": {"size": 20}}
+    table = read_experiment({**told, "seeds": (0, 1)}).table
+    assert table["teaching"] == {"lambda_z": math.inf}
+    assert table["seeds"] == [0, 1]
+    assert tomllib.loads(toml_of(table)) == table
+    with pytest.raises(ConfigError, match="what no TOML file can"):
+        read_experiment({**SMALL, "seeds": object()})
 
 
 def test_setting_a_key_makes_the_tables_on_its_way() -> None:

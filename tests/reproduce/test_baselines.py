@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from covey_coordinator.teaching import baselines, duti, fitting
+from covey_coordinator.teaching import baselines, fitting
 from covey_coordinator.teaching.baselines import Problem
 from covey_coordinator.teaching.fitting import LOGISTIC, RIDGE, Data, Floats, auc, fitted
+from covey_protocol import duti
 
 TRUTH = np.array([1.0, -2.0, 0.5, 3.0])
 

@@ -66,6 +66,21 @@ def test_noise_ruins_the_mean_and_krum_does_not_notice(data_folder: Path) -> Non
     assert clean["best"] == max(accuracy for _, accuracy in clean["curve"])
 
 
+def test_trusted_examples_are_no_devices_and_carry_a_rule_through_a_hostile_majority(data_folder: Path) -> None:
+    """Seven of ten reverse their gradients: FLTrust learns from a hundred examples of the coordinator's own."""
+    hostile = {"attack": {"attack": "sign-flip"}, "hostile": 7, "trusted": 100}
+    mean = outcome(data_folder, **hostile)
+    fltrust = outcome(data_folder, **hostile, rule={"rule": "fltrust"})
+    assert mean["last"] < 0.3
+    assert fltrust["last"] > 0.6
+    world = descent.world_of("mnist", (16,), 10, "iid", 0.5, True, 0, data_folder, 100)
+    assert world.trusted is not None
+    assert len(world.trusted.y) == 100
+    assert sum(len(rows) for rows in world.shards) == len(world.train.y) == 1400
+    own = {image.tobytes() for image in world.trusted.x}
+    assert own.isdisjoint(image.tobytes() for image in world.train.x)
+
+
 def test_the_same_seed_gives_the_same_curve_and_another_another(data_folder: Path) -> None:
     first, again, other = (outcome(data_folder, seed, rounds=20) for seed in (0, 0, 1))
     assert first["curve"] == again["curve"]

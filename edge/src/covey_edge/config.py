@@ -51,6 +51,9 @@ class IdentitySettings(Struct, frozen=True, forbid_unknown_fields=True):
     coordinator_key: Union[str, tuple[str, ...]]
 
 
+Debug = Literal["", "report", "drop", "mend"]
+
+
 class TaskData(Struct, frozen=True, forbid_unknown_fields=True):
     """One task's, as in DataSettings."""
 
@@ -60,6 +63,7 @@ class TaskData(Struct, frozen=True, forbid_unknown_fields=True):
     trusted_path: str = ""
     replica: str = ""
     shards: dict[str, str] = {}
+    debug: Debug = ""
 
 
 class DataSettings(Struct, frozen=True, forbid_unknown_fields=True):
@@ -67,6 +71,8 @@ class DataSettings(Struct, frozen=True, forbid_unknown_fields=True):
     for the same. trusted_path: instances whose labels the owner vouches for, "" for none (machine teaching). tasks: the
     data of tasks by name; with any of them, other tasks find no data here.
     replica: the name of the shard that other devices hold, too, whose updates are to be equal; "" for data of its own.
+    debug: what becomes of examples whose labels the trusted ones speak against: "" for not looking, "report", "drop"
+    or "mend".
     shards: name -> path of the shards of a cyclic code that this device holds; others hold each of them, too.
     """
 
@@ -76,6 +82,7 @@ class DataSettings(Struct, frozen=True, forbid_unknown_fields=True):
     trusted_path: str = ""
     replica: str = ""
     shards: dict[str, str] = {}
+    debug: Debug = ""
     tasks: dict[str, TaskData] = {}  # msgspec copies empty defaults
 
 
@@ -97,6 +104,7 @@ class PrivacySettings(Struct, frozen=True, forbid_unknown_fields=True):
     max_psnr_db: an update that states a true example more closely is stopped (leak_gate). max_label_recovery: likewise
     for the share of the labels that it tells. epsilon_limit: rounds after which this device's updates would have spent
     more are declined (ledger); delta: of epsilon.
+    screen_models: what becomes of a round whose model looks made to read the data (model_screening).
     """
 
     clip_norm: NotNegative = 0.0
@@ -109,6 +117,7 @@ class PrivacySettings(Struct, frozen=True, forbid_unknown_fields=True):
     max_label_recovery: Annotated[float, Meta(ge=0, le=1)] = 0.0
     epsilon_limit: NotNegative = 0.0
     delta: Annotated[float, Meta(gt=0, lt=1)] = 1e-5
+    screen_models: Literal["refuse", "warn", "off"] = "refuse"
 
 
 class WireSettings(Struct, frozen=True, forbid_unknown_fields=True):
@@ -118,10 +127,12 @@ class WireSettings(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class PolicySettings(Struct, frozen=True, forbid_unknown_fields=True):
-    """tasks: the names of those that this device works for, None for all. refuse_tasks: those it never works for."""
+    """tasks: the names of those that this device works for, None for all. refuse_tasks: those it never works for.
+    bundles: the sha256 of the bundle files it trains, 64 hex digits each, None for all that its coordinator seals."""
 
     tasks: Optional[tuple[str, ...]] = None
     refuse_tasks: tuple[str, ...] = ()
+    bundles: Optional[tuple[Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")], ...]] = None
 
 
 class CaptureSettings(Struct, frozen=True, forbid_unknown_fields=True):
@@ -204,6 +215,10 @@ def _check_epsilon(path: Path, privacy: PrivacySettings) -> None:
 def _check_replicas(path: Path, config: AgentConfig) -> None:
     every: list[DataSettings | TaskData] = [config.data, *config.data.tasks.values()]
     for data in every:
+        if data.debug and not data.trusted_path:
+            raise ConfigError(
+                f"{path}: debug = {data.debug!r} without trusted_path", "say where the instances are that you vouch for"
+            )
         for what, name in (("replica", data.replica), *(("shard", name) for name in data.shards)):
             if (name or what == "shard") and config.privacy.noise_multiplier:
                 raise ConfigError(

@@ -24,6 +24,7 @@ MOST_ON_PAGE = 200  # rows of the HTML page; the JSON names all instances
 STRONG = 0.5  # crafted by more than this share of its own size, an instance is named for it
 DOUBTFUL = 0.5  # suspicion from which an instance is named
 CHANNELS = (1, 3)
+EXPECTED = "the model expects"  # over the column of what an instance is held against
 ZOOM_TO, THIN_TO = 96, 128  # pixels of a small picture on the page, and of a large one: 200 of them stay a few MB
 
 
@@ -121,9 +122,14 @@ def _report(
     return Report(task, round_id, tuple(sorted(instances, key=lambda one: (-one.suspicion, one.row))))
 
 
-def files(report: Report, x: Numbers) -> dict[str, bytes]:
-    """What is to be written, by name. x: (n, ...), the examples as the model takes them."""
-    return {"report.json": as_json(report), "report.html": as_html(report, x)}
+def files(
+    report: Report, x: Numbers, name: str = "report", by: str = "teaching", expected: str = EXPECTED
+) -> dict[str, bytes]:
+    """What is to be written, by name. x: (n, ...), the examples as the model takes them. by: what has found it.
+
+    expected: the head of the column of what instances are held against.
+    """
+    return {f"{name}.json": as_json(report), f"{name}.html": as_html(report, x, by, expected)}
 
 
 def as_json(report: Report) -> bytes:
@@ -140,17 +146,17 @@ _STYLE = (
     "th,td{padding:.3em .8em;border-bottom:1px solid #ccc;text-align:left;vertical-align:middle}"
     "img{image-rendering:pixelated;border:1px solid #999}.n{text-align:right}"
 )
-_HEAD = ("", "row", "label here", "the model expects", "suspicion", "why it is named")
+_HEAD = ("", "row", "label here", EXPECTED, "suspicion", "why it is named")
 
 
-def as_html(report: Report, x: Numbers) -> bytes:
+def as_html(report: Report, x: Numbers, by: str = "teaching", expected: str = EXPECTED) -> bytes:
     named, total = report.named, len(report.instances)
     shown = named[:MOST_ON_PAGE]
     with_pictures = is_picture(x)
-    head = _HEAD if with_pictures else _HEAD[1:]
+    head = [expected if name == EXPECTED else name for name in (_HEAD if with_pictures else _HEAD[1:])]
     low, high = (float(x.min()), float(x.max())) if len(x) else (0.0, 1.0)
     rows = [_row(one, picture(x[one.row], low, high) if with_pictures else None) for one in shown]
-    title = f"What teaching found in this device's data{f' ({report.task})' if report.task else ''}"
+    title = f"What {by} found in this device's data{f' ({report.task})' if report.task else ''}"
     told = (
         f"{len(named)} of {total} examples are named, the most suspicious first"
         + (f"; the first {len(shown)} are shown, report.json holds all" if len(shown) < len(named) else "")

@@ -21,8 +21,10 @@ import numpy as np
 
 from covey_edge.coded import coded
 from covey_edge.data_sources import Examples, check_examples, load_examples
+from covey_edge.debugging import Debugged, debugged, is_debugged
 from covey_edge.frames import Done, Frame, Open, Probe, Problem, Run, read_frame, write_frame
 from covey_edge.leak_gate import STOPPED, Stopped, judge
+from covey_edge.model_screening import Screen
 from covey_edge.processes import die_with_parent
 from covey_edge.runtime import Floats, Model, Numbers, installed
 from covey_edge.withheld import NO_WITHHELD_NOISE
@@ -49,6 +51,10 @@ class Trainer:
         self._data_state: tuple[object, ...] = ()
         self._raw: Optional[Examples] = None
         self._examples: Optional[Examples] = None
+        self._screen = Screen()
+        self._debugged: Optional[Debugged] = None
+        self._debugged_state: tuple[object, ...] = ()
+        self._told: dict[str, bytes] = {}  # what was found, until its owner hears of it
 
     def answer(self, request: Frame) -> Frame:
         try:
@@ -93,10 +99,10 @@ class Trainer:
 
     def _run(self, request: Run) -> Done:
         if self._model is not None and request.plan.work == CYCLIC:
-            return coded(self._model, request, shard_update)
+            return self._coded(self._model, request)
         if self._model is None or self._examples is None:
             raise TrainingError("no model is loaded")
-        x, y = self._examples
+        x, y = self._used(self._model, self._examples, request)
         if request.plan.max_examples:
             x, y = x[: request.plan.max_examples], y[: request.plan.max_examples]
         if len(x) < request.min_examples:
@@ -109,6 +115,7 @@ class Trainer:
             refuse_moving_statistics(self._model.manifest)
         received = np.frombuffer(request.parameters, "<f4").astype(np.float32)
         started = time.monotonic()
+        warnings = self._screen.look(self._model.manifest, received, x, request)
         self._model.set_parameters(received)
         loss_before, accuracy_before = self._model.evaluate(x, y)
         update, loss, kept, found = _made(self._model, (x, y), request, received)
@@ -134,7 +141,33 @@ class Trainer:
         record = b""
         if request.record and request.plan.work == TRAIN:
             record = recorded((x, y), trained, data, request, self._model.runtime)
-        return Done(data, len(x), finite, self._model.runtime, withheld or kept, dict(found), record)
+        told, self._told = {**self._told, **found}, {}
+        return Done(data, len(x), finite, self._model.runtime, withheld or kept, told, record, warnings)
+
+    def _coded(self, model: Model, request: Run) -> Done:
+        """The row of a code; the model is looked at with each shard's examples, as with all others."""
+        warned: list[str] = []
+
+        def trained(
+            model: Model, examples: Examples, request: Run, name: str, received: Floats
+        ) -> tuple[Floats, float]:
+            warned.extend(self._screen.look(model.manifest, received, examples[0], request))
+            return shard_update(model, examples, request, name, received)
+
+        done = coded(model, request, trained)
+        return msgspec.structs.replace(done, warnings=tuple(dict.fromkeys(warned)))
+
+    def _used(self, model: Model, examples: Examples, request: Run) -> Examples:
+        """The examples of this round; looked through for wrong labels once for each state of the data."""
+        if not request.debug or not is_debugged(request.plan):
+            return examples
+        trusted = Path(request.trusted_path)
+        stat = trusted.stat() if trusted.exists() else None
+        state = (*self._data_state, self._bundle_sha256, trusted, stat and (stat.st_mtime_ns, stat.st_size))
+        if self._debugged is None or state != self._debugged_state:
+            self._debugged, self._debugged_state = debugged(model, examples, request), state
+            self._told = self._debugged.found
+        return self._debugged.used(examples, request.debug)
 
 
 def shard_update(model: Model, examples: Examples, request: Run, name: str, received: Floats) -> tuple[Floats, float]:

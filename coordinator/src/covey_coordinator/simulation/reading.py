@@ -76,9 +76,18 @@ def _read(source: Source) -> tuple[dict[str, Any], str, Path]:
     if not isinstance(source, Mapping):
         return toml_content(Path(source)), str(source), Path(source).resolve().parent
     try:
-        return msgspec.json.decode(msgspec.json.encode(source)), "the experiment", Path.cwd()
+        # not through JSON, which has no infinity: an infinite lambda would be null
+        table = msgspec.to_builtins(source, str_keys=True)
+        return _lists(table), "the experiment", Path.cwd()
     except TypeError as exc:
         raise ConfigError(f"the experiment holds what no TOML file can ({exc})", "use plain values") from exc
+
+
+def _lists(value: Any) -> Any:
+    """With lists for tuples, as a TOML file would give them."""
+    if isinstance(value, dict):
+        return {name: _lists(part) for name, part in value.items()}
+    return [_lists(part) for part in value] if isinstance(value, (list, tuple)) else value
 
 
 def _make_quick(table: dict[str, Any]) -> None:

@@ -18,7 +18,6 @@ from covey_coordinator.aggregation.kernels.fast import NumpyKernels
 from covey_coordinator.aggregation.rules import Batch, Rule
 from covey_coordinator.aggregation.trimmed_mean import Median
 from covey_coordinator.aggregation.trusted import FLTrust
-from covey_coordinator.teaching import duti
 from covey_coordinator.teaching.fitting import (
     RIDGE,
     Data,
@@ -31,6 +30,7 @@ from covey_coordinator.teaching.fitting import (
     ridge,
     sigmoid,
 )
+from covey_protocol import duti
 
 Settings = Mapping[str, float]
 

@@ -19,14 +19,14 @@ import tensorflow_federated as tff
 from covey_coordinator.aggregation.worker import Worker
 from covey_coordinator.teaching import tensors
 from covey_coordinator.teaching.super_teaching import (
-    BALANCE_EVERY,
     Agreed,
     Matching,
     Part,
+    Round,
     SuperSettings,
-    balance,
     centre,
     first_penalty,
+    until_agreed,
 )
 from covey_protocol.errors import UsageError
 from covey_protocol.teaching import Array, Logistic, Squares
@@ -70,25 +70,19 @@ class TffConsensus:
         d, count, kind = len(linear), len(parts), type(parts[0].loss)
         if any(type(part.loss) is not kind for part in parts) or kind not in LOSSES:
             raise UsageError("a consensus of parts with different losses")
-        next_round = self._computation(kind, d)
-        penalty = first_penalty(parts, curvature, d)
-        own, duals, z = np.zeros((count, d)), np.zeros((count, d)), np.zeros(d)
+        computation = self._computation(kind, d)
         sets = [
             OrderedDict(z=part.z, first=first, second=second) for part in parts for first, second in [_numbers(part)]
         ]
-        for number in range(1, settings.rounds + 1):
+
+        def next_round(z: Array, penalty: float, own: Array, duals: Array) -> Round:
             server = OrderedDict(z=z, linear=linear, curvature=curvature, penalty=penalty)
             clients = [OrderedDict(**one, own=p, dual=u) for one, p, u in zip(sets, own, duals)]
-            new, square, kept = self._worker.call(next_round, server, clients)
+            new, square, kept = self._worker.call(computation, server, clients)
             own, duals = (np.stack([np.asarray(one[name]) for one in kept]) for name in ("own", "dual"))
-            old, z = z, np.asarray(new)
-            apart, moved = math.sqrt(float(square)), math.sqrt(count) * float(np.linalg.norm(z - old))
-            if max(apart, moved) <= settings.tolerance * max(math.sqrt(count) * float(np.linalg.norm(z)), 1e-12):
-                return Agreed(z, number)
-            if number % BALANCE_EVERY == 0:
-                factor = balance(apart, moved)
-                penalty, duals = penalty * factor, duals / factor
-        return Agreed(z, settings.rounds)
+            return Round(np.asarray(new), math.sqrt(float(square)), own, duals)
+
+        return until_agreed(next_round, count, d, first_penalty(parts, curvature, d), settings)
 
     def _computation(self, kind: type, d: int) -> Any:
         if (kind, d) not in self._made:

@@ -134,14 +134,38 @@ def agreed(parts: Sequence[Part], curvature: float, linear: Array, settings: Sup
     p-step: every teacher's own problem near z - u_k. z-step: the server's, from the sum of p_k + u_k. The penalty
     starts at the parts' mean curvature and follows the residuals; teachers hear of it with z.
     """
-    d, count = len(linear), len(parts)
-    penalty = first_penalty(parts, curvature, d)
+    count = len(parts)
+
+    def next_round(z: Array, penalty: float, own: Array, duals: Array) -> Round:
+        own = np.stack([near(part, z - u, penalty, p) for part, u, p in zip(parts, duals, own)])
+        new = centre(np.sum(own + duals, axis=0), count, penalty, curvature, linear)
+        return Round(new, float(np.linalg.norm(own - new)), own, duals + own - new)
+
+    return until_agreed(next_round, count, len(linear), first_penalty(parts, curvature, len(linear)), settings)
+
+
+class Round(NamedTuple):
+    """z: (d,), the new consensus. apart: |own - z| over all teachers. own, duals: (teachers, d)."""
+
+    z: Array
+    apart: float
+    own: Array
+    duals: Array
+
+
+def until_agreed(
+    next_round: Callable[[Array, float, Array, Array], Round],
+    count: int,
+    d: int,
+    penalty: float,
+    settings: SuperSettings,
+) -> Agreed:
+    """Rounds from 0 until the residuals are small. next_round: of (z, penalty, own, duals), wherever it is computed."""
     own, duals, z = np.zeros((count, d)), np.zeros((count, d)), np.zeros(d)
     for number in range(1, settings.rounds + 1):
-        own = np.stack([near(part, z - u, penalty, p) for part, u, p in zip(parts, duals, own)])
-        old, z = z, centre(np.sum(own + duals, axis=0), count, penalty, curvature, linear)
-        duals = duals + own - z
-        apart, moved = float(np.linalg.norm(own - z)), math.sqrt(count) * float(np.linalg.norm(z - old))
+        old = z
+        z, apart, own, duals = next_round(z, penalty, own, duals)
+        moved = math.sqrt(count) * float(np.linalg.norm(z - old))
         if max(apart, moved) <= settings.tolerance * max(math.sqrt(count) * float(np.linalg.norm(z)), 1e-12):
             return Agreed(z, number)
         if number % BALANCE_EVERY == 0:

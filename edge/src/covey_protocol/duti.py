@@ -8,8 +8,9 @@ chance of each label, a number in [0, 1] here since there are two. One teacher's
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 
-from covey_coordinator.teaching.fitting import (
+from covey_protocol.learners import (
     LOGISTIC,
     RIDGE,
     Data,
@@ -116,3 +117,20 @@ def _pull(trusted: Data, theta: Floats) -> Floats:
         return np.zeros(len(theta))
     wrong = sigmoid(-trusted.y * (trusted.x @ theta))
     return np.asarray(-trusted.x.T @ (wrong * trusted.y) / len(trusted.y))
+
+
+def class_chances(
+    x: Floats, given: npt.NDArray[np.int64], classes: int, trusted: tuple[Floats, npt.NDArray[np.int64]], *told: float
+) -> Floats:
+    """(n, classes), rows that sum to 1: the chance of each label, each class debugged against the rest.
+
+    x, given: (n, F) and (n,), from 0; trusted: the same. told: decay, price, confidence. A class that neither has any
+    instance of stays at 0. The paper debugs all classes at once; one at a time needs (F, F) systems only.
+    """
+    columns = []
+    for one in range(classes):
+        noisy, vouched = (Data(rows, np.where(labels == one, 1.0, -1.0)) for rows, labels in ((x, given), trusted))
+        named = (noisy.y > 0).any() or (vouched.y > 0).any()
+        columns.append(chances(noisy, vouched, *told) if named else np.zeros(len(x)))
+    found = np.stack(columns, axis=1)
+    return np.asarray(found / np.maximum(found.sum(axis=1, keepdims=True), 1e-300))
