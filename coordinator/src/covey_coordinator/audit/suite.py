@@ -20,12 +20,14 @@ from covey_coordinator.aggregation.accounting import epsilon_spent
 from covey_coordinator.inversion.contract import Attack, Stop
 from covey_coordinator.inversion.registry import make_attack
 from covey_coordinator.simulation.settings import PrivacySettings
+from covey_edge.model_screening import suspicions
 from covey_protocol.errors import UsageError
 from covey_protocol.gaussian import epsilon_of, mu_of
 
 Found = tuple[Result, Pictures | None]
 MEMBERS = 200  # of each device that are asked about
 FEW = 4  # examples of one update that exact attacks are tried on
+ATTACKS = ("labels", "units", "inverting-gradients", "deep-leakage", "tarantola", "local-steps")
 NOISE, CLIP, EXAMPLES, EPOCHS = "noise_multiplier", "clip_norm", "examples", "epochs"
 SERVER_SEES = "What a coordinator reads out of one step's update that chose the parameters it sent to be read."
 AFTERWARDS = "The finished model, and examples with their labels."
@@ -37,7 +39,7 @@ class Level:
     attacks.
 
     samples: updates of each kind. curve: iterations of attacks at a curve's points. resolved: how many numbers the
-    examples of an update may have for its resolution to be computed.
+    examples of an update may have for its resolution to be computed. attacks: on updates, of ATTACKS.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Level:
     curve: int
     samples: int
     resolved: int
+    attacks: tuple[str, ...] = ATTACKS
 
 
 QUICK = Level("quick", 2.4, evaluations=150, iterations=300, restarts=1, unrolled=40, newton=40, curve=150, samples=3, resolved=600)
@@ -87,7 +90,7 @@ def weapons(level: Level, iterations: int) -> tuple[Weapon, ...]:
     """iterations: of the attack that is tried on every update."""
     descent = {"iterations": iterations, "restarts": level.restarts}
     unrolled = {"iterations": level.unrolled, "restarts": 1}
-    return (
+    all_of_them = (
         Weapon("labels"),
         Weapon("units"),
         Weapon("inverting-gradients", descent),
@@ -95,6 +98,7 @@ def weapons(level: Level, iterations: int) -> tuple[Weapon, ...]:
         Weapon("tarantola", {"starts": level.restarts, "iterations": level.newton}, exact=True, most=FEW),
         Weapon("local-steps", unrolled, several_steps=True),
     )
+    return tuple(weapon for weapon in all_of_them if weapon.name in level.attacks)
 
 
 def pieces(bench: Bench, level: Level) -> list[Piece]:
@@ -255,9 +259,20 @@ def _hostile(bench: Bench, name: str) -> Callable[[Stop], Found]:
         except UsageError as exc:
             return bench.result(f"malicious-{name}", case, name, sees=SERVER_SEES, refused=str(exc)), None
         case = replace(case, parameters=parameters)
-        return bench.attack(f"malicious-{name}", case, reads, stop)
+        result, pictures = bench.attack(f"malicious-{name}", case, reads, stop)
+        notes = (_screened(bench, case, parameters), *result.notes)
+        return msgspec.structs.replace(result, notes=notes), pictures
 
     return work
+
+
+def _screened(bench: Bench, case: Case, parameters: Floats) -> str:
+    """What a device's own look at these parameters says (privacy.screen_models of its agent.toml)."""
+    examples = bench.data.devices[case.device].x
+    grave = [one for one in suspicions(bench.bundle.manifest, parameters, examples) if one.grave]
+    if grave:
+        return f"Devices with the usual settings refuse these parameters ({grave[0].pattern})."
+    return "Devices do not recognise these parameters as hostile."
 
 
 # ---- curves: what leaks, and what is left of accuracy
