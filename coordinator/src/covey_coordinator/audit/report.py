@@ -113,6 +113,12 @@ def _sentences(outcome: Outcome) -> Iterator[str]:
     if labels:
         best = max(labels, key=lambda one: one.metrics["label_recovery"])
         yield f"Up to {best.metrics['label_recovery']:.0%} of the labels of a device can be read off its update."
+    linked = largest(_of(results, PLAN), "linkability_auc")
+    if linked is not None:
+        yield (
+            f"Updates of one device can be told from those of others over rounds with an AUC of "
+            f"{linked.metrics['linkability_auc']:.2f}; guessing has 0.5. The coordinator knows the sender anyway."
+        )
     member = largest(_of(results, PLAN), "membership_auc")
     if member is not None:
         yield (

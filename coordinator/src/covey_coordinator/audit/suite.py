@@ -193,6 +193,7 @@ def _key(place: str, name: str) -> str:
 def _of_the_fleet(bench: Bench) -> Iterator[Piece]:
     case = Case(PLAN, 0, 0, bench.settings.plan(1), bench.protection)
     yield Piece("fleet-accuracy", "fleet", "rounds of the fleet", lambda _: _accuracy_of_plan(bench, case))
+    yield Piece("fleet-linkability", "linkability", "linkability over rounds", lambda _: _linked(bench, case))
     yield Piece("fleet-membership", "membership", "membership in the finished model", lambda _: _members(bench, case))
 
 
@@ -210,6 +211,19 @@ def _epsilon(privacy: PrivacySettings, rounds: int) -> float:
     if privacy.by == "device":
         return epsilon_of(mu_of({privacy.noise_multiplier: rounds}), privacy.delta)
     return epsilon_spent(privacy.noise_multiplier, rounds, 1.0, privacy.delta)
+
+
+def _linked(bench: Bench, case: Case) -> Found:
+    from covey_coordinator.inversion.linkability import linkability, sketch
+
+    seen = [one for fleet_round in bench.trained for one in fleet_round.seen]
+    rows = np.stack([sketch(one.update, bench.seed) for one in seen])
+    found = linkability(rows, [one.device_id for one in seen], [one.round_number for one in seen])
+    metrics = {"linkability_auc": found.auc, "reidentified": found.identified, "chance": found.chance}
+    told = bench.result(
+        "fleet-linkability", case, "linkability", sees="Updates of several rounds without names.", metrics=finite(metrics)
+    )
+    return told, None
 
 
 def _members(bench: Bench, case: Case) -> Found:
