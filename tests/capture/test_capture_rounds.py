@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import io
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,8 +13,10 @@ import numpy as np
 import pytest
 from clinic import Clinic, digits_shards, make_clinic, run_with_kills
 
+from covey_coordinator.capture import replaying
 from covey_coordinator.capture.consistency import check_capture, check_record, problems
 from covey_coordinator.capture.program import Request, capture
+from covey_coordinator.grid.display import Display
 from covey_edge.runtime import Model
 from covey_edge.trainer import protect, train
 from covey_protocol.bundle import read_bundle
@@ -223,3 +227,42 @@ def test_torn_changed_and_foreign_files_are_refused(file: bytes) -> None:
         opened(file, DeviceRecord, "capture")
     with pytest.raises(DataError, match="sealed by"):
         opened(file, Capture, "theirs", SealingKey.generate().public)
+
+
+def replay_of(clinic: Clinic, file: Path, output: Path, **asked: object) -> tuple[list, str]:  # type: ignore[type-arg]
+    said = io.StringIO()
+    request = replaying.Request(file, output=output, **asked)  # type: ignore[arg-type]
+    found = replaying.replay(request, Display(said))
+    return found, said.getvalue()
+
+
+def test_a_replay_attacks_what_fits_and_holds_it_against_the_record(clinic: Clinic, tmp_path: Path) -> None:
+    file, _ = taken(clinic)
+    (record,) = (clinic.folder / OPEN / "state" / "records").iterdir()
+    found, said = replay_of(clinic, file, tmp_path / "out", records=(record,), attacks=("labels", "units"))
+    assert "absent  ward-3: its owner does not allow captures" in said
+    assert {(one.device_id, one.attack) for one in found} == {
+        (name, attack) for name in (OPEN, CLIPPED) for attack in ("labels", "units")
+    }
+    by_labels = next(one for one in found if one.device_id == OPEN and one.attack == "labels")
+    assert by_labels.grade is not None
+    assert by_labels.grade.label_rate > 0.5  # of 599, of which every class is there
+    assert next(one for one in found if one.device_id == CLIPPED).grade is None  # its record was not given
+    facts = json.loads((tmp_path / "out" / "replay.json").read_text())
+    assert len(facts["attacks"]) == 4
+    assert (tmp_path / "out" / "replay.json").stat().st_mode & 0o077 == 0
+
+
+def test_an_update_that_does_not_fit_is_not_attacked_and_the_replay_fails(
+    clinic: Clinic, round_2: Capture, tmp_path: Path
+) -> None:
+    file = tmp_path / "changed.covey-capture"
+    file.write_bytes(sealed(changed(round_2, OPEN, np.ones(3, np.float32)), SealingKey.generate()))
+    with pytest.raises(DataError, match="does not fit together in 1 places: ward-1: update"):
+        replay_of(clinic, file, tmp_path / "out", attacks=("labels",))
+    facts = json.loads((tmp_path / "out" / "replay.json").read_text())
+    assert {one["device"] for one in facts["attacks"]} == {CLIPPED}
+    with pytest.raises(ConfigError, match="its owner does not allow captures"):
+        replay_of(clinic, taken(clinic)[0], tmp_path / "out", devices=(CLOSED,))
+    with pytest.raises(ConfigError, match="did you mean 'labels'"):
+        replay_of(clinic, taken(clinic)[0], tmp_path / "out", attacks=("label",))

@@ -35,6 +35,7 @@ from covey_coordinator.serve import CoordinatorConfig, RoundSettings, Task, Wire
 from covey_coordinator.store import KEEP_ROUNDS, SCHEMA, RunStore
 from covey_edge.config import BrokerSettings
 from covey_edge.files import Disk
+from covey_edge.ledger import UNCOUNTED, Counts
 from covey_edge.outbox import Outbox
 from covey_edge.performer import Performer
 from covey_protocol import device
@@ -412,7 +413,8 @@ class SimulatedDevice:
         self.starts += 1
         self.on = True
         machine = device.DeviceMachine(self.name)
-        self.performer = Performer(machine, CheckedOutbox(self), self, lambda: self.world.now)
+        ledger = self.world.privacy_ledger(self)
+        self.performer = Performer(machine, CheckedOutbox(self), self, lambda: self.world.now, ledger)
         self.run(self.performer.start)
         self.later(0.1, self.connect)
         self.later(1.0, self.tick)
@@ -604,6 +606,10 @@ class World:
 
     def orders_of(self, run: str) -> Orders:
         return self.orders if run == next(iter(self.configs)) else Orders(Path("no folder"))
+
+    def privacy_ledger(self, owner: SimulatedDevice) -> Counts:
+        """What counts the updates of this device, new for every start of it."""
+        return UNCOUNTED
 
     def own_training(self) -> OwnTraining:
         """What makes the coordinator's own updates, new for every start of it."""

@@ -27,6 +27,7 @@ from covey_coordinator.aggregation.rules import Trusted
 from covey_coordinator.aggregation.screening import Arrivals, Screened, number_fault, shares_fault
 from covey_coordinator.aggregation.staleness import weighted
 from covey_coordinator.fleet import POLL_S, FromFleet
+from covey_coordinator.inversion.round_checks import RoundLeakage
 from covey_coordinator.store import Checkpoint, RunStore
 from covey_coordinator.uploads import UploadGate
 from covey_coordinator.watching import events
@@ -132,6 +133,15 @@ class NoTraining:
 NO_TRAINING = NoTraining()
 
 
+class LeakChecks(Protocol):
+    """What looks at every round's updates and at what was made of them: see inversion.round_checks."""
+
+    def measure(
+        self, updates: Floats, device_ids: Sequence[str], examples: Sequence[int], plan: TrainingPlan
+    ) -> RoundLeakage | None: ...
+    def with_aggregate(self, leakage: RoundLeakage, change: Floats) -> RoundLeakage: ...
+
+
 class Clock:
     """Time of this machine. Unix time may jump, also backwards; monotonic time means nothing after a restart."""
 
@@ -160,7 +170,8 @@ class RoundResult:
 
     measurements: the engine's numbers to log, among them num_byzantine_left, what the rule was run with after devices
     at fault were refused. Empty without an aggregation. number, evaluates: of the round, as in its invitation.
-    evaluation: what a published evaluation round gave. work: as in the round's plan.
+    evaluation: what a published evaluation round gave. work: as in the round's plan. leaks: what the privacy policy
+    wants told of its updates.
     """
 
     parameters: Floats
@@ -174,6 +185,7 @@ class RoundResult:
     evaluates: Sequence[str] = ()
     evaluation: Sequence[records.FleetMetric] = ()
     work: str = TRAIN
+    leaks: Sequence[str] = ()
 
 
 @dataclass
@@ -189,6 +201,7 @@ class _Round:
     verdicts: list[records.DeviceVerdict] = field(default_factory=list)
     measurements: Mapping[str, float] = field(default_factory=dict)
     evaluation: Sequence[records.FleetMetric] = ()
+    leakage: RoundLeakage | None = None
     offers: dict[str, Offer] = field(default_factory=dict)
     revoked: set[str] = field(default_factory=set)  # of whom the machine has heard
     due: tuple[str, ...] = ()  # whose updates are to be aggregated
@@ -224,6 +237,7 @@ class Coordinator:
     entropy: of the keys of encrypted rounds.
     common: what it knows together with the coordinators of the fleet's other tasks.
     own: makes what the rule needs of trusted data, while the devices work; the rule waits for it.
+    checks: says how much can be read off each round's updates; None looks at nothing.
     """
 
     def __init__(
@@ -240,8 +254,10 @@ class Coordinator:
         entropy: Entropy = os.urandom,
         common: Common | None = None,
         own: OwnTraining = NO_TRAINING,
+        checks: LeakChecks | None = None,
     ) -> None:
         self.fleet = fleet
+        self._checks = checks
         self.store = store
         self._leave_open = leave_open
         self._clock = clock
@@ -562,7 +578,8 @@ class Coordinator:
             )
         )
         ended = state.result, outcome, reason, verdicts, state.offers, seconds, state.measurements
-        return RoundResult(*ended, invitation.number, *kind, invitation.plan.work)
+        leaks = state.leakage.told if state.leakage is not None else ()
+        return RoundResult(*ended, invitation.number, *kind, invitation.plan.work, leaks)
 
     def _end_if_aborted(self, state: _Round) -> None:
         reason = self._aborted()
@@ -749,9 +766,13 @@ class Coordinator:
                 outcome = found = evaluated(names, state.parameters, screened, engine.num_byzantine)
                 state.evaluation = _with_held_out(found.metrics, screened.device_ids, state.offers)
             else:
+                state.leakage = self._measured(state, screened)
                 outcome = engine.aggregate(state.parameters, replace(screened, trusted=self.own.given()))
         except RuleError as exc:
             return rounds.AggregationRefused(str(exc))
+        if state.leakage is not None and self._checks is not None:
+            state.leakage = self._checks.with_aggregate(state.leakage, outcome.parameters - state.parameters)
+            self._watch(events.LeakageMeasured(state.machine.invitation.round_id, dict(state.leakage.fleet)))
         if not names:
             self._watch(events.RuleRan(state.machine.invitation.round_id, dict(outcome.measurements)))
         state.result = outcome.parameters
@@ -760,6 +781,13 @@ class Coordinator:
             v.device_id: "" if v.status == records.ACCEPTED else v.reason or "rejected" for v in outcome.verdicts
         }
         return rounds.Aggregated(reasons)
+
+    def _measured(self, state: _Round, screened: Screened) -> RoundLeakage | None:
+        """Before the rule, which may use the matrix for its own ends."""
+        if self._checks is None:
+            return None
+        examples = [state.offers[device_id].num_examples for device_id in screened.device_ids]
+        return self._checks.measure(screened.updates, screened.device_ids, examples, state.machine.invitation.plan)
 
     def _conclude(self, state: _Round, end: rounds.Finished) -> None:
         """Outcome, verdicts and model, durable in one step."""
@@ -772,7 +800,10 @@ class Coordinator:
         if end.outcome == Phase.PUBLISHED.value and state.engine is not None and not invitation.plan.evaluate:
             checkpoint = Checkpoint(invitation.number, state.result, state.engine.saved_state())
         outcome = Phase(end.outcome)
-        self.store.conclude(invitation.round_id, outcome, end.reason, state.verdicts, checkpoint, state.evaluation)
+        leakage = state.leakage.rows() if state.leakage is not None and checkpoint is not None else ()
+        self.store.conclude(
+            invitation.round_id, outcome, end.reason, state.verdicts, checkpoint, state.evaluation, leakage
+        )
 
 
 def arrivals_of(device_ids: Iterable[str], plan: TrainingPlan, d: int) -> Arrivals:

@@ -44,7 +44,9 @@ from covey_coordinator.coordinator import (
 )
 from covey_coordinator.eligibility import Eligible, eligible, meant, sampled
 from covey_coordinator.fleet import MIN_CHUNK_BYTES, POLL_S, Fleet
-from covey_coordinator.orders import Orders, Revocations
+from covey_coordinator.inversion.plan_gate import PrivacyPolicy, refuse_leaks
+from covey_coordinator.inversion.round_checks import RoundChecks
+from covey_coordinator.orders import MAX_REASON, Orders, Revocations
 from covey_coordinator.records import ACCEPTED
 from covey_coordinator.retained import RetainedNote
 from covey_coordinator.roster import Roster, RosterFile
@@ -187,6 +189,7 @@ class CoordinatorConfig(Struct, frozen=True, forbid_unknown_fields=True):
     task: str = ""
     teaching: TeachingSettings | None = None
     coding: CodingSettings | None = None
+    privacy: PrivacyPolicy | None = None
     metrics: MetricsSettings | None = None
     runs_dir: str = "runs"
     bundle_key: str | None = None  # whose seal the bundle has, where that is not key_file's
@@ -220,6 +223,8 @@ def serve(
     planned = [_planned(path, one, weight, key) for one, weight in read]
     for one in planned:
         _warn_of_sparse_rows(one.config, say)
+        for line in one.warnings:
+            say(line)
         if one.config.trusted is not None and one.config.teaching is None and not one.rule.needs_trusted:
             say(f"warning: [trusted] is not used: {one.rule.name} needs no trusted data")
     keys, broker = roster_from(config.devices), read_broker(config.broker, folder)
@@ -262,6 +267,7 @@ def serve(
                 revoked=revoked,
                 common=common,
                 own=own[run],
+                checks=RoundChecks(one.bundle.manifest, one.config.privacy or PrivacyPolicy()),
             )
             model = Model(one.bundle).parameters()
             told = _named(say, one.config.task) if len(planned) > 1 else say
@@ -273,7 +279,8 @@ def serve(
 
 
 class Planned(NamedTuple):
-    """A task that was checked as far as that is possible without devices. data: the bundle's bytes.
+    """A task that was checked as far as that is possible without devices. data: the bundle's bytes. warnings: for the
+    operator.
 
     config.rounds counts exchanges with the devices, as everything after this does (algorithms.settings).
     """
@@ -283,6 +290,7 @@ class Planned(NamedTuple):
     data: bytes
     bundle: Bundle
     rule: Rule
+    warnings: tuple[str, ...] = ()
 
 
 def _planned(path: Path, config: CoordinatorConfig, weight: float, key: SealingKey) -> Planned:
@@ -303,7 +311,8 @@ def _planned(path: Path, config: CoordinatorConfig, weight: float, key: SealingK
         except RuleError as exc:  # as aggregation.evaluating would say of every round
             raise RuleError(f"{path}: [evaluation]: {exc.what}", "raise its quorum, or lower num_byzantine") from exc
     exchanges = _algorithm(config).exchanges(config.rounds)
-    return Planned(msgspec.structs.replace(config, rounds=exchanges), weight, data, bundle, rule)
+    warnings = _refuse_leaks(path, config, data, bundle.manifest)
+    return Planned(msgspec.structs.replace(config, rounds=exchanges), weight, data, bundle, rule, warnings)
 
 
 def _check_devices(path: Path, config: CoordinatorConfig) -> None:
@@ -625,6 +634,10 @@ class Task:
     def _take(self, result: RoundResult) -> None:
         for line in _lines(result.number, self.config.rounds, result):
             self._say(printable(line))
+        for line in result.leaks:
+            self._say(printable(f"  privacy: {line}"))
+        if result.leaks and self.config.privacy is not None and self.config.privacy.pause:
+            self._orders.pause(f"privacy: {result.leaks[0]}"[:MAX_REASON])
         if not result.evaluates:
             self._count(result)
         self.coordinator.tidy(self.config.run)
@@ -780,6 +793,14 @@ def _check_plan(path: Path, config: CoordinatorConfig, manifest: Manifest) -> No
             check_plan(manifest, plan)
     except (ConfigError, TrainingError) as exc:
         raise ConfigError(f"{path}: {exc.what}", f"{exc.remedy}, or leave the setting out") from exc
+
+
+def _refuse_leaks(path: Path, config: CoordinatorConfig, data: bytes, manifest: Manifest) -> tuple[str, ...]:
+    if config.privacy is None:
+        return ()
+    algorithm, plain = _algorithm(config), _plan(config, 1)
+    plans = [algorithm.plan(plain, work) for work in algorithm.works]
+    return tuple(refuse_leaks(path, config.privacy, data, manifest, plans))
 
 
 def _algorithm(config: CoordinatorConfig) -> Algorithm:

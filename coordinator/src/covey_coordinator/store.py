@@ -91,6 +91,13 @@ SCHEMA = (
         PRIMARY KEY (run, number, metric)
     ) WITHOUT ROWID;
     """,
+    # how much can be read off updates (inversion.round_checks); device '' is the whole round. Nothing depends on it
+    """
+    CREATE TABLE leakage (
+        round TEXT NOT NULL, device TEXT NOT NULL, measure TEXT NOT NULL, value REAL NOT NULL,
+        PRIMARY KEY (round, device, measure)
+    ) WITHOUT ROWID;
+    """,
 )
 RETENTION_MS = 30 * 24 * 3600 * 1000
 KEEP_ROUNDS = 10
@@ -276,8 +283,12 @@ class RunStore:
         verdicts: Sequence[DeviceVerdict],
         checkpoint: Checkpoint | None = None,
         metrics: Sequence[FleetMetric] = (),
+        leakage: Sequence[tuple[str, str, float]] = (),
     ) -> None:
-        """The end of a round: outcome, verdicts, new model and the engine's state, metrics; all or nothing of it."""
+        """The end of a round: outcome, verdicts, new model and the engine's state, metrics; all or nothing of it.
+
+        leakage: (device, measure, value), of round_checks.
+        """
         run_id, number = self._one("SELECT run, number FROM rounds WHERE id = ?", round_id)
         hashes = self._write_checkpoint(run_id, checkpoint) if checkpoint is not None else ("", "")
         with self._transaction() as database:
@@ -297,6 +308,9 @@ class RunStore:
                     (run_id, number, one.name, round_id, one.mean, one.median, one.spread, one.devices, one.held_out)
                     for one in metrics
                 ],
+            )
+            database.executemany(
+                "INSERT OR REPLACE INTO leakage VALUES (?, ?, ?, ?)", [(round_id, *row) for row in leakage]
             )
         self._chunks.clear()
         self._disk.remove_tree(self._partial(round_id))
@@ -545,6 +559,7 @@ class RunStore:
             )
             if gone.rowcount:
                 database.execute("DELETE FROM devices WHERE round NOT IN (SELECT id FROM rounds)")
+                database.execute("DELETE FROM leakage WHERE round NOT IN (SELECT id FROM rounds)")
             for (number,) in rows:
                 database.execute("DELETE FROM checkpoints WHERE run = ? AND number = ?", (run_id, number))
         for (number,) in rows:

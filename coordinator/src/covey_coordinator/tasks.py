@@ -38,6 +38,7 @@ class TaskTable(Struct, frozen=True, forbid_unknown_fields=True):
     teaching: Table = UNSET
     coding: Table = UNSET
     trusted: Table = UNSET
+    privacy: Table = UNSET
 
 
 class NamedTask(Struct):

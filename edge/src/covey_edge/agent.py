@@ -19,6 +19,8 @@ from covey_edge.config import Agent
 from covey_edge.files import DISK
 from covey_edge.frames import Done, Frame, Open, Probe, Problem, Run
 from covey_edge.inbox import Inbox
+from covey_edge.leak_told import STOPPED, TOLD
+from covey_edge.ledger import Ledger
 from covey_edge.mqtt import ConnectionDown, ConnectionUp, Incoming, MqttTransport, Refused
 from covey_edge.outbox import NumberFile, Outbox
 from covey_edge.performer import Performer
@@ -43,6 +45,7 @@ from covey_protocol.messages import (
     Presence,
     Receipt,
     RoundClosed,
+    TrainingPlan,
     Verdict,
 )
 from covey_protocol.topics import Topics
@@ -71,7 +74,8 @@ class AgentProgram:
         self._keys = KeyRing(agent.coordinators, retired.of(COORDINATOR), retired.retire(COORDINATOR))
         # a bundle and a model for every task, and those before (or the vectors of an algorithm)
         self._cache = BlobCache(agent.state_dir / "blobs", 2 * max(2, len(agent.config.data.tasks)))
-        self._performer = Performer(self._machine, Outbox(agent.state_dir), self, time.monotonic)
+        self._ledger = Ledger(agent.state_dir, agent.config.privacy)
+        self._performer = Performer(self._machine, Outbox(agent.state_dir), self, time.monotonic, self._ledger)
         self._child = TrainingProcess(
             lambda token, frame: self._inbox.put((token, frame)), agent.config.training.memory_mb
         )
@@ -179,6 +183,7 @@ class AgentProgram:
         if isinstance(frame, Problem):
             problem = f"{frame.what}; {frame.remedy}" if frame.remedy else frame.what
             log.error("round %s: %s", round_id, problem)
+            self._keep_found(frame.found, "stopped")
             self._handle(device.TrainingFailed(round_id, self._told(problem, frame.kind)))
         elif isinstance(frame, Done) and not frame.update:
             if frame.runtime != self._runtime:
@@ -188,12 +193,15 @@ class AgentProgram:
         elif isinstance(frame, Done):
             done = "evaluated" if self._evaluates() else "trained"
             log.info("round %s: %s on %d examples with %s", round_id, done, frame.num_examples, frame.runtime)
-            self._keep_found(frame.found)
+            self._keep_found(frame.found, "teaching")
             self._keep_record(frame.record)
             self._take_update(round_id, frame)
 
     def _told(self, problem: str, kind: str) -> str:
-        """What a Failure says of it. In an encrypted round not how many examples are too few, or which row is wrong."""
+        """What a Failure says of it. In an encrypted round not how many examples are too few, or which row is wrong; of
+        a stopped update never what it would have told."""
+        if kind == STOPPED:
+            return TOLD
         invitation = self._machine.invitation
         hidden = invitation is not None and invitation.encryption_key
         return f"{kind}; in an encrypted round the reason is in the device's log alone" if hidden else problem
@@ -201,10 +209,11 @@ class AgentProgram:
     def _evaluates(self) -> bool:
         return self._machine.invitation is not None and bool(self._machine.invitation.plan.evaluate)
 
-    def _keep_found(self, found: dict[str, bytes]) -> None:
-        """What teaching found in the data, for the owner. Nothing waits for it, and nothing of it is sent."""
+    def _keep_found(self, found: dict[str, bytes], where: str) -> None:
+        """For the owner: what teaching found in the data, or what a stopped update would have told. Nothing waits for
+        it, and nothing of it is sent."""
         invitation = self._machine.invitation
-        folder = self._agent.state_dir / "teaching" / (invitation.plan.task if invitation is not None else "")
+        folder = self._agent.state_dir / where / (invitation.plan.task if invitation is not None else "")
         try:
             DISK.write_all({folder / name: data for name, data in found.items()}, mode=0o600)
         except errors.StorageError as exc:
@@ -271,8 +280,16 @@ class AgentProgram:
             reason = f"chunks of {chunk_bytes} bytes do not fit this device's broker (messages up to {limit} bytes)"
             reason += "; set a smaller chunk_bytes"
         else:
-            reason = refusal(invitation, self._config.privacy.require_encryption)
+            reason = refusal(invitation, self._config.privacy.require_encryption) or self._budget(plan)
         return device.ConditionsChecked(invitation.round_id, not reason, reason)
+
+    def _budget(self, plan: TrainingPlan) -> str:
+        """Why the privacy ledger forbids this round; "" where it does not."""
+        try:
+            return self._ledger.refusal(evaluates=bool(plan.evaluate))
+        except errors.StorageError as exc:
+            log.error("%s", exc)
+            return "this device's privacy ledger cannot be read"
 
     def fetch(self, blobs: tuple[BlobRef, ...]) -> None:
         here = [ref for ref in blobs if self._cache.has(ref)]
@@ -350,6 +367,8 @@ class AgentProgram:
             data.replica if data is not None else "",
             self._config.capture.keep_records > 0,
             {name: str(self._agent.folder / path) for name, path in data.shards} if data is not None else {},
+            privacy.max_psnr_db,
+            privacy.max_label_recovery,
             data.debug if data is not None else "",
         )
         self._child.request(invitation.round_id, request, self._config.training.timeout_s)

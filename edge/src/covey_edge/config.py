@@ -101,6 +101,9 @@ class PrivacySettings(Struct, frozen=True, forbid_unknown_fields=True):
     noise_moving_statistics: train models whose moving statistics (BatchNorm) would be noised too; without it such a
     round is refused. require_encryption: rounds whose updates are not encrypted to the coordinator are declined.
     exact_evaluation: answer evaluation rounds also with noise_multiplier above 0; what they send is never noised.
+    max_psnr_db: an update that states a true example more closely is stopped (leak_gate). max_label_recovery: likewise
+    for the share of the labels that it tells. epsilon_limit: rounds after which this device's updates would have spent
+    more are declined (ledger); delta: of epsilon.
     """
 
     clip_norm: NotNegative = 0.0
@@ -109,6 +112,10 @@ class PrivacySettings(Struct, frozen=True, forbid_unknown_fields=True):
     noise_moving_statistics: bool = False
     require_encryption: bool = False
     exact_evaluation: bool = False
+    max_psnr_db: NotNegative = 0.0
+    max_label_recovery: Annotated[float, Meta(ge=0, le=1)] = 0.0
+    epsilon_limit: NotNegative = 0.0
+    delta: Annotated[float, Meta(gt=0, lt=1)] = 1e-5
 
 
 class WireSettings(Struct, frozen=True, forbid_unknown_fields=True):
@@ -168,6 +175,7 @@ def load_agent(path: Path) -> Agent:
     check_name(config.fleet, "fleet")
     if config.privacy.noise_multiplier and not config.privacy.clip_norm:
         raise ConfigError(f"{path}: noise_multiplier needs clip_norm", "set privacy.clip_norm; noise is measured in it")
+    _check_epsilon(path, config.privacy)
     _check_replicas(path, config)
     for name in (*config.data.tasks, *(config.policy.tasks or ()), *config.policy.refuse_tasks):
         check_name(name, "task")
@@ -186,6 +194,18 @@ def load_agent(path: Path) -> Agent:
         SealingKey.from_pem(read_file(path.parent / config.identity.key_file), config.identity.key_file),
         keys_from(config.identity.coordinator_key, "the coordinator"),
     )
+
+
+def _check_epsilon(path: Path, privacy: PrivacySettings) -> None:
+    if privacy.epsilon_limit and not privacy.noise_multiplier:
+        raise ConfigError(
+            f"{path}: epsilon_limit without noise_multiplier: what has no noise has no epsilon",
+            "set privacy.clip_norm and privacy.noise_multiplier, or leave epsilon_limit out",
+        )
+    if privacy.epsilon_limit and privacy.exact_evaluation:
+        raise ConfigError(
+            f"{path}: epsilon_limit with exact_evaluation: exact numbers have no epsilon", "leave one of them out"
+        )
 
 
 def _check_replicas(path: Path, config: AgentConfig) -> None:

@@ -39,6 +39,7 @@ class Run(msgspec.Struct, frozen=True, tag="run"):
     record: whether to answer with what was done, for the owner.
     debug: what becomes of examples with doubted labels, as in agent.toml.
     shards: name -> path of those that this device holds of a code.
+    max_psnr_db, max_label_recovery: the owner's, of `leak_gate`; 0 for no limit.
     """
 
     round_id: str
@@ -58,6 +59,8 @@ class Run(msgspec.Struct, frozen=True, tag="run"):
     replica: str = ""
     record: bool = False
     shards: dict[str, str] = {}
+    max_psnr_db: float = 0.0
+    max_label_recovery: float = 0.0
     debug: str = ""
 
     @property
@@ -91,11 +94,13 @@ class Done(msgspec.Struct, frozen=True, tag="done"):
 
 
 class Problem(msgspec.Struct, frozen=True, tag="problem"):
-    """A request failed. kind: the error's class name in covey_protocol.errors."""
+    """A request failed. kind: the error's class name in covey_protocol.errors, or `leak_gate.STOPPED`. found: as in
+    Done."""
 
     kind: str
     what: str
     remedy: str = ""
+    found: dict[FileName, bytes] = {}
 
 
 Frame = Union[Open, Run, Probe, Done, Problem]

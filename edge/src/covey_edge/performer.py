@@ -1,7 +1,7 @@
 """Does what the device machine wants, in order, and reports what came of it. Everything it uses is passed in.
 
 The agent gives it MQTT, a training child and the disk; the simulation in tests/simulation gives it others. Nothing is
-said about an update that is not in the outbox.
+said about an update that is not in the outbox, and nothing is in the outbox that is not in the privacy ledger.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable
 from typing import Protocol
 
+from covey_edge.ledger import UNCOUNTED, Counts, Overspent
 from covey_edge.outbox import Entry, Outbox
 from covey_protocol import device
 from covey_protocol.blobs import chunk
@@ -43,8 +44,10 @@ class Performer:
         outbox: Outbox,
         surroundings: Surroundings,
         clock: Callable[[], float],
+        ledger: Counts = UNCOUNTED,
     ) -> None:
         self.machine = machine
+        self._ledger = ledger
         self._outbox = outbox
         self._surroundings = surroundings
         self._clock = clock
@@ -81,8 +84,9 @@ class Performer:
 
     def _keep(self, effect: device.Keep) -> bool:
         try:
+            self._ledger.count(effect.offer.update.sha256, evaluates=effect.evaluates)
             self._outbox.keep(Entry(effect.offer, effect.update))
-        except StorageError as exc:
+        except (StorageError, Overspent) as exc:
             log.error("%s", exc)
             self.handle(device.Lost(effect.round_id, str(exc)))
             return False

@@ -23,6 +23,7 @@ from covey_edge.coded import coded
 from covey_edge.data_sources import Examples, check_examples, load_examples
 from covey_edge.debugging import Debugged, debugged, is_debugged
 from covey_edge.frames import Done, Frame, Open, Probe, Problem, Run, read_frame, write_frame
+from covey_edge.leak_gate import STOPPED, Stopped, judge
 from covey_edge.processes import die_with_parent
 from covey_edge.runtime import Floats, Model, Numbers, installed
 from covey_edge.withheld import NO_WITHHELD_NOISE
@@ -62,6 +63,8 @@ class Trainer:
                 return self._open(request)
             if isinstance(request, Run):
                 return self._run(request)
+        except Stopped as exc:
+            return Problem(STOPPED, exc.what, exc.remedy, dict(exc.found))
         except CoveyError as exc:
             return Problem(type(exc).__name__, exc.what, exc.remedy)
         except MemoryError:
@@ -131,6 +134,7 @@ class Trainer:
         # a metric that is not a number would only confuse whoever averages it
         finite = {name: value for name, value in metrics.items() if np.isfinite(value)}
         data, withheld = compressed(update, request)
+        judge(self._model, (x, y), request, received, data)
         record = b""
         if request.record and request.plan.work == TRAIN:
             record = recorded((x, y), trained, data, request, self._model.runtime)
@@ -151,11 +155,16 @@ class Trainer:
 
 
 def shard_update(model: Model, examples: Examples, request: Run, name: str, received: Floats) -> tuple[Floats, float]:
-    """What one shard of a code gives: its update, clipped and fit to be sent, and its training loss."""
+    """What one shard of a code gives: its update, clipped and fit to be sent, and its training loss.
+
+    Judged as if it were sent by itself, which tells more than a row of several.
+    """
     model.set_parameters(received)
     loss = train(model, examples, request.plan, name)
     update = protect(model.parameters() - received, request.clip_norm, 0.0)
     check_sendable(update)
+    alone = msgspec.structs.replace(request.plan, work=TRAIN, coding=msgspec.UNSET)
+    judge(model, examples, msgspec.structs.replace(request, plan=alone), received, update.astype("<f4").tobytes())
     return update, loss
 
 

@@ -220,11 +220,15 @@ class Train:
 
 @dataclass(frozen=True)
 class Keep:
-    """Put the update into the outbox, durably, before anything is sent about it; report Lost if that fails."""
+    """Put the update into the outbox, durably, before anything is sent about it; report Lost if that fails.
+
+    evaluates: whether it holds the metrics of an evaluation.
+    """
 
     round_id: str
     offer: Offer
     update: bytes
+    evaluates: bool = False
 
 
 @dataclass(frozen=True)
@@ -358,7 +362,8 @@ class DeviceMachine:
         self.state = State.REPORTING
         effects = self._give_way()
         self._owed[event.round_id] = _Owed(offer, now)
-        return [*effects, Keep(event.round_id, offer, event.update), Send(offer)]
+        keep = Keep(event.round_id, offer, event.update, bool(self.invitation.plan.evaluate))
+        return [*effects, keep, Send(offer)]
 
     def _training_failed(self, event: TrainingFailed, now: float) -> list[Effect]:
         if event.round_id != self.round_id:

@@ -15,6 +15,7 @@ EXIT_TRANSPORT = 5
 EXIT_BUNDLE = 6
 EXIT_RULE = 7
 EXIT_RUN = 8
+EXIT_LEAK = 9
 EXIT_STORAGE = 10
 EXIT_INTERRUPTED = 130
 
@@ -90,6 +91,12 @@ class RunError(CoveyError):
     """A run of rounds could not be finished (quorum never met, devices never came)."""
 
     exit_code = EXIT_RUN
+
+
+class LeakError(CoveyError):
+    """An audit's verdict: more leaks than its policy allows, or not all of it was measured."""
+
+    exit_code = EXIT_LEAK
 
 
 class StorageError(CoveyError):

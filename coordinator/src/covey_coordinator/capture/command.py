@@ -32,7 +32,7 @@ def capture_command(**request: Any) -> None:
 
 
 @click.command(name="replay", short_help="Check a captured round, and attack it.")
-@click.argument("file", type=A_PATH)
+@click.argument("file", type=A_PATH, required=False)
 @click.option("--record", "records", type=A_PATH, multiple=True, help="A device's own record of the round; repeatable.")
 @click.option("--check", "only_check", is_flag=True, help="Only say whether everything fits together.")
 @click.option("--attack", "attacks", multiple=True, help="Name of an attack; repeatable [default: the cheap ones].")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,8 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from covey_coordinator.capture.consistency import Check, as_rows, check_capture, check_record, numbers, problems
+from covey_coordinator.capture.picture import beside
 from covey_coordinator.grid.display import Display
-from covey_coordinator.inversion.contract import AttackedModel, Finding, Seen
+from covey_coordinator.inversion.contract import Attack, AttackedModel, Finding, Seen
 from covey_coordinator.inversion.grading import Grade, grade
 from covey_coordinator.inversion.registry import ATTACKS, CHEAP, make_attack
 from covey_edge.config import read_file
@@ -24,13 +26,13 @@ from covey_protocol.captures import Capture, CapturedUpdate, DeviceRecord, Work,
 from covey_protocol.errors import ConfigError, CoveyError, DataError
 from covey_protocol.seals import PublicKey
 
-SHOWN = 8  # examples in one picture
+Truth = tuple[npt.NDArray[Any], npt.NDArray[Any]]  # x, y
 
 
 class Request(NamedTuple):
     """As `covey replay` is asked."""
 
-    file: Path
+    file: Path | None
     records: tuple[Path, ...] = ()
     only_check: bool = False
     attacks: tuple[str, ...] = ()
@@ -43,17 +45,16 @@ class Request(NamedTuple):
 
 
 class Attacked(NamedTuple):
-    """One attack on one update. grade: None without the device's examples. problem: why it could not run, "" if it
-    did."""
+    """One attack on one update. grade: None without the device's examples, which are `truth`. problem: why it could not
+    run, "" if it did."""
 
     device_id: str
     attack: str
     finding: Finding | None
     grade: Grade | None
     problem: str = ""
-
-
-Truth = tuple[npt.NDArray[Any], npt.NDArray[Any]]
+    truth: Truth | None = None
+    input_range: tuple[float, float] = (0.0, 1.0)
 
 
 def replay(request: Request, display: Display, check: Callable[[], None] = lambda: None) -> list[Attacked]:
@@ -61,7 +62,7 @@ def replay(request: Request, display: Display, check: Callable[[], None] = lambd
 
     DataError where something does not fit, after everything that does was attacked.
     """
-    attacks = [make_attack(name) for name in request.attacks or CHEAP]
+    attacks = {name: make_attack(name) for name in request.attacks or CHEAP}
     if request.list_attacks:
         for name in ATTACKS:
             display.line(f"{name}: {make_attack(name).sees}")
@@ -92,6 +93,8 @@ def replay(request: Request, display: Display, check: Callable[[], None] = lambd
 
 
 def _capture(request: Request) -> Capture:
+    if request.file is None:
+        raise ConfigError("no captured round is given", "name the file that covey capture wrote")
     key = PublicKey.from_hex(request.coordinator_key) if request.coordinator_key else None
     return opened(read_file(request.file), Capture, str(request.file), key)
 
@@ -131,7 +134,7 @@ def _attacked(
     capture: Capture,
     updates: Sequence[CapturedUpdate],
     records: dict[str, tuple[DeviceRecord, Work]],
-    attacks: Sequence[Any],
+    attacks: Mapping[str, Attack],
     request: Request,
     display: Display,
     check: Callable[[], None],
@@ -146,9 +149,9 @@ def _attacked(
             record, work = records.get(update.device_id, (None, None))
             seen = seen_of(capture, update, record)
             truth = (numbers(work.x), numbers(work.y)) if work is not None else None
-            for attack in attacks:
+            for name, attack in attacks.items():
                 check()
-                one = _run(attack, model, seen, truth, request, check)
+                one = _run(name, attack, model, seen, truth, request, check)
                 found.append(one)
                 ticker.finished(_told(one))
     for one in found:
@@ -172,7 +175,8 @@ def seen_of(capture: Capture, update: CapturedUpdate, record: DeviceRecord | Non
 
 
 def _run(
-    attack: Any,
+    name: str,
+    attack: Attack,
     model: AttackedModel,
     seen: Seen,
     truth: Truth | None,
@@ -188,19 +192,21 @@ def _run(
     try:
         finding = attack.run(model, seen, seed=request.seed, stop=over)
     except CoveyError as exc:
-        return Attacked(seen.device_id, attack.name, None, None, str(exc))
-    graded = None
-    if truth is not None:
-        graded = grade(finding, truth[0], truth[1], _range(model.manifest, truth[0]))
-    return Attacked(seen.device_id, attack.name, finding, graded)
+        return Attacked(seen.device_id, name, None, None, str(exc))
+    shown = truth[0] if truth is not None else finding.inputs
+    input_range = _range(model.manifest, shown)
+    graded = grade(finding, truth[0], truth[1], input_range) if truth is not None else None
+    return Attacked(seen.device_id, name, finding, graded, "", truth, input_range)
 
 
-def _range(manifest: Manifest, x: npt.NDArray[Any]) -> tuple[float, float]:
+def _range(manifest: Manifest, x: npt.NDArray[Any] | None) -> tuple[float, float]:
     """The bundle's declared range of inputs; that of these examples where it declares none."""
     low, high = manifest.input.minimum, manifest.input.maximum
-    if low is None or high is None:
-        return float(x.min()), float(x.max()) if x.max() > x.min() else float(x.min()) + 1.0
-    return float(low), float(high)
+    if low is not None and high is not None:
+        return float(low), float(high)
+    if x is None or not x.size or not x.max() > x.min():
+        return 0.0, 1.0
+    return float(x.min()), float(x.max())
 
 
 def _told(one: Attacked) -> str:
@@ -231,9 +237,13 @@ def _write(folder: Path, capture: Capture, checks: Sequence[Check], found: Seque
     write_atomic(folder / "replay.json", json.dumps(facts, indent=2, default=str).encode(), mode=0o600)
     for one in found:
         if one.finding is not None and one.finding.inputs is not None and len(one.finding.inputs):
-            name = f"{one.device_id}-{one.attack.replace(' ', '-')}"
-            np.savez(folder / f"{name}.npz", inputs=one.finding.inputs)
-            (folder / f"{name}.npz").chmod(0o600)
+            name = f"{one.device_id}-{one.attack}"
+            buffer = io.BytesIO()
+            np.savez_compressed(buffer, inputs=one.finding.inputs)
+            write_atomic(folder / f"{name}.npz", buffer.getvalue(), mode=0o600)
+            truth = one.truth[0] if one.truth is not None else None
+            drawn = beside(one.finding.inputs, one.input_range, _told(one), truth, one.grade)
+            write_atomic(folder / f"{name}.png", drawn, mode=0o600)
 
 
 def _facts(one: Attacked) -> dict[str, Any]:

@@ -5,9 +5,13 @@ loss plus the model's own regularisation, in training mode. So BatchNorm normali
 is given, and Dropout draws from `seed` (a coordinator knows the seeds of a plan: `covey_protocol.svrg.step_seed`).
 `outputs` is `infer`: inference mode. `update` runs `train` itself, with the bundle's optimizer.
 
-A bundle's graphs are written for exactly B examples. Other numbers are cut into batches of B, of which the last is
-filled up with its own examples at weight 0, as `covey_edge.runtime.Model` does; a BatchNorm's statistics see the
-filling, here as there.
+A bundle's graphs are written for exactly B examples. For another number they are resized where every example goes
+through alone (`covey_models.importing.batching`). Where not (BatchNorm or Dropout in `loss` and `gradient`) the
+examples are cut into batches of B, of which the last is filled up with its own examples at weight 0, as
+`covey_edge.runtime.Model` does; a BatchNorm's statistics see the filling, here as there.
+
+Soft labels, (n, classes), take the place of the graph's one-hot labels where it makes them of classes; else every
+example counts once per class, which costs as much.
 
 Not done: quantised models, loops that depend on data. Moving statistics that stay on a device (exported "local") are
 taken as the file has them.
@@ -28,7 +32,13 @@ from covey_protocol.svrg import step_seed
 
 Tensor = Any
 Batch = tuple[Any, Any, Any]  # x, y, weights
+Output = tuple[str, str]  # entry point and name
 
+LOSS, OUTPUTS = ("train", "loss"), ("infer", "output")
+BATCHED = ("x", "y", "example_weight")
+MOST_AT_ONCE = 512  # examples in one graph: beyond, larger tensors only cost memory
+AGREEMENT = 1e-4  # of a resized graph, relative; rounding gives 1e-6
+CROSS_ENTROPY = "sparse_categorical_crossentropy"
 NO_CLIPPING = 3e38  # as in covey_edge.runtime
 TINY = 1e-12  # as in covey_models.steps
 
@@ -36,7 +46,7 @@ TINY = 1e-12  # as in covey_models.steps
 class BundleModel:
     """Implements `contract.AttackedModel`. dtype: tf.float32 (the default) or tf.float64.
 
-    seed: of what the model draws in `loss` and `gradient`.
+    seed: of what the model draws in `loss` and `gradient`; a further batch of B draws from the next number.
     """
 
     def __init__(self, bundle: Bundle, dtype: Any = None, *, seed: int = 0) -> None:
@@ -52,6 +62,9 @@ class BundleModel:
         self._read = ReadBack(bundle.model, double=self._dtype == tf.float64)
         self._seed = seed
         self._losses = tf.function(self._loss_of_batch, autograph=False)
+        self._sizes: dict[tuple[Output, int], Any] = {}
+        self._takes_soft = bundle.manifest.loss == CROSS_ENTROPY and self._read.makes_one_hot("train", "y", ["loss"])
+        self._own_gradients = tf.function(self._own_gradient_of_batch, autograph=False)
         self._gradients = tf.function(self._gradient_of_batch, autograph=False)
         self._infer = tf.function(self._outputs_of_batch, autograph=False)
         self._step = tf.function(self._trained, autograph=False)
@@ -74,17 +87,23 @@ class BundleModel:
 
     def loss(self, parameters: Tensor, x: Tensor, y: Tensor, weights: Tensor = None) -> Tensor:
         """(): of a training step, with the model's regularisation. Weights must not all be 0."""
-        return self._mean(self._losses, parameters, x, y, weights)
+        return self._mean(self._losses, LOSS, parameters, x, y, weights)
 
     def gradient(self, parameters: Tensor, x: Tensor, y: Tensor, weights: Tensor = None) -> Tensor:
-        """(d,): the bundle's own entry point `gradient`, so that kinks and ties are treated as on a device."""
-        return self._mean(self._gradients, parameters, x, y, weights)
+        """(d,): of `loss`, by automatic differentiation, which differentiates again faster than `gradient` does.
+
+        At a point where the derivative jumps it may be another one-sided derivative than the device's: for instance
+        where a LeakyReLU's input is exactly 0.
+        """
+        return self._mean(self._gradients, LOSS, parameters, x, y, weights)
+
+    def own_gradient(self, parameters: Tensor, x: Tensor, y: Tensor, weights: Tensor = None) -> Tensor:
+        """(d,): of the bundle's entry point `gradient`, in batches of B: what a device computes, also at kinks."""
+        return self._mean(self._own_gradients, None, parameters, x, y, weights)
 
     def outputs(self, parameters: Tensor, x: Tensor) -> Tensor:
         """(n, ...): probabilities for the cross entropies."""
-        parameters, x = self._real(parameters), self._tf.convert_to_tensor(x)
-        rows = [self._infer(parameters, bx)[: bx.shape[0] if full else kept] for bx, kept, full in self._cut(x)]
-        return rows[0] if len(rows) == 1 else self._tf.concat(rows, 0)
+        return self._rows(self._infer, self._real(parameters), self._tf.convert_to_tensor(x))
 
     def update(
         self, parameters: Tensor, batches: Sequence[Batch], plan: TrainingPlan, *, device_id: str = ""
@@ -139,19 +158,61 @@ class BundleModel:
     def _drawing(self, seed: Any) -> dict[str, Any]:
         return {"seed": seed} if self._draws else {}
 
-    def _batch(self, x: Tensor, y: Tensor, weights: Tensor) -> dict[str, Tensor]:
-        return {"x": x, "y": y, "example_weight": weights}
+    def _loss_of_batch(self, parameters: Tensor, x: Tensor, y: Tensor, weights: Tensor, seed: Tensor) -> Tensor:
+        inputs = {**self._batch(x, y, weights), **self._shared(None, parameters), **self._drawing(seed)}
+        return self._run(LOSS, x.shape[0], inputs, parameters)
 
-    def _loss_of_batch(self, parameters: Tensor, x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
-        inputs = {**self._batch(x, y, weights), **self._shared(None, parameters), **self._drawing(self._seed)}
-        return self._read.run("train", inputs, self._state(parameters), ["loss"])[0]["loss"]
+    def _gradient_of_batch(self, parameters: Tensor, x: Tensor, y: Tensor, weights: Tensor, seed: Tensor) -> Tensor:
+        with self._tf.GradientTape() as tape:
+            tape.watch(parameters)
+            loss = self._loss_of_batch(parameters, x, y, weights, seed)
+        return tape.gradient(loss, parameters, unconnected_gradients=self._tf.UnconnectedGradients.ZERO)
 
-    def _gradient_of_batch(self, parameters: Tensor, x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
-        inputs = {**self._batch(x, y, weights), **self._drawing(self._seed)}
-        return self._read.run("gradient", inputs, self._state(parameters), ["gradient"])[0]["gradient"]
+    def _own_gradient_of_batch(self, parameters: Tensor, x: Tensor, y: Tensor, weights: Tensor, seed: Tensor) -> Tensor:
+        inputs = {**self._batch(x, y, weights), **self._drawing(seed)}
+        return self._run(("gradient", "gradient"), self._manifest.batch_size, inputs, parameters)
 
     def _outputs_of_batch(self, parameters: Tensor, x: Tensor) -> Tensor:
-        return self._read.run("infer", {"x": x}, self._state(parameters), ["output"])[0]["output"]
+        return self._run(OUTPUTS, x.shape[0], {"x": x}, parameters)
+
+    def _run(self, output: Output, count: int, inputs: dict[str, Tensor], parameters: Tensor) -> Tensor:
+        """One output of one entry point, for so many examples."""
+        name, key = output
+        sized = self._resized(output, count)
+        return self._read.run(name, inputs, self._state(parameters), [key], sized)[0][key]
+
+    def _resized(self, output: Output, count: int) -> Any:
+        """The graph for another number of examples than B; None for B itself and where there is none."""
+        size = self._manifest.batch_size
+        if count != size and (output, count) not in self._sizes:
+            batched = [key for key in BATCHED if key in self._read.entry_point(output[0]).inputs]
+            sized = self._read.for_count(output[0], [output[1]], batched, size, count)
+            self._sizes[output, count] = sized if sized and self._agrees(output, count, sized) else None
+        return self._sizes.get((output, count))
+
+    def _agrees(self, output: Output, count: int, sized: Any) -> bool:
+        """Whether a resized graph gives the numbers of batches of B on random examples."""
+        tf, manifest = self._tf, self._manifest
+        with tf.init_scope():
+            random = np.random.default_rng(count)
+            x, y = (tf.constant(_within(spec, count, random)) for spec in (manifest.input, manifest.label))
+            parameters = self._read.run("get_parameters", {}, self._read.initial)[0]["parameters"]
+            self._sizes[output, count] = None  # so that it is cut
+            padded = self._plain(output, parameters, x, y)
+            self._sizes[output, count] = sized
+            resized = self._plain(output, parameters, x, y)
+            scale = float(tf.reduce_max(tf.abs(padded)))
+            return bool(tf.reduce_max(tf.abs(resized - padded)) <= AGREEMENT * scale)
+
+    def _plain(self, output: Output, parameters: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        if output == LOSS:
+            return self._mean(self._loss_of_batch, LOSS, parameters, x, y, None)
+        return self._rows(self._outputs_of_batch, parameters, x)
+
+    def _rows(self, function: Any, parameters: Tensor, x: Tensor) -> Tensor:
+        """What a function of batches gives for each example."""
+        rows = [function(parameters, part)[:kept] for part, kept in self._cut(x, OUTPUTS)]
+        return rows[0] if len(rows) == 1 else self._tf.concat(rows, 0)
 
     def _trained(
         self, state: dict[str, Tensor], x: Tensor, y: Tensor, weights: Tensor, shared: dict[str, Tensor], seed: Tensor
@@ -159,39 +220,64 @@ class BundleModel:
         inputs = {**self._batch(x, y, weights), **shared, **self._drawing(seed)}
         return self._read.run("train", inputs, state)[1]
 
-    def _mean(self, function: Any, parameters: Tensor, x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
+    def _mean(
+        self, function: Any, output: Output | None, parameters: Tensor, x: Tensor, y: Tensor, weights: Tensor
+    ) -> Tensor:
         """The mean of a function of batches over all examples, each batch counted by its weights."""
         tf, parameters = self._tf, self._real(parameters)
         x, y = tf.convert_to_tensor(x), tf.convert_to_tensor(y)
         weights = tf.ones([x.shape[0]], self._dtype) if weights is None else self._real(weights)
-        x, y, weights = self._hard(x, y, weights)
+        x, y, weights = self._hard(x, y, weights, output)
+        parts = list(zip(self._cut(x, output), self._cut(y, output), self._cut(weights, output)))
+        seeds = [tf.constant((self._seed + number) % 2**31, tf.int32) for number in range(len(parts))]
+        if len(parts) == 1 and parts[0][0][1] == parts[0][0][0].shape[0]:
+            return function(parameters, x, y, weights, seeds[0])
         total = 0.0
-        for (bx, kept, _), (by, _, _), (bw, _, _) in zip(self._cut(x), self._cut(y), self._cut(weights)):
-            bw *= np.arange(bx.shape[0]) < kept
-            total += tf.reduce_sum(bw) * function(parameters, bx, by, bw)
+        for ((bx, kept), (by, _), (bw, _)), seed in zip(parts, seeds):
+            present = bw * self._real(np.arange(bx.shape[0]) < kept)
+            total += tf.reduce_sum(present) * function(parameters, bx, by, present, seed)
         return total / tf.maximum(tf.reduce_sum(weights), TINY)
 
-    def _hard(self, x: Tensor, y: Tensor, weights: Tensor) -> Batch:
-        """Soft labels as one example per class, weighted: exact for every loss."""
+    def _hard(self, x: Tensor, y: Tensor, weights: Tensor, output: Output | None) -> Batch:
+        """Soft labels as one example per class, weighted, where the graph cannot take them as they are."""
         tf, classes = self._tf, self._manifest.num_classes
-        soft = (x.shape[0], classes) if classes else None
-        label = self._manifest.label
-        if tuple(y.shape) != soft or label.shape == (classes,):
+        if not self._are_soft(x, y) or (output == LOSS and self._takes_soft):
             return x, y, weights
         every = tf.tile(tf.range(classes), [x.shape[0]])
         return tf.repeat(x, classes, 0), every, tf.reshape(weights[:, None] * self._real(y), [-1])
 
-    def _cut(self, rows: Tensor) -> Iterator[tuple[Tensor, int, bool]]:
-        """(B rows, how many of them are real, whether all are); the last batch repeats its own."""
+    def _are_soft(self, x: Tensor, y: Tensor) -> bool:
+        manifest = self._manifest
+        return manifest.label.shape == () and tuple(y.shape) == (x.shape[0], manifest.num_classes)
+
+    def _batch(self, x: Tensor, y: Tensor, weights: Tensor) -> dict[str, Any]:
+        from covey_models.importing import Soft
+
+        return {"x": x, "y": Soft(y) if self._are_soft(x, y) else y, "example_weight": weights}
+
+    def _cut(self, rows: Tensor, output: Output | None) -> Iterator[tuple[Tensor, int]]:
+        """(rows, how many of them are examples): at once where the graph can be resized, else batches of B.
+
+        The last batch of B is filled up with its own examples.
+        """
+        count = rows.shape[0]
         size = self._manifest.batch_size
-        for start in range(0, rows.shape[0], size):
+        if output is not None and count <= MOST_AT_ONCE and self._resized(output, count) is not None:
+            size = count
+        for start in range(0, count, size):
             part = rows[start : start + size]
             kept = part.shape[0]
-            yield (
-                (part if kept == size else self._tf.gather(part, np.resize(np.arange(kept), size))),
-                kept,
-                kept == size,
-            )
+            yield (part if kept == size else self._tf.gather(part, np.resize(np.arange(kept), size))), kept
+
+
+def _within(spec: TensorSpec, count: int, random: np.random.Generator) -> Any:
+    """Random examples that a spec allows."""
+    low = 0.0 if spec.minimum is None else spec.minimum
+    high = low + 1.0 if spec.maximum is None else spec.maximum
+    shape = (count, *spec.shape)
+    if spec.dtype == "float32":
+        return random.uniform(low, high, shape).astype(np.float32)
+    return random.integers(int(low), int(high) + 1, shape).astype(spec.dtype)
 
 
 def batches_of(x: Any, y: Any, plan: TrainingPlan, device_id: str, manifest: Manifest) -> list[Batch]:

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
-from typing import Any, NamedTuple
+from functools import cached_property, lru_cache
+from typing import Any, Optional
 
 import numpy as np
 import numpy.typing as npt
@@ -31,34 +31,35 @@ class Forward:
     """g of these updates, for a batch of examples with these labels.
 
     model: in float64: the eigenvalues that are looked for span more than float32 can tell apart. labels: (n, *label
-    shape). seen: what came of one and the same batch, one or several; their `update` is not used. noise is not in g.
+    shape). seen: what came of one and the same batch, one or several; their `update` is not used, noise is not in g.
+    batch_size: of the local steps, the bundle's where None; another one needs a bundle that steps with plain SGD.
     """
 
-    def __init__(self, model: AttackedModel, seen: Sequence[Seen], labels: npt.NDArray[Any]) -> None:
-        import tensorflow as tf
-
-        if model.dtype != tf.float64:
-            raise UsageError(f"resolution in {model.dtype}", "build the attacked model with dtype=tf.float64")
+    def __init__(
+        self,
+        model: AttackedModel,
+        seen: Sequence[Seen],
+        labels: npt.NDArray[Any],
+        batch_size: Optional[int] = None,
+    ) -> None:
         if not seen or not len(labels):
             raise UsageError(f"{len(seen)} updates of {len(labels)} examples", "give at least one of each")
         self.shape = (len(labels), *model.input.shape)
         self.inputs = math.prod(self.shape)
         self.outputs = len(seen) * len(seen[0].parameters)
-        self._starts = [tf.constant(one.parameters, tf.float64) for one in seen]
-        self._labels = tf.constant(labels)
-        self._clips = [tf.constant(one.clip_norm, tf.float64) for one in seen]
-        kind = (self._labels.dtype, tuple(self._labels.shape))
-        key: Any = model
-        self._compiled = [_compiled(key, one.plan, one.device_id, self.shape, kind) for one in seen]
+        self._trainings = [
+            local_training(model, one.plan, labels, device_id=one.device_id, batch_size=batch_size) for one in seen
+        ]
+        self._fixed = [(one.parameters, labels, one.clip_norm) for one in seen]
 
     def values(self, inputs: Vector) -> Vector:
         """g(m): (N,) -> (d,) of each update, one after the other."""
-        return np.concatenate([np.asarray(one.values(inputs, *fixed)) for one, fixed in self._each()])
+        return np.concatenate([one.values(inputs, *fixed) for one, fixed in self._each()])
 
     def pushed(self, inputs: Vector, tangents: Matrix) -> Matrix:
         """J w at these inputs (N,) for each row w of tangents (k, N) -> (k, d)."""
         parts = [
-            np.concatenate([np.asarray(one.push(block, inputs, *fixed)) for block in _blocks(tangents)])
+            np.concatenate([one.push(block, inputs, *fixed) for block in _blocks(tangents)])
             for one, fixed in self._each()
         ]
         return np.concatenate(parts, axis=1)
@@ -66,77 +67,144 @@ class Forward:
     def pulled(self, inputs: Vector, cotangents: Matrix) -> Matrix:
         """v' J at these inputs (N,) for each row v of cotangents (k, d) -> (k, N)."""
         total = np.zeros((len(cotangents), self.inputs))
-        parts = np.split(cotangents, len(self._starts), axis=1)
+        parts = np.split(cotangents, len(self._trainings), axis=1)
         for (one, fixed), part in zip(self._each(), parts):
-            total += np.concatenate([np.asarray(one.pull(block, inputs, *fixed)) for block in _blocks(part)])
+            total += np.concatenate([one.pull(block, inputs, *fixed) for block in _blocks(part)])
         return total
 
-    def _each(self) -> Iterator[tuple[_Graphs, tuple[Any, Any, Any]]]:
-        for one, start, clip in zip(self._compiled, self._starts, self._clips):
-            yield one, (start, self._labels, clip)
+    def _each(self) -> Iterator[tuple[LocalTraining, tuple[Any, Any, float]]]:
+        yield from zip(self._trainings, self._fixed)
 
 
-class _Graphs(NamedTuple):
-    """g of one update and its derivatives as graphs of TensorFlow. All end with the arguments (inputs (N,), start (d,),
-    labels, clip_norm ()); push and pull take rows of vectors first."""
+class LocalTraining:
+    """A device's training on so many examples by one plan, and its derivatives, as graphs of TensorFlow in float64.
 
-    values: Any
-    push: Any
-    pull: Any
+    All methods end with inputs (N,), start (d,), labels (n, *label shape) and clip_norm, 0 for off. Each is traced when
+    it is used first, in a second or more; curves over noise, clip norms and data share it.
+    """
 
+    def __init__(self, model: Any, plan: TrainingPlan, batches: Sequence[Any], size: int, labels_like: Any) -> None:
+        import tensorflow as tf
 
-@lru_cache(maxsize=4)  # tracing takes a second or more, and a curve over clip norms or noise needs one graph
-def _compiled(model: Any, plan: TrainingPlan, device_id: str, shape: tuple[int, ...], kind: Any) -> _Graphs:
-    import tensorflow as tf
+        if model.dtype != tf.float64:
+            raise UsageError(f"resolution in {model.dtype}", "build the attacked model with dtype=tf.float64")
+        self._model, self._plan, self._batches, self._size = model, plan, batches, size
+        self._d, examples = total_size(model.specs), labels_like[1][0]
+        self._shape = (examples, *model.input.shape)
+        self._inputs = math.prod(self._shape)
+        floats = [tf.TensorSpec(size, tf.float64) for size in ([self._inputs], [self._d], [])]
+        self._arguments = [*floats[:2], tf.TensorSpec(labels_like[1], labels_like[0]), floats[2]]
 
-    d, inputs = total_size(model.specs), math.prod(shape)
-    batches = batches_of(model.manifest.batch_size, plan, device_id, shape[0])
+    def values(self, *arguments: Any) -> Vector:
+        """(d,): trained minus received, clipped."""
+        return np.asarray(self._values(*self._tensors(arguments)), np.float64)
 
-    def values(flat: Any, start: Any, labels: Any, clip_norm: Any) -> Any:
-        update = _update(model, plan, batches, start, tf.reshape(flat, shape), labels)
-        return _clipped(update, clip_norm)
+    def push(self, tangents: Matrix, *arguments: Any) -> Matrix:
+        """(k, N) -> (k, d)"""
+        return np.asarray(self._push(*self._tensors((tangents, *arguments))), np.float64)
 
-    def pull(cotangent: Any, flat: Any, *fixed: Any) -> Any:
+    def pull(self, cotangents: Matrix, *arguments: Any) -> Matrix:
+        """(k, d) -> (k, N)"""
+        return np.asarray(self._pull(*self._tensors((cotangents, *arguments))), np.float64)
+
+    @cached_property
+    def _values(self) -> Any:
+        return self._graph(self._sent)
+
+    @cached_property
+    def _push(self) -> Any:
+        return self._each(self._pushed, self._inputs)
+
+    @cached_property
+    def _pull(self) -> Any:
+        return self._each(self._pulled, self._d)
+
+    def _sent(self, flat: Any, start: Any, labels: Any, clip_norm: Any) -> Any:
+        import tensorflow as tf
+
+        x = tf.reshape(flat, self._shape)
+        return _clipped(_update(self._model, self._plan, self._batches, self._size, start, x, labels), clip_norm)
+
+    def _pulled(self, cotangent: Any, flat: Any, *fixed: Any) -> Any:
+        import tensorflow as tf
+
         with tf.GradientTape() as tape:
             tape.watch(flat)
-            sent = values(flat, *fixed)
+            sent = self._sent(flat, *fixed)
         return tape.gradient(sent, flat, cotangent, unconnected_gradients="zero")
 
-    def push(tangent: Any, flat: Any, *fixed: Any) -> Any:
-        anything = tf.zeros([d], tf.float64)
+    def _pushed(self, tangent: Any, flat: Any, *fixed: Any) -> Any:
+        import tensorflow as tf
+
+        anything = tf.zeros([self._d], tf.float64)
         with tf.GradientTape() as tape:
             tape.watch(anything)
-            pulled = pull(anything, flat, *fixed)
+            pulled = self._pulled(anything, flat, *fixed)
         return tape.gradient(pulled, anything, tangent, unconnected_gradients="zero")
 
-    def each(function: Any) -> Any:
-        return lambda vectors, *rest: tf.map_fn(lambda one: function(one, *rest), vectors)
+    def _each(self, function: Any, width: int) -> Any:
+        import tensorflow as tf
 
-    arguments = [tf.TensorSpec(size, tf.float64) for size in ([inputs], [d])]
-    arguments += [tf.TensorSpec(kind[1], kind[0]), tf.TensorSpec([], tf.float64)]
+        def rows(vectors: Any, *rest: Any) -> Any:
+            return tf.map_fn(lambda one: function(one, *rest), vectors)
 
-    def graph(function: Any, *first: Any) -> Any:
-        return tf.function(function, input_signature=[*first, *arguments]).get_concrete_function()
+        return self._graph(rows, tf.TensorSpec([None, width], tf.float64))
 
-    return _Graphs(
-        graph(values),
-        graph(each(push), tf.TensorSpec([None, inputs], tf.float64)),
-        graph(each(pull), tf.TensorSpec([None, d], tf.float64)),
-    )
+    def _graph(self, function: Any, *first: Any) -> Any:
+        import tensorflow as tf
+
+        return tf.function(function, input_signature=[*first, *self._arguments]).get_concrete_function()
+
+    def _tensors(self, arguments: Sequence[Any]) -> list[Any]:
+        import tensorflow as tf
+
+        *floats, start, labels, clip_norm = arguments
+        return [
+            *(tf.constant(one, tf.float64) for one in (*floats, start)),
+            tf.constant(labels),
+            tf.constant(clip_norm, tf.float64),
+        ]
 
 
-def batches_of(batch_size: int, plan: TrainingPlan, device_id: str, examples: int) -> list[npt.NDArray[np.int64]]:
-    """The rows of every batch of a device's local training on so many examples, in its order (docs/protocol.md).
+def local_training(
+    model: AttackedModel,
+    plan: TrainingPlan,
+    labels: npt.NDArray[Any],
+    *,
+    device_id: str = "",
+    batch_size: Optional[int] = None,
+) -> LocalTraining:
+    """The training on as many examples as there are labels, in the order of this device (docs/protocol.md)."""
+    import tensorflow as tf
 
-    examples: those it trains on; the plan's max_examples was applied before.
-    """
-    return list(passes(examples, batch_size, plan.epochs, order_of(plan.shuffle_seed, device_id)))
+    like = tf.convert_to_tensor(labels)
+    key: Any = model
+    return _kept(key, plan, device_id, batch_size or model.manifest.batch_size, like.dtype, tuple(like.shape))
 
 
-def _update(model: AttackedModel, plan: TrainingPlan, batches: Sequence[Any], start: Any, x: Any, y: Any) -> Any:
-    if len(batches) == 1 and model.manifest.optimizer == "sgd" and not plan.gradient_clip_norm:
-        return -plan.learning_rate * model.gradient(start, x, y)  # FedProx' term is 0 in the first step
-    return model.update(start, [_batch(x, y, rows, model.manifest.batch_size) for rows in batches], plan)
+@lru_cache(maxsize=4)  # of traced graphs, with the models they hold
+def _kept(model: Any, plan: TrainingPlan, device: str, size: int, dtype: Any, shape: tuple[int, ...]) -> LocalTraining:
+    batches = list(passes(shape[0], size, plan.epochs, order_of(plan.shuffle_seed, device)))
+    return LocalTraining(model, plan, batches, size, (dtype, shape))
+
+
+def _update(model: Any, plan: TrainingPlan, batches: Sequence[Any], size: int, start: Any, x: Any, y: Any) -> Any:
+    import tensorflow as tf
+
+    plain = model.manifest.optimizer == "sgd" and not plan.gradient_clip_norm and not plan.proximal_weight
+    if plain and len(batches) == 1:
+        return -plan.learning_rate * model.gradient(start, x, y)
+    if size == model.manifest.batch_size:
+        return model.update(start, [_batch(x, y, rows, size) for rows in batches], plan)
+    if not plain:
+        raise UsageError(
+            f"batches of {size} with a bundle of {model.manifest.batch_size}",
+            "other batch sizes are for plain SGD without clipped gradients and FedProx",
+        )
+    current = start
+    for rows in batches:
+        current = current - plan.learning_rate * model.gradient(current, tf.gather(x, rows), tf.gather(y, rows))
+    return current - start
 
 
 def _clipped(update: Any, clip_norm: Any) -> Any:

@@ -159,15 +159,17 @@ def likelihood_ratio(target: Floats, is_member: Any, shadow: Floats, shadow_memb
 
 def _moments(shadow: Floats, mask: Any) -> tuple[Floats, Any]:
     counts = mask.sum(axis=0)
+    freedom = int(counts.sum()) - len(counts)
     if not counts.all():
         raise UsageError(
             "some example is in all models of the attacker's, or in none", "train more of them, each on a half"
         )
+    if not freedom:
+        raise UsageError("no example is inside, or outside, of two models of the attacker's", "train more of them")
     means = np.where(mask, shadow, 0.0).sum(axis=0) / counts
     squares = np.where(mask, (shadow - means) ** 2, 0.0)
     if counts.min() >= ONE_SPREAD:
         return means, np.sqrt(squares.sum(axis=0) / counts) + np.finfo(np.float64).tiny
-    freedom = max(1, int(counts.sum()) - len(counts))
     return means, math.sqrt(float(squares.sum()) / freedom) + np.finfo(np.float64).tiny
 
 

@@ -1,4 +1,4 @@
-"""The attacks on updates by name, as `covey audit` and `covey replay` call them. Nothing is imported before it is used."""
+"""The attacks on updates by name, as `covey audit` and `covey replay` call them. Imported when they are used."""
 
 from __future__ import annotations
 
@@ -13,12 +13,16 @@ from covey_protocol.errors import ConfigError
 _HERE = "covey_coordinator.inversion"
 # name -> (module, class, its settings); cheap ones first
 ATTACKS: Mapping[str, tuple[str, str, Mapping[str, Any]]] = {
+    "labels": ("labels", "LabelRecovery", {}),
     "units": ("trap_weights", "UnitReading", {}),
     "imprint": ("imprint", "Imprint", {}),
     "sparse-imprint": ("imprint", "Imprint", {"sparse": True}),
+    "deep-leakage": ("deep_leakage", "DeepLeakage", {}),
+    "inverting-gradients": ("inverting_gradients", "InvertingGradients", {}),
+    "local-steps": ("local_steps", "LocalSteps", {}),
     "tarantola": ("tarantola", "Tarantola", {}),
 }
-CHEAP = ("units",)
+CHEAP = ("labels", "units")
 
 
 def make_attack(name: str, **settings: Any) -> Attack:

@@ -137,6 +137,7 @@ def leakage_number(
     probes: int = PROBES,
     steps: int = STEPS,
     ignored: Optional[npt.NDArray[np.bool_]] = None,
+    batch_size: Optional[int] = None,
     stop: Optional[Stop] = None,
     progress: Optional[Progress] = None,
 ) -> Leakage:
@@ -145,8 +146,8 @@ def leakage_number(
     model: in float64. seen: one update, or several of the same batch (rounds in which a device trains on it again).
     Of their `update` only the size counts, for rounding and quantisation; a plan whose training nobody did yet can be
     judged with `planned`. prior: the plain one where None. exact: None chooses by size. ignored: (d,) of each update,
-    numbers that the attacker leaves out, for example what a defence spoils. stop: between vectors; what was drawn
-    until then counts, at least two.
+    numbers that the attacker leaves out, for example what a defence spoils. batch_size: of the local steps, see
+    `forward.Forward`. stop: between vectors; what was drawn until then counts, at least two.
     """
     from covey_coordinator.inversion.forward import Forward
 
@@ -156,7 +157,7 @@ def leakage_number(
     truth = flat_examples(x, model.input.shape)
     if len(truth) != len(y):
         raise UsageError(f"{len(truth)} examples and {len(y)} labels", "give one label for each example")
-    forward = Forward(model, several, np.asarray(y))
+    forward = Forward(model, several, np.asarray(y), batch_size)
     weights = np.concatenate([data_weights(one, ignored) for one in several])
     problem = Problem(forward, prior, weights, inside(truth, prior).ravel())
     distance = problem.unscaled((truth - prior.center(truth)).reshape(1, -1))[0]
@@ -169,11 +170,13 @@ def leakage_number(
     return _leakage(problem, found, truth, time.monotonic() - started, "exact" if exact else "lanczos")
 
 
-def planned(model: AttackedModel, seen: Seen, x: npt.NDArray[Any], y: npt.NDArray[Any]) -> Seen:
+def planned(
+    model: AttackedModel, seen: Seen, x: npt.NDArray[Any], y: npt.NDArray[Any], batch_size: Optional[int] = None
+) -> Seen:
     """The same with the update that this batch gives by the model's own arithmetic, without noise, in float32."""
     from covey_coordinator.inversion.forward import Forward
 
-    update = Forward(model, [seen], np.asarray(y)).values(np.asarray(x, np.float64).ravel())
+    update = Forward(model, [seen], np.asarray(y), batch_size).values(np.asarray(x, np.float64).ravel())
     return replace(seen, update=update.astype(np.float32), examples=len(x))
 
 
@@ -253,13 +256,13 @@ def spectrum(problem: Problem) -> tuple[Vector, Matrix]:
     elif inputs * outputs <= MAX_MATRIX:
         matrix = np.asarray(np.linalg.qr(problem.push(np.eye(inputs)).T, mode="r"), np.float64)
     else:
-        values, vectors = np.linalg.eigh(_squared(problem))
+        values, vectors = np.linalg.eigh(squared(problem))
         return np.maximum(values, 0.0), np.ascontiguousarray(vectors.T)
     _, stretches, directions = np.linalg.svd(matrix, full_matrices=False)
     return np.asarray(stretches, np.float64) ** 2, np.asarray(directions, np.float64)
 
 
-def _squared(problem: Problem) -> Matrix:
+def squared(problem: Problem) -> Matrix:
     """B, (N, N), in blocks of rows. Small eigenvalues are exact to 1e-16 of the largest only."""
     block = max(1, min(problem.inputs, MAX_MATRIX // len(problem.weights)))
     rows = np.eye(problem.inputs)

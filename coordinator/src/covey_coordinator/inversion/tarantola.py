@@ -4,13 +4,14 @@ What is minimised over the batch m, within the range that the bundle declares (T
 
     2 S(m) = |g(m) - d|^2 / C_D + |m - m0|^2 / C_M
 
-by Gauss-Newton steps with Levenberg's damping: (G'C_D^-1 G + C_M^-1 + damping) step = -gradient of S. Small batches solve it
-densely, larger ones by conjugate gradients with nothing but products (`forward`). Numbers that lie on the range's end
-and would leave it are held. The search begins with noise as large as the update, at which g is nearly linear in what
-can be seen of it, and lets it shrink tenfold at a time to the true one.
+by Gauss-Newton steps with Levenberg's damping: (G'C_D^-1 G + C_M^-1 + damping) step = -gradient of S. Small batches
+solve it densely, larger ones by conjugate gradients with nothing but products (`forward`). Numbers that lie on the
+range's end and would leave it are held. The search begins with noise as large as the update, at which g is nearly
+linear in what can be seen of it, and lets it shrink step by step to the true one.
 
-Unlike the attacks on gradients by gradient descent it uses the size of the update, the known noise and every number of
-a local training of several steps. It needs the labels, and an update whose kinks (ReLU) do not stop it.
+Unlike attacks that descend on a gradient's direction it uses the size of the update, the known noise and every number
+of a local training of several steps. It needs the labels. Where g jumps (the kinks of a ReLU) it stops before an exact
+copy; with noise that covers the jumps it does not matter.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from covey_coordinator.inversion.contract import AttackedModel, Finding, Progress, Seen, Stop
+from covey_coordinator.inversion.dense import read_label
 from covey_coordinator.inversion.priors import Matrix, Prior, Vector, flat_examples, plain_prior
 from covey_coordinator.inversion.resolution import Problem, data_weights, squared
 from covey_protocol.errors import UsageError
@@ -173,8 +175,8 @@ def _solved(
 
 
 SEES = (
-    "The bundle, the parameters it sent, the plan, the update of one device (or several of the same batch), the settings "
-    "of clipping and noise, and the labels or what the update says about them."
+    "The bundle, the parameters it sent, the plan, the update of one device (or several of the same batch), the "
+    "settings of clipping and noise, and the labels or what the update says about them."
 )
 
 
@@ -239,3 +241,11 @@ def _starts(prior: Prior, shape: tuple[int, ...], count: int, seed: int) -> Iter
     yield (prior.center(blank) + 0.01 * prior.spread * rng.standard_normal(blank.shape)).ravel()
     for _ in range(count - 1):
         yield (prior.center(blank) + prior.scaled(rng.standard_normal(blank.shape))).ravel()
+
+
+def labels_read(model: AttackedModel, seen: Seen) -> list[int]:
+    """The one example's label out of the last bias (iDLG). UsageError for batches and models without such a bias."""
+    outputs, last = model.manifest.num_classes, model.specs[-1]
+    if seen.examples != 1 or len(last.shape) != 1 or outputs is None:
+        raise UsageError(f"the labels of {seen.examples} examples cannot be read here", "give the attack its labels")
+    return [read_label(-np.asarray(seen.update[-last.size :], np.float64))]

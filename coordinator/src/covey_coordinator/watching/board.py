@@ -86,6 +86,7 @@ class State:
     phase_seconds: dict[str, float] = field(default_factory=dict)
     phase_count: Counter[str] = field(default_factory=Counter)
     measurements: dict[str, float] = field(default_factory=dict)
+    leakage: dict[str, float] = field(default_factory=dict)  # of the newest round that was measured
     max_score: float | None = None
     median_score: float | None = None
 
@@ -109,6 +110,7 @@ class Board:
             events.DeviceRevoked: self._device_revoked,
             events.DeviceReadmitted: self._device_readmitted,
             events.RuleRan: self._rule_ran,
+            events.LeakageMeasured: self._leakage_measured,
             events.RoundEnded: self._round_ended,
         }
 
@@ -181,6 +183,9 @@ class Board:
 
     def _rule_ran(self, event: events.RuleRan) -> None:
         self._state.measurements = dict(event.measurements)
+
+    def _leakage_measured(self, event: events.LeakageMeasured) -> None:
+        self._state.leakage = dict(event.measures)
 
     def _round_ended(self, event: events.RoundEnded) -> None:
         self._end_phase()

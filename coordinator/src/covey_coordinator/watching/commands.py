@@ -224,6 +224,7 @@ def _ended_lines(facts: Facts) -> list[str]:
     loss = facts["median_training_loss"]
     shown = f", median training loss {loss:.4f}" if loss is not None else ""
     shown += f", {_metrics(facts['evaluation'])}" if facts["evaluation"] else ""
+    shown += f", {leakage_text(facts['leakage'])}" if facts["leakage"] else ""
     head = (
         f"{_what(facts)} {facts['number']} {facts['outcome']}: {facts['accepted']} of {facts['invited']} updates{shown}"
     )
@@ -254,14 +255,25 @@ def _device_lines(found: list[Facts]) -> list[str]:
 
 
 def _run_lines(found: list[Facts]) -> list[str]:
-    rows = [("run", "state", "published", "abandoned", "evaluation", "started", "end")]
+    rows = [("run", "state", "published", "abandoned", "evaluation", "leakage", "started", "end")]
     for one in found:
         published = str(one["rounds_published"])
         published += f"/{one['rounds_asked']}" if one["rounds_asked"] is not None else ""
+        leakage = leakage_text(one["leakage"]) if one["leakage"] else ""
         started = _ago(one["started_ms"]) if one["started_ms"] is not None else ""
         end = f"code {one['code']}{_because(one['reason'])}" if one["code"] is not None else ""
-        rows.append((one["run"], one["state"], published, str(one["rounds_abandoned"]), _medians(one), started, end))
+        rows.append(
+            (one["run"], one["state"], published, str(one["rounds_abandoned"]), _medians(one), leakage, started, end)
+        )
     return _aligned(rows)
+
+
+def leakage_text(facts: Facts) -> str:
+    """How much can be read off a round's updates, in a few words."""
+    parts = [f"rank one {facts['max_rank_one']:.2f}"] if "max_rank_one" in facts else []
+    parts += [f"readable {facts['max_separable']:.0f}"] if facts.get("max_separable") else []
+    parts += [f"linkable {facts['linkability_auc']:.2f}"] if "linkability_auc" in facts else []
+    return ", ".join(parts)
 
 
 def _medians(facts: Facts) -> str:

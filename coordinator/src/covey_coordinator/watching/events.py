@@ -96,6 +96,14 @@ class RuleRan:
 
 
 @dataclass(frozen=True)
+class LeakageMeasured:
+    """measures: of the whole round, by name (inversion.round_checks)."""
+
+    round: str
+    measures: Mapping[str, float]
+
+
+@dataclass(frozen=True)
 class RoundEnded:
     """outcome: published or abandoned. metrics: device -> the numbers it reported with its update.
 
@@ -132,6 +140,7 @@ Event = Union[
     DeviceRevoked,
     DeviceReadmitted,
     RuleRan,
+    LeakageMeasured,
     RoundEnded,
     RunEnded,
 ]

@@ -24,6 +24,7 @@ from covey_protocol.messages import Invitation, Offer
 from covey_protocol.round import Phase, Progress
 
 Facts = dict[str, Any]
+LEAKAGE_VERSION = 6  # of the store: from here on it has the table leakage
 NOTES_VERSION = 3  # of the store: from here on it has the tables runs and presence
 LAST_ROUNDS = 5
 
@@ -91,6 +92,7 @@ class History:
             "paused": _order(paused),
             "aborted": _order(aborted),
             "evaluation": self._newest_evaluation(),
+            "leakage": self._newest_leakage(),
         }
 
     @property
@@ -109,6 +111,30 @@ class History:
         names = ("metric", "mean", "median", "spread", "devices", "held_out")
         rows = self._all(f"SELECT {', '.join(names)} FROM evaluations WHERE round = ?", round_id)  # noqa: S608 - fixed
         return [dict(zip(names, row)) for row in sorted(rows, key=lambda row: METRICS.index(row[0]))]
+
+    def _leakage(self, round_id: str) -> Facts:
+        """What was measured of a round's updates: of the whole round, and the largest of any device by measure."""
+        if self._version < LEAKAGE_VERSION:
+            return {}
+        rows = self._all(
+            "SELECT CASE device WHEN '' THEN measure ELSE 'max_' || measure END, max(value) FROM leakage"
+            " WHERE round = ? GROUP BY 1 ORDER BY 1",
+            round_id,
+        )
+        return dict(rows)
+
+    def _newest_leakage(self) -> Facts | None:
+        found = self.leakage(last=1)
+        return found[-1] if found else None
+
+    def leakage(self, last: int = -1) -> list[Facts]:
+        """Of the newest rounds in which it was measured, the oldest first; all where last is -1."""
+        if self._version < LEAKAGE_VERSION:
+            return []
+        rows = self._all(
+            "SELECT id, number FROM rounds WHERE id IN (SELECT round FROM leakage) ORDER BY rowid DESC LIMIT ?", last
+        )
+        return [{"round": name, "number": number, **self._leakage(name)} for name, number in reversed(rows)]
 
     def status(self) -> Facts:
         """The run, the round under way and the newest ones that are over."""
@@ -193,6 +219,7 @@ class History:
             "accepted": sum(status == ACCEPTED for _, status, _, _ in rows),
             "median_training_loss": statistics.median(losses) if losses else None,
             "evaluation": self._metrics(round_id) if kind == EVALUATION else [],
+            "leakage": self._leakage(round_id),
             "not_used": [
                 {"device": name, "status": status, "reason": why} for name, status, why, _ in rows if status != ACCEPTED
             ],

@@ -63,6 +63,7 @@ def metrics(state: State, traffic: Traffic, now: float) -> list[Metric]:
         Metric("covey_phase_seconds_total", "counter", "Time in a phase.", _by("phase", state.phase_seconds)),
         Metric("covey_phases_total", "counter", "How many times a phase ended.", _by("phase", state.phase_count)),
         Metric("covey_rule_measurement", "gauge", "Newest round, by rule.", _by("name", state.measurements)),
+        Metric("covey_leakage", "gauge", "Newest round, by measure.", _by("measure", state.leakage)),
         Metric("covey_store_bytes", "gauge", "Disk used by the run's folder.", _one(traffic.stored)),
     ]
     if state.max_score is not None and state.median_score is not None:

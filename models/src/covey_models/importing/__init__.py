@@ -1,7 +1,7 @@
 """A bundle's TFLite file read back into differentiable TensorFlow functions (docs/lowering.md, ADR 29)."""
 
 from covey_models.importing import mathematics, movement, products
-from covey_models.importing.graph import ReadBack, State
+from covey_models.importing.graph import ReadBack, Soft, State
 from covey_models.importing.registry import IMPORTERS
 
-__all__ = ["IMPORTERS", "ReadBack", "State", "mathematics", "movement", "products"]
+__all__ = ["IMPORTERS", "ReadBack", "Soft", "State", "mathematics", "movement", "products"]

@@ -17,12 +17,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Optional
+from functools import partial
+from typing import Any, Optional, Union
 
 import numpy as np
 import numpy.typing as npt
 
 from covey_models._tensorflow import import_tensorflow
+from covey_models.importing.batching import Fixed, Resized, for_count
 from covey_models.importing.registry import IMPORTERS, Call, Tensor
 from covey_models.tflite_file import EntryPoint, Operator, Subgraph, TfliteModel, read_buffers, read_tflite
 from covey_protocol.errors import BundleError
@@ -31,6 +33,7 @@ tf = import_tensorflow()
 
 MAX_NUMBERS = 2**28  # of one tensor: 1 GiB in float32
 MAX_NUMBERS_TOGETHER = 2**30  # of all tensors of an entry point; a derivative keeps most of them
+NAMING = ("RESHAPE", "SQUEEZE", "EXPAND_DIMS", "CAST")  # what labels go through unchanged
 STATEFUL = ("VAR_HANDLE", "READ_VARIABLE", "ASSIGN_VARIABLE", "CALL_ONCE")
 REMEDY = "export the model with covey, or add the operator to covey_models.importing"
 
@@ -58,23 +61,61 @@ class ReadBack:
         return self.file.entry_points[name]
 
     def run(
-        self, name: str, inputs: Mapping[str, Tensor], state: State, wanted: Optional[Collection[str]] = None
+        self,
+        name: str,
+        inputs: Mapping[str, Union[Tensor, Soft]],
+        state: State,
+        wanted: Optional[Collection[str]] = None,
+        sized: Optional[Resized] = None,
     ) -> tuple[Outputs, dict[str, Tensor]]:
         """Outputs by name and the variables afterwards. inputs: all that the entry point has, cast to its types.
 
         wanted: outputs to compute; where it is given, nothing else is built and the variables are not changed.
+        sized: what `for_count` gave for the same outputs.
         """
         point = self.entry_point(name)
-        _check_sizes(name, point.subgraph)
+        graph = point.subgraph if sized is None else sized.graph
+        _check_sizes(name, graph)
         if set(inputs) != set(point.inputs):
             raise BundleError(f"{name} of the model takes {', '.join(sorted(point.inputs)) or 'nothing'}")
-        run = _Run(self, point.subgraph, dict(state))
+        run = _Run(self, graph, dict(state), {} if sized is None else dict(sized.constants))
         for key, number in point.inputs.items():
-            run.values[number] = self._input(f"{key} of {name}", point.subgraph, number, inputs[key])
+            run.values[number] = self._input(f"{key} of {name}", graph, number, inputs[key])
         outputs = {key: number for key, number in point.outputs.items() if wanted is None or key in wanted}
-        needed = None if wanted is None else _needed(point.subgraph, set(outputs.values()))
-        run.all(needed)
+        run.all(None if wanted is None or sized else _needed(graph, set(outputs.values())))
         return {key: run.value(number) for key, number in outputs.items()}, run.state
+
+    def for_count(
+        self, name: str, wanted: Collection[str], batched: Collection[str], batch_size: int, count: int
+    ) -> Optional[Resized]:
+        """The entry point for `count` examples, as far as `wanted` goes; None where its graph has but one batch size.
+
+        batched: the inputs whose first axis are the examples.
+        """
+        point = self.entry_point(name)
+        needed = _needed(point.subgraph, {point.outputs[key] for key in wanted})
+        examples = [point.inputs[key] for key in batched]
+        try:
+            return for_count(point.subgraph, examples, partial(self._known, point.subgraph), batch_size, count, needed)
+        except Fixed:
+            return None
+
+    def makes_one_hot(self, name: str, key: str, wanted: Collection[str]) -> bool:
+        """Whether these outputs see an input of labels one-hot only, so that `Soft` can take its place."""
+        point = self.entry_point(name)
+        labels = {point.inputs[key]}
+        for place in sorted(_needed(point.subgraph, {point.outputs[key] for key in wanted})):
+            operator = point.subgraph.operators[place]
+            if labels.isdisjoint(operator.inputs):
+                continue
+            if operator.name in NAMING:
+                labels.update(operator.outputs)
+            elif operator.name != "ONE_HOT" or operator.whole("Axis", -1) != -1:
+                return False
+        return labels.isdisjoint(point.outputs.values())
+
+    def _known(self, graph: Subgraph, number: int) -> Optional[npt.NDArray[Any]]:
+        return self.constant(graph, number) if graph.tensors[number].constant_bytes else None
 
     def constant(self, graph: Subgraph, number: int) -> npt.NDArray[Any]:
         """A tensor's numbers in the file, floats as `real`."""
@@ -97,8 +138,10 @@ class ReadBack:
             raise BundleError(f"the model has a tensor of {name}, which cannot be read back", REMEDY)
         return _TYPES[name]
 
-    def _input(self, what: str, graph: Subgraph, number: int, value: Tensor) -> Tensor:
+    def _input(self, what: str, graph: Subgraph, number: int, value: Union[Tensor, Soft]) -> Union[Tensor, Soft]:
         tensor = graph.tensors[number]
+        if isinstance(value, Soft):
+            return value
         given = tf.cast(value, self.type(tensor.type))
         if tuple(given.shape) != tensor.shape:
             raise BundleError(f"{what} has shape {tuple(given.shape)}, the model takes {tensor.shape}")
@@ -121,6 +164,13 @@ _TYPES = {
     "INT8": tf.int8, "INT16": tf.int16, "INT32": tf.int32, "INT64": tf.int64, "UINT8": tf.uint8, "UINT16": tf.uint16,
     "UINT32": tf.uint32, "UINT64": tf.uint64, "BOOL": tf.bool, "FLOAT64": tf.float64,
 }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Soft:
+    """Labels as shares of the classes, (examples, classes), in place of classes: what ONE_HOT of them would be."""
+
+    shares: Tensor
 
 
 @dataclass
@@ -171,6 +221,8 @@ class _Run:
 
     def _results(self, call: Call, operator: Operator) -> list[Tensor]:
         inputs = [self.value(number) for number in operator.inputs]
+        if any(isinstance(value, Soft) for value in inputs):
+            return [_of_soft(call, inputs)]
         try:
             results = IMPORTERS[call.name](call, *inputs)
         except BundleError:
@@ -200,6 +252,16 @@ class _Run:
             raise BundleError(f"the model reads a variable {handle.name!r} that it never assigns", REMEDY)
         number = operator.outputs[0]
         self.values[number] = self.read._input(f"variable {handle.name!r}", self.graph, number, self.state[handle.name])
+
+
+def _of_soft(call: Call, inputs: list[Any]) -> Union[Tensor, Soft]:
+    labels = inputs[0]
+    if call.name in NAMING and isinstance(labels, Soft):
+        return labels
+    if call.name == "ONE_HOT" and isinstance(labels, Soft):
+        on, off = (tf.cast(value, call.real) for value in inputs[2:])
+        return off + (on - off) * tf.reshape(tf.cast(labels.shares, call.real), call.shape)
+    raise BundleError(f"a {call.name} of the model takes labels, which cannot be soft there", "give whole classes")
 
 
 def _initialisers(file: TfliteModel) -> Iterator[int]:

@@ -1,0 +1,314 @@
+"""The pieces of an audit, in the order in which they are begun: what each attack costs is known early, repeats come last.
+
+A piece is one attack on one update, or one point of a curve. How much each does is fixed by the level, not by the
+clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from covey_coordinator.audit.bench import Bench, Case, chosen, one_step
+from covey_coordinator.audit.results import BARE, CURVES, MALICIOUS, ONE_EXAMPLE, PLAN, Pictures, Result, finite
+from covey_coordinator.audit.updates import Fleet, Floats, Protection
+from covey_coordinator.inversion.contract import Attack, Stop
+from covey_coordinator.simulation.settings import PrivacySettings
+from covey_protocol.errors import UsageError
+
+Found = tuple[Result, Pictures | None]
+MEMBERS = 200  # of each device that are asked about
+FEW = 4  # examples of one update that exact attacks are tried on
+NOISE, CLIP, EXAMPLES, EPOCHS = "noise_multiplier", "clip_norm", "examples", "epochs"
+SERVER_SEES = "What a coordinator reads out of one step's update that chose the parameters it sent to be read."
+AFTERWARDS = "The finished model, and examples with their labels."
+
+
+@dataclass(frozen=True)
+class Level:
+    """minutes: of the budget, where none is given. evaluations, iterations, restarts, unrolled: of attacks.
+
+    samples: updates of each kind. curve: iterations of attacks at a curve's points. resolved: how many numbers the
+    examples of an update may have for its resolution to be computed.
+    """
+
+    name: str
+    minutes: float
+    evaluations: int
+    iterations: int
+    restarts: int
+    unrolled: int
+    curve: int
+    samples: int
+    resolved: int
+
+
+QUICK = Level("quick", 2.4, evaluations=150, iterations=300, restarts=1, unrolled=40, curve=150, samples=3, resolved=600)
+FULL = Level("full", 60.0, evaluations=2000, iterations=2400, restarts=2, unrolled=600, curve=1000, samples=10, resolved=50_000)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """kind: pieces of one kind cost alike. said: for the progress."""
+
+    key: str
+    kind: str
+    said: str
+    work: Callable[[Stop], Found]
+
+
+@dataclass(frozen=True)
+class Weapon:
+    """An attack as the audit uses it. most: examples of an update beyond which it is not tried, 0 for any number."""
+
+    name: str
+    made: Callable[[], Attack]
+    exact: bool = False
+    most: int = 0
+    several_steps: bool = False
+
+
+def weapons(level: Level, iterations: int) -> tuple[Weapon, ...]:
+    from covey_coordinator.inversion.deep_leakage import DeepLeakage
+    from covey_coordinator.inversion.inverting_gradients import InvertingGradients
+    from covey_coordinator.inversion.labels import LabelRecovery
+    from covey_coordinator.inversion.local_steps import LocalSteps
+    from covey_coordinator.inversion.trap_weights import UnitReading
+
+    restarts = level.restarts
+    return (
+        Weapon("labels", LabelRecovery),
+        Weapon("units", UnitReading),
+        Weapon("inverting-gradients", lambda: InvertingGradients(iterations, restarts)),
+        Weapon("deep-leakage", lambda: DeepLeakage(level.evaluations), exact=True, most=FEW),
+        Weapon("local-steps", lambda: LocalSteps(iterations=level.unrolled, restarts=1), several_steps=True),
+    )
+
+
+def pieces(bench: Bench, level: Level) -> list[Piece]:
+    """All of them, none twice."""
+    first = [*_on_updates(bench, level, range(1)), *_of_the_fleet(bench), *_malicious(bench)]
+    return [*first, *_curves(bench, level), *_on_updates(bench, level, range(1, level.samples))]
+
+
+# ---- attacks on single updates
+
+
+def _on_updates(bench: Bench, level: Level, samples: range) -> Iterator[Piece]:
+    for sample in samples:
+        for case in _cases(bench, sample):
+            yield from _attacks_on(bench, case, f"{case.name}-{sample}", level, level.iterations)
+            yield from _resolution(bench, case, f"{case.name}-{sample}", level)
+
+
+def _cases(bench: Bench, sample: int) -> Iterator[Case]:
+    """One update of the plan, and the same device's worst case with and without its protection."""
+    devices = bench.smallest_first
+    device, plan = devices[sample % len(devices)], bench.settings.plan(1)
+    protected = bench.protection
+    yield Case(ONE_EXAMPLE, device, 1, one_step(plan), protected, skip=sample)
+    if protected.noise_std:
+        yield Case(BARE, device, 1, one_step(plan), Protection(), skip=sample)
+    yield Case(PLAN, device, 0, plan, protected)
+
+
+def _attacks_on(bench: Bench, case: Case, place: str, level: Level, iterations: int) -> Iterator[Piece]:
+    size, steps = _size(bench, case), _steps(bench, case)
+    for weapon in weapons(level, iterations):
+        if (weapon.most and size > weapon.most) or (weapon.several_steps and steps == 1):
+            continue
+        key = _key(place, weapon.name)
+        yield Piece(
+            key,
+            f"{weapon.name}/{case.name}/{iterations}/{_bucket(size)}",
+            f"{weapon.name} on {place}",
+            _attack_work(bench, key, case, weapon),
+        )
+
+
+def _attack_work(bench: Bench, key: str, case: Case, weapon: Weapon) -> Callable[[Stop], Found]:
+    return lambda stop: bench.attack(key, case, weapon.made, stop, exact=weapon.exact)
+
+
+def _resolution(bench: Bench, case: Case, place: str, level: Level) -> Iterator[Piece]:
+    key, size = _key(place, "resolution"), _size(bench, case)
+    if size * bench.data.average.size > level.resolved:
+        return
+    kind = f"resolution/{case.name}/{_bucket(size)}"
+    yield Piece(key, kind, f"resolution of {place}", lambda stop: _resolved(bench, key, case, stop))
+
+
+def _resolved(bench: Bench, key: str, case: Case, stop: Stop) -> Found:
+    from covey_coordinator.inversion.resolution import leakage_number
+
+    update, sees = bench.update(case), "The update, its labels and the settings of its noise; no attack is run."
+    try:
+        found = leakage_number(bench.exact_model, update.seen, update.truth.x, update.truth.y, seed=bench.seed, stop=stop)
+    except UsageError as exc:
+        return bench.result(key, case, "resolution", sees=sees, refused=str(exc)), None
+    metrics = {"resolved_share": found.share, "expected_psnr_db": found.here_psnr_db, "bits": found.bits}
+    told = bench.result(
+        key, case, "resolution", sees=sees, metrics=finite(metrics), seconds=found.seconds, cut=stop()
+    )
+    return told, None
+
+
+def _size(bench: Bench, case: Case) -> int:
+    held = len(bench.data.devices[case.device])
+    return min(case.examples or held, held)
+
+
+def _steps(bench: Bench, case: Case) -> int:
+    return -(-_size(bench, case) // bench.bundle.manifest.batch_size) * case.plan.epochs
+
+
+def _bucket(size: int) -> int:
+    """Updates of up to twice as many examples cost alike."""
+    return (size - 1).bit_length()
+
+
+def _key(place: str, name: str) -> str:
+    return f"{place}-{name}".replace(" ", "-").replace(",", "")
+
+
+# ---- the fleet over rounds, and the model it makes
+
+
+def _of_the_fleet(bench: Bench) -> Iterator[Piece]:
+    case = Case(PLAN, 0, 0, bench.settings.plan(1), bench.protection)
+    yield Piece("fleet-accuracy", "fleet", "rounds of the fleet", lambda _: _accuracy_of_plan(bench, case))
+    yield Piece("fleet-membership", "membership", "membership in the finished model", lambda _: _members(bench, case))
+
+
+def _accuracy_of_plan(bench: Bench, case: Case) -> Found:
+    accuracy = bench.accuracy(bench.trained[-1].parameters)
+    metrics = {"accuracy": accuracy, "accuracy_before": bench.accuracy(bench.child.initial)}
+    return bench.result("fleet-accuracy", case, "accuracy", metrics=metrics), None
+
+
+def _members(bench: Bench, case: Case) -> Found:
+    from covey_coordinator.inversion.membership import best, membership
+
+    inside, outside = chosen(bench.data.devices, MEMBERS), bench.data.test
+    last = bench.trained[-1].parameters
+    asked = [
+        membership(bench.exact_model, last, (inside.x, inside.y), (outside.x, outside.y), attack=attack)
+        for attack in ("threshold", "regression")
+        if attack == "threshold" or bench.bundle.manifest.num_classes
+    ]
+    found = best(asked)
+    metrics = {
+        "membership_auc": max(one.auc for one in asked),
+        "membership_auc_error": found.auc_error,
+        "membership_tpr": found.tpr_at_0_1_percent_fpr,
+        "membership_advantage": found.advantage,
+    }
+    told = bench.result(
+        "fleet-membership", case, f"membership ({found.attack})", sees=AFTERWARDS, metrics=finite(metrics),
+        notes=found.notes,
+    )
+    return told, None
+
+
+# ---- what a malicious server would get
+
+
+def _malicious(bench: Bench) -> Iterator[Piece]:
+    for name in ("imprint", "trap-weights"):
+        yield Piece(f"malicious-{name}", f"malicious/{name}", f"a malicious server: {name}", _hostile(bench, name))
+
+
+def _hostile(bench: Bench, name: str) -> Callable[[Stop], Found]:
+    def work(stop: Stop) -> Found:
+        from covey_coordinator.inversion.imprint import Imprint, imprinted
+        from covey_coordinator.inversion.trap_weights import UnitReading, trapped
+
+        device = bench.smallest_first[-1]
+        batch = bench.bundle.manifest.batch_size
+        case = Case(MALICIOUS, device, batch, one_step(bench.settings.plan(1)), bench.protection)
+        chooses, reads = (imprinted, Imprint) if name == "imprint" else (trapped, UnitReading)
+        specs, auxiliary = bench.bundle.manifest.parameters, bench.data.test.x
+        try:
+            parameters = chooses(specs, bench.child.initial, auxiliary, seed=bench.seed)
+        except UsageError as exc:
+            return bench.result(f"malicious-{name}", case, name, sees=SERVER_SEES, refused=str(exc)), None
+        case = replace(case, parameters=parameters)
+        return bench.attack(f"malicious-{name}", case, reads, stop)
+
+    return work
+
+
+# ---- curves: what leaks, and what is left of accuracy
+
+
+def _curves(bench: Bench, level: Level) -> Iterator[Piece]:
+    """Curve after curve would leave the last without a point: the first values of all, then the second ones."""
+    points = {name: list(_points(bench, name)) for name in (NOISE, EPOCHS, EXAMPLES, CLIP)}
+    for place in range(max(map(len, points.values()), default=0)):
+        for name, values in points.items():
+            if place < len(values):
+                yield from _point(bench, level, name, values[place])
+
+
+def _points(bench: Bench, name: str) -> Iterator[float]:
+    """The ends first, then between; the plan's own value is among them."""
+    told = getattr(bench.settings.curves, name)
+    if not told:
+        return
+    own = {NOISE: bench.settings.privacy.noise_multiplier, EPOCHS: bench.settings.training.epochs}.get(name)
+    values = sorted({float(value) for value in (*told, *([] if own is None else [own]))})
+    yield from dict.fromkeys([values[0], values[-1], *values])
+
+
+def _point(bench: Bench, level: Level, name: str, at: float) -> Iterator[Piece]:
+    place = f"{name} {at:g}"
+    key = _key(f"curve-{place}", "accuracy")
+    yield Piece(key, f"fleet/{name}", f"accuracy at {place}", lambda _: _accuracy_at(bench, key, name, at))
+    case = _case_at(bench, name, at)
+    yield from _attacks_on(bench, case, f"curve-{place}", level, level.curve)
+    yield from _resolution(bench, case, f"curve-{place}", level)
+
+
+def _case_at(bench: Bench, name: str, at: float) -> Case:
+    """One step on one example where noise or clipping vary; so many examples in one pass; FEW in so many passes."""
+    device, plan = bench.smallest_first[-1], bench.settings.plan(1)
+    protection, examples = _protection_at(bench, name, at), 1
+    if name == EXAMPLES:
+        examples = int(at)
+    elif name == EPOCHS:
+        examples = FEW
+    passes = int(at) if name == EPOCHS else 1
+    plan = msgspec.structs.replace(plan, epochs=passes)
+    return Case(CURVES, device, examples, plan, protection, curve=name, at=at)
+
+
+def _protection_at(bench: Bench, name: str, at: float) -> Protection:
+    told = bench.settings.privacy
+    if name == NOISE:
+        return Protection(PrivacySettings(bench.clip_norm, at, told.by, told.delta))
+    if name == CLIP:
+        norm = float(f"{at * bench.own_length:.2g}")
+        return Protection(PrivacySettings(norm, told.noise_multiplier, told.by, told.delta))
+    return bench.protection
+
+
+def _accuracy_at(bench: Bench, key: str, name: str, at: float) -> Found:
+    """After the fleet's rounds under the plan with this one change."""
+    data, settings = bench.data, bench.settings
+    if name == EXAMPLES:
+        data = replace(data, devices=tuple(part.first(int(at)) for part in data.devices))
+
+    def plan_of(number: int) -> Any:
+        plan = settings.plan(number)
+        return msgspec.structs.replace(plan, epochs=int(at)) if name == EPOCHS else plan
+
+    fleet = Fleet(bench.child, data, _protection_at(bench, name, at), bench.seed)
+    last: Floats = np.zeros(0, np.float32)
+    for one in fleet.rounds(plan_of, settings.fleet.rounds):
+        last = one.parameters
+    case = _case_at(bench, name, at)
+    return bench.result(key, case, "accuracy", metrics=finite({"accuracy": bench.accuracy(last)})), None
