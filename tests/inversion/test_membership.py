@@ -84,7 +84,7 @@ def test_an_example_that_every_shadow_model_has_seen_is_refused() -> None:
 
 @pytest.fixture(scope="module")
 def learned_by_heart(digits: Any) -> tuple[Any, np.ndarray, Any, Any]:
-    """(float64 model, its parameters, members, nonmembers): 100 digits, of which 20 with wrong labels, until they sit."""
+    """(float64 model, its parameters, members, others): 100 digits, of which 20 with wrong labels, until they sit."""
     import tensorflow as tf
 
     x, y = (np.asarray(one) for one in digits)
@@ -146,12 +146,14 @@ def test_losses_of_a_model_without_classes_are_those_of_each_example() -> None:
 
 @pytest.mark.slow
 def test_the_attacks_agree_with_tensorflow_privacys(monkeypatch: pytest.MonkeyPatch, learned_by_heart: Any) -> None:
-    """COVEY_TENSORFLOW_PRIVACY: a folder with tensorflow-privacy 0.8.12 unpacked; 0.9.0 comes without its attacks."""
+    """COVEY_TENSORFLOW_PRIVACY: a folder that tensorflow-privacy 0.8.12 and what it needs beside ours were installed
+    into (pip install --no-deps --target); 0.9.0 comes without its attacks."""
     folder = os.environ.get("COVEY_TENSORFLOW_PRIVACY")
     if not folder:
         pytest.skip("COVEY_TENSORFLOW_PRIVACY names no folder with tensorflow-privacy 0.8.12")
     import tensorflow_privacy.privacy as privacy
 
+    monkeypatch.setattr(sys, "path", [*sys.path, folder])  # last: everything else is this environment's
     monkeypatch.setattr(privacy, "__path__", [*privacy.__path__, str(Path(folder) / "tensorflow_privacy" / "privacy")])
     base = "tensorflow_privacy.privacy.privacy_tests.membership_inference_attack"
     structures = importlib.import_module(f"{base}.data_structures")

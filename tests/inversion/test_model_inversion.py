@@ -98,6 +98,28 @@ def test_rounding_leaves_small_steps_nothing_and_one_who_knows_of_it_much(softma
         assert np.mean(reproduction.alike(pictures, means) == ALL) >= 0.7
 
 
+def test_a_bundle_that_rounds_is_inverted_by_who_holds_the_file(digits: Any) -> None:
+    """Its `infer` has no slope, and its loss does."""
+    import tensorflow as tf
+
+    import covey_models
+    from covey_coordinator.inversion.bundle_model import BundleModel
+    from covey_protocol.bundle import read_bundle
+
+    x, y = np.asarray(digits[0]).reshape(-1, 64), np.asarray(digits[1])
+    net = reproduction.trained([tf.keras.layers.Dense(10)], x[:1000], y[:1000], 150, 0.05, 0)
+    parameters = np.concatenate([weight.ravel() for weight in net.get_weights()])
+    data = covey_models.export(net, name="digits", batch_size=4, input_range=(0.0, 1.0), round_outputs=0.1)
+    model = BundleModel(read_bundle(data))
+    answers = inversion.asked(model, parameters)(x[:7])
+    np.testing.assert_allclose(answers, np.round(answers, 1), atol=1e-6)
+    with pytest.raises(UsageError, match="use through_loss"):
+        inversion.white_box(model, parameters)(x[:2], ALL[:2])
+    found = inversion.invert(inversion.white_box(model, parameters, through_loss=True), ALL, np.zeros(64))
+    means = np.stack([x[1000:][y[1000:] == digit].mean(axis=0) for digit in ALL])
+    assert np.mean(reproduction.alike(found.inputs, means) == ALL) >= 0.9
+
+
 def confidence_of(values: list[float]) -> inversion.Slopes:
     """Gives these confidences one after another, of every class, with a slope of 1."""
     left = iter(values)

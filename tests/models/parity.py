@@ -13,6 +13,7 @@ import numpy as np
 
 from covey_models._tensorflow import import_tensorflow, quiet
 from covey_models.convert import convert, operators
+from covey_models.importing import ReadBack
 from covey_models.lowering import lower
 
 tf = import_tensorflow()
@@ -126,18 +127,31 @@ def _number(output: Any) -> Any:
     return tf.cast(output, tf.int32) if output.dtype == tf.bool else tf.identity(output)
 
 
-def in_tflite(function: Any, variables: Any = ()) -> Callable[..., dict[str, Array]]:
-    """A ConcreteFunction, rewritten, converted to builtins alone, in the interpreter that devices use."""
+def converted(function: Any, variables: Any = ()) -> bytes:
+    """A ConcreteFunction, rewritten, as a TFLite file of builtins alone with the entry point `step`."""
+    with quiet():
+        model = convert({"step": lower(function)}, list(variables))
+    assert not [name for name in operators(model) if name.startswith("custom")]
+    return model
+
+
+def interpreted(model: bytes) -> Callable[..., dict[str, Array]]:
+    """The entry point `step` in the interpreter that devices use."""
     from tflite_runtime.interpreter import Interpreter
 
     with quiet():
-        model = convert({"step": lower(function)}, list(variables))
-        assert not [name for name in operators(model) if name.startswith("custom")]
         return Interpreter(model_content=model, num_threads=1).get_signature_runner("step")
 
 
+def in_tflite(function: Any, variables: Any = ()) -> Callable[..., dict[str, Array]]:
+    return interpreted(converted(function, variables))
+
+
 def errors(case: Case, function: Any) -> dict[str, float]:
-    """Per output and gradient: the largest difference from TensorFlow over the larger of 1 and the largest number."""
+    """Per output and gradient: the largest difference from TensorFlow over the larger of 1 and the largest number.
+
+    "... read back": of `covey_models.importing` from the interpreter, on the same file.
+    """
     inputs = {f"x{i}": array for i, array in enumerate(case.inputs())}
     before = [variable.numpy() for variable in function.variables]
     twin = dataclasses.replace(case, function=case.in_tensorflow) if case.in_tensorflow else None
@@ -145,8 +159,12 @@ def errors(case: Case, function: Any) -> dict[str, float]:
     expected = in_tensorflow(**{name: tf.constant(array) for name, array in inputs.items()})
     for variable, value in zip(function.variables, before):
         variable.assign(value)
-    computed = in_tflite(function, function.variables)(**inputs)
-    return {name: relative_error(computed[name], value.numpy()) for name, value in expected.items()}
+    model = converted(function, function.variables)
+    computed, read = interpreted(model)(**inputs), ReadBack(model)
+    taken = {name: inputs[name] for name in read.entry_point("step").inputs}
+    again, _ = read.run("step", taken, read.initial)
+    found = {name: relative_error(computed[name], value.numpy()) for name, value in expected.items()}
+    return found | {f"{name} read back": relative_error(again[name].numpy(), computed[name]) for name in expected}
 
 
 def relative_error(computed: Array, expected: Array) -> float:

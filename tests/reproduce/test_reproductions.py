@@ -115,6 +115,7 @@ PUBLISHED_BREAK = {
     "teaching-regimes": ("abalone, 10 trusted: CoMT", 0.9),
     "model-inversion": ("softmax: white box", 0.1),
     "tree-inversion": ("survey: white box", 0.1),
+    "gradient-inversion": ("L-BFGS, every number, untrained", 0.1),
 }
 
 

@@ -17,14 +17,14 @@ from covey_edge import __version__
 from covey_edge.cache import BlobCache
 from covey_edge.config import Agent
 from covey_edge.files import DISK
-from covey_edge.frames import Done, Frame, Open, Probe, Problem, Run
+from covey_edge.frames import SUSPECTED, SUSPECTED_TOLD, Done, Frame, Open, Probe, Problem, Run
 from covey_edge.inbox import Inbox
 from covey_edge.leak_told import STOPPED, TOLD
 from covey_edge.ledger import Ledger
 from covey_edge.mqtt import ConnectionDown, ConnectionUp, Incoming, MqttTransport, Refused
 from covey_edge.outbox import NumberFile, Outbox
 from covey_edge.performer import Performer
-from covey_edge.policy import data_for, places, unwilling
+from covey_edge.policy import data_for, places, unpinned, unwilling
 from covey_edge.records_kept import RecordFolder
 from covey_edge.retired import RetiredKeys
 from covey_edge.training_process import TrainingProcess
@@ -191,6 +191,8 @@ class AgentProgram:
                 self._publish_presence(online=True)
             self._run_training()
         elif isinstance(frame, Done):
+            for warning in frame.warnings:
+                log.warning("round %s: %s", round_id, warning)
             done = "evaluated" if self._evaluates() else "trained"
             log.info("round %s: %s on %d examples with %s", round_id, done, frame.num_examples, frame.runtime)
             self._keep_found(frame.found, "teaching")
@@ -202,6 +204,8 @@ class AgentProgram:
         a stopped update never what it would have told."""
         if kind == STOPPED:
             return TOLD
+        if kind == SUSPECTED:
+            return SUSPECTED_TOLD
         invitation = self._machine.invitation
         hidden = invitation is not None and invitation.encryption_key
         return f"{kind}; in an encrypted round the reason is in the device's log alone" if hidden else problem
@@ -267,7 +271,7 @@ class AgentProgram:
         """The owner's policy against the coordinator's wishes."""
         plan, training = invitation.plan, self._config.training
         limit, chunk_bytes = self._transport.max_message_bytes, invitation.parameters.chunk_size(0)
-        reason = unwilling(self._config, plan)
+        reason = unwilling(self._config, plan) or unpinned(self._config.policy, invitation.bundle)
         if reason:
             return device.ConditionsChecked(invitation.round_id, False, reason)
         if plan.epochs > training.max_epochs:
@@ -369,6 +373,7 @@ class AgentProgram:
             {name: str(self._agent.folder / path) for name, path in data.shards} if data is not None else {},
             privacy.max_psnr_db,
             privacy.max_label_recovery,
+            privacy.screen_models,
             data.debug if data is not None else "",
         )
         self._child.request(invitation.round_id, request, self._config.training.timeout_s)

@@ -104,6 +104,7 @@ class PrivacySettings(Struct, frozen=True, forbid_unknown_fields=True):
     max_psnr_db: an update that states a true example more closely is stopped (leak_gate). max_label_recovery: likewise
     for the share of the labels that it tells. epsilon_limit: rounds after which this device's updates would have spent
     more are declined (ledger); delta: of epsilon.
+    screen_models: what becomes of a round whose model looks made to read the data (model_screening).
     """
 
     clip_norm: NotNegative = 0.0
@@ -116,6 +117,7 @@ class PrivacySettings(Struct, frozen=True, forbid_unknown_fields=True):
     max_label_recovery: Annotated[float, Meta(ge=0, le=1)] = 0.0
     epsilon_limit: NotNegative = 0.0
     delta: Annotated[float, Meta(gt=0, lt=1)] = 1e-5
+    screen_models: Literal["refuse", "warn", "off"] = "refuse"
 
 
 class WireSettings(Struct, frozen=True, forbid_unknown_fields=True):
@@ -125,10 +127,12 @@ class WireSettings(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class PolicySettings(Struct, frozen=True, forbid_unknown_fields=True):
-    """tasks: the names of those that this device works for, None for all. refuse_tasks: those it never works for."""
+    """tasks: the names of those that this device works for, None for all. refuse_tasks: those it never works for.
+    bundles: the sha256 of the bundle files it trains, 64 hex digits each, None for all that its coordinator seals."""
 
     tasks: Optional[tuple[str, ...]] = None
     refuse_tasks: tuple[str, ...] = ()
+    bundles: Optional[tuple[Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")], ...]] = None
 
 
 class CaptureSettings(Struct, frozen=True, forbid_unknown_fields=True):

@@ -15,6 +15,12 @@ _LENGTH = struct.Struct("<I")
 FileName = Annotated[str, msgspec.Meta(pattern=r"\A[a-z]{1,32}\.[a-z]{1,8}\Z")]
 
 
+# the kind of the Problem of a model that looks made to read the data; and all that the coordinator hears of it: the
+# reasons would tell a hostile one how near it came, and something of the data
+SUSPECTED = "Suspected"
+SUSPECTED_TOLD = "this device takes the model for one made to read its data; the reasons are in its log alone"
+
+
 class Open(msgspec.Struct, frozen=True, tag="open"):
     """Load this bundle (already in the cache) and these data, or none where data_path is "". sealed_by: the
     coordinator's public key, hex; or by one of or_by, while it has two."""
@@ -40,6 +46,7 @@ class Run(msgspec.Struct, frozen=True, tag="run"):
     debug: what becomes of examples with doubted labels, as in agent.toml.
     shards: name -> path of those that this device holds of a code.
     max_psnr_db, max_label_recovery: the owner's, of `leak_gate`; 0 for no limit.
+    screen_models: the owner's, of `model_screening`.
     """
 
     round_id: str
@@ -61,6 +68,7 @@ class Run(msgspec.Struct, frozen=True, tag="run"):
     shards: dict[str, str] = {}
     max_psnr_db: float = 0.0
     max_label_recovery: float = 0.0
+    screen_models: str = "refuse"
     debug: str = ""
 
     @property
@@ -81,7 +89,7 @@ class Done(msgspec.Struct, frozen=True, tag="done"):
 
     withheld: what is to be kept for later rounds: what this update leaves out or SCAFFOLD's control, float32, or a
     teacher's state. found: files for the device's owner, by name; they are never sent. record: an encoded
-    `captures.Work`, never sent either.
+    `captures.Work`, never sent either. warnings: for the owner's log.
     """
 
     update: bytes = b""
@@ -91,6 +99,7 @@ class Done(msgspec.Struct, frozen=True, tag="done"):
     withheld: bytes = b""
     found: dict[FileName, bytes] = {}
     record: bytes = b""
+    warnings: tuple[str, ...] = ()
 
 
 class Problem(msgspec.Struct, frozen=True, tag="problem"):

@@ -15,7 +15,7 @@ import numpy as np
 
 from covey_edge.data_sources import Examples
 from covey_edge.frames import Run
-from covey_edge.leak_told import STOPPED
+from covey_edge.leak_told import JUDGED, STOPPED
 from covey_edge.png import png
 from covey_edge.runtime import Floats, Model, Numbers
 from covey_protocol.bundle import Manifest, TensorSpec
@@ -23,11 +23,9 @@ from covey_protocol.compression import decode
 from covey_protocol.errors import TrainingError
 from covey_protocol.forms import compression_of, update_seed
 from covey_protocol.leakage import DenseLayer, Leak, Truth, dense_layers, label_place, leak_check, recover_input
-from covey_protocol.messages import TRAIN
-from covey_protocol.works import GRADIENT, SCAFFOLD, SVRG, feature_units
+from covey_protocol.works import GRADIENT, feature_units
 
-__all__ = ["STOPPED", "Stopped", "judge", "look"]
-JUDGED = (TRAIN, GRADIENT, SVRG, SCAFFOLD)  # works whose update is made of gradients
+__all__ = ["JUDGED", "STOPPED", "Stopped", "judge", "look"]
 FEATURE_EXAMPLES = (
     16  # whose features are compared where the first dense layer does not see the examples: a gradient each
 )

@@ -6,9 +6,10 @@ from typing import NamedTuple, Optional
 
 from msgspec import UNSET
 
-from covey_edge.config import AgentConfig, DataSettings, TaskData
+from covey_edge.config import AgentConfig, DataSettings, PolicySettings, TaskData
+from covey_edge.leak_told import JUDGED
 from covey_protocol.bundle import METRICS
-from covey_protocol.messages import TrainingPlan
+from covey_protocol.messages import BlobRef, TrainingPlan
 from covey_protocol.works import CORRECT, FEATURES, WORKS
 
 
@@ -68,6 +69,9 @@ def unwilling(config: AgentConfig, plan: TrainingPlan) -> str:
         return f"this device cannot measure {', '.join(unknown)}; update its agent"
     if plan.evaluate and config.privacy.noise_multiplier and not config.privacy.exact_evaluation:
         return "this device adds noise, and metrics have none (privacy.exact_evaluation in its agent.toml)"
+    limited = config.privacy.max_psnr_db or config.privacy.max_label_recovery
+    if limited and not plan.evaluate and plan.work in WORKS and plan.work not in JUDGED:
+        return f"this device limits what its updates tell, and cannot judge {plan.work!r} ([privacy] in its agent.toml)"
     if plan.work not in WORKS:
         return f"this device cannot do {plan.work!r}; update its agent"
     if plan.coding is not UNSET:
@@ -80,3 +84,10 @@ def unwilling(config: AgentConfig, plan: TrainingPlan) -> str:
     if plan.work == FEATURES and config.privacy.noise_multiplier:
         return "this device adds noise, and shares of its examples have none"
     return ""
+
+
+def unpinned(policy: PolicySettings, bundle: BlobRef) -> str:
+    """Why this device does not load this bundle; "" where it does."""
+    if policy.bundles is None or bundle.sha256.hex() in policy.bundles:
+        return ""
+    return f"this device does not load bundle {bundle.sha256.hex()[:12]}... ([policy] bundles in its agent.toml)"

@@ -24,6 +24,7 @@ from covey_edge.data_sources import Examples, check_examples, load_examples
 from covey_edge.debugging import Debugged, debugged, is_debugged
 from covey_edge.frames import Done, Frame, Open, Probe, Problem, Run, read_frame, write_frame
 from covey_edge.leak_gate import STOPPED, Stopped, judge
+from covey_edge.model_screening import Screen
 from covey_edge.processes import die_with_parent
 from covey_edge.runtime import Floats, Model, Numbers, installed
 from covey_edge.withheld import NO_WITHHELD_NOISE
@@ -50,6 +51,7 @@ class Trainer:
         self._data_state: tuple[object, ...] = ()
         self._raw: Optional[Examples] = None
         self._examples: Optional[Examples] = None
+        self._screen = Screen()
         self._debugged: Optional[Debugged] = None
         self._debugged_state: tuple[object, ...] = ()
         self._told: dict[str, bytes] = {}  # what was found, until its owner hears of it
@@ -97,7 +99,7 @@ class Trainer:
 
     def _run(self, request: Run) -> Done:
         if self._model is not None and request.plan.work == CYCLIC:
-            return coded(self._model, request, shard_update)
+            return self._coded(self._model, request)
         if self._model is None or self._examples is None:
             raise TrainingError("no model is loaded")
         x, y = self._used(self._model, self._examples, request)
@@ -113,6 +115,7 @@ class Trainer:
             refuse_moving_statistics(self._model.manifest)
         received = np.frombuffer(request.parameters, "<f4").astype(np.float32)
         started = time.monotonic()
+        warnings = self._screen.look(self._model.manifest, received, x, request)
         self._model.set_parameters(received)
         loss_before, accuracy_before = self._model.evaluate(x, y)
         update, loss, kept, found = _made(self._model, (x, y), request, received)
@@ -139,7 +142,20 @@ class Trainer:
         if request.record and request.plan.work == TRAIN:
             record = recorded((x, y), trained, data, request, self._model.runtime)
         told, self._told = {**self._told, **found}, {}
-        return Done(data, len(x), finite, self._model.runtime, withheld or kept, told, record)
+        return Done(data, len(x), finite, self._model.runtime, withheld or kept, told, record, warnings)
+
+    def _coded(self, model: Model, request: Run) -> Done:
+        """The row of a code; the model is looked at with each shard's examples, as with all others."""
+        warned: list[str] = []
+
+        def trained(
+            model: Model, examples: Examples, request: Run, name: str, received: Floats
+        ) -> tuple[Floats, float]:
+            warned.extend(self._screen.look(model.manifest, received, examples[0], request))
+            return shard_update(model, examples, request, name, received)
+
+        done = coded(model, request, trained)
+        return msgspec.structs.replace(done, warnings=tuple(dict.fromkeys(warned)))
 
     def _used(self, model: Model, examples: Examples, request: Run) -> Examples:
         """The examples of this round; looked through for wrong labels once for each state of the data."""

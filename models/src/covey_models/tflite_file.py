@@ -257,7 +257,6 @@ _SETTINGS = {
     "BUCKETIZE": ("BucketizeOptions", ("Boundaries",)),
     "REVERSE_SEQUENCE": ("ReverseSequenceOptions", ("SeqDim", "BatchDim")),
     "LEAKY_RELU": ("LeakyReluOptions", ("Alpha",)),
-    "GELU": ("GeluOptions", ("Approximate",)),
     "CONCATENATION": ("ConcatenationOptions", ("Axis", "FusedActivationFunction")),
     "GATHER": ("GatherOptions", ("Axis", "BatchDims")),
     "PACK": ("PackOptions", ("Axis",)),

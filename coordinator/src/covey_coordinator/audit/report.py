@@ -194,7 +194,7 @@ def _rows(results: Sequence[Result], case: str) -> list[dict[str, Any]]:
                 "mse": min((one.metrics["mse"] for one in group if "mse" in one.metrics), default=math.nan),
                 "labels": _mean(group, "label_recovery"),
                 "identified": _mean(group, "identified"),
-                "clear": _mean(group, "clear_share"),
+                "clear_share": _mean(group, "clear_share"),
                 "resolved": _mean(group, RESOLVED),
                 "seconds": sum(one.seconds for one in group),
                 "cut": any(one.cut for one in group),

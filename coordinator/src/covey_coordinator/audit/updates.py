@@ -101,7 +101,9 @@ class Protection:
         """Of what the coordinator sees of one device: noise that it adds itself it can leave out."""
         return self.privacy.noise_multiplier * self.privacy.clip_norm if self.privacy.by == "device" else 0.0
 
-    def sent(self, update: Floats, received: Floats, plan: TrainingPlan, bundle: Bundle, seed: tuple[int, ...]) -> Floats:
+    def sent(
+        self, update: Floats, received: Floats, plan: TrainingPlan, bundle: Bundle, seed: tuple[int, ...]
+    ) -> Floats:
         """(d,): as the coordinator decodes it. seed: of the noise, and of a compression's rounding."""
         if self.privacy.clip_norm:
             update = clip(update, self.privacy.clip_norm)

@@ -14,7 +14,16 @@ import numpy as np
 
 from covey_coordinator.inversion.contract import AttackedModel, Finding, Progress, Seen, Stop
 from covey_coordinator.inversion.labels import labels_for, soft_labels_possible
-from covey_coordinator.inversion.matching import EVERY_NUMBER, Bend, Distance, Simulate, Work, bend, problem_of
+from covey_coordinator.inversion.matching import (
+    EVERY_NUMBER,
+    Bend,
+    Distance,
+    Simulate,
+    Work,
+    bend,
+    in_the_bundles_form,
+    problem_of,
+)
 
 
 @dataclass(frozen=True)
@@ -49,7 +58,8 @@ class DeepLeakage:
         )
         work = Work(self.evaluations, stop, progress)
         rng = np.random.default_rng(seed)
-        best = bend(problem, labels, model.manifest.num_classes or 0, rng, self.settings, work)
+        given = None if labels is None else in_the_bundles_form(model, labels)
+        best = bend(problem, given, model.manifest.num_classes or 0, rng, self.settings, work)
         found = best.labels.argmax(-1) if best.labels is not None else labels
         return Finding(self.name, self.sees, best.inputs, found, best.score, work.seconds, best.evaluations)
 

@@ -114,7 +114,7 @@ def found(
 def recovered_share(
     truth: npt.NDArray[Any], recovered: npt.NDArray[Any] | None, input_range: tuple[float, float], least_db: float
 ) -> float:
-    """Which share of the examples has a recovered input within least_db of PSNR. truth: (n, ...); recovered (m, ...)."""
+    """Which share of the examples (n, ...) has a recovered input (m, ...) with a PSNR of least_db or more."""
     if recovered is None or not len(recovered):
         return 0.0
     best = nearest_errors(truth, recovered)

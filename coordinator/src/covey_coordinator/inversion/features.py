@@ -31,15 +31,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-Vector = npt.NDArray[np.float64]
-Matrix = npt.NDArray[np.float64]
+from covey_coordinator.inversion.priors import Matrix, Prior, Vector
+from covey_coordinator.inversion.resolution import inside, resolved_numbers
 
 MAX_JACOBIAN_NUMBERS = 16_000_000  # 128 MB in float64; one factorisation then already takes seconds
 MAX_EVALUATIONS = 60
 DIRECTION_ROUNDS = 3
 DIRECT_ROUNDS = 100
 EDGE_SCATTER = 3.0  # pure noise passes for signal in about 1 of 1000 updates (simulated, 31 x 16 to 65 x 10)
-INWARD = 1e-3  # how far inside the box, as a share of the range, the resolution is measured (see `_resolution`)
 
 
 @dataclass(frozen=True)
@@ -48,22 +47,6 @@ class FeatureMap:
 
     values: Callable[[Vector], Vector]
     jacobian: Callable[[Vector], Matrix]
-
-
-@dataclass(frozen=True)
-class Prior:
-    """What the attacker believes before the update: independent numbers around the middle of the input range."""
-
-    low: float
-    high: float
-
-    @property
-    def middle(self) -> float:
-        return (self.low + self.high) / 2
-
-    @property
-    def spread(self) -> float:
-        return (self.high - self.low) / math.sqrt(12)
 
 
 @dataclass(frozen=True)
@@ -272,18 +255,13 @@ def _misfit(stacked: Matrix, features: Vector, values: Vector, noise_std: float,
 
 
 def _resolution(feature_map: FeatureMap, values: Vector, noise_std: float, prior: Prior) -> Callable[[float], float]:
-    """trace(R) of this module's docstring at an input (n,), as a function of |b|.
-
-    Measured INWARD of the range away from the box's faces: a pixel of exactly 0 often sits on the kink of a ReLU,
-    where the derivative TensorFlow states is 0 although the feature answers to every possible change.
-    """
-    step = np.minimum(INWARD * (prior.high - prior.low), np.abs(values - prior.middle))
-    inside = values + np.sign(prior.middle - values) * step
-    features, slopes = feature_map.values(inside), feature_map.jacobian(inside)
+    """trace(R) of this module's docstring at an input (n,), as a function of |b|."""
+    point = inside(values, prior)
+    features, slopes = feature_map.values(point), feature_map.jacobian(point)
     length = float(np.linalg.norm(features))
     if length > 0:
         along = features / length
         shortened = 1.0 - 1.0 / math.sqrt(1.0 + length**2)
         slopes = slopes - shortened * np.outer(along, along @ slopes)
     stretches = (np.linalg.svd(slopes, compute_uv=False) * prior.spread / noise_std) ** 2
-    return lambda size: float(np.sum(size**2 * stretches / (1.0 + size**2 * stretches)))
+    return lambda size: resolved_numbers(size**2 * stretches)

@@ -30,9 +30,9 @@ AT_ONCE = 32  # tangents pushed in one call: as many copies of the model's activ
 class Forward:
     """g of these updates, for a batch of examples with these labels.
 
-    model: in float64: the eigenvalues that are looked for span more than float32 can tell apart. labels: (n, *label
-    shape). seen: what came of one and the same batch, one or several; their `update` is not used, noise is not in g.
-    batch_size: of the local steps, the bundle's where None; another one needs a bundle that steps with plain SGD.
+    labels: (n, *label shape). seen: what came of one and the same batch, one or several; their `update` is not used,
+    noise is not in g. batch_size: of the local steps, the bundle's where None; another one needs a bundle that steps
+    with plain SGD.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Forward:
 
 
 class LocalTraining:
-    """A device's training on so many examples by one plan, and its derivatives, as graphs of TensorFlow in float64.
+    """A device's training on so many examples by one plan, and its derivatives, as graphs of TensorFlow.
 
     All methods end with inputs (N,), start (d,), labels (n, *label shape) and clip_norm, 0 for off. Each is traced when
     it is used first, in a second or more; curves over noise, clip norms and data share it.
@@ -86,13 +86,11 @@ class LocalTraining:
     def __init__(self, model: Any, plan: TrainingPlan, batches: Sequence[Any], size: int, labels_like: Any) -> None:
         import tensorflow as tf
 
-        if model.dtype != tf.float64:
-            raise UsageError(f"resolution in {model.dtype}", "build the attacked model with dtype=tf.float64")
         self._model, self._plan, self._batches, self._size = model, plan, batches, size
         self._d, examples = total_size(model.specs), labels_like[1][0]
         self._shape = (examples, *model.input.shape)
         self._inputs = math.prod(self._shape)
-        floats = [tf.TensorSpec(size, tf.float64) for size in ([self._inputs], [self._d], [])]
+        floats = [tf.TensorSpec(size, model.dtype) for size in ([self._inputs], [self._d], [])]
         self._arguments = [*floats[:2], tf.TensorSpec(labels_like[1], labels_like[0]), floats[2]]
 
     def values(self, *arguments: Any) -> Vector:
@@ -136,7 +134,7 @@ class LocalTraining:
     def _pushed(self, tangent: Any, flat: Any, *fixed: Any) -> Any:
         import tensorflow as tf
 
-        anything = tf.zeros([self._d], tf.float64)
+        anything = tf.zeros([self._d], self._model.dtype)
         with tf.GradientTape() as tape:
             tape.watch(anything)
             pulled = self._pulled(anything, flat, *fixed)
@@ -148,7 +146,7 @@ class LocalTraining:
         def rows(vectors: Any, *rest: Any) -> Any:
             return tf.map_fn(lambda one: function(one, *rest), vectors)
 
-        return self._graph(rows, tf.TensorSpec([None, width], tf.float64))
+        return self._graph(rows, tf.TensorSpec([None, width], self._model.dtype))
 
     def _graph(self, function: Any, *first: Any) -> Any:
         import tensorflow as tf
@@ -160,9 +158,9 @@ class LocalTraining:
 
         *floats, start, labels, clip_norm = arguments
         return [
-            *(tf.constant(one, tf.float64) for one in (*floats, start)),
+            *(tf.constant(one, self._model.dtype) for one in (*floats, start)),
             tf.constant(labels),
-            tf.constant(clip_norm, tf.float64),
+            tf.constant(clip_norm, self._model.dtype),
         ]
 
 
@@ -211,16 +209,16 @@ def _clipped(update: Any, clip_norm: Any) -> Any:
     """Shortened to clip_norm where it is longer; 0 is off."""
     import tensorflow as tf
 
-    length = tf.sqrt(tf.maximum(tf.reduce_sum(update**2), 1e-300))
+    length = tf.sqrt(tf.maximum(tf.reduce_sum(update**2), 1e-37))
     return tf.where((clip_norm > 0.0) & (length > clip_norm), clip_norm / length, 1.0) * update
 
 
 def _batch(x: Any, y: Any, rows: npt.NDArray[np.int64], size: int) -> tuple[Any, Any, Any]:
-    """These rows, filled up to the batch's size with the first of them at weight 0."""
+    """These rows, filled up to the batch's size with themselves at weight 0, as a device fills it."""
     import tensorflow as tf
 
-    filled = np.concatenate([rows, np.full(size - len(rows), rows[0])])
-    weights = tf.constant(np.arange(size) < len(rows), tf.float64)
+    filled = np.resize(rows, size)
+    weights = tf.cast(np.arange(size) < len(rows), x.dtype)
     return tf.gather(x, filled), tf.gather(y, filled), weights
 
 

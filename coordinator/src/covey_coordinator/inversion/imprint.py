@@ -62,8 +62,8 @@ def imprinted(
 ) -> npt.NDArray[np.float32]:
     """The parameters (d,) with an imprint in the dense layer on the input; all but it and the kernel behind it stay.
 
-    auxiliary: (m, ...) examples of the attacker's own, like those of the devices; they set the bins. sparse: for a layer
-    with ReLU6. UsageError where the model has no such layer with a dense layer behind it.
+    auxiliary: (m, ...) examples of the attacker's own, like those of the devices; they set the bins. sparse: for a
+    layer with ReLU6. UsageError where the model has no such layer with a dense layer behind it.
     """
     rng = np.random.default_rng(seed)
     rows = auxiliary.reshape(len(auxiliary), -1).astype(np.float64)
@@ -96,11 +96,16 @@ def _thresholds(measured: Matrix, units: int) -> Matrix:
     return np.asarray(np.maximum.accumulate(edges + 1e-9 * reach * np.arange(units + 1)))
 
 
-def _behind(measured: Matrix, thresholds: Matrix, behind: DenseLayer, rng: np.random.Generator, sparse: bool) -> Matrix:
-    """One row for all units, so small that what the layer adds to the next one's outputs stays near 1."""
+def _behind(
+    measured: Matrix, thresholds: Matrix, behind: DenseLayer, rng: np.random.Generator, sparse: bool
+) -> Matrix:
+    """The rows of the kernel behind: one for all units, or, sparse, with alternating sign, so that units that have
+    reached their ceiling cancel. So large that what the layer adds to the next one's outputs is about 1."""
     units = len(thresholds) - 1
-    total = CEILING * units if sparse else np.maximum(measured[:, None] - thresholds[:-1], 0.0).sum(1).mean()
-    return np.asarray(rng.standard_normal(behind.kernel.shape[1]) / total)
+    row = rng.standard_normal((1, behind.kernel.shape[1]))
+    if sparse:
+        return np.asarray(row / CEILING * (-1.0) ** np.arange(units)[:, None])
+    return np.asarray(row / np.maximum(measured[:, None] - thresholds[:-1], 0.0).sum(1).mean()).repeat(units, 0)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,17 @@ import numpy as np
 from covey_coordinator.inversion.contract import AttackedModel, Finding, Progress, Seen, Stop
 from covey_coordinator.inversion.deep_leakage import whole_batch
 from covey_coordinator.inversion.labels import labels_for
-from covey_coordinator.inversion.matching import DIRECTION, Descent, Distance, Work, best_of, descend, problem_of
+from covey_coordinator.inversion.matching import (
+    DIRECTION,
+    Descent,
+    Distance,
+    Work,
+    best_of,
+    descend,
+    faded,
+    in_the_bundles_form,
+    problem_of,
+)
 
 
 @dataclass(frozen=True)
@@ -45,8 +55,9 @@ class InvertingGradients:
         problem = problem_of(model, seen, seen.examples, whole_batch(model, seen), self.distance)
         labels = labels_for(model, seen, self.labels, seed)
         work = Work(self.iterations * self.restarts, stop, progress)
+        settings = faded(self.settings, seen)
         starts = problem.starts(np.random.default_rng(seed), self.restarts)
-        found = descend(problem, np.stack([labels] * self.restarts), starts, self.settings, work)
+        found = descend(problem, np.stack([in_the_bundles_form(model, labels)] * self.restarts), starts, settings, work)
         best = best_of(found)
         done = sum(one.evaluations for one in found)
         return Finding(self.name, self.sees, best.inputs, labels, best.score, work.seconds, done)

@@ -77,6 +77,7 @@ class KerasModel:
         values = self._losses(self._logits(parameters, x), y)
         if weights is None:
             return tf.reduce_mean(values)
+        weights = tf.cast(weights, self._dtype)
         return tf.reduce_sum(weights * values) / tf.maximum(tf.reduce_sum(weights), TINY)
 
     def gradient(self, parameters: Any, x: Any, y: Any, weights: Any = None) -> Any:

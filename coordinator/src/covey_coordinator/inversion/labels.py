@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from covey_coordinator.inversion.contract import AttackedModel, Finding, Progress, Seen, Stop
 from covey_coordinator.inversion.dense import read_label
-from covey_coordinator.inversion.matching import batches_of, mean_gradient, was_clipped
+from covey_coordinator.inversion.matching import mean_gradient, rows_of_steps, was_clipped
 from covey_protocol.errors import ConfigError, UsageError
 from covey_protocol.parameters import offsets
 
@@ -222,7 +222,7 @@ class LabelRecovery:
         if method == "counts" and was_clipped(seen):
             layer = _lengthened(layer, prediction)
             notes.append("The update was clipped; its length was guessed from the classes that do not occur.")
-        if method == "counts" and len(batches_of(seen, model.manifest.batch_size)) > 1:
+        if method == "counts" and len(rows_of_steps(seen, model.manifest.batch_size)) > 1:
             notes.append("Several steps: the mean prediction along the way was taken as that of both ends.")
         labels = METHODS[method](layer, seen.examples, prediction)
         return Finding(self.name, self.sees, labels=labels, seconds=time.monotonic() - started, notes=tuple(notes))

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from covey_coordinator.inversion.contract import AttackedModel, Finding, Progress, Seen, Stop
-from covey_coordinator.inversion.labels import labels_for, soft_labels_possible
+from covey_coordinator.inversion.labels import labels_for
 from covey_coordinator.inversion.matching import (
     DIRECTION,
     Bend,
@@ -22,11 +22,13 @@ from covey_coordinator.inversion.matching import (
     Rows,
     Simulate,
     Work,
-    batches_of,
     bend,
     best_of,
     descend,
+    faded,
+    in_the_bundles_form,
     problem_of,
+    rows_of_steps,
 )
 from covey_protocol.errors import ConfigError
 
@@ -40,8 +42,8 @@ class LocalSteps:
 
     optimizer: "adam" as in `inverting_gradients`, "l-bfgs" as in `deep_leakage`. iterations, restarts: of each start,
     as there; l-bfgs may spend iterations * restarts evaluations. labels: given, one for each example in the device's
-    own order; None reads how often each class occurs off the update and gives every start another order of them;
-    "sought" (l-bfgs only) seeks soft labels with the inputs.
+    own order; None reads how often each class occurs off the update and, with adam, gives every start another order of
+    them.
     """
 
     order: str = "known"
@@ -59,12 +61,6 @@ class LocalSteps:
                 f"no order {self.order!r} with optimizer {self.optimizer!r}",
                 f"choose from {', '.join(ORDERS)} and {', '.join(OPTIMIZERS)}",
             )
-        if self._sought and self.optimizer != "l-bfgs":
-            raise ConfigError("only l-bfgs seeks labels", "set optimizer to l-bfgs or give labels")
-
-    @property
-    def _sought(self) -> bool:
-        return isinstance(self.labels, str) and self.labels == "sought"
 
     @property
     def name(self) -> str:
@@ -83,17 +79,14 @@ class LocalSteps:
         batches = schedule(seen, model.manifest.batch_size, self.order)
         problem = problem_of(model, seen, seen.examples, unrolled(model, seen, batches), self.distance)
         work, rng = Work(self.iterations * self.restarts, stop, progress), np.random.default_rng(seed)
-        sought = self._sought and soft_labels_possible(model)
-        read = None if sought else labels_for(model, seen, None if self._sought else self.labels, seed)
+        labels = labels_for(model, seen, self.labels, seed)
         if self.optimizer == "l-bfgs":
-            best = bend(problem, read, model.manifest.num_classes or 0, rng, self.bending, work)
-            labels = best.labels.argmax(-1) if best.labels is not None else read
+            best = bend(problem, in_the_bundles_form(model, labels), 0, rng, self.bending, work)
         else:
-            assert read is not None
-            orders = [
-                read if self.labels is not None or not one else rng.permutation(read) for one in range(self.restarts)
-            ]
-            found = descend(problem, np.stack(orders), problem.starts(rng, self.restarts), self.descent, work)
+            later = [labels if self.labels is not None else rng.permutation(labels) for _ in range(self.restarts - 1)]
+            orders, starts = [labels, *later], problem.starts(rng, self.restarts)
+            given = np.stack([in_the_bundles_form(model, order) for order in orders])
+            found = descend(problem, given, starts, faded(self.descent, seen), work)
             best = best_of(found)
             labels = next(order for one, order in zip(found, orders) if one is best)
         return Finding(self.name, self.sees, best.inputs, labels, best.score, work.seconds, work.done)
@@ -101,7 +94,7 @@ class LocalSteps:
 
 def schedule(seen: Seen, batch_size: int, order: str = "known") -> list[Rows]:
     """The rows of every step's batch, in the order of the steps."""
-    known = batches_of(seen, batch_size)
+    known = rows_of_steps(seen, batch_size)
     if order == "known":
         return known
     rows = np.arange(seen.examples)

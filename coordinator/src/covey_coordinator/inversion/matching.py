@@ -8,6 +8,7 @@ whoever draws their starts. TensorFlow and SciPy are imported when they run.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -79,8 +80,8 @@ class Problem:
     def span(self) -> float:
         return self.bounds[1] - self.bounds[0]
 
-    def objective(self, x: Any, y: Any) -> Any:
-        """()"""
+    def objective(self, x: Any, y: Any, smoothing: Any = 1.0) -> Any:
+        """(). smoothing: multiplies the total variation's weight."""
         import tensorflow as tf
 
         simulated, seen = self.simulate(x, y), tf.constant(self.seen, self.dtype)
@@ -89,7 +90,7 @@ class Problem:
             simulated *= along / (tf.reduce_sum(simulated**2) + TINY)
         value = _distance(simulated, seen, self.distance)
         if self.distance.total_variation and len(self.shape) == 4:
-            value += self.distance.total_variation * _total_variation(x) / self.span
+            value += smoothing * self.distance.total_variation * _total_variation(x) / self.span
         return value
 
     def starts(self, rng: np.random.Generator, count: int) -> Floats:
@@ -164,8 +165,16 @@ def mean_gradient(model: AttackedModel, seen: Seen) -> Floats:
         raise UsageError(f"an update of shape {seen.update.shape} for a model of {size} numbers", "use both of one run")
     if not (np.isfinite(seen.update).all() and np.isfinite(seen.parameters).all()):
         raise UsageError("the update or the parameters hold NaN or infinity", "only finite updates can be attacked")
-    steps = len(batches_of(seen, model.manifest.batch_size))
+    steps = len(rows_of_steps(seen, model.manifest.batch_size))
     return -np.asarray(seen.update, np.float64) / (seen.plan.learning_rate * steps) * trained_mask(model)
+
+
+def in_the_bundles_form(model: AttackedModel, labels: Numbers) -> Numbers:
+    """Labels (n,) as the model's loss takes them: (n,) of the bundle's type, or (n, classes)."""
+    told = model.manifest.label
+    if told.shape:
+        return np.asarray(np.eye(told.shape[0])[labels], told.dtype)
+    return np.asarray(labels, told.dtype)
 
 
 def trained_mask(model: AttackedModel) -> Floats:
@@ -182,7 +191,7 @@ def was_clipped(seen: Seen) -> bool:
     return seen.clip_norm > 0 and length >= seen.clip_norm * (1 - 1e-4)
 
 
-def batches_of(seen: Seen, batch_size: int) -> list[Rows]:
+def rows_of_steps(seen: Seen, batch_size: int) -> list[Rows]:
     """Which of the device's examples are in the batch of each step: known to whoever wrote the plan's shuffle seed.
 
     An example's number is its place in the device's own data, which says nothing about what it is.
@@ -218,12 +227,20 @@ def _total_variation(x: Any) -> Any:
 class Descent:
     """step: of Adam, as a share of the inputs' range. signed: it sees only the signs of the derivative.
 
-    decay: the step is divided by ten at 3/8, 5/8 and 7/8 of all iterations, as in Geiping et al.'s code.
+    decay: the step is divided by ten at 3/8, 5/8 and 7/8 of all iterations, as in Geiping et al.'s code. fade: so is
+    the weight of total variation: smoothness leads to the right place, and then keeps from being exact. Ours; not under
+    noise.
     """
 
     step: float = 0.1
     signed: bool = True
     decay: bool = True
+    fade: bool = True
+
+
+def faded(settings: Descent, seen: Seen) -> Descent:
+    """The settings for this update: total variation stays where noise is known to be in it."""
+    return dataclasses.replace(settings, fade=settings.fade and not seen.noise_std)
 
 
 def descend(problem: Problem, labels: Numbers, starts: Floats, settings: Descent, work: Work) -> list[Best]:
@@ -237,12 +254,12 @@ def descend(problem: Problem, labels: Numbers, starts: Floats, settings: Descent
     y = tf.constant(labels)
     boundaries = [share * iterations for share in (3 / 8, 5 / 8, 7 / 8)]
 
-    def step_size(number: Any) -> Any:
+    def decayed(number: Any, wanted: bool) -> Any:
         passed = tf.add_n([tf.cast(number >= math.ceil(bound), problem.dtype) for bound in boundaries])
-        return problem.span * settings.step * (tf.pow(tf.constant(0.1, problem.dtype), passed) if settings.decay else 1)
+        return tf.pow(tf.constant(0.1, problem.dtype), passed) if wanted else tf.ones((), problem.dtype)
 
     def iterate(number: Any, x: Any, first: Any, second: Any, best: Any, best_score: Any) -> tuple[Any, ...]:
-        scores, slopes = _scores_and_slopes(problem, x, y, trials)
+        scores, slopes = _scores_and_slopes(problem, x, y, decayed(number, settings.fade))
         better = scores < best_score
         best = tf.where(tf.reshape(better, [-1] + [1] * len(problem.shape)), x, best)
         best_score = tf.where(better, scores, best_score)
@@ -252,12 +269,8 @@ def descend(problem: Problem, labels: Numbers, starts: Floats, settings: Descent
         second = BETAS[1] * second + (1 - BETAS[1]) * slopes**2
         count = tf.cast(number + 1, problem.dtype)
         corrected = tf.sqrt(second / (1 - tf.pow(tf.constant(BETAS[1], problem.dtype), count)))
-        x -= (
-            step_size(number)
-            * first
-            / (1 - tf.pow(tf.constant(BETAS[0], problem.dtype), count))
-            / (corrected + EPSILON)
-        )
+        mean = first / (1 - tf.pow(tf.constant(BETAS[0], problem.dtype), count))
+        x -= problem.span * settings.step * decayed(number, settings.decay) * mean / (corrected + EPSILON)
         x = tf.clip_by_value(x, *problem.bounds) if problem.boxed else x
         return number + 1, x, first, second, best, best_score
 
@@ -278,7 +291,7 @@ def descend(problem: Problem, labels: Numbers, starts: Floats, settings: Descent
         if done:  # the first piece holds the tracing
             piece = max(1, min(4 * piece, int(piece * CHUNK_S / max(took, 1e-6))))
         done = until
-    final, _ = _scores_and_slopes(problem, state[1], y, trials)
+    final, _ = _scores_and_slopes(problem, state[1], y, decayed(state[0], settings.fade))
     return [
         Best(np.asarray(point, np.float64), float(score), None, done)
         for point, score in _better(zip(state[1], final), zip(state[4], state[5]))
@@ -289,16 +302,16 @@ def _better(last: Any, best: Any) -> list[tuple[Any, Any]]:
     return [one if float(one[1]) < float(other[1]) else other for one, other in zip(last, best)]
 
 
-def _scores_and_slopes(problem: Problem, x: Any, y: Any, trials: int) -> tuple[Any, Any]:
+def _scores_and_slopes(problem: Problem, x: Any, y: Any, smoothing: Any) -> tuple[Any, Any]:
     """(t,) and (t, *shape). The trials stand side by side in one graph, so that TensorFlow can run them in parallel."""
     import tensorflow as tf
 
     pairs = []
-    for trial in range(trials):
+    for trial in range(x.shape[0]):
         with tf.GradientTape() as tape:
             one = x[trial]
             tape.watch(one)
-            score = problem.objective(one, y[trial])
+            score = problem.objective(one, y[trial], smoothing)
         pairs.append((score, tape.gradient(score, one, unconnected_gradients="zero")))
     return tf.stack([score for score, _ in pairs]), tf.stack([slope for _, slope in pairs])
 

@@ -195,17 +195,23 @@ def white_box(model: AttackedModel, parameters: Any, *, through_loss: bool = Fal
         chosen = tf.exp(-(loss + count * by_weight))  # one pass gives every example's loss: see membership._losses
         return chosen, -tf.reshape(chosen, [-1] + [1] * (len(x.shape) - 1)) * count * bend
 
-    traced = tf.function(of_loss if through_loss else of_outputs, reduce_retracing=True)
+    traced = tf.function(of_loss if through_loss else of_outputs)
 
     def slopes(x: Array, labels: Array) -> Slope:
-        confidence, slope = traced(tf.constant(x, model.dtype), tf.constant(labels, tf.int32))
+        rows = _filled_up(len(x))
+        confidence, slope = traced(tf.constant(x[rows], model.dtype), tf.constant(labels[rows], tf.int32))
         if slope is None:
             raise UsageError(
                 "the model's outputs have no slope (they are rounded in the bundle)", "use through_loss=True"
             )
-        return Slope(confidence.numpy(), slope.numpy())
+        return Slope(confidence.numpy()[: len(x)], slope.numpy()[: len(x)])
 
     return slopes
+
+
+def _filled_up(count: int) -> Array:
+    """Places of 0 .. count - 1, the last repeated up to a power of two: a function is traced for few sizes, not all."""
+    return np.minimum(np.arange(1 << (count - 1).bit_length()), count - 1)
 
 
 def asked(model: AttackedModel, parameters: Any) -> Ask:
@@ -213,11 +219,14 @@ def asked(model: AttackedModel, parameters: Any) -> Ask:
     import tensorflow as tf
 
     flat = tf.constant(np.asarray(parameters), model.dtype)
-    traced = tf.function(lambda x: _one_row(model.outputs(flat, x)), reduce_retracing=True)
+    traced = tf.function(lambda x: _one_row(model.outputs(flat, x)))
 
     def ask(x: Array) -> Array:
         rows = max(1, MOST_NUMBERS // max(1, int(np.prod(x.shape[1:]))))
-        parts = [traced(tf.constant(x[first : first + rows], model.dtype)).numpy() for first in range(0, len(x), rows)]
+        parts = []
+        for first in range(0, len(x), rows):
+            part = x[first : first + rows]
+            parts.append(traced(tf.constant(part[_filled_up(len(part))], model.dtype)).numpy()[: len(part)])
         return np.concatenate(parts)
 
     return ask

@@ -143,7 +143,8 @@ def leakage_number(
 ) -> Leakage:
     """The resolution of what was seen of one batch, at the batch itself (x: (n, *input shape), y: its labels).
 
-    model: in float64. seen: one update, or several of the same batch (rounds in which a device trains on it again).
+    model: in float64, because the eigenvalues span more than float32 tells apart. seen: one update, or several of the
+    same batch (rounds in which a device trains on it again).
     Of their `update` only the size counts, for rounding and quantisation; a plan whose training nobody did yet can be
     judged with `planned`. prior: the plain one where None. exact: None chooses by size. ignored: (d,) of each update,
     numbers that the attacker leaves out, for example what a defence spoils. batch_size: of the local steps, see
@@ -152,6 +153,8 @@ def leakage_number(
     from covey_coordinator.inversion.forward import Forward
 
     started = time.monotonic()
+    if model.dtype.name != "float64":
+        raise UsageError(f"the resolution in {model.dtype.name}", "build the attacked model with dtype=tf.float64")
     several = [seen] if isinstance(seen, Seen) else list(seen)
     prior = prior or plain_prior(model.input)
     truth = flat_examples(x, model.input.shape)

@@ -26,10 +26,9 @@ import numpy as np
 import numpy.typing as npt
 
 from covey_coordinator.inversion.contract import AttackedModel, Finding, Progress, Seen, Stop
-from covey_coordinator.inversion.dense import read_label
+from covey_coordinator.inversion.labels import labels_for
 from covey_coordinator.inversion.priors import Matrix, Prior, Vector, flat_examples, plain_prior
 from covey_coordinator.inversion.resolution import Problem, data_weights, squared
-from covey_protocol.errors import UsageError
 
 DENSE_UP_TO = 400  # unknown numbers; a dense step needs a product for each of them
 STEPS_PER_STAGE = 12
@@ -183,10 +182,10 @@ SEES = (
 @dataclass(frozen=True)
 class Tarantola:
     """The attack. labels: of the examples, in their order, where the attacker knows them; None reads them off the
-    update's last bias. prior: the plain one where None. starts: the prior's middle, then random ones, until one fits.
-    ignored: (d,), numbers of the update to leave out."""
+    update (`labels`); over several steps their order then is a guess. prior: the plain one where None. starts: the
+    prior's middle, then random ones, until one fits. ignored: (d,), numbers of the update to leave out."""
 
-    labels: Optional[tuple[int, ...]] = None
+    labels: Any = None
     prior: Optional[Prior] = None
     starts: int = 3
     iterations: int = 150
@@ -208,7 +207,7 @@ class Tarantola:
 
         started = time.monotonic()
         several = [seen] if isinstance(seen, Seen) else list(seen)
-        labels = np.array(self.labels if self.labels is not None else labels_read(model, several[0]), np.int64)
+        labels = labels_for(model, several[0], self.labels, seed)
         forward, prior = Forward(model, several, labels), self.prior or plain_prior(model.input)
         data = np.concatenate([np.asarray(one.update, np.float64) for one in several])
         weights = np.concatenate([data_weights(one, self.ignored) for one in several])
@@ -241,11 +240,3 @@ def _starts(prior: Prior, shape: tuple[int, ...], count: int, seed: int) -> Iter
     yield (prior.center(blank) + 0.01 * prior.spread * rng.standard_normal(blank.shape)).ravel()
     for _ in range(count - 1):
         yield (prior.center(blank) + prior.scaled(rng.standard_normal(blank.shape))).ravel()
-
-
-def labels_read(model: AttackedModel, seen: Seen) -> list[int]:
-    """The one example's label out of the last bias (iDLG). UsageError for batches and models without such a bias."""
-    outputs, last = model.manifest.num_classes, model.specs[-1]
-    if seen.examples != 1 or len(last.shape) != 1 or outputs is None:
-        raise UsageError(f"the labels of {seen.examples} examples cannot be read here", "give the attack its labels")
-    return [read_label(-np.asarray(seen.update[-last.size :], np.float64))]

@@ -81,7 +81,7 @@ class UnitReading:
 
     @property
     def sees(self) -> str:
-        return "The update of one local step; more comes out where the server chose the parameters, with data like the devices' own."
+        return "The update of one local step; more where this server chose the parameters, by data like theirs."
 
     def run(
         self, model: AttackedModel, seen: Seen, *, seed: int, stop: Stop | None = None, progress: Progress | None = None

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import base64
 import math
-import struct
-import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +19,7 @@ from markupsafe import Markup
 from covey_coordinator.records import ACCEPTED, MISSING, REJECTED, InversionRecord, RoundRecord, RunRecord
 from covey_coordinator.report import svg
 from covey_coordinator.report.summary import percent, printable
+from covey_edge.png import png
 
 # Paul Tol's "light" and "muted" tones in an order where neighbours differ in lightness too
 CLASS_COLOURS = (
@@ -160,7 +159,7 @@ def picture(image: npt.NDArray[Any], input_range: tuple[float, float]) -> Markup
     if grey.ndim == 2:
         grey = grey[:, :, None]
     times = max(1, PICTURE_PIXELS // max(grey.shape[:2]))
-    return Markup("data:image/png;base64,") + base64.b64encode(_png(grey.repeat(times, 0).repeat(times, 1))).decode()
+    return Markup("data:image/png;base64,") + base64.b64encode(png(grey.repeat(times, 0).repeat(times, 1))).decode()
 
 
 def feature_bars(inversion: InversionRecord) -> Markup:
@@ -290,20 +289,3 @@ def _shown_range(inversion: InversionRecord, truth: npt.NDArray[np.float64]) -> 
     reach = 1.6 * float(np.max(np.abs(np.nan_to_num(truth)))) if truth.size else 1.0
     shown = max(low, -reach), min(high, reach)
     return shown if shown[0] < shown[1] else (low, high)
-
-
-def _png(pixels: npt.NDArray[np.uint8]) -> bytes:
-    """An 8-bit PNG of (H, W, 1) grey or (H, W, 3) colour. Source: ISO/IEC 15948 (PNG), sections 5 and 9."""
-    height, width, channels = pixels.shape
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 0 if channels == 1 else 2, 0, 0, 0)
-    rows = np.hstack([np.zeros((height, 1), np.uint8), pixels.reshape(height, -1)])  # filter type 0 before each row
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(rows.tobytes(), 9))
-        + chunk(b"IEND", b"")
-    )

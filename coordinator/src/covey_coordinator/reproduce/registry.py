@@ -25,6 +25,7 @@ MODULES = {  # name -> module of this package and the value in it
     "teaching-regimes": "regimes:REGIMES",
     "model-inversion": "model_inversion:MODEL_INVERSION",
     "tree-inversion": "tree_inversion:TREE_INVERSION",
+    "gradient-inversion": "gradient_inversion:GRADIENT_INVERSION",
 }
 NAMES = tuple(MODULES)
 

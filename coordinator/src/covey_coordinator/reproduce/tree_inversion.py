@@ -24,7 +24,7 @@ SURVEY, GENERAL = "survey", "survey, rare answer"
 
 
 class Table(NamedTuple):
-    """x (n, d), y (n,) from 0. sensitive: its column, of the values 0 .. values - 1; positive: the value to be found."""
+    """x (n, d), y (n,) from 0. sensitive: its column, of values 0 .. values - 1; positive: the one to be found."""
 
     x: Floats
     y: Integers
@@ -69,11 +69,13 @@ def spam(folder: Path | None, seed: int) -> Table:
 
 
 def tumours() -> Table:
-    """Is a tumour benign? Sensitive: whether its cells' mean texture is above the third quartile; all features in tens."""
+    """Is a tumour benign? Sensitive: whether its mean texture is above the third quartile; all features in tens."""
     from sklearn.datasets import load_breast_cancer
 
     x, y = load_breast_cancer(return_X_y=True)
-    tens = np.column_stack([np.digitize(one, np.quantile(one, np.arange(1, 10) / 10)) for one in x.T]).astype(np.float64)
+    tens = np.column_stack([np.digitize(one, np.quantile(one, np.arange(1, 10) / 10)) for one in x.T]).astype(
+        np.float64
+    )
     tens[:, 1] = x[:, 1] > np.quantile(x[:, 1], 0.75)
     return Table(tens, y.astype(np.int64), 1, 2, 1)
 
@@ -212,9 +214,9 @@ TREE_INVERSION = Reproduction(
     protocol=(
         "survey: 332 made-up people, a sensitive yes of 17.1%, five classes; survey, rare answer: 5,000 with 19.8%, on "
         "which the class depends less. Sizes and shares are the published ones, all else is ours.",
-        "abalone: sex, of three values, from a tree for more than 9 rings. spambase: whether a mail names George, from a "
-        "tree for spam. breast cancer: texture above the third quartile, from a tree for benign tumours.",
-        f"Trees of depth {DEPTH} on three quarters of the examples. The attacker knows all other features and the class.",
+        "abalone: sex, of three values, from a tree for more than 9 rings. spambase: whether a mail names George, from "
+        "a tree for spam. breast cancer: texture above the third quartile, from a tree for benign tumours.",
+        f"Trees of depth {DEPTH} on three quarters of the examples. The attacker knows all else and the class.",
         "ideal: a tree trained on the sensitive feature itself. baseline: its most frequent value for everybody.",
         "Depth at which the tree may ask: only there may it split on the sensitive feature, and does where that helps.",
     ),
@@ -222,7 +224,7 @@ TREE_INVERSION = Reproduction(
         "Other data: the published surveys could not be had.",
         "How the white box shares out a leaf that allows several values is our reading of the paper.",
     ),
-    full_time="full form: 345 runs, some minutes of one core (scaled from one seed)",
+    full_time="full form: 285 runs, 5 minutes of one core's time (scaled from one seed)",
     cases=cases,
     claims=(
         Claim(

@@ -203,10 +203,10 @@ def _rule(*names: str) -> Callable[[Rule], Rule]:
 
 
 @_rule(
-    "ABS", "ADD", "ADD_N", "ATAN2", "BITCAST", "BITWISE_XOR", "BUCKETIZE", "CAST", "CEIL", "COS", "DIV", "ELU", "EQUAL",
-    "EXP", "FLOOR", "FLOOR_DIV", "FLOOR_MOD", "GELU", "GREATER", "GREATER_EQUAL", "HARD_SWISH", "LEAKY_RELU", "LESS",
+    "ABS", "ADD", "ADD_N", "ATAN2", "BITWISE_XOR", "BUCKETIZE", "CAST", "CEIL", "COS", "DIV", "ELU", "EQUAL",
+    "EXP", "FLOOR", "FLOOR_DIV", "FLOOR_MOD", "GREATER", "GREATER_EQUAL", "HARD_SWISH", "LEAKY_RELU", "LESS",
     "LESS_EQUAL", "LOG", "LOGICAL_AND", "LOGICAL_NOT", "LOGICAL_OR", "LOGISTIC", "MAXIMUM", "MINIMUM", "MUL", "NEG",
-    "NOT_EQUAL", "POW", "PRELU", "RELU", "RELU6", "RELU_N1_TO_1", "RIGHT_SHIFT", "ROUND", "RSQRT", "SELECT_V2", "SIGN",
+    "NOT_EQUAL", "POW", "RELU", "RELU6", "RELU_N1_TO_1", "RIGHT_SHIFT", "ROUND", "RSQRT", "SELECT_V2", "SIGN",
     "SIN", "SQRT", "SQUARE", "SQUARED_DIFFERENCE", "SUB", "TANH", "ZEROS_LIKE",
 )  # fmt: skip
 def _by_number(walk: _Walk, operator: Operator, cut: dict[int, int]) -> int:

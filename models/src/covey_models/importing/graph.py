@@ -81,7 +81,7 @@ class ReadBack:
         run = _Run(self, graph, dict(state), {} if sized is None else dict(sized.constants))
         for key, number in point.inputs.items():
             run.values[number] = self._input(f"{key} of {name}", graph, number, inputs[key])
-        outputs = {key: number for key, number in point.outputs.items() if wanted is None or key in wanted}
+        outputs = dict(point.outputs) if wanted is None else _ports(name, point.outputs, wanted)
         run.all(None if wanted is None or sized else _needed(graph, set(outputs.values())))
         return {key: run.value(number) for key, number in outputs.items()}, run.state
 
@@ -93,8 +93,8 @@ class ReadBack:
         batched: the inputs whose first axis are the examples.
         """
         point = self.entry_point(name)
-        needed = _needed(point.subgraph, {point.outputs[key] for key in wanted})
-        examples = [point.inputs[key] for key in batched]
+        needed = _needed(point.subgraph, set(_ports(name, point.outputs, wanted).values()))
+        examples = _ports(name, point.inputs, batched).values()
         try:
             return for_count(point.subgraph, examples, partial(self._known, point.subgraph), batch_size, count, needed)
         except Fixed:
@@ -103,8 +103,8 @@ class ReadBack:
     def makes_one_hot(self, name: str, key: str, wanted: Collection[str]) -> bool:
         """Whether these outputs see an input of labels one-hot only, so that `Soft` can take its place."""
         point = self.entry_point(name)
-        labels = {point.inputs[key]}
-        for place in sorted(_needed(point.subgraph, {point.outputs[key] for key in wanted})):
+        labels = set(_ports(name, point.inputs, [key]).values())
+        for place in sorted(_needed(point.subgraph, set(_ports(name, point.outputs, wanted).values()))):
             operator = point.subgraph.operators[place]
             if labels.isdisjoint(operator.inputs):
                 continue
@@ -273,6 +273,14 @@ def _initialisers(file: TfliteModel) -> Iterator[int]:
                 if not 0 <= number < len(file.subgraphs):
                     raise BundleError(f"the model calls a subgraph {number} it does not have", "export it again")
                 yield number
+
+
+def _ports(name: str, ports: Mapping[str, int], wanted: Collection[str]) -> dict[str, int]:
+    """The tensors of some inputs or outputs of an entry point."""
+    for key in wanted:
+        if key not in ports:
+            raise BundleError(f"{name} of the model has no {key!r}, only {', '.join(ports)}", "export it again")
+    return {key: ports[key] for key in wanted}
 
 
 def _check_sizes(name: str, graph: Subgraph) -> None:

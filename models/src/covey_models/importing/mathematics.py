@@ -28,7 +28,7 @@ for _name, _function in {
     "GREATER": tf.greater, "GREATER_EQUAL": tf.greater_equal, "LOGICAL_AND": tf.logical_and,
     "LOGICAL_OR": tf.logical_or, "LOGICAL_NOT": tf.logical_not, "BITWISE_XOR": tf.bitwise.bitwise_xor,
     "RIGHT_SHIFT": tf.bitwise.right_shift, "SELECT_V2": tf.where, "ZEROS_LIKE": tf.zeros_like,
-    "LOG_SOFTMAX": tf.nn.log_softmax, "COMPLEX_ABS": tf.abs, "REAL": tf.math.real, "IMAG": tf.math.imag,
+    "LOG_SOFTMAX": tf.nn.log_softmax, "COMPLEX_ABS": tf.abs,
 }.items():  # fmt: skip
     _plain(_name, _function)
 
@@ -57,14 +57,6 @@ def cast(call: Call, x: Tensor) -> Tensor:
     return tf.cast(x, call.type)
 
 
-@imports("BITCAST")
-def bitcast(call: Call, x: Tensor) -> Tensor:
-    """The bits are those of float32, whatever floats are computed in."""
-    x = tf.convert_to_tensor(x)
-    bits = tf.cast(x, tf.float32) if x.dtype == call.real else x
-    return tf.cast(tf.bitcast(bits, tf.float32), call.real) if call.type == call.real else tf.bitcast(bits, call.type)
-
-
 @imports("BUCKETIZE")
 def bucketize(call: Call, x: Tensor) -> Tensor:
     return tf.raw_ops.Bucketize(input=x, boundaries=call.operator.settings["Boundaries"])
@@ -78,16 +70,6 @@ def softmax(call: Call, x: Tensor) -> Tensor:
 @imports("LEAKY_RELU")
 def leaky_relu(call: Call, x: Tensor) -> Tensor:
     return tf.nn.leaky_relu(x, call.number("Alpha", 0.0))
-
-
-@imports("PRELU")
-def prelu(call: Call, x: Tensor, alpha: Tensor) -> Tensor:
-    return tf.nn.relu(x) - alpha * tf.nn.relu(-x)
-
-
-@imports("GELU")
-def gelu(call: Call, x: Tensor) -> Tensor:
-    return tf.nn.gelu(x, approximate=bool(call.whole("Approximate")))
 
 
 @imports("HARD_SWISH")

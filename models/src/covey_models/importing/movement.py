@@ -6,6 +6,7 @@ import numpy as np
 
 from covey_models._tensorflow import import_tensorflow
 from covey_models.importing.registry import Call, Tensor, axes_of, imports, static
+from covey_protocol.errors import BundleError
 
 tf = import_tensorflow()
 
@@ -87,21 +88,6 @@ def broadcast(call: Call, x: Tensor, shape: Tensor) -> Tensor:
     return tf.broadcast_to(x, call.shape)
 
 
-@imports("FILL")
-def fill(call: Call, shape: Tensor, value: Tensor) -> Tensor:
-    return tf.fill(call.shape, tf.reshape(value, []))
-
-
-@imports("SHAPE")
-def shape_of(call: Call, x: Tensor) -> Tensor:
-    return tf.constant(list(x.shape), call.type)
-
-
-@imports("RANGE")
-def count(call: Call, start: Tensor, limit: Tensor, step: Tensor) -> Tensor:
-    return tf.range(*(static(call, value, "the bounds") for value in (start, limit, step)), dtype=call.type)
-
-
 @imports("ONE_HOT")
 def one_hot(call: Call, indices: Tensor, depth: Tensor, on: Tensor, off: Tensor) -> Tensor:
     axis = call.whole("Axis", -1)
@@ -110,6 +96,10 @@ def one_hot(call: Call, indices: Tensor, depth: Tensor, on: Tensor, off: Tensor)
 
 @imports("GATHER")
 def gather(call: Call, x: Tensor, indices: Tensor) -> Tensor:
+    if isinstance(indices, np.ndarray) and indices.size:  # here, not when an attack runs
+        low, high, rows = indices.min(), indices.max(), x.shape[call.whole("Axis")]
+        if low < 0 or high >= rows:
+            raise BundleError(f"a GATHER of the model takes rows {low} to {high} of {rows}", "export it again")
     return tf.gather(x, indices, axis=call.whole("Axis"), batch_dims=call.whole("BatchDims"))
 
 

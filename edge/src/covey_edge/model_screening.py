@@ -1,0 +1,281 @@
+"""Looks at a model before it is trained: are these parameters made to read the data rather than to learn from them?
+
+A hostile coordinator cannot change the graph of a sealed bundle that it did not make, but it chooses every number of
+every round. This file knows the patterns of the attacks that work by such numbers (docs/malicious-models.md has what
+each leaks, what is caught and what gets through), looks for them in the parameters and, where a dense layer sees the
+inputs themselves, in what that layer makes of the device's own examples: a disguise can change the numbers, but an
+imprint that is to work must still measure one and the same thing in many units, and a trap must still be off.
+
+Bounds leave a wide gap to what honest models showed, untrained and over rounds (tests/edge/test_model_screening.py,
+benchmarks/malicious.py). It does not look at the graph: a bundle whose `train` copies examples into the update passes.
+Pin bundles for that (`[policy] bundles`). Pure NumPy, Python 3.9.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Optional
+
+import numpy as np
+import numpy.typing as npt
+
+from covey_edge.frames import Run
+from covey_protocol.bundle import Manifest
+from covey_protocol.errors import TrainingError
+from covey_protocol.messages import run_of
+from covey_protocol.parameters import ParameterSpec, offsets
+
+Matrix = npt.NDArray[np.float64]
+Generator = np.random.Generator
+
+FEWEST_UNITS = 8  # fewer bins of an imprint, or traps, separate next to nothing
+MOST_UNITS, MOST_EXAMPLES = 512, 512  # looked at; drawn where there are more. Bounds time and memory on a small device
+# cosine of two units that measure the same, and share of a layer's units that are so alike with one of them. k bins
+# need a cosine of 1 - 1/k^2 to keep their order; below 0.9 an imprint reads no more than an honest start does
+ALIKE = ((0.995, 0.1), (0.9, 0.4))
+LIVE = (0.03, 0.97)  # shares of the examples that switch a unit on. Dying units of honest layers become alike
+TWIN_TIMES = 2.0  # as many as among random units on the same examples, which may vary in few directions
+COPIES = 0.02  # relative spread of the ratios of a unit's positive weights to its negative ones, both sorted
+SELDOM = 0.2  # share of the examples that switch a unit on, on average; honest layers showed 0.39 and more
+DEAD_SHARE = 0.5  # of the units of a layer that no input within the model's range can switch on
+HUGE_UNIT = 100.0  # Euclidean norm of a unit's weights; Glorot's and He's are near 1
+DOMINATING = 30.0  # times the median norm of the outputs' weights; or a gap between biases: e^30 to 1 in a softmax
+NEW_MODEL = 1.25  # relative change of a layer between rounds of a run. Another start of the same size is 1.4 away
+JUMP = "jump"  # honest rounds with high learning rates reach 1.1, and a patient attacker needs none: never refused for
+
+
+class Suspicion(NamedTuple):
+    """One pattern in one tensor. what: a sentence for the device's owner, with the number that was over its bound."""
+
+    pattern: str
+    tensor: str
+    what: str
+
+    @property
+    def grave(self) -> bool:
+        """Whether it is enough to refuse the model."""
+        return self.pattern != JUMP
+
+    def __str__(self) -> str:
+        return f"{self.pattern} in {self.tensor}: {self.what}"
+
+
+class Suspected(TrainingError):
+    """The owner's policy is not to train such a model. Its class name is frames.SUSPECTED."""
+
+
+class Screen:
+    """What the training child asks about every model, and the last one it let pass."""
+
+    def __init__(self) -> None:
+        self._run, self._passed = "", np.zeros(0, np.float32)
+
+    def look(
+        self, manifest: Manifest, received: npt.NDArray[np.float32], examples: npt.NDArray[Any], request: Run
+    ) -> tuple[str, ...]:
+        """Warnings for the owner. Suspected where the owner's policy refuses the model.
+
+        Rounds are compared within a run, as long as this process lives: another run may start anew.
+        """
+        if request.screen_models == "off" or received.shape != (manifest.dimension,):
+            return ()  # another length is refused by the model itself
+        run = run_of(request.round_id)
+        previous = self._passed if run == self._run and self._passed.shape == received.shape else None
+        found = suspicions(manifest, received, examples, previous)
+        grave = [str(one) for one in found if one.grave]
+        if grave and request.screen_models == "refuse":
+            raise Suspected(
+                f"the model looks made to read this device's data: {'; '.join(grave)}",
+                'it was not trained; docs/malicious-models.md, and privacy.screen_models = "warn" in agent.toml',
+            )
+        self._run, self._passed = run, received
+        return tuple(f"the model looks suspicious: {one}" for one in found)
+
+
+class Layer(NamedTuple):
+    """weights: (fan_in, units) of a kernel of any rank, the last axis its units. bias: (units,) where one follows."""
+
+    name: str
+    weights: Matrix
+    bias: Optional[Matrix]
+
+
+def suspicions(
+    manifest: Manifest,
+    parameters: npt.NDArray[Any],
+    examples: Optional[npt.NDArray[Any]] = None,
+    previous: Optional[npt.NDArray[Any]] = None,
+) -> list[Suspicion]:
+    """Every pattern of a hostile model in these parameters (d,), in their order; none for honest ones.
+
+    examples: (n, *input shape), the device's own, which never leave it. previous: (d,) of the round before of the same
+    run, None for a run's first. Takes about as long as one training step on MOST_EXAMPLES examples.
+    """
+    wild = _not_finite(manifest.parameters, parameters)
+    if wild:
+        return wild
+    rng = np.random.default_rng(zlib.crc32(parameters.tobytes()))
+    layers = _layers(manifest.parameters, parameters)
+    found: list[Suspicion] = []
+    for place, layer in enumerate(layers):
+        inner = place + 1 < len(layers)  # the last one's units are the model's outputs
+        if inner:
+            found += [*_huge(layer), *_alike(layer, None, rng), *_copies(layer)]
+            if _sees_inputs(layer, manifest):
+                found += [*_dead(layer, manifest), *_on_examples(layer, examples, rng)]
+        elif manifest.num_classes is not None and layer.weights.shape[1] == manifest.num_classes > 2:
+            found += _dominating(layer)
+    if previous is not None:
+        found += _jumped(layers, _layers(manifest.parameters, previous))
+    return list(dict.fromkeys(found))
+
+
+def _layers(specs: Sequence[ParameterSpec], flat: npt.NDArray[Any]) -> list[Layer]:
+    places, layers = offsets(specs), []
+    for spec, after in zip(specs, [*specs[1:], None]):
+        if not spec.trainable or len(spec.shape) < 2 or not spec.size:
+            continue
+        weights = flat[places[spec.name]].astype(np.float64).reshape(-1, spec.shape[-1])
+        follows = after is not None and after.trainable and after.shape == spec.shape[-1:]
+        bias = flat[places[after.name]].astype(np.float64) if after is not None and follows else None
+        layers.append(Layer(spec.name, weights, bias))
+    return layers
+
+
+def _not_finite(specs: Sequence[ParameterSpec], parameters: npt.NDArray[Any]) -> list[Suspicion]:
+    return [
+        Suspicion("numbers that are none", name, "it holds NaN or infinity")
+        for name, place in offsets(specs).items()
+        if not np.isfinite(parameters[place]).all()
+    ]
+
+
+def _sees_inputs(layer: Layer, manifest: Manifest) -> bool:
+    return bool(layer.weights.shape[0] == int(np.prod(manifest.input.shape)))
+
+
+# --- imprints: many units that measure one thing
+
+
+def _alike(layer: Layer, x: Optional[Matrix], rng: Generator) -> list[Suspicion]:
+    """x: (n, fan_in) examples: then live units are compared by what they make of these, else by their weights."""
+    fan_in, units = layer.weights.shape
+    places = _drawn(units, MOST_UNITS, rng)
+    weights = layer.weights[:, places]
+    seen, told = weights, "have the same weights, up to a factor"
+    if x is not None:
+        seen, told = (x - x.mean(0)) @ weights, "measure the same of your examples"
+        on = _on(x, layer)[places]
+        seen = seen[:, (on > LIVE[0]) & (on < LIVE[1])]
+    if seen.shape[1] < FEWEST_UNITS or fan_in < 2:
+        return []
+    for cosine, share in ALIKE:
+        count = _largest_group(seen, cosine)
+        if count < max(FEWEST_UNITS, share * weights.shape[1]):
+            continue
+        random = rng.standard_normal(weights.shape)
+        twin = _largest_group(random if x is None else (x - x.mean(0)) @ random, cosine)
+        if count >= TWIN_TIMES * twin:
+            text = f"{count} of {weights.shape[1]} units {told} (cosine {cosine}; of random units {twin} would)"
+            return [Suspicion("imprint", layer.name, text)]
+    return []
+
+
+def _largest_group(columns: Matrix, cosine: float) -> int:
+    """How many columns point the way of one of them, or the opposite one, at most over all of them."""
+    norms = np.linalg.norm(columns, axis=0)
+    unit = columns[:, norms > 0] / norms[norms > 0]
+    return int(np.max(np.sum(np.abs(unit.T @ unit) > cosine, axis=0), initial=0))
+
+
+def _on(x: Matrix, layer: Layer) -> Matrix:
+    """(units,): the share of the examples that switch each on, were it a ReLU."""
+    bias = 0.0 if layer.bias is None else layer.bias
+    return np.asarray(np.mean(x @ layer.weights + bias > 0, axis=0))
+
+
+# --- traps: units that are off
+
+
+def _copies(layer: Layer) -> list[Suspicion]:
+    fan_in, units = layer.weights.shape
+    if units < FEWEST_UNITS or fan_in < 16:
+        return []
+    halved = np.sum(layer.weights > 0, axis=0) == np.sum(layer.weights < 0, axis=0)  # few units of an honest layer
+    copied = sum(_is_copy(column) for column in layer.weights.T[halved])
+    if copied < max(FEWEST_UNITS, units / 2):
+        return []
+    return [Suspicion("trap weights", layer.name, f"in {copied} of {units} units one half is the other's negative")]
+
+
+def _is_copy(column: Matrix) -> bool:
+    positive, negative = np.sort(column[column > 0]), np.sort(-column[column < 0])
+    if len(positive) < FEWEST_UNITS:
+        return False
+    ratios = positive / negative
+    return bool(np.std(ratios) < COPIES * np.mean(ratios))
+
+
+def _dead(layer: Layer, manifest: Manifest) -> list[Suspicion]:
+    low, high = manifest.input.minimum, manifest.input.maximum
+    if layer.bias is None or low is None or high is None:
+        return []
+    most = np.maximum(layer.weights * low, layer.weights * high).sum(0) + layer.bias
+    dead = int(np.sum(most < 0))
+    if dead < max(FEWEST_UNITS, DEAD_SHARE * len(most)):
+        return []
+    return [Suspicion("dead layer", layer.name, f"no input can switch on {dead} of {len(most)} units")]
+
+
+def _on_examples(layer: Layer, examples: Optional[npt.NDArray[Any]], rng: Generator) -> list[Suspicion]:
+    if examples is None or len(examples) < FEWEST_UNITS:
+        return []
+    x = examples.reshape(len(examples), -1)[_drawn(len(examples), MOST_EXAMPLES, rng)].astype(np.float64)
+    found = _alike(layer, x, rng)
+    on = float(np.mean(_on(x, layer)))
+    if on < SELDOM and layer.weights.shape[1] >= FEWEST_UNITS:
+        told = f"one of your examples switches on {on:.1%} of its units; honest layers show 39 % and more"
+        found.append(Suspicion("trap weights", layer.name, told))
+    return found
+
+
+# --- sizes
+
+
+def _huge(layer: Layer) -> list[Suspicion]:
+    norm = float(np.median(np.linalg.norm(layer.weights, axis=0)))
+    if norm <= HUGE_UNIT:
+        return []
+    return [Suspicion("huge weights", layer.name, f"half of its units have weights of norm {norm:.3g} or more")]
+
+
+def _dominating(layer: Layer) -> list[Suspicion]:
+    """Class and feature fishing (Wen et al. 2022, arXiv:2202.00580): one output alone lets a gradient through."""
+    norms = np.linalg.norm(layer.weights, axis=0)
+    ratio = norms.max() / max(float(np.median(norms)), 1e-300) if norms.max() > 0 else 0.0
+    if ratio > DOMINATING:
+        told = f"the weights of output {int(norms.argmax())} are {min(ratio, 1e9):.3g} times as long as the others'"
+        return [Suspicion("one dominating output", layer.name, told)]
+    if layer.bias is not None:
+        gaps = np.abs(layer.bias - np.median(layer.bias))
+        if gaps.max() > DOMINATING:
+            told = f"the bias of output {int(gaps.argmax())} is {gaps.max():.3g} away from the others'"
+            return [Suspicion("one dominating output", layer.name, told)]
+    return []
+
+
+def _jumped(layers: Sequence[Layer], before: Sequence[Layer]) -> list[Suspicion]:
+    """Of the layers but the last, which starts small and soon is several times as long."""
+    found = []
+    for layer, old in zip(layers[:-1], before):
+        size = float(np.linalg.norm(old.weights))
+        change = float(np.linalg.norm(layer.weights - old.weights)) / size if size else 0.0
+        if change > NEW_MODEL:
+            told = f"it is {change:.2f} times its own length away from the round before: another model"
+            found.append(Suspicion(JUMP, layer.name, told))
+    return found
+
+
+def _drawn(count: int, most: int, rng: Generator) -> Any:
+    return slice(None) if count <= most else np.sort(rng.choice(count, most, replace=False))
