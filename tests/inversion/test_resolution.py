@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from inversion_helpers import small_net
+
 from covey_coordinator.inversion.contract import Seen
 from covey_coordinator.inversion.forward import Forward
 from covey_coordinator.inversion.keras_model import KerasModel
@@ -24,25 +26,9 @@ from covey_protocol.messages import TrainingPlan
 ONE_STEP = TrainingPlan(epochs=1, learning_rate=0.1)
 
 
-def small_net(batch_size: int = 4, hidden: int = 12, dtype: str = "float64") -> KerasModel:
-    import tensorflow as tf
-
-    tf.keras.utils.set_random_seed(0)
-    layers = tf.keras.layers
-    between = [layers.Dense(hidden, "sigmoid", name="hidden")] if hidden else []
-    keras = tf.keras.Sequential([tf.keras.Input((4, 4, 1)), layers.Flatten(), *between, layers.Dense(10, name="last")])
-    return KerasModel(keras, batch_size=batch_size, dtype=dtype)
-
-
 @pytest.fixture(scope="module")
 def net() -> KerasModel:
     return small_net()
-
-
-@pytest.fixture(scope="module")
-def pictures(digits: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Digits of 4 x 4 pixels, so that every test takes a second."""
-    return digits[0].reshape(-1, 4, 2, 4, 2, 1).mean((2, 4)), digits[1]
 
 
 def seen_of(model: KerasModel, x: Any, y: Any, plan: TrainingPlan = ONE_STEP, **settings: float) -> Seen:
@@ -216,7 +202,7 @@ def test_the_trade_off_ranks_noise_batches_and_accuracy(pictures: Any) -> None:
     silent, loud, same, single = points
     assert same == silent  # one setting in two curves
     assert loud.resolved_per_example < 0.2 * silent.resolved_per_example
-    assert silent.accuracy > 0.5 > loud.accuracy
+    assert silent.accuracy > 0.4 > 0.3 > loud.accuracy
     assert silent.resolved_per_example <= single.resolved_per_example
     again = simulated(softmax, softmax.parameters(), fleet, base, rounds=15, seed=3)
     assert accuracy(softmax, again, held_out) == silent.accuracy

@@ -47,8 +47,12 @@ class Level:
     resolved: int
 
 
-QUICK = Level("quick", 2.4, evaluations=150, iterations=300, restarts=1, unrolled=40, curve=150, samples=3, resolved=600)
-FULL = Level("full", 60.0, evaluations=2000, iterations=2400, restarts=2, unrolled=600, curve=1000, samples=10, resolved=50_000)
+QUICK = Level(
+    "quick", 2.4, evaluations=150, iterations=300, restarts=1, unrolled=40, curve=150, samples=3, resolved=600
+)
+FULL = Level(
+    "full", 60.0, evaluations=2000, iterations=2400, restarts=2, unrolled=600, curve=1000, samples=10, resolved=50_000
+)
 
 
 @dataclass(frozen=True)
@@ -147,13 +151,13 @@ def _resolved(bench: Bench, key: str, case: Case, stop: Stop) -> Found:
 
     update, sees = bench.update(case), "The update, its labels and the settings of its noise; no attack is run."
     try:
-        found = leakage_number(bench.exact_model, update.seen, update.truth.x, update.truth.y, seed=bench.seed, stop=stop)
+        found = leakage_number(
+            bench.exact_model, update.seen, update.truth.x, update.truth.y, seed=bench.seed, stop=stop
+        )
     except UsageError as exc:
         return bench.result(key, case, "resolution", sees=sees, refused=str(exc)), None
     metrics = {"resolved_share": found.share, "expected_psnr_db": found.here_psnr_db, "bits": found.bits}
-    told = bench.result(
-        key, case, "resolution", sees=sees, metrics=finite(metrics), seconds=found.seconds, cut=stop()
-    )
+    told = bench.result(key, case, "resolution", sees=sees, metrics=finite(metrics), seconds=found.seconds, cut=stop())
     return told, None
 
 
@@ -208,7 +212,11 @@ def _members(bench: Bench, case: Case) -> Found:
         "membership_advantage": found.advantage,
     }
     told = bench.result(
-        "fleet-membership", case, f"membership ({found.attack})", sees=AFTERWARDS, metrics=finite(metrics),
+        "fleet-membership",
+        case,
+        f"membership ({found.attack})",
+        sees=AFTERWARDS,
+        metrics=finite(metrics),
         notes=found.notes,
     )
     return told, None

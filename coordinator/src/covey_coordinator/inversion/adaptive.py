@@ -237,8 +237,8 @@ class Soteria:
 def attacked_unaware(
     model: AttackedModel, sent: Sent, labels: Numbers, *, seed: int, prior: Optional[Prior] = None
 ) -> Finding:
-    """The most probable batch for somebody who takes what was sent for an undefended update."""
-    return Tarantola(labels=labels, prior=prior).run(model, sent.unaware, seed=seed)
+    """The most probable batch, from one start, for somebody who takes what was sent for an undefended update."""
+    return Tarantola(labels=labels, prior=prior, starts=1).run(model, sent.unaware, seed=seed)
 
 
 def attacked_adaptively(

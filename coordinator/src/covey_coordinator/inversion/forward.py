@@ -151,7 +151,8 @@ class LocalTraining:
     def _graph(self, function: Any, *first: Any) -> Any:
         import tensorflow as tf
 
-        return tf.function(function, input_signature=[*first, *self._arguments]).get_concrete_function()
+        signature = [*first, *self._arguments]
+        return tf.function(function, input_signature=signature, autograph=False).get_concrete_function()
 
     def _tensors(self, arguments: Sequence[Any]) -> list[Any]:
         import tensorflow as tf
