@@ -379,7 +379,7 @@ def main() -> None:
             found[part] = resolution(draws, iterations, say)
         elif part == "defences":
             say(as_row(COLUMNS))
-            found[part] = defences(draws, iterations, given.quick, say, lambda rows: keep({**found, part: rows}))
+            found[part] = defences(draws, iterations, given.quick, say, lambda rows: keep({**found, "defences": rows}))
         else:
             found[part] = tradeoff(given.quick, say)
         keep(found)

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-
 from inversion_helpers import small_net
 
 from covey_coordinator.inversion.contract import Seen
