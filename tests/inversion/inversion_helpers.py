@@ -66,7 +66,7 @@ def softmax_loss() -> Any:
     return tf.keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
 
-def small_net(batch_size: int = 4, hidden: int = 12, dtype: str = "float64") -> Any:
+def small_net(batch_size: int = 4, hidden: int = 16, dtype: str = "float64") -> Any:
     """Inputs of 4 x 4 numbers, one hidden layer of sigmoids (none for hidden = 0), 10 classes, as an attacked model."""
     import tensorflow as tf
 

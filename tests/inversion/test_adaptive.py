@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from inversion_helpers import small_net
 
 from covey_coordinator.inversion.adaptive import (
     CentralNoise,
@@ -25,11 +24,6 @@ from covey_coordinator.inversion.metrics import mse, psnr
 from covey_coordinator.inversion.resolution import planned
 from covey_protocol.errors import UsageError
 from covey_protocol.messages import TrainingPlan
-
-
-@pytest.fixture(scope="module")
-def net() -> Any:
-    return small_net(hidden=16)
 
 
 @pytest.fixture(scope="module")

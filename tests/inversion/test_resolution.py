@@ -25,11 +25,6 @@ from covey_protocol.messages import TrainingPlan
 ONE_STEP = TrainingPlan(epochs=1, learning_rate=0.1)
 
 
-@pytest.fixture(scope="module")
-def net() -> KerasModel:
-    return small_net()
-
-
 def seen_of(model: KerasModel, x: Any, y: Any, plan: TrainingPlan = ONE_STEP, **settings: float) -> Seen:
     parameters = model.parameters()
     return planned(model, Seen(parameters, parameters, plan, len(x), **settings), x, y)
@@ -99,7 +94,7 @@ def test_the_predicted_error_is_the_measured_one_of_the_map_estimate(net: KerasM
     seen = seen_of(net, x, y, noise_std=1e-3)
     expected = leakage_number(net, seen, x, y)
     errors = []
-    for draw in range(6):
+    for draw in range(4):
         noise = 1e-3 * np.random.default_rng(draw).normal(size=len(seen.update))
         sent = replace(seen, update=(seen.update + noise).astype(np.float32))
         found = Tarantola(labels=y).run(net, sent, seed=draw)
@@ -110,7 +105,7 @@ def test_the_predicted_error_is_the_measured_one_of_the_map_estimate(net: KerasM
 
 
 def test_without_noise_the_map_estimate_is_a_copy_also_of_a_batch_over_several_steps(pictures: Any) -> None:
-    net = small_net(batch_size=1, hidden=16)
+    net = small_net(batch_size=1)
     x, y = pictures[0][30:32], pictures[1][30:32]
     seen = seen_of(net, x, y)  # two steps, one on each
     found = Tarantola(labels=y).run(net, seen, seed=0)

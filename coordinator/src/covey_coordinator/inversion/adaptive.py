@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Optional, Protocol
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -254,8 +255,6 @@ def leakage_of(model: AttackedModel, sent: Sent, x: Numbers, y: Numbers, *, prio
 
 
 def _with_form(seen: Seen, form: Compression) -> Seen:
-    import msgspec
-
     plan = msgspec.structs.replace(seen.plan, compression=form.name, kept_fraction=form.kept_fraction)
     return replace(seen, plan=plan)
 
