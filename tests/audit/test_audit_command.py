@@ -23,7 +23,9 @@ from covey_models import build, export
 from covey_protocol.errors import ConfigError, DataError, LeakError
 
 FAST = ("labels", "units", "inverting-gradients")
-TINY = Level("tiny", 10.0, 1, iterations=8, restarts=1, unrolled=1, newton=1, curve=8, samples=1, resolved=64, attacks=FAST)
+TINY = Level(
+    "tiny", 10.0, 1, iterations=8, restarts=1, unrolled=1, newton=1, curve=8, samples=1, resolved=64, attacks=FAST
+)
 PLAN = """
 [training]
 learning_rate = 0.1

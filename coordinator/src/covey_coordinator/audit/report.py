@@ -236,8 +236,12 @@ def _guarantee(bench: Bench, accuracy: Result | None) -> str:
         return "none: without noise there is no epsilon"
     if accuracy is None:
         return "not computed"
-    whom = "all of a device's data, against the coordinator" if privacy.by == "device" else (
-        "whether a device takes part, against those who see models; the coordinator sees the updates without noise"
+    whom = (
+        "all of a device's data, against the coordinator"
+        if privacy.by == "device"
+        else (
+            "whether a device takes part, against those who see models; the coordinator sees the updates without noise"
+        )
     )
     return f"epsilon {accuracy.metrics['epsilon']:.3g} at delta {privacy.delta:g} after {rounds} rounds: {whom}"
 
