@@ -70,16 +70,16 @@ def test_a_clipped_update_is_stretched_for_distances_that_see_its_length(digits)
     assert psnr_of(attack.run(model, short, seed=0), x, y) < 20  # taken at its word, it is another gradient
 
 
-@pytest.mark.parametrize("attack", [DeepLeakage(40), InvertingGradients(20, 2), LocalSteps(iterations=20)])
+@pytest.mark.parametrize("attack", [DeepLeakage(20), InvertingGradients(10, 2), LocalSteps(iterations=10)])
 def test_seeds_decide_everything_and_stop_and_progress_are_honoured(digits, mlp, attack):
     x, y = digits[0][:2], digits[1][:2]
     seen, told = one_step(mlp, x, y), []
     first = attack.run(mlp, seen, seed=1, progress=lambda done, total: told.append((done, total)))
     np.testing.assert_array_equal(first.inputs, attack.run(mlp, seen, seed=1).inputs)
-    assert np.abs(first.inputs - attack.run(mlp, seen, seed=2).inputs).max() > 1e-3
     assert told == sorted(told)
-    assert told[-1] == (40, 40)
+    assert told[-1] == (20, 20)
     ended = attack.run(mlp, seen, seed=1, stop=lambda: True)
+    assert np.abs(ended.inputs - attack.run(mlp, seen, seed=2, stop=lambda: True).inputs).max() > 1e-3
     assert ended.iterations == 0
     assert ended.inputs.shape == x.shape
     assert ended.inputs.min() >= 0 <= 1 >= ended.inputs.max()
@@ -88,7 +88,7 @@ def test_seeds_decide_everything_and_stop_and_progress_are_honoured(digits, mlp,
 def test_more_starts_are_never_worse_by_the_attacks_own_measure(digits, mlp):
     seen = one_step(mlp, digits[0][:2], digits[1][:2])
     alone = InvertingGradients(30, 1).run(mlp, seen, seed=3)
-    several = InvertingGradients(30, 4).run(mlp, seen, seed=3)
+    several = InvertingGradients(30, 2).run(mlp, seen, seed=3)
     assert several.score <= alone.score
 
 
@@ -131,6 +131,7 @@ def test_the_order_is_the_devices_own_and_the_unknown_one_is_not(digits):
     assert [list(rows) for rows in schedule(seen, 2, "unknown")] == [[0, 1], [2, 3], [4]] * 2
 
 
+@pytest.mark.slow
 def test_unrolling_the_steps_finds_what_one_step_for_all_cannot(digits):
     """Three examples, two passes in batches of two: four steps, of which the second of a pass is half empty."""
     import tensorflow as tf
