@@ -165,7 +165,7 @@ def _attacks_on(bench: Bench, case: Case, place: str, level: Level, iterations: 
 
 
 def _attack_work(bench: Bench, key: str, case: Case, weapon: Weapon) -> Callable[[Stop], Found]:
-    return lambda stop: bench.attack(key, case, weapon.made, stop, exact=weapon.exact)
+    return lambda stop: bench.attack(key, case, weapon.name, weapon.made, stop, exact=weapon.exact)
 
 
 def _resolution(bench: Bench, case: Case, place: str, level: Level) -> Iterator[Piece]:
@@ -284,11 +284,12 @@ def _members(bench: Bench, case: Case) -> Found:
 
 
 def _malicious(bench: Bench) -> Iterator[Piece]:
-    for name in ("imprint", "trap-weights"):
-        yield Piece(f"malicious-{name}", f"malicious/{name}", f"a malicious server: {name}", _hostile(bench, name))
+    for name in ("imprint", "trap weights"):
+        key = _key("malicious", name)
+        yield Piece(key, key, f"a malicious server: {name}", _hostile(bench, key, name))
 
 
-def _hostile(bench: Bench, name: str) -> Callable[[Stop], Found]:
+def _hostile(bench: Bench, key: str, name: str) -> Callable[[Stop], Found]:
     def work(stop: Stop) -> Found:
         from covey_coordinator.inversion.imprint import Imprint, imprinted
         from covey_coordinator.inversion.trap_weights import UnitReading, trapped
@@ -301,9 +302,9 @@ def _hostile(bench: Bench, name: str) -> Callable[[Stop], Found]:
         try:
             parameters = chooses(specs, bench.child.initial, auxiliary, seed=bench.seed)
         except UsageError as exc:
-            return bench.result(f"malicious-{name}", case, name, sees=SERVER_SEES, refused=str(exc)), None
+            return bench.result(key, case, name, sees=SERVER_SEES, refused=str(exc)), None
         case = replace(case, parameters=parameters)
-        result, pictures = bench.attack(f"malicious-{name}", case, reads, stop)
+        result, pictures = bench.attack(key, case, name, reads, stop)
         notes = (_screened(bench, case, parameters), *result.notes)
         return msgspec.structs.replace(result, notes=notes), pictures
 
