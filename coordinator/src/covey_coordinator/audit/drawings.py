@@ -65,7 +65,7 @@ def trade_off(
 ) -> Markup:
     """Accuracy to the right, leakage up: the lower right corner is where one wants to be.
 
-    groups: (number of the colour, setting, [(its value, accuracy, PSNR in dB)]). guess_db: of a guess without an update.
+    groups: (number of the colour, setting, [(its value, accuracy, PSNR in dB)]). guess_db: without any update.
     """
     points = [point for _, _, group in groups for point in group]
     if len(points) < 2:

@@ -1,4 +1,4 @@
-"""The pieces of an audit, in the order in which they are begun: what each attack costs is known early, repeats come last.
+"""The pieces of an audit, in the order in which they are begun: every kind early, repeats last.
 
 A piece is one attack on one update, or one point of a curve. How much each does is fixed by the level, not by the
 clock.
@@ -13,10 +13,10 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from covey_coordinator.aggregation.accounting import epsilon_spent
 from covey_coordinator.audit.bench import Bench, Case, chosen, one_step
 from covey_coordinator.audit.results import BARE, CURVES, MALICIOUS, ONE_EXAMPLE, PLAN, Pictures, Result, finite
 from covey_coordinator.audit.updates import Fleet, Floats, Protection
-from covey_coordinator.aggregation.accounting import epsilon_spent
 from covey_coordinator.inversion.contract import Attack, Stop
 from covey_coordinator.inversion.registry import make_attack
 from covey_coordinator.simulation.settings import PrivacySettings
@@ -165,7 +165,7 @@ def _attacks_on(bench: Bench, case: Case, place: str, level: Level, iterations: 
 
 
 def _attack_work(bench: Bench, key: str, case: Case, weapon: Weapon) -> Callable[[Stop], Found]:
-    return lambda stop: bench.attack(key, case, weapon.made, stop, exact=weapon.exact)
+    return lambda stop: bench.attack(key, case, weapon.name, weapon.made, stop, exact=weapon.exact)
 
 
 def _resolution(bench: Bench, case: Case, place: str, level: Level) -> Iterator[Piece]:
@@ -284,11 +284,12 @@ def _members(bench: Bench, case: Case) -> Found:
 
 
 def _malicious(bench: Bench) -> Iterator[Piece]:
-    for name in ("imprint", "trap-weights"):
-        yield Piece(f"malicious-{name}", f"malicious/{name}", f"a malicious server: {name}", _hostile(bench, name))
+    for name in ("imprint", "trap weights"):
+        key = _key("malicious", name)
+        yield Piece(key, key, f"a malicious server: {name}", _hostile(bench, key, name))
 
 
-def _hostile(bench: Bench, name: str) -> Callable[[Stop], Found]:
+def _hostile(bench: Bench, key: str, name: str) -> Callable[[Stop], Found]:
     def work(stop: Stop) -> Found:
         from covey_coordinator.inversion.imprint import Imprint, imprinted
         from covey_coordinator.inversion.trap_weights import UnitReading, trapped
@@ -301,9 +302,9 @@ def _hostile(bench: Bench, name: str) -> Callable[[Stop], Found]:
         try:
             parameters = chooses(specs, bench.child.initial, auxiliary, seed=bench.seed)
         except UsageError as exc:
-            return bench.result(f"malicious-{name}", case, name, sees=SERVER_SEES, refused=str(exc)), None
+            return bench.result(key, case, name, sees=SERVER_SEES, refused=str(exc)), None
         case = replace(case, parameters=parameters)
-        result, pictures = bench.attack(f"malicious-{name}", case, reads, stop)
+        result, pictures = bench.attack(key, case, name, reads, stop)
         notes = (_screened(bench, case, parameters), *result.notes)
         return msgspec.structs.replace(result, notes=notes), pictures
 
