@@ -192,7 +192,8 @@ class Soteria:
 
     kernel: name of the defended layer's kernel, (features, units). represent: inputs (n, ...) -> features (n, F) with
     F the kernel's rows, a TensorFlow function of the received model. Source: Sun et al. 2021 (arXiv:2012.06043),
-    Algorithm 1. Deviation: one set of features for the batch, by the mean of the score; the bias, as there, is not touched.
+    Algorithm 1. Deviation: one set of features for the batch, by the mean of the score; the bias, as there, is not
+    touched.
     """
 
     kernel: str

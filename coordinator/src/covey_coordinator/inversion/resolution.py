@@ -204,13 +204,13 @@ def data_weights(seen: Seen, ignored: Optional[npt.NDArray[np.bool_]] = None) ->
 
 
 def inside(examples: Matrix, prior: Prior) -> Matrix:
-    """These examples (n, S), INWARD of the range further from its ends.
+    """These examples (n, S), at least INWARD of the range away from its ends.
 
     A pixel of exactly 0 often sits on the kink of a ReLU, where the derivative that TensorFlow states is 0 although the
     update answers to every possible change.
     """
-    step = np.minimum(INWARD * (prior.high - prior.low), np.abs(examples - prior.middle))
-    return np.asarray(examples + np.sign(prior.middle - examples) * step, np.float64)
+    step = INWARD * (prior.high - prior.low)
+    return np.clip(examples, prior.low + step, prior.high - step)
 
 
 def _quantisation(seen: Seen) -> tuple[Vector, npt.NDArray[np.bool_]]:
