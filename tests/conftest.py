@@ -92,6 +92,24 @@ def digits_bundle(coordinator_key: SealingKey) -> bytes:
 
 
 @pytest.fixture(scope="session")
+def dense_bundle(coordinator_key: SealingKey) -> bytes:
+    """A bundle for digits whose first layer, 128 ReLUs, sees the pixels: what hostile parameters like best."""
+    import covey_models
+    from covey_models._tensorflow import import_tensorflow
+
+    tf = import_tensorflow()
+    start = tf.keras.initializers.GlorotUniform
+    layers = [
+        tf.keras.layers.Flatten(input_shape=(8, 8, 1), name="flat"),
+        tf.keras.layers.Dense(128, "relu", kernel_initializer=start(1), name="dense"),
+        tf.keras.layers.Dense(10, kernel_initializer=start(2), name="logits"),
+    ]
+    return covey_models.export(
+        tf.keras.Sequential(layers), name="dense", batch_size=16, input_range=(0.0, 1.0), key=coordinator_key
+    )
+
+
+@pytest.fixture(scope="session")
 def worker() -> Iterator[Worker]:
     """One TFF worker, for whichever tests of this process ask for it, stopped at the end."""
     with Worker() as running:

@@ -31,7 +31,10 @@ def run_round(tmp_path: Path, coordinator_key: SealingKey, mosquitto: RunningBro
     """(bundle, plan) -> the round's result and the device's update, empty if none came."""
     random = np.random.default_rng(0)
     shard = Shard(random.random((40, 8, 8, 1), np.float32), random.integers(0, 10, 40, np.int32))
-    device = make_device("pi", tmp_path / "pi", "home", {"url": mosquitto.url}, coordinator_key.public, shard)
+    device = make_device(
+        "pi", tmp_path / "pi", "home", {"url": mosquitto.url}, coordinator_key.public, shard,
+        privacy={"screen_models": "off"},  # the parameters below are no model's
+    )  # fmt: skip
     agents = AgentProcesses({"pi": device.config}, tmp_path / "logs")
     fleet = Fleet(parse_broker(mosquitto.url), "home", coordinator_key, {"pi": device.public})
     store, numbers = RunStore(tmp_path / "run"), iter(range(1, 100))

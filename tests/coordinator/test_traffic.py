@@ -39,7 +39,10 @@ def test_a_real_round_costs_what_was_computed(
     proxy = proxy_to(mosquitto)
     x, y = np.full((300, 8, 8, 1), 0.5, np.float32), np.arange(300, dtype=np.int32) % 10
     table = {"url": proxy.url, "protocol": "3.1.1"}
-    device = make_device(DEVICE, tmp_path / DEVICE, FLEET, table, coordinator_key.public, Shard(x, y))
+    device = make_device(
+        DEVICE, tmp_path / DEVICE, FLEET, table, coordinator_key.public, Shard(x, y),
+        privacy={"screen_models": "off"},  # the parameters below are no model's
+    )  # fmt: skip
     agents = AgentProcesses({DEVICE: device.config}, tmp_path / "logs")
     fleet = Fleet(parse_broker(mosquitto.url), FLEET, coordinator_key, {DEVICE: device.public}, chunk_bytes=CHUNK)
     manifest = read_bundle(digits_bundle).manifest

@@ -64,6 +64,7 @@ def report_html(bench: Bench, request: Any, outcome: Outcome, pictures: Read) ->
         cases=[_case(name, results, bench, pictures) for name in CASES if _of(results, name)],
         rows=[row for name in CASES for row in _rows(results, name)],
         after=_after(results),
+        guarantee=_guarantee(bench, _after(results).get("accuracy")),
         curves=[shown for name in SETTINGS if (shown := _curve(results, name)) is not None],
         trade_off=_trade_off(outcome),
         refused=_refused(results),
@@ -112,6 +113,12 @@ def _sentences(outcome: Outcome) -> Iterator[str]:
     if labels:
         best = max(labels, key=lambda one: one.metrics["label_recovery"])
         yield f"Up to {best.metrics['label_recovery']:.0%} of the labels of a device can be read off its update."
+    linked = largest(_of(results, PLAN), "linkability_auc")
+    if linked is not None:
+        yield (
+            f"Updates of one device can be told from those of others over rounds with an AUC of "
+            f"{linked.metrics['linkability_auc']:.2f}; guessing has 0.5. The coordinator knows the sender anyway."
+        )
     member = largest(_of(results, PLAN), "membership_auc")
     if member is not None:
         yield (
@@ -221,6 +228,18 @@ def _after(results: Sequence[Result]) -> dict[str, Result]:
         if best is not None:
             found[name] = best
     return found
+
+
+def _guarantee(bench: Bench, accuracy: Result | None) -> str:
+    privacy, rounds = bench.settings.privacy, bench.settings.fleet.rounds
+    if not privacy.noise_multiplier:
+        return "none: without noise there is no epsilon"
+    if accuracy is None:
+        return "not computed"
+    whom = "all of a device's data, against the coordinator" if privacy.by == "device" else (
+        "whether a device takes part, against those who see models; the coordinator sees the updates without noise"
+    )
+    return f"epsilon {accuracy.metrics['epsilon']:.3g} at delta {privacy.delta:g} after {rounds} rounds: {whom}"
 
 
 def _refused(results: Sequence[Result]) -> list[tuple[str, str]]:

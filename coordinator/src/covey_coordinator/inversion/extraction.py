@@ -56,7 +56,7 @@ def plausible(candidates: Matrix, strength: Matrix, spec: TensorSpec, most: int)
     """At most `most` candidates that lie in the input's range, each once. Where there are more, corners of what the
     candidates span: a mixture with positive parts lies between the examples that are in it."""
     low, high = _range(candidates, spec)
-    width = max(high - low, np.finfo(np.float64).tiny)
+    width = max(high - low, 1e-300)
     inside = np.all((candidates >= low - OUTSIDE * width) & (candidates <= high + OUTSIDE * width), axis=1)
     candidates, strength = candidates[inside], strength[inside]
     order = np.argsort(-strength, kind="stable")
@@ -72,7 +72,8 @@ def _corners(points: Matrix, most: int) -> list[int]:
     """
     rest = np.hstack([points, np.ones((len(points), 1))])
     squares = np.einsum("ij,ij->i", rest, rest)
-    least, taken = 1e-9 * squares.max(), []
+    least = 1e-9 * squares.max()
+    taken: list[int] = []
     while len(taken) < most and squares.max() > least:
         taken.append(int(np.argmax(squares)))
         axis = rest[taken[-1]] / np.linalg.norm(rest[taken[-1]])
@@ -97,9 +98,10 @@ def _distinct(candidates: Matrix, distance: float) -> Matrix:
 
 def _range(candidates: Matrix, spec: TensorSpec) -> tuple[float, float]:
     if spec.minimum is not None and spec.maximum is not None:
-        return spec.minimum, spec.maximum
-    finite = candidates[np.isfinite(candidates)]  # nothing is known: everything is plausible
-    return (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
+        return float(spec.minimum), float(spec.maximum)
+    if not candidates.size:
+        return 0.0, 1.0
+    return float(candidates.min()), float(candidates.max())  # nothing is known: everything is plausible
 
 
 def found(

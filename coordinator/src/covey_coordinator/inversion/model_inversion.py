@@ -319,7 +319,7 @@ def blotches(shape: Sequence[int], coarse: int) -> Draw:
 
     def draw(random: np.random.Generator, count: int) -> Array:
         large = down @ random.standard_normal((count, coarse, coarse)) @ across.T
-        return large.reshape(count, height, width, *([1] * (len(shape) - 2))) * np.ones(shape)
+        return np.asarray(large.reshape(count, height, width, *([1] * (len(shape) - 2))) * np.ones(shape))
 
     return draw
 
@@ -349,7 +349,7 @@ def denoised_and_sharpened(strength: float = 0.5) -> Process:
         flat = x.reshape(x.shape[:3])
         calm = median_filter(flat, size=(1, 3, 3))
         sharp = calm + strength * (calm - gaussian_filter(calm, sigma=(0, 1, 1)))
-        return np.clip(sharp, 0, 1).reshape(x.shape)
+        return np.asarray(np.clip(sharp, 0, 1).reshape(x.shape))
 
     return process
 

@@ -7,6 +7,7 @@ nothing and let anybody whose data look odd be shut out (docs/adr/0031). Pure Nu
 
 from __future__ import annotations
 
+import zlib
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,9 +23,12 @@ from covey_protocol.messages import TRAIN, TrainingPlan
 from covey_protocol.works import GRADIENT, SCAFFOLD, SVRG
 
 Numbers = npt.NDArray[Any]
-MOST_NUMBERS = 30_000_000  # of first dense layers looked at in a round: a second or two; beyond it a spread of devices
+# what is looked at in a round, a second or two: numbers of first dense layers, and devices; of more always the same
+MOST_NUMBERS, MOST_DEVICES = 30_000_000, 200
+MOST_TOLD = 10  # sentences about devices
 SKETCH = 256  # numbers that stand for an update when updates are compared: cosines err by 1 / sqrt(256)
 ROUNDS = 20  # whose comparisons are pooled
+QUIET = 0.09  # of the length that noise has; the smallest weight of a late update is 0.1
 READABLE = 0.99  # rank_one from which an update counts as one example's
 # of the whole round, with no device
 RANK_ONE, SEPARABLE, LABEL_SHARE, NORM = "rank_one", "separable", "label_share", "norm"
@@ -74,11 +78,12 @@ class RoundChecks:
         if plan.work not in (TRAIN, GRADIENT, SVRG, SCAFFOLD) or not len(device_ids):
             return None
         size = self._layer.kernel.size if self._layer is not None else 1
-        most = max(1, MOST_NUMBERS // size)
-        count = len(device_ids)
-        rows = range(count) if count <= most else np.linspace(0, count - 1, most).astype(int).tolist()
+        most = min(MOST_DEVICES, max(1, MOST_NUMBERS // size))
+        by_name = sorted(range(len(device_ids)), key=lambda row: (zlib.crc32(device_ids[row].encode()), row))
+        rows = sorted(by_name[:most])
+        names = [device_ids[row] for row in rows]
         devices = {device_ids[row]: self._read(updates[row], plan, int(examples[row])) for row in rows}
-        fleet = {CHECKED: float(len(devices)), **self._link(updates, device_ids)}
+        fleet = {CHECKED: float(len(devices)), **self._link(updates[rows], names)}
         told = self._told_of_devices(devices, dict(zip(device_ids, examples)), updates.shape[1])
         return RoundLeakage(devices, fleet, told)
 
@@ -125,11 +130,12 @@ class RoundChecks:
                     f"the update of {name} has norm {found[NORM]:.3g}: it does not clip to {policy.clip_norm:g}"
                 )
             noise = policy.clip_norm * policy.noise_multiplier * d**0.5
-            if noise and found[NORM] < 0.5 * noise:
+            if noise and found[NORM] < QUIET * noise:
                 told.append(
                     f"the update of {name} has norm {found[NORM]:.3g}: with its noise it would have {noise:.3g}"
                 )
-        return told
+        more = len(told) - MOST_TOLD
+        return [*told[:MOST_TOLD], f"and {more} more"] if more > 0 else told
 
     def _link(self, updates: Numbers, device_ids: Sequence[str]) -> dict[str, float]:
         """Who resembles whom of the round before: cosines of sketches, without what all have in common."""
