@@ -23,7 +23,9 @@ from covey_models import build, export
 from covey_protocol.errors import ConfigError, DataError, LeakError
 
 FAST = ("labels", "units", "inverting-gradients")
-TINY = Level("tiny", 10.0, 1, iterations=8, restarts=1, unrolled=1, newton=1, curve=8, samples=1, resolved=64, attacks=FAST)
+TINY = Level(
+    "tiny", 10.0, 1, iterations=8, restarts=1, unrolled=1, newton=1, curve=8, samples=1, resolved=64, attacks=FAST
+)
 PLAN = """
 [training]
 learning_rate = 0.1
@@ -101,7 +103,8 @@ def test_nothing_is_left_out_and_the_report_shows_every_case(done: tuple[Outcome
     for words in ("The plan as it is", "The worst case without protection", "A malicious server", "noise multiplier"):
         assert words in page
     assert page.count("data:image/png;base64,") >= 6
-    assert "<script" not in page and "http" not in page.replace("http-equiv", "")
+    assert "<script" not in page
+    assert "http" not in page.replace("http-equiv", "")
     assert ((folder / "out" / "report.html").stat().st_mode & 0o777) == 0o600  # it shows people's data
     told = json.loads((folder / "out" / "results.json").read_text())
     assert len(told["results"]) == len(outcome.results)

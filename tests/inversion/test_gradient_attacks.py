@@ -112,6 +112,9 @@ def test_an_update_that_cannot_be_attacked_is_refused(digits, mlp):
             InvertingGradients(10).run(mlp, dataclasses.replace(seen, update=update), seed=0)
     with pytest.raises(UsageError, match="nothing"):
         Distance(total_variation=1.0)
+    long = dataclasses.replace(seen, plan=TrainingPlan(epochs=201, learning_rate=0.1))
+    with pytest.raises(ConfigError, match="201 local steps"):
+        LocalSteps().run(mlp, long, seed=0)
     with pytest.raises(ConfigError, match="known"):
         LocalSteps(order="guessed")
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from inversion_helpers import small_net
 
 from covey_coordinator.inversion.contract import Seen
 from covey_coordinator.inversion.forward import Forward
@@ -22,27 +23,6 @@ from covey_protocol.errors import UsageError
 from covey_protocol.messages import TrainingPlan
 
 ONE_STEP = TrainingPlan(epochs=1, learning_rate=0.1)
-
-
-def small_net(batch_size: int = 4, hidden: int = 12, dtype: str = "float64") -> KerasModel:
-    import tensorflow as tf
-
-    tf.keras.utils.set_random_seed(0)
-    layers = tf.keras.layers
-    between = [layers.Dense(hidden, "sigmoid", name="hidden")] if hidden else []
-    keras = tf.keras.Sequential([tf.keras.Input((4, 4, 1)), layers.Flatten(), *between, layers.Dense(10, name="last")])
-    return KerasModel(keras, batch_size=batch_size, dtype=dtype)
-
-
-@pytest.fixture(scope="module")
-def net() -> KerasModel:
-    return small_net()
-
-
-@pytest.fixture(scope="module")
-def pictures(digits: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Digits of 4 x 4 pixels, so that every test takes a second."""
-    return digits[0].reshape(-1, 4, 2, 4, 2, 1).mean((2, 4)), digits[1]
 
 
 def seen_of(model: KerasModel, x: Any, y: Any, plan: TrainingPlan = ONE_STEP, **settings: float) -> Seen:
@@ -114,7 +94,7 @@ def test_the_predicted_error_is_the_measured_one_of_the_map_estimate(net: KerasM
     seen = seen_of(net, x, y, noise_std=1e-3)
     expected = leakage_number(net, seen, x, y)
     errors = []
-    for draw in range(6):
+    for draw in range(4):
         noise = 1e-3 * np.random.default_rng(draw).normal(size=len(seen.update))
         sent = replace(seen, update=(seen.update + noise).astype(np.float32))
         found = Tarantola(labels=y).run(net, sent, seed=draw)
@@ -125,7 +105,7 @@ def test_the_predicted_error_is_the_measured_one_of_the_map_estimate(net: KerasM
 
 
 def test_without_noise_the_map_estimate_is_a_copy_also_of_a_batch_over_several_steps(pictures: Any) -> None:
-    net = small_net(batch_size=1, hidden=16)
+    net = small_net(batch_size=1)
     x, y = pictures[0][30:32], pictures[1][30:32]
     seen = seen_of(net, x, y)  # two steps, one on each
     found = Tarantola(labels=y).run(net, seen, seed=0)
@@ -216,7 +196,7 @@ def test_the_trade_off_ranks_noise_batches_and_accuracy(pictures: Any) -> None:
     silent, loud, same, single = points
     assert same == silent  # one setting in two curves
     assert loud.resolved_per_example < 0.2 * silent.resolved_per_example
-    assert silent.accuracy > 0.5 > loud.accuracy
+    assert silent.accuracy > 0.4 > 0.3 > loud.accuracy
     assert silent.resolved_per_example <= single.resolved_per_example
     again = simulated(softmax, softmax.parameters(), fleet, base, rounds=15, seed=3)
     assert accuracy(softmax, again, held_out) == silent.accuracy

@@ -26,9 +26,8 @@ from covey_protocol.leakage import DenseLayer, Leak, Truth, dense_layers, label_
 from covey_protocol.works import GRADIENT, feature_units
 
 __all__ = ["JUDGED", "STOPPED", "Stopped", "judge", "look"]
-FEATURE_EXAMPLES = (
-    16  # whose features are compared where the first dense layer does not see the examples: a gradient each
-)
+# whose features are compared where the first dense layer does not see the examples; each costs a gradient
+FEATURE_EXAMPLES = 8
 PICTURE_PIXELS = 256  # about the height of a picture
 
 

@@ -1,4 +1,4 @@
-"""The pieces of an audit, in the order in which they are begun: what each attack costs is known early, repeats come last.
+"""The pieces of an audit, in the order in which they are begun: every kind early, repeats last.
 
 A piece is one attack on one update, or one point of a curve. How much each does is fixed by the level, not by the
 clock.
@@ -13,10 +13,10 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from covey_coordinator.aggregation.accounting import epsilon_spent
 from covey_coordinator.audit.bench import Bench, Case, chosen, one_step
 from covey_coordinator.audit.results import BARE, CURVES, MALICIOUS, ONE_EXAMPLE, PLAN, Pictures, Result, finite
 from covey_coordinator.audit.updates import Fleet, Floats, Protection
-from covey_coordinator.aggregation.accounting import epsilon_spent
 from covey_coordinator.inversion.contract import Attack, Stop
 from covey_coordinator.inversion.registry import make_attack
 from covey_coordinator.simulation.settings import PrivacySettings
@@ -55,8 +55,30 @@ class Level:
     attacks: tuple[str, ...] = ATTACKS
 
 
-QUICK = Level("quick", 2.4, evaluations=150, iterations=300, restarts=1, unrolled=40, newton=40, curve=150, samples=3, resolved=600)
-FULL = Level("full", 60.0, evaluations=2000, iterations=2400, restarts=2, unrolled=600, newton=150, curve=1000, samples=10, resolved=50_000)
+QUICK = Level(
+    "quick",
+    2.4,
+    evaluations=150,
+    iterations=300,
+    restarts=1,
+    unrolled=40,
+    newton=40,
+    curve=150,
+    samples=3,
+    resolved=600,
+)
+FULL = Level(
+    "full",
+    60.0,
+    evaluations=2000,
+    iterations=2400,
+    restarts=2,
+    unrolled=600,
+    newton=150,
+    curve=1000,
+    samples=10,
+    resolved=50_000,
+)
 
 
 @dataclass(frozen=True)
@@ -143,7 +165,7 @@ def _attacks_on(bench: Bench, case: Case, place: str, level: Level, iterations: 
 
 
 def _attack_work(bench: Bench, key: str, case: Case, weapon: Weapon) -> Callable[[Stop], Found]:
-    return lambda stop: bench.attack(key, case, weapon.made, stop, exact=weapon.exact)
+    return lambda stop: bench.attack(key, case, weapon.name, weapon.made, stop, exact=weapon.exact)
 
 
 def _resolution(bench: Bench, case: Case, place: str, level: Level) -> Iterator[Piece]:
@@ -159,13 +181,13 @@ def _resolved(bench: Bench, key: str, case: Case, stop: Stop) -> Found:
 
     update, sees = bench.update(case), "The update, its labels and the settings of its noise; no attack is run."
     try:
-        found = leakage_number(bench.exact_model, update.seen, update.truth.x, update.truth.y, seed=bench.seed, stop=stop)
+        found = leakage_number(
+            bench.exact_model, update.seen, update.truth.x, update.truth.y, seed=bench.seed, stop=stop
+        )
     except UsageError as exc:
         return bench.result(key, case, "resolution", sees=sees, refused=str(exc)), None
     metrics = {"resolved_share": found.share, "expected_psnr_db": found.here_psnr_db, "bits": found.bits}
-    told = bench.result(
-        key, case, "resolution", sees=sees, metrics=finite(metrics), seconds=found.seconds, cut=stop()
-    )
+    told = bench.result(key, case, "resolution", sees=sees, metrics=finite(metrics), seconds=found.seconds, cut=stop())
     return told, None
 
 
@@ -221,7 +243,11 @@ def _linked(bench: Bench, case: Case) -> Found:
     found = linkability(rows, [one.device_id for one in seen], [one.round_number for one in seen])
     metrics = {"linkability_auc": found.auc, "reidentified": found.identified, "chance": found.chance}
     told = bench.result(
-        "fleet-linkability", case, "linkability", sees="Updates of several rounds without names.", metrics=finite(metrics)
+        "fleet-linkability",
+        case,
+        "linkability",
+        sees="Updates of several rounds without names.",
+        metrics=finite(metrics),
     )
     return told, None
 
@@ -244,7 +270,11 @@ def _members(bench: Bench, case: Case) -> Found:
         "membership_advantage": found.advantage,
     }
     told = bench.result(
-        "fleet-membership", case, f"membership ({found.attack})", sees=AFTERWARDS, metrics=finite(metrics),
+        "fleet-membership",
+        case,
+        f"membership ({found.attack})",
+        sees=AFTERWARDS,
+        metrics=finite(metrics),
         notes=found.notes,
     )
     return told, None
@@ -254,11 +284,12 @@ def _members(bench: Bench, case: Case) -> Found:
 
 
 def _malicious(bench: Bench) -> Iterator[Piece]:
-    for name in ("imprint", "trap-weights"):
-        yield Piece(f"malicious-{name}", f"malicious/{name}", f"a malicious server: {name}", _hostile(bench, name))
+    for name in ("imprint", "trap weights"):
+        key = _key("malicious", name)
+        yield Piece(key, key, f"a malicious server: {name}", _hostile(bench, key, name))
 
 
-def _hostile(bench: Bench, name: str) -> Callable[[Stop], Found]:
+def _hostile(bench: Bench, key: str, name: str) -> Callable[[Stop], Found]:
     def work(stop: Stop) -> Found:
         from covey_coordinator.inversion.imprint import Imprint, imprinted
         from covey_coordinator.inversion.trap_weights import UnitReading, trapped
@@ -271,9 +302,9 @@ def _hostile(bench: Bench, name: str) -> Callable[[Stop], Found]:
         try:
             parameters = chooses(specs, bench.child.initial, auxiliary, seed=bench.seed)
         except UsageError as exc:
-            return bench.result(f"malicious-{name}", case, name, sees=SERVER_SEES, refused=str(exc)), None
+            return bench.result(key, case, name, sees=SERVER_SEES, refused=str(exc)), None
         case = replace(case, parameters=parameters)
-        result, pictures = bench.attack(f"malicious-{name}", case, reads, stop)
+        result, pictures = bench.attack(key, case, name, reads, stop)
         notes = (_screened(bench, case, parameters), *result.notes)
         return msgspec.structs.replace(result, notes=notes), pictures
 

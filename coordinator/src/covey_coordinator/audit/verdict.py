@@ -60,9 +60,7 @@ def _verdict(
         bundle=hashlib.sha256(bundle).hexdigest(),
         plan=facts,
         plan_digest=digest(facts),
-        assumed=Assumed(
-            min(attacked, default=1), privacy.clip_norm, privacy.noise_multiplier if on_devices else 0.0
-        ),
+        assumed=Assumed(min(attacked, default=1), privacy.clip_norm, privacy.noise_multiplier if on_devices else 0.0),
         limits=as_limits({one.name: one.limit for one in limits}),
         measured=numbers,
         passed=all(one.kept for one in limits),

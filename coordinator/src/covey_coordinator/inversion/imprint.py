@@ -96,9 +96,7 @@ def _thresholds(measured: Matrix, units: int) -> Matrix:
     return np.asarray(np.maximum.accumulate(edges + 1e-9 * reach * np.arange(units + 1)))
 
 
-def _behind(
-    measured: Matrix, thresholds: Matrix, behind: DenseLayer, rng: np.random.Generator, sparse: bool
-) -> Matrix:
+def _behind(measured: Matrix, thresholds: Matrix, behind: DenseLayer, rng: np.random.Generator, sparse: bool) -> Matrix:
     """The rows of the kernel behind: one for all units, or, sparse, with alternating sign, so that units that have
     reached their ceiling cancel. So large that what the layer adds to the next one's outputs is about 1."""
     units = len(thresholds) - 1

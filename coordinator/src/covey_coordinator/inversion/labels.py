@@ -168,7 +168,7 @@ def _rounded(amounts: Floats, total: int) -> Labels:
     """Whole numbers near the amounts, none negative, that sum to `total` (largest remainders)."""
     positive = np.maximum(amounts, 0.0)
     positive *= total / positive.sum() if positive.sum() > 0 else 0.0
-    whole = np.floor(positive + 1e-9).astype(np.int64)
+    whole: Labels = np.floor(positive + 1e-9).astype(np.int64)
     missing = total - int(whole.sum())
     whole[np.argsort(-(positive - whole), kind="stable")[:missing]] += 1
     return whole

@@ -42,8 +42,8 @@ Matrix = npt.NDArray[np.float64]
 
 EXACT_UP_TO = 1024  # products with the Jacobian; a batch of 16 digits of 64 pixels, a second on one core
 MAX_MATRIX = 16_000_000  # numbers of A held at once, 128 MB; beyond, its square is built
-PROBES = 16
-STEPS = 64  # of Lanczos' method, from each random vector
+PROBES = 8
+STEPS = 48  # of Lanczos' method, from each random vector
 INWARD = 1e-3  # how far inside the box, as a share of the range, derivatives are taken (see `inside`)
 HALF_UNIT = 2.0**-24  # of float32's relative rounding
 QUANTISATION_DRAWS = 4
