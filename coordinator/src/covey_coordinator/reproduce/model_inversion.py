@@ -474,7 +474,7 @@ MODEL_INVERSION = Reproduction(
         "Process but for the autoencoder (denoise and sharpen, in code space).",
         "A picture counts as identified where, of the mean held-out pictures of all 40 people, it correlates most with "
         "its own person's. A flat picture is not identified.",
-        "People attacked: all 40 of both softmax models; of MLP and autoencoder 10 (quick form 2), as a black box 6 (4).",
+        "Attacked: all 40 people of both softmax models; of MLP and autoencoder 10 (quick form 2), as a black box 6 (4).",
         "Black box: central differences in every pixel; answers of softmax regression to single moved pixels are "
         "computed from the kernel's rows.",
         "Adaptive: confidences (rounded to 0.1) or labels alone, averaged over 100 random moves of coarse blotches of "
