@@ -442,8 +442,9 @@ def figure(cases: Sequence[Case], measured: Measured) -> bytes:
             one.set_axis_off()
         for one, picture in zip(line, pictures):
             one.imshow(picture, cmap="gray", vmin=0, vmax=255)
-        line[0].set_title(label, fontsize=6.5, loc="left").set_in_layout(False)  # else it widens its column
-    image.get_layout_engine().set(h_pad=0.1)
+        line[0].set_title(label, fontsize=6.5, loc="left")
+    image.set_layout_engine(None)  # the constrained one makes the titled column wider than the others
+    image.subplots_adjust(left=0.02, right=0.98, bottom=0.01, top=0.95, wspace=0.05, hspace=0.3)
     image.suptitle("Pictures: AT&T Laboratories Cambridge; reconstructions: covey", fontsize=6)
     return png(image)
 
@@ -474,7 +475,7 @@ MODEL_INVERSION = Reproduction(
         "Process but for the autoencoder (denoise and sharpen, in code space).",
         "A picture counts as identified where, of the mean held-out pictures of all 40 people, it correlates most with "
         "its own person's. A flat picture is not identified.",
-        "Attacked: all 40 people of both softmax models; of MLP and autoencoder 10 (quick form 2), as a black box 6 (4).",
+        "Attacked: all 40 people of both softmax models; of MLP and autoencoder 10 (quick form 2), as black box 6 (4).",
         "Black box: central differences in every pixel; answers of softmax regression to single moved pixels are "
         "computed from the kernel's rows.",
         "Adaptive: confidences (rounded to 0.1) or labels alone, averaged over 100 random moves of coarse blotches of "
