@@ -133,8 +133,9 @@ def judged(
 ) -> list[Judged]:
     """attacked: whether all attacks on the first of the plan's updates ran to their end."""
     return [
-        Judged(name, limit, *found.get(name, (None, "")), complete=attacked or name not in BY_ATTACKS)
+        Judged(name, limit, value, by, attacked or name not in BY_ATTACKS)
         for name, limit in policy.limits(guess_db).items()
+        for value, by in [found.get(name, (None, ""))]
     ]
 
 
