@@ -62,7 +62,7 @@ def faces_of(seed: int, folder: Path | None, reduced: int) -> Faces:
 def shrunk(pictures: Array, by: int) -> Array:
     """Means of by x by pixels; (n, height, width), both divisible."""
     count, height, width = pictures.shape
-    return pictures.reshape(count, height // by, by, width // by, by).mean(axis=(2, 4))
+    return np.asarray(pictures.reshape(count, height // by, by, width // by, by).mean(axis=(2, 4)))
 
 
 def alike(pictures: Array, means: Array) -> Array:
@@ -70,7 +70,7 @@ def alike(pictures: Array, means: Array) -> Array:
 
     def standardised(rows: Array) -> Array:
         centred = rows - rows.mean(axis=1, keepdims=True)
-        return centred / np.maximum(np.linalg.norm(centred, axis=1, keepdims=True), 1e-12)
+        return np.asarray(centred / np.maximum(np.linalg.norm(centred, axis=1, keepdims=True), 1e-12))
 
     found = (standardised(pictures) @ standardised(means).T).argmax(axis=1)
     return np.where(np.ptp(pictures, axis=1) > 0, found, -1)
