@@ -6,9 +6,9 @@ is given, and Dropout draws from `seed` (a coordinator knows the seeds of a plan
 `outputs` is `infer`: inference mode. `update` runs `train` itself, with the bundle's optimizer.
 
 A bundle's graphs are written for exactly B examples. For another number they are resized where every example goes
-through alone (`covey_models.importing.batching`). Where not (BatchNorm or Dropout in `loss` and `gradient`) the
-examples are cut into batches of B, of which the last is filled up with its own examples at weight 0, as
-`covey_edge.runtime.Model` does; a BatchNorm's statistics see the filling, here as there.
+through alone (`covey_models.importing.batching`). Where not (in `loss` and `gradient` with BatchNorm, or with Dropout
+for more than B) the examples are cut into batches of B, of which the last is filled up with its own examples at weight
+0, as `covey_edge.runtime.Model` does; a BatchNorm's statistics see the filling, here as there.
 
 Soft labels, (n, classes), take the place of the graph's one-hot labels where it makes them of classes; else every
 example counts once per class, which costs as much.
@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from covey_edge.runtime import NO_CLIPPING
 from covey_protocol.bundle import RESET_OPTIMIZER, Bundle, Manifest, TensorSpec, check_plan
 from covey_protocol.errors import UsageError
 from covey_protocol.messages import TRAIN, TrainingPlan
@@ -36,10 +37,9 @@ Output = tuple[str, str]  # entry point and name
 
 LOSS, OUTPUTS = ("train", "loss"), ("infer", "output")
 BATCHED = ("x", "y", "example_weight")
-MOST_AT_ONCE = 512  # examples in one graph: beyond, larger tensors only cost memory
+MOST_AT_ONCE = 256  # examples in one graph: beyond, larger tensors only cost memory
 AGREEMENT = 1e-4  # of a resized graph, relative; rounding gives 1e-6
 CROSS_ENTROPY = "sparse_categorical_crossentropy"
-NO_CLIPPING = 3e38  # as in covey_edge.runtime
 TINY = 1e-12  # as in covey_models.steps
 
 
@@ -90,7 +90,7 @@ class BundleModel:
         return self._mean(self._losses, LOSS, parameters, x, y, weights)
 
     def gradient(self, parameters: Tensor, x: Tensor, y: Tensor, weights: Tensor = None) -> Tensor:
-        """(d,): of `loss`, by automatic differentiation, which differentiates again faster than `gradient` does.
+        """(d,): of `loss`, by automatic differentiation, which is faster to differentiate again than `own_gradient`.
 
         At a point where the derivative jumps it may be another one-sided derivative than the device's: for instance
         where a LeakyReLU's input is exactly 0.
@@ -258,12 +258,12 @@ class BundleModel:
     def _cut(self, rows: Tensor, output: Output | None) -> Iterator[tuple[Tensor, int]]:
         """(rows, how many of them are examples): at once where the graph can be resized, else batches of B.
 
-        The last batch of B is filled up with its own examples.
+        The last batch is filled up with its own examples.
         """
-        count = rows.shape[0]
-        size = self._manifest.batch_size
-        if output is not None and count <= MOST_AT_ONCE and self._resized(output, count) is not None:
-            size = count
+        count, size = rows.shape[0], self._manifest.batch_size
+        together = min(count, MOST_AT_ONCE)
+        if output is not None and self._resized(output, together) is not None:
+            size = together
         for start in range(0, count, size):
             part = rows[start : start + size]
             kept = part.shape[0]
@@ -283,7 +283,8 @@ def _within(spec: TensorSpec, count: int, random: np.random.Generator) -> Any:
 def batches_of(x: Any, y: Any, plan: TrainingPlan, device_id: str, manifest: Manifest) -> list[Batch]:
     """The (x, y, weights) of every local step, as a device with these data draws them for this plan.
 
-    x, y: all its examples, (n, ...). A partial batch is filled up with its own examples at weight 0.
+    x, y: all its examples, (n, ...). device_id: or the replica that its owner names. A partial batch is filled up with
+    its own examples at weight 0.
     """
     from covey_coordinator.simulation.schedule import training_schedule
 

@@ -95,10 +95,12 @@ class ReadBack:
         point = self.entry_point(name)
         needed = _needed(point.subgraph, set(_ports(name, point.outputs, wanted).values()))
         examples = _ports(name, point.inputs, batched).values()
+        known = partial(self._known, point.subgraph)
         try:
-            return for_count(point.subgraph, examples, partial(self._known, point.subgraph), batch_size, count, needed)
-        except Fixed:
+            resized = for_count(point.subgraph, examples, known, batch_size, count, needed)
+        except (Fixed, IndexError, ValueError, ZeroDivisionError):  # all but the first: of operators that are damaged
             return None
+        return resized if _fits(resized.graph) else None
 
     def makes_one_hot(self, name: str, key: str, wanted: Collection[str]) -> bool:
         """Whether these outputs see an input of labels one-hot only, so that `Soft` can take its place."""
@@ -221,9 +223,9 @@ class _Run:
 
     def _results(self, call: Call, operator: Operator) -> list[Tensor]:
         inputs = [self.value(number) for number in operator.inputs]
-        if any(isinstance(value, Soft) for value in inputs):
-            return [_of_soft(call, inputs)]
         try:
+            if any(isinstance(value, Soft) for value in inputs):
+                return [_of_soft(call, inputs)]
             results = IMPORTERS[call.name](call, *inputs)
         except BundleError:
             raise
@@ -239,11 +241,11 @@ class _Run:
     def _variable(self, operator: Operator) -> None:
         if operator.name == "CALL_ONCE":
             return  # `ReadBack.initial` holds what it assigns
-        if operator.name == "VAR_HANDLE":
+        if operator.name == "VAR_HANDLE" and operator.outputs:
             self.values[operator.outputs[0]] = _Handle(str(operator.settings.get("SharedName", "")))
             return
-        handle = self.values.get(operator.inputs[0])
-        if not isinstance(handle, _Handle):
+        handle = self.values.get(operator.inputs[0]) if operator.inputs else None
+        if not isinstance(handle, _Handle) or len(operator.inputs + operator.outputs) != 2:
             raise BundleError(f"a {operator.name} of the model names no variable", REMEDY)
         if operator.name == "ASSIGN_VARIABLE":
             self.state[handle.name] = self.value(operator.inputs[1])
@@ -284,11 +286,15 @@ def _ports(name: str, ports: Mapping[str, int], wanted: Collection[str]) -> dict
 
 
 def _check_sizes(name: str, graph: Subgraph) -> None:
+    if not _fits(graph):
+        sizes = [tensor.size for tensor in graph.tensors]
+        what = f"{name} of the model has tensors of {max(sizes)} numbers, {sum(sizes)} together"
+        raise BundleError(what, "audit a smaller model")
+
+
+def _fits(graph: Subgraph) -> bool:
     sizes = [tensor.size for tensor in graph.tensors]
-    if max(sizes, default=0) > MAX_NUMBERS or sum(sizes) > MAX_NUMBERS_TOGETHER:
-        raise BundleError(
-            f"{name} of the model has tensors of {max(sizes)} numbers, {sum(sizes)} together", "audit a smaller model"
-        )
+    return max(sizes, default=0) <= MAX_NUMBERS and sum(sizes) <= MAX_NUMBERS_TOGETHER
 
 
 def _needed(graph: Subgraph, outputs: set[int]) -> set[int]:
