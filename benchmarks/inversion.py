@@ -260,7 +260,8 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=3, help="gradients of each row, each of another model")
     parser.add_argument("--evaluations", type=int, default=1000)
     parser.add_argument("--quick", action="store_true", help="digits, one image, 200 evaluations")
-    parser.add_argument("--picture", type=Path)
+    parser.add_argument("--rows", default="", help='only rows whose name holds this, such as "mnist lenet"')
+    parser.add_argument("--picture", type=Path, help="a PNG of the first gradient of each row, written after every row")
     options = parser.parse_args()
     if options.setup:
         set_up(options.setup)
@@ -273,6 +274,7 @@ def main() -> None:
     names = ["digits"] if options.quick or folder is None else ["mnist", "digits"]
     rows = [Row(data, model, state, 1) for data in names for model in MODELS for state in ("untrained", "trained")]
     rows += [Row(data, "lenet", "untrained", 4) for data in names]
+    rows = [row for row in rows if options.rows in f"{row.data} {row.model} {row.state} {row.examples}"]
     images, evaluations = (1, 200) if options.quick else (options.images, options.evaluations)
     peer = Breaching(options.breaching) if (options.breaching / "bin" / "python").exists() else None
     if peer is None:
@@ -287,13 +289,13 @@ def main() -> None:
         for number, row in enumerate(rows, 1):
             found = measured(row, images, evaluations, peer, folder)
             all_found.append((row, found))
+            if options.picture:
+                picture(options.picture, all_found)
             print("\n".join(shown(row, found)), flush=True)
             print(f"{number} of {len(rows)} rows", file=sys.stderr, flush=True)
     finally:
         if peer is not None:
             peer.stop()
-    if options.picture:
-        picture(options.picture, all_found)
 
 
 if __name__ == "__main__":

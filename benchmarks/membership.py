@@ -27,7 +27,7 @@ from covey_coordinator.reproduce.pictures import STYLES, new_figure, plain, png
 from covey_models import datasets
 from covey_protocol.privacy import clip
 
-DEVICES, STEPS, BATCH, RATE, HIDDEN = 10, 10, 10, 0.1, 128
+DEVICES, STEPS, BATCH, RATE, HIDDEN = 10, 10, 10, 0.1, 32
 HALF, BATCHES, NOISE = 81, 82, 83  # streams of random numbers
 DELTA = 1e-5
 
@@ -117,17 +117,15 @@ class Row(NamedTuple):
 def measured(world: World, name: str, told: Training, shadows: int) -> Row:
     inside, curve = world.half(0), []
     for number, parameters in enumerate(world.models(told, 0), 1):
-        found = world.scores(parameters)
         if number % 3 == 0 or number == told.rounds:
-            curve.append((number, threshold(found[inside], found[~inside]).auc))
-    *_, final = world.models(told, 0)
-    target = world.scores(final)
+            target = world.scores(parameters)
+            curve.append((number, threshold(target[inside], target[~inside]).auc))
     others = [world.scores(list(world.models(told, number))[-1]) for number in range(1, shadows + 1)]
     masks = np.stack([world.half(number) for number in range(1, shadows + 1)])
     known = masks.any(axis=0) & ~masks.all(axis=0)
     shadow = likelihood_ratio(target[known], inside[known], np.stack(others)[:, known], masks[:, known])
     epsilon = epsilon_spent(told.noise, told.rounds, 1.0, DELTA)
-    return Row(name, world.accuracy(final), epsilon, threshold(target[inside], target[~inside]), shadow, curve)
+    return Row(name, world.accuracy(parameters), epsilon, threshold(target[inside], target[~inside]), shadow, curve)
 
 
 def table(rows: list[Row]) -> list[str]:

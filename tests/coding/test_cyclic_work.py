@@ -147,6 +147,21 @@ def test_refused_is(what: str, ask: Ask) -> None:
         raise TrainingError(answer.what, answer.remedy)
 
 
+def test_the_owners_limit_on_what_an_update_tells_holds_for_each_shard(
+    ask: Ask, shards: dict[str, str], tmp_path: Path
+) -> None:
+    """A shard of one example: its update alone would state it, whatever the others add to the row."""
+    x, y = examples_of(2)
+    np.savez(tmp_path / "one.npz", x=x[:1], y=y[:1])
+    plan = msgspec.structs.replace(plan_of(4), epochs=1)
+    held = {**shards, "south": str(tmp_path / "one.npz")}
+    stopped = ask("b", plan, held=held, max_psnr_db=50.0)  # east, south, west
+    assert isinstance(stopped, Problem), stopped
+    assert stopped.what.startswith("the update was stopped: it states the features of an example (number 0)")
+    assert isinstance(ask("d", plan, held=held, max_psnr_db=50.0), Done)  # west, north, east
+    assert isinstance(ask("b", plan, held=held), Done)  # no limit
+
+
 BESIDE: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "compression": ({"compression": "rotated-8bit"}, TrainingError, "cyclic-code with compression"),
     "steps": ({"steps": 3}, TrainingError, "cyclic-code with steps"),

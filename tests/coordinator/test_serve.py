@@ -92,6 +92,13 @@ def test_a_run_goes_on_after_its_newest_readable_checkpoint(clinic: Path, digits
     first = serve(clinic, 2)
     assert first.returncode == 0, first.stderr
     assert "round 2/2 published: 3 of 3 updates" in first.stdout
+    with opened(clinic / "runs" / "digits") as history:
+        one, two = history.leakage()
+    assert one["checked"] == two["checked"] == 3
+    assert 0 < two["max_rank_one"] < 0.99  # sixty examples each
+    assert two["chance"] == pytest.approx(1 / 3)  # each is compared with the round before
+    assert 0 <= two["linkability_auc"] <= 1
+    assert "linkability_auc" not in one
     store = RunStore(clinic / "runs" / "digits")
     model = Model(read_bundle(digits_bundle))
     found = store.newest_checkpoint("digits", 3818)
@@ -188,6 +195,18 @@ BAD = {
         "max_staleness = 2 without a round.goal",
     ),
     "a goal below the quorum": ("quorum = 3", "quorum = 3\ngoal = 2", errors.EXIT_CONFIG, "goal = 2 is not between"),
+    "a plan that states one example": (
+        "[server]",
+        "[privacy]\nmax_psnr_db = 30.0\n[server]",
+        errors.EXIT_CONFIG,
+        "refuses the plan",
+    ),
+    "an audit that is not there": (
+        "[server]",
+        '[privacy]\naudit = "verdict.json"\n[server]',
+        errors.EXIT_CONFIG,
+        "verdict.json cannot be read",
+    ),
     "an unknown optimizer": ('"adam"', '"adamw"', errors.EXIT_CONFIG, "adam"),
 }
 

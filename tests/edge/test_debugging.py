@@ -76,6 +76,16 @@ def device(tmp_path: Path, digits_bundle: bytes, coordinator_key: SealingKey) ->
     return Device(tmp_path, digits_bundle, coordinator_key, (x[:N], given[:N]), (x[N:], true[N:]))
 
 
+@pytest.fixture(scope="module")
+def first_look(
+    tmp_path_factory: pytest.TempPathFactory, digits_bundle: bytes, coordinator_key: SealingKey
+) -> tuple[Device, Any]:
+    """A device that has looked, and what it answered."""
+    (x, given, true), folder = digits(), tmp_path_factory.mktemp("device")
+    made = Device(folder, digits_bundle, coordinator_key, (x[:N], given[:N]), (x[N:], true[N:]))
+    return made, made.ask("report")
+
+
 def told(done: Any) -> list[dict[str, Any]]:
     assert isinstance(done, Done), done
     assert set(done.found) == {"labels.json", "labels.html"}
@@ -83,9 +93,9 @@ def told(done: Any) -> list[dict[str, Any]]:
     return instances
 
 
-def test_wrong_labels_are_doubted_and_mostly_the_right_ones_are_suggested(device: Device) -> None:
+def test_wrong_labels_are_doubted_and_mostly_the_right_ones_are_suggested(first_look: tuple[Device, Any]) -> None:
     _, _, true = digits()
-    instances = told(device.ask("report"))
+    instances = told(first_look[1])
     doubted = [one for one in instances if one["why"]]
     assert [one["row"] for one in instances[: len(doubted)]] == [one["row"] for one in doubted]  # they come first
     found = [one for one in doubted if one["row"] < WRONG]
@@ -95,11 +105,12 @@ def test_wrong_labels_are_doubted_and_mostly_the_right_ones_are_suggested(device
     assert {one["why"] for one in doubted} == {"the instances you vouch for speak for another label"}
 
 
-def test_the_owner_says_what_becomes_of_doubted_labels(device: Device) -> None:
+def test_the_owner_says_what_becomes_of_doubted_labels(first_look: tuple[Device, Any]) -> None:
     """A report changes nothing; without the doubted, or with what is suggested, the update is that of such data."""
     x, given, _ = digits()
     x, given = x[:N], given[:N]
-    doubted = {one["row"]: int(one["expected"]) for one in told(device.ask("report")) if one["why"]}
+    device, done = first_look
+    doubted = {one["row"]: int(one["expected"]) for one in told(done) if one["why"]}
     left = np.array([row not in doubted for row in range(N)])
     mended = np.array([doubted.get(row, label) for row, label in enumerate(given)], np.int32)
     for debug, data in (
@@ -123,8 +134,8 @@ def test_data_that_change_are_looked_through_again_and_evaluations_are_of_all(de
     assert evaluated.num_examples == 150
 
 
-def test_the_page_has_pictures_and_no_way_out(device: Device) -> None:
-    page = device.ask("report").found["labels.html"].decode()
+def test_the_page_has_pictures_and_no_way_out(first_look: tuple[Device, Any]) -> None:
+    page = first_look[1].found["labels.html"].decode()
     assert page.count("<img ") == page.count("<tr>") - 1 > 20
     assert "What a look for wrong labels found in this device" in page
     assert "<th>suggested label</th>" in page

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from inversion_helpers import Step, digits_model, one_step, softmax_loss
+from inversion_helpers import Step, digits_model, one_step, small_net, softmax_loss
 
 
 @pytest.fixture(scope="session")
@@ -40,3 +40,15 @@ def trained_digit_step(digits) -> Step:
         batch = slice(start * 8, start * 8 + 32)
         train(tf.constant(pictures[batch]), tf.constant(labels[batch]))
     return one_step(model, loss, pictures[1500], int(labels[1500]))
+
+
+@pytest.fixture(scope="session")
+def pictures(digits) -> tuple[np.ndarray, np.ndarray]:
+    """Digits of 4 x 4 pixels, so that every test takes a second."""
+    return digits[0].reshape(-1, 4, 2, 4, 2, 1).mean((2, 4)), digits[1]
+
+
+@pytest.fixture(scope="session")
+def net():
+    """One for all tests of the resolution and the defences, which share its traced graphs."""
+    return small_net()

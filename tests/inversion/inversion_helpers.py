@@ -64,3 +64,16 @@ def softmax_loss() -> Any:
     import tensorflow as tf
 
     return tf.keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+
+def small_net(batch_size: int = 4, hidden: int = 16, dtype: str = "float64") -> Any:
+    """Inputs of 4 x 4 numbers, one hidden layer of sigmoids (none for hidden = 0), 10 classes, as an attacked model."""
+    import tensorflow as tf
+
+    from covey_coordinator.inversion.keras_model import KerasModel
+
+    tf.keras.utils.set_random_seed(0)
+    layers = tf.keras.layers
+    between = [layers.Dense(hidden, "sigmoid", name="hidden")] if hidden else []
+    keras = tf.keras.Sequential([tf.keras.Input((4, 4, 1)), layers.Flatten(), *between, layers.Dense(10, name="last")])
+    return KerasModel(keras, batch_size=batch_size, dtype=dtype)

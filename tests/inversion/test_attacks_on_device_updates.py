@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 import pytest
 
@@ -14,7 +12,7 @@ from covey_coordinator.inversion.dense import dense_layers, recover_input
 from covey_coordinator.inversion.grading import grade
 from covey_coordinator.inversion.labels import LabelRecovery
 from covey_coordinator.inversion.local_steps import LocalSteps
-from covey_coordinator.inversion.matching import Distance
+from covey_coordinator.inversion.matching import EVERY_NUMBER
 from covey_coordinator.inversion.metrics import mse, psnr
 from covey_edge.runtime import Model
 from covey_edge.trainer import train
@@ -26,7 +24,9 @@ RANGE = (0.0, 1.0)
 
 
 def bundle_of(batch_size: int) -> Bundle:
-    return read_bundle(export(build("mlp", (8, 8, 1), 10, seed=0), name="digits", batch_size=batch_size))
+    return read_bundle(
+        export(build("mlp", (8, 8, 1), 10, seed=0), name="digits", batch_size=batch_size, input_range=RANGE)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -65,19 +65,18 @@ def test_and_its_label(digits, single):
         assert list(LabelRecovery().run(model, seen, seed=0).labels) == [digits[1][row]]
 
 
-def test_unrolling_a_devices_steps_finds_more_than_taking_them_for_one(digits):
-    """Two passes over three examples in batches of two: four steps, two of them half empty."""
-    bundle, plan = bundle_of(2), TrainingPlan(epochs=2, learning_rate=0.3, shuffle_seed=3)
+def test_a_devices_four_steps_unrolled_give_all_examples_away(digits):
+    """Two passes over three examples in batches of two: four steps, two of them half empty. True labels given."""
+    bundle, plan = bundle_of(2), TrainingPlan(epochs=2, learning_rate=0.05, shuffle_seed=3)
     x, y = digits[0][10:13], digits[1][10:13]
     seen, model = device_update(bundle, x, y, plan), BundleModel(bundle)
-    exact = Distance(euclidean=1.0)
-    unrolled = LocalSteps(optimizer="l-bfgs", iterations=200, restarts=1, labels=y, distance=exact)
-    found = {
-        "unrolled": unrolled.run(model, seen, seed=0),
-        "another order": dataclasses.replace(unrolled, order="unknown").run(model, seen, seed=0),
-        "as one step": DeepLeakage(200, labels=y).run(model, seen, seed=0),
-    }
-    graded = {name: grade(finding, x, y, RANGE).mean_psnr_db for name, finding in found.items()}
-    print(graded)
-    assert graded["unrolled"] > graded["as one step"] + 5
-    assert graded["unrolled"] > graded["another order"]
+    unrolled = LocalSteps(optimizer="l-bfgs", iterations=100, restarts=1, labels=y, distance=EVERY_NUMBER)
+    assert grade(unrolled.run(model, seen, seed=0), x, y, RANGE).psnr_db.min() > 80
+
+
+@pytest.mark.slow
+def test_taken_for_one_step_they_do_not(digits):
+    bundle, plan = bundle_of(2), TrainingPlan(epochs=2, learning_rate=0.05, shuffle_seed=3)
+    x, y = digits[0][10:13], digits[1][10:13]
+    seen, model = device_update(bundle, x, y, plan), BundleModel(bundle)
+    assert grade(DeepLeakage(100, labels=y).run(model, seen, seed=0), x, y, RANGE).psnr_db.max() < 40

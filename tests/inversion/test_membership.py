@@ -151,8 +151,11 @@ def test_the_attacks_agree_with_tensorflow_privacys(monkeypatch: pytest.MonkeyPa
     folder = os.environ.get("COVEY_TENSORFLOW_PRIVACY")
     if not folder:
         pytest.skip("COVEY_TENSORFLOW_PRIVACY names no folder with tensorflow-privacy 0.8.12")
+    import joblib
+    import sklearn.utils
     import tensorflow_privacy.privacy as privacy
 
+    monkeypatch.setattr(sklearn.utils, "parallel_backend", joblib.parallel_backend, raising=False)  # where it was then
     monkeypatch.setattr(sys, "path", [*sys.path, folder])  # last: everything else is this environment's
     monkeypatch.setattr(privacy, "__path__", [*privacy.__path__, str(Path(folder) / "tensorflow_privacy" / "privacy")])
     base = "tensorflow_privacy.privacy.privacy_tests.membership_inference_attack"

@@ -49,7 +49,7 @@ from simulation.world import (
     breaks,
 )
 
-SEEDS, MANY = 10, 2_000
+SEEDS, MANY = 6, 2_000
 SHARDS = ("north", "east", "south", "west")
 PLAN = CodingPlan(("c", "a", HOSTILE, "b"), SHARDS, 1)  # not in the order of their names
 CODE = CyclicCode(4, 1)

@@ -636,7 +636,8 @@ class Task:
             self._say(printable(line))
         for line in result.leaks:
             self._say(printable(f"  privacy: {line}"))
-        if result.leaks and self.config.privacy is not None and self.config.privacy.pause:
+        pauses = self.config.privacy is not None and self.config.privacy.pause
+        if result.leaks and pauses and not self._orders.stand():
             self._orders.pause(f"privacy: {result.leaks[0]}"[:MAX_REASON])
         if not result.evaluates:
             self._count(result)

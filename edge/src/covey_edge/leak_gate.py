@@ -26,9 +26,8 @@ from covey_protocol.leakage import DenseLayer, Leak, Truth, dense_layers, label_
 from covey_protocol.works import GRADIENT, feature_units
 
 __all__ = ["JUDGED", "STOPPED", "Stopped", "judge", "look"]
-FEATURE_EXAMPLES = (
-    16  # whose features are compared where the first dense layer does not see the examples: a gradient each
-)
+# whose features are compared where the first dense layer does not see the examples; each costs a gradient
+FEATURE_EXAMPLES = 8
 PICTURE_PIXELS = 256  # about the height of a picture
 
 
@@ -82,9 +81,7 @@ def look(model: Model, examples: Examples, request: Run, received: Floats, sent:
 
 def _truth(model: Model, examples: Examples, received: Floats) -> Truth:
     (x, y), manifest = examples, model.manifest
-    labels = y.reshape(len(y), -1)
-    if labels.shape[1] > 1:
-        labels = labels.argmax(axis=1)
+    labels = _labels(manifest, y)
     layers = dense_layers(manifest.parameters)
     layer = layers[0] if layers else None
     if layer is None:
@@ -95,6 +92,15 @@ def _truth(model: Model, examples: Examples, received: Floats) -> Truth:
     if features is None:
         return Truth(None, x, (0.0, 0.0), False, labels)
     return Truth(layer, features, (float(features.min()), float(features.max())), False, labels)
+
+
+def _labels(manifest: Manifest, y: Numbers) -> Optional[Numbers]:
+    """(n,): each example's class; None where it has none of its own (labels of pixels, numbers to fit)."""
+    flat = y.reshape(len(y), -1)
+    if flat.shape[1] == 1:
+        return flat[:, 0]
+    one_hot = manifest.loss == "categorical_crossentropy" and len(manifest.label.shape) == 1
+    return flat.argmax(axis=1) if one_hot else None
 
 
 def _span(spec: TensorSpec, x: Numbers) -> tuple[float, float]:

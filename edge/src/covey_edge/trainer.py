@@ -171,11 +171,16 @@ class Trainer:
 
 
 def shard_update(model: Model, examples: Examples, request: Run, name: str, received: Floats) -> tuple[Floats, float]:
-    """What one shard of a code gives: its update, clipped and fit to be sent, and its training loss."""
+    """What one shard of a code gives: its update, clipped and fit to be sent, and its training loss.
+
+    Judged as if it were sent by itself, which tells more than a row of several.
+    """
     model.set_parameters(received)
     loss = train(model, examples, request.plan, name)
     update = protect(model.parameters() - received, request.clip_norm, 0.0)
     check_sendable(update)
+    alone = msgspec.structs.replace(request.plan, work=TRAIN, coding=msgspec.UNSET)
+    judge(model, examples, msgspec.structs.replace(request, plan=alone), received, update.astype("<f4").tobytes())
     return update, loss
 
 

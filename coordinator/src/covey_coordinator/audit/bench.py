@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -123,16 +123,19 @@ class Bench:
     # ---- one attack on one update
 
     def attack(
-        self, key: str, case: Case, made: Callable[[], Attack], stop: Stop, *, exact: bool = False
+        self, key: str, case: Case, name: str, made: Callable[[], Attack], stop: Stop, *, exact: bool = False
     ) -> tuple[Result, Pictures | None]:
-        """Run it and hold what it found against the truth. What it cannot do here is `refused` in its own words."""
+        """Run it and hold what it found against the truth. What it cannot do here is `refused` in its own words.
+
+        name: as the report calls it.
+        """
         update = self.update(case)
         attack = made()
         try:
             found = attack.run(self.exact_model if exact else self.model, update.seen, seed=self.seed, stop=stop)
         except (UsageError, ConfigError) as exc:
-            return self.result(key, case, attack.name, sees=attack.sees, refused=str(exc)), None
-        return self.graded(key, case, found, update, cut=stop())
+            return self.result(key, case, name, sees=attack.sees, refused=str(exc)), None
+        return self.graded(key, case, replace(found, attack=name), update, cut=stop())
 
     def graded(
         self, key: str, case: Case, found: Finding, update: Attacked, *, cut: bool = False

@@ -1,4 +1,4 @@
-"""How long an audit may take, and whether the next piece of work still fits: by costs that were measured, never guessed.
+"""How long an audit may take, and whether the next piece of work still fits: by costs measured, never guessed.
 
 The amount of work of every piece is fixed beforehand, so that the same seed gives the same numbers on any machine. The
 budget only decides which pieces are begun; one that is under way when the time is up is cut off, and says so.

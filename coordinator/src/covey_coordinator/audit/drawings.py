@@ -60,10 +60,12 @@ def _told(line: Line, at: Sequence[float], shares: bool) -> str:
     return ", ".join(f"{percent(value) if shares else f'{value:.1f} dB'} at {place:g}" for place, value in known)
 
 
-def trade_off(groups: Sequence[tuple[int, str, Sequence[tuple[float, float, float]]]], guess_db: float | None) -> Markup:
+def trade_off(
+    groups: Sequence[tuple[int, str, Sequence[tuple[float, float, float]]]], guess_db: float | None
+) -> Markup:
     """Accuracy to the right, leakage up: the lower right corner is where one wants to be.
 
-    groups: (number of the colour, setting, [(its value, accuracy, PSNR in dB)]). guess_db: of a guess without an update.
+    groups: (number of the colour, setting, [(its value, accuracy, PSNR in dB)]). guess_db: without any update.
     """
     points = [point for _, _, group in groups for point in group]
     if len(points) < 2:
@@ -71,7 +73,9 @@ def trade_off(groups: Sequence[tuple[int, str, Sequence[tuple[float, float, floa
     accuracies, leaks = [one[1] for one in points], [one[2] for one in points]
     low, high = max(0.0, min(accuracies) - 0.05), min(1.0, max(accuracies) + 0.05)
     frame = Frame(*SQUARE, (low, high), (min(0.0, *leaks), max(*leaks, 10.0) * 1.08), shares=False, x_shares=True)
-    spoken = "; ".join(f"{name} {at:g}: accuracy {percent(a)}, {leak:.1f} dB" for _, name, g in groups for at, a, leak in g)
+    spoken = "; ".join(
+        f"{name} {at:g}: accuracy {percent(a)}, {leak:.1f} dB" for _, name, g in groups for at, a, leak in g
+    )
     ticks = [low + (high - low) * step / 4 for step in range(5)]
     parts = [svg.opening(*SQUARE, f"Leakage over accuracy. {spoken}"), frame.drawn("accuracy of the model", ticks)]
     if guess_db is not None:

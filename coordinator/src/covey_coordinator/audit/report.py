@@ -64,6 +64,7 @@ def report_html(bench: Bench, request: Any, outcome: Outcome, pictures: Read) ->
         cases=[_case(name, results, bench, pictures) for name in CASES if _of(results, name)],
         rows=[row for name in CASES for row in _rows(results, name)],
         after=_after(results),
+        guarantee=_guarantee(bench, _after(results).get("accuracy")),
         curves=[shown for name in SETTINGS if (shown := _curve(results, name)) is not None],
         trade_off=_trade_off(outcome),
         refused=_refused(results),
@@ -112,6 +113,12 @@ def _sentences(outcome: Outcome) -> Iterator[str]:
     if labels:
         best = max(labels, key=lambda one: one.metrics["label_recovery"])
         yield f"Up to {best.metrics['label_recovery']:.0%} of the labels of a device can be read off its update."
+    linked = largest(_of(results, PLAN), "linkability_auc")
+    if linked is not None:
+        yield (
+            f"Updates of one device can be told from those of others over rounds with an AUC of "
+            f"{linked.metrics['linkability_auc']:.2f}; guessing has 0.5. The coordinator knows the sender anyway."
+        )
     member = largest(_of(results, PLAN), "membership_auc")
     if member is not None:
         yield (
@@ -119,7 +126,8 @@ def _sentences(outcome: Outcome) -> Iterator[str]:
             f"{member.metrics['membership_auc']:.2f}; guessing has 0.5."
         )
     if outcome.left_out:
-        yield f"{len(outcome.left_out)} measurements did not fit the time and are named below: not measured is not safe."
+        left = len(outcome.left_out)
+        yield f"{left} measurements did not fit the time and are named below. Not measured is not safe."
 
 
 def exposure(result: Result) -> str:
@@ -177,10 +185,13 @@ def _numbers(pictures: Pictures) -> list[tuple[int, float, float]]:
 # ---- tables
 
 
+OVER_ROUNDS = ("accuracy", "linkability", "membership")  # how the names begin of what has a section of its own
+
+
 def _rows(results: Sequence[Result], case: str) -> list[dict[str, Any]]:
     """One per attack: its best over the updates, and labels and resolution as means."""
     found = []
-    for attack in dict.fromkeys(one.name for one in _of(results, case) if one.sees):
+    for attack in dict.fromkeys(one.name for one in _of(results, case) if not one.name.startswith(OVER_ROUNDS)):
         group = [one for one in _of(results, case) if one.name == attack]
         found.append(
             {
@@ -201,7 +212,7 @@ def _rows(results: Sequence[Result], case: str) -> list[dict[str, Any]]:
                 "notes": list(dict.fromkeys(note for one in group for note in one.notes)),
             }
         )
-    return [row for row in found if not row["attack"].startswith(("membership", "linkability"))]
+    return found
 
 
 def _most(group: Sequence[Result], metric: str) -> float:
@@ -216,11 +227,27 @@ def _mean(group: Sequence[Result], metric: str) -> float:
 def _after(results: Sequence[Result]) -> dict[str, Result]:
     """What is told of the fleet over rounds and of the finished model, by what."""
     found = {}
-    for name in ("accuracy", "linkability", "membership"):
+    for name in OVER_ROUNDS:
         best = next((one for one in _of(results, PLAN) if one.name.startswith(name)), None)
         if best is not None:
             found[name] = best
     return found
+
+
+def _guarantee(bench: Bench, accuracy: Result | None) -> str:
+    privacy, rounds = bench.settings.privacy, bench.settings.fleet.rounds
+    if not privacy.noise_multiplier:
+        return "none: without noise there is no epsilon"
+    if accuracy is None:
+        return "not computed"
+    whom = (
+        "all of a device's data, against the coordinator"
+        if privacy.by == "device"
+        else (
+            "whether a device takes part, against those who see models; the coordinator sees the updates without noise"
+        )
+    )
+    return f"epsilon {accuracy.metrics['epsilon']:.3g} at delta {privacy.delta:g} after {rounds} rounds: {whom}"
 
 
 def _refused(results: Sequence[Result]) -> list[tuple[str, str]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from msgspec import Struct
@@ -49,7 +49,7 @@ class Pictures:
     found: Numbers
 
 
-def finite(metrics: dict[str, float | None]) -> dict[str, float]:
+def finite(metrics: Mapping[str, float | None]) -> dict[str, float]:
     """Those that are numbers. PSNR of an exact recovery is infinite; 200 dB is what float64 could show."""
     found = {name: float(value) for name, value in metrics.items() if value is not None and not math.isnan(value)}
     return {name: min(max(value, -200.0), 200.0) for name, value in found.items()}

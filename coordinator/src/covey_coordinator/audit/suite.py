@@ -1,4 +1,4 @@
-"""The pieces of an audit, in the order in which they are begun: what each attack costs is known early, repeats come last.
+"""The pieces of an audit, in the order in which they are begun: every kind early, repeats last.
 
 A piece is one attack on one update, or one point of a curve. How much each does is fixed by the level, not by the
 clock.
@@ -6,23 +6,28 @@ clock.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import msgspec
 import numpy as np
 
+from covey_coordinator.aggregation.accounting import epsilon_spent
 from covey_coordinator.audit.bench import Bench, Case, chosen, one_step
 from covey_coordinator.audit.results import BARE, CURVES, MALICIOUS, ONE_EXAMPLE, PLAN, Pictures, Result, finite
 from covey_coordinator.audit.updates import Fleet, Floats, Protection
 from covey_coordinator.inversion.contract import Attack, Stop
+from covey_coordinator.inversion.registry import make_attack
 from covey_coordinator.simulation.settings import PrivacySettings
+from covey_edge.model_screening import suspicions
 from covey_protocol.errors import UsageError
+from covey_protocol.gaussian import epsilon_of, mu_of
 
 Found = tuple[Result, Pictures | None]
 MEMBERS = 200  # of each device that are asked about
 FEW = 4  # examples of one update that exact attacks are tried on
+ATTACKS = ("labels", "units", "inverting-gradients", "deep-leakage", "tarantola", "local-steps")
 NOISE, CLIP, EXAMPLES, EPOCHS = "noise_multiplier", "clip_norm", "examples", "epochs"
 SERVER_SEES = "What a coordinator reads out of one step's update that chose the parameters it sent to be read."
 AFTERWARDS = "The finished model, and examples with their labels."
@@ -30,10 +35,11 @@ AFTERWARDS = "The finished model, and examples with their labels."
 
 @dataclass(frozen=True)
 class Level:
-    """minutes: of the budget, where none is given. evaluations, iterations, restarts, unrolled: of attacks.
+    """minutes: of the budget, where none is given. evaluations, iterations, restarts, unrolled, newton: of
+    attacks.
 
     samples: updates of each kind. curve: iterations of attacks at a curve's points. resolved: how many numbers the
-    examples of an update may have for its resolution to be computed.
+    examples of an update may have for its resolution to be computed. attacks: on updates, of ATTACKS.
     """
 
     name: str
@@ -42,51 +48,82 @@ class Level:
     iterations: int
     restarts: int
     unrolled: int
+    newton: int
     curve: int
     samples: int
     resolved: int
+    attacks: tuple[str, ...] = ATTACKS
 
 
-QUICK = Level("quick", 2.4, evaluations=150, iterations=300, restarts=1, unrolled=40, curve=150, samples=3, resolved=600)
-FULL = Level("full", 60.0, evaluations=2000, iterations=2400, restarts=2, unrolled=600, curve=1000, samples=10, resolved=50_000)
+QUICK = Level(
+    "quick",
+    2.4,
+    evaluations=150,
+    iterations=300,
+    restarts=1,
+    unrolled=40,
+    newton=40,
+    curve=150,
+    samples=3,
+    resolved=600,
+)
+FULL = Level(
+    "full",
+    60.0,
+    evaluations=2000,
+    iterations=2400,
+    restarts=2,
+    unrolled=600,
+    newton=150,
+    curve=1000,
+    samples=10,
+    resolved=50_000,
+)
 
 
 @dataclass(frozen=True)
 class Piece:
-    """kind: pieces of one kind cost alike. said: for the progress."""
+    """kind: pieces of one kind cost alike. said: for the progress. needed: without it nothing can be said of what the
+    plan's updates tell: an attack on the first of them.
+    """
 
     key: str
     kind: str
     said: str
     work: Callable[[Stop], Found]
+    needed: bool = False
 
 
 @dataclass(frozen=True)
 class Weapon:
-    """An attack as the audit uses it. most: examples of an update beyond which it is not tried, 0 for any number."""
+    """An attack as the audit uses it. name, settings: as the registry has it. exact: in float64.
+
+    most: examples of an update beyond which it is not tried, 0 for any number. several_steps: only on updates of those.
+    """
 
     name: str
-    made: Callable[[], Attack]
+    settings: Mapping[str, Any] = field(default_factory=dict)
     exact: bool = False
     most: int = 0
     several_steps: bool = False
 
+    def made(self) -> Attack:
+        return make_attack(self.name, **self.settings)
+
 
 def weapons(level: Level, iterations: int) -> tuple[Weapon, ...]:
-    from covey_coordinator.inversion.deep_leakage import DeepLeakage
-    from covey_coordinator.inversion.inverting_gradients import InvertingGradients
-    from covey_coordinator.inversion.labels import LabelRecovery
-    from covey_coordinator.inversion.local_steps import LocalSteps
-    from covey_coordinator.inversion.trap_weights import UnitReading
-
-    restarts = level.restarts
-    return (
-        Weapon("labels", LabelRecovery),
-        Weapon("units", UnitReading),
-        Weapon("inverting-gradients", lambda: InvertingGradients(iterations, restarts)),
-        Weapon("deep-leakage", lambda: DeepLeakage(level.evaluations), exact=True, most=FEW),
-        Weapon("local-steps", lambda: LocalSteps(iterations=level.unrolled, restarts=1), several_steps=True),
+    """iterations: of the attack that is tried on every update."""
+    descent = {"iterations": iterations, "restarts": level.restarts}
+    unrolled = {"iterations": level.unrolled, "restarts": 1}
+    all_of_them = (
+        Weapon("labels"),
+        Weapon("units"),
+        Weapon("inverting-gradients", descent),
+        Weapon("deep-leakage", {"evaluations": level.evaluations}, exact=True, most=FEW),
+        Weapon("tarantola", {"starts": level.restarts, "iterations": level.newton}, exact=True, most=FEW),
+        Weapon("local-steps", unrolled, several_steps=True),
     )
+    return tuple(weapon for weapon in all_of_them if weapon.name in level.attacks)
 
 
 def pieces(bench: Bench, level: Level) -> list[Piece]:
@@ -127,11 +164,12 @@ def _attacks_on(bench: Bench, case: Case, place: str, level: Level, iterations: 
             f"{weapon.name}/{case.name}/{iterations}/{_bucket(size)}",
             f"{weapon.name} on {place}",
             _attack_work(bench, key, case, weapon),
+            needed=case.name == PLAN and place.endswith("-0"),
         )
 
 
 def _attack_work(bench: Bench, key: str, case: Case, weapon: Weapon) -> Callable[[Stop], Found]:
-    return lambda stop: bench.attack(key, case, weapon.made, stop, exact=weapon.exact)
+    return lambda stop: bench.attack(key, case, weapon.name, weapon.made, stop, exact=weapon.exact)
 
 
 def _resolution(bench: Bench, case: Case, place: str, level: Level) -> Iterator[Piece]:
@@ -147,13 +185,13 @@ def _resolved(bench: Bench, key: str, case: Case, stop: Stop) -> Found:
 
     update, sees = bench.update(case), "The update, its labels and the settings of its noise; no attack is run."
     try:
-        found = leakage_number(bench.exact_model, update.seen, update.truth.x, update.truth.y, seed=bench.seed, stop=stop)
+        found = leakage_number(
+            bench.exact_model, update.seen, update.truth.x, update.truth.y, seed=bench.seed, stop=stop
+        )
     except UsageError as exc:
         return bench.result(key, case, "resolution", sees=sees, refused=str(exc)), None
     metrics = {"resolved_share": found.share, "expected_psnr_db": found.here_psnr_db, "bits": found.bits}
-    told = bench.result(
-        key, case, "resolution", sees=sees, metrics=finite(metrics), seconds=found.seconds, cut=stop()
-    )
+    told = bench.result(key, case, "resolution", sees=sees, metrics=finite(metrics), seconds=found.seconds, cut=stop())
     return told, None
 
 
@@ -181,13 +219,41 @@ def _key(place: str, name: str) -> str:
 def _of_the_fleet(bench: Bench) -> Iterator[Piece]:
     case = Case(PLAN, 0, 0, bench.settings.plan(1), bench.protection)
     yield Piece("fleet-accuracy", "fleet", "rounds of the fleet", lambda _: _accuracy_of_plan(bench, case))
+    yield Piece("fleet-linkability", "linkability", "linkability over rounds", lambda _: _linked(bench, case))
     yield Piece("fleet-membership", "membership", "membership in the finished model", lambda _: _members(bench, case))
 
 
 def _accuracy_of_plan(bench: Bench, case: Case) -> Found:
     accuracy = bench.accuracy(bench.trained[-1].parameters)
     metrics = {"accuracy": accuracy, "accuracy_before": bench.accuracy(bench.child.initial)}
+    privacy = bench.settings.privacy
+    if privacy.noise_multiplier:
+        metrics["epsilon"] = _epsilon(privacy, bench.settings.fleet.rounds)
     return bench.result("fleet-accuracy", case, "accuracy", metrics=metrics), None
+
+
+def _epsilon(privacy: PrivacySettings, rounds: int) -> float:
+    """Of a device that takes part in all rounds: its own noise against the coordinator, or the sum's against others."""
+    if privacy.by == "device":
+        return epsilon_of(mu_of({privacy.noise_multiplier: rounds}), privacy.delta)
+    return epsilon_spent(privacy.noise_multiplier, rounds, 1.0, privacy.delta)
+
+
+def _linked(bench: Bench, case: Case) -> Found:
+    from covey_coordinator.inversion.linkability import linkability, sketch
+
+    seen = [one for fleet_round in bench.trained for one in fleet_round.seen]
+    rows = np.stack([sketch(one.update, bench.seed) for one in seen])
+    found = linkability(rows, [one.device_id for one in seen], [one.round_number for one in seen])
+    metrics = {"linkability_auc": found.auc, "reidentified": found.identified, "chance": found.chance}
+    told = bench.result(
+        "fleet-linkability",
+        case,
+        "linkability",
+        sees="Updates of several rounds without names.",
+        metrics=finite(metrics),
+    )
+    return told, None
 
 
 def _members(bench: Bench, case: Case) -> Found:
@@ -208,7 +274,11 @@ def _members(bench: Bench, case: Case) -> Found:
         "membership_advantage": found.advantage,
     }
     told = bench.result(
-        "fleet-membership", case, f"membership ({found.attack})", sees=AFTERWARDS, metrics=finite(metrics),
+        "fleet-membership",
+        case,
+        f"membership ({found.attack})",
+        sees=AFTERWARDS,
+        metrics=finite(metrics),
         notes=found.notes,
     )
     return told, None
@@ -218,11 +288,12 @@ def _members(bench: Bench, case: Case) -> Found:
 
 
 def _malicious(bench: Bench) -> Iterator[Piece]:
-    for name in ("imprint", "trap-weights"):
-        yield Piece(f"malicious-{name}", f"malicious/{name}", f"a malicious server: {name}", _hostile(bench, name))
+    for name in ("imprint", "trap weights"):
+        key = _key("malicious", name)
+        yield Piece(key, key, f"a malicious server: {name}", _hostile(bench, key, name))
 
 
-def _hostile(bench: Bench, name: str) -> Callable[[Stop], Found]:
+def _hostile(bench: Bench, key: str, name: str) -> Callable[[Stop], Found]:
     def work(stop: Stop) -> Found:
         from covey_coordinator.inversion.imprint import Imprint, imprinted
         from covey_coordinator.inversion.trap_weights import UnitReading, trapped
@@ -235,11 +306,22 @@ def _hostile(bench: Bench, name: str) -> Callable[[Stop], Found]:
         try:
             parameters = chooses(specs, bench.child.initial, auxiliary, seed=bench.seed)
         except UsageError as exc:
-            return bench.result(f"malicious-{name}", case, name, sees=SERVER_SEES, refused=str(exc)), None
+            return bench.result(key, case, name, sees=SERVER_SEES, refused=str(exc)), None
         case = replace(case, parameters=parameters)
-        return bench.attack(f"malicious-{name}", case, reads, stop)
+        result, pictures = bench.attack(key, case, name, reads, stop)
+        notes = (_screened(bench, case, parameters), *result.notes)
+        return msgspec.structs.replace(result, notes=notes), pictures
 
     return work
+
+
+def _screened(bench: Bench, case: Case, parameters: Floats) -> str:
+    """What a device's own look at these parameters says (privacy.screen_models of its agent.toml)."""
+    examples = bench.data.devices[case.device].x
+    grave = [one for one in suspicions(bench.bundle.manifest, parameters, examples) if one.grave]
+    if grave:
+        return f"Devices with the usual settings refuse these parameters ({grave[0].pattern})."
+    return "Devices do not recognise these parameters as hostile."
 
 
 # ---- curves: what leaks, and what is left of accuracy

@@ -9,12 +9,10 @@ from __future__ import annotations
 import hashlib
 import queue
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import msgspec
 import numpy as np
@@ -68,10 +66,14 @@ class TrainingChild:
         return Path(self._folder.name)
 
     def update(self, device_id: str, part: Part, parameters: Floats, plan: TrainingPlan) -> Floats:
-        """(d,): what training changes, neither clipped nor noised nor compressed. Raises what the trainer raises."""
+        """(d,): what training changes, neither clipped nor noised nor compressed; of any model, also a suspicious one.
+
+        Raises what the trainer raises.
+        """
         plan = msgspec.structs.replace(plan, compression=NONE, kept_fraction=0.0)
         self._asked(self._open(part))
-        run = Run("audit", device_id, parameters.astype("<f4").tobytes(), plan, 0.0, 0.0, 1)
+        received = parameters.astype("<f4").tobytes()
+        run = Run("audit", device_id, received, plan, 0.0, 0.0, 1, screen_models="off")
         return np.frombuffer(self._asked(run).update, "<f4").astype(np.float32)
 
     def _open(self, part: Part) -> Open:
@@ -171,7 +173,7 @@ class Fleet:
     protection: Protection
     seed: int
 
-    def rounds(self, plan_of: Any, count: int) -> Iterator[Round]:
+    def rounds(self, plan_of: Callable[[int], TrainingPlan], count: int) -> Iterator[Round]:
         """plan_of: round number -> TrainingPlan. Ends with a round `count` + 1 without updates: the finished model."""
         parameters = self.child.initial
         sizes = np.array([len(part) for part in self.data.devices], np.float64)
@@ -195,9 +197,3 @@ class Fleet:
             return mean
         rng = np.random.default_rng([self.seed, number, len(updates)])
         return add_gaussian_noise(mean, privacy.clip_norm / len(updates), privacy.noise_multiplier, rng)
-
-
-@contextmanager
-def training_child(bundle: Bundle) -> Iterator[TrainingChild]:
-    with TrainingChild(bundle) as child:
-        yield child

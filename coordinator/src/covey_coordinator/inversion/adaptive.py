@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Optional, Protocol
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -192,7 +193,8 @@ class Soteria:
 
     kernel: name of the defended layer's kernel, (features, units). represent: inputs (n, ...) -> features (n, F) with
     F the kernel's rows, a TensorFlow function of the received model. Source: Sun et al. 2021 (arXiv:2012.06043),
-    Algorithm 1. Deviation: one set of features for the batch, by the mean of the score; the bias, as there, is not touched.
+    Algorithm 1. Deviation: one set of features for the batch, by the mean of the score; the bias, as there, is not
+    touched.
     """
 
     kernel: str
@@ -236,8 +238,8 @@ class Soteria:
 def attacked_unaware(
     model: AttackedModel, sent: Sent, labels: Numbers, *, seed: int, prior: Optional[Prior] = None
 ) -> Finding:
-    """The most probable batch for somebody who takes what was sent for an undefended update."""
-    return Tarantola(labels=labels, prior=prior).run(model, sent.unaware, seed=seed)
+    """The most probable batch, from one start, for somebody who takes what was sent for an undefended update."""
+    return Tarantola(labels=labels, prior=prior, starts=1).run(model, sent.unaware, seed=seed)
 
 
 def attacked_adaptively(
@@ -253,8 +255,6 @@ def leakage_of(model: AttackedModel, sent: Sent, x: Numbers, y: Numbers, *, prio
 
 
 def _with_form(seen: Seen, form: Compression) -> Seen:
-    import msgspec
-
     plan = msgspec.structs.replace(seen.plan, compression=form.name, kept_fraction=form.kept_fraction)
     return replace(seen, plan=plan)
 

@@ -19,6 +19,7 @@ import numpy.typing as npt
 from covey_coordinator.inversion import features as inverse
 from covey_coordinator.inversion.dense import POWER_STEPS, DenseLayer, dense_layers, read_label, recover_input
 from covey_coordinator.inversion.metrics import mse, psnr
+from covey_coordinator.inversion.priors import Prior
 from covey_coordinator.records import InversionRecord, Reconstruction
 from covey_protocol.errors import UsageError
 from covey_protocol.parameters import ParameterSpec, offsets, total_size
@@ -73,7 +74,8 @@ def first_inversion_check(
     note says so).
     """
     _check_arguments(parameters, parameter_specs, update, learning_rate, truth, input_range, feature_names)
-    prior = inverse.Prior(*map(float, input_range))
+    low, high = input_range
+    prior = Prior(float(low), float(high))
     reconstructions = []
     with _holding(keras_model, parameter_specs, parameters):
         target = _find_target(keras_model, parameter_specs, truth.shape)
@@ -129,7 +131,7 @@ def _attack(
     noise_std: float,
     learning_rate: float,
     num_inputs: int,
-    prior: inverse.Prior,
+    prior: Prior,
     seed: int,
 ) -> tuple[inverse.Recovered, int | None]:
     gradient = -sent.astype(np.float64) / learning_rate

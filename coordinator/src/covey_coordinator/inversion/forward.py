@@ -13,11 +13,13 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property, lru_cache
 from typing import Any, Optional
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from covey_coordinator.inversion.contract import AttackedModel, Seen
 from covey_protocol.errors import UsageError
+from covey_protocol.forms import NONE
 from covey_protocol.messages import TrainingPlan
 from covey_protocol.parameters import total_size
 from covey_protocol.svrg import order_of, passes
@@ -151,7 +153,8 @@ class LocalTraining:
     def _graph(self, function: Any, *first: Any) -> Any:
         import tensorflow as tf
 
-        return tf.function(function, input_signature=[*first, *self._arguments]).get_concrete_function()
+        signature = [*first, *self._arguments]
+        return tf.function(function, input_signature=signature, autograph=False).get_concrete_function()
 
     def _tensors(self, arguments: Sequence[Any]) -> list[Any]:
         import tensorflow as tf
@@ -177,10 +180,11 @@ def local_training(
 
     like = tf.convert_to_tensor(labels)
     key: Any = model
+    plan = msgspec.structs.replace(plan, compression=NONE, kept_fraction=0.0)  # comes after training
     return _kept(key, plan, device_id, batch_size or model.manifest.batch_size, like.dtype, tuple(like.shape))
 
 
-@lru_cache(maxsize=4)  # of traced graphs, with the models they hold
+@lru_cache(maxsize=8)  # of traced graphs, with the models they hold
 def _kept(model: Any, plan: TrainingPlan, device: str, size: int, dtype: Any, shape: tuple[int, ...]) -> LocalTraining:
     batches = list(passes(shape[0], size, plan.epochs, order_of(plan.shuffle_seed, device)))
     return LocalTraining(model, plan, batches, size, (dtype, shape))

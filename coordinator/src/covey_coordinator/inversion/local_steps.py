@@ -34,6 +34,7 @@ from covey_protocol.errors import ConfigError
 
 ORDERS = ("known", "unknown")
 OPTIMIZERS = ("adam", "l-bfgs")
+MAX_STEPS = 200  # each adds a forward and a backward pass to one graph, which cannot be stopped while it is built
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,11 @@ class LocalSteps:
         self, model: AttackedModel, seen: Seen, *, seed: int, stop: Stop | None = None, progress: Progress | None = None
     ) -> Finding:
         batches = schedule(seen, model.manifest.batch_size, self.order)
+        if len(batches) > MAX_STEPS:
+            raise ConfigError(
+                f"an update of {len(batches)} local steps is too long to unroll (at most {MAX_STEPS})",
+                "inverting-gradients takes it as one step",
+            )
         problem = problem_of(model, seen, seen.examples, unrolled(model, seen, batches), self.distance)
         work, rng = Work(self.iterations * self.restarts, stop, progress), np.random.default_rng(seed)
         labels = labels_for(model, seen, self.labels, seed)

@@ -98,7 +98,7 @@ def threshold(members: Floats, nonmembers: Floats, *, attack: str = "threshold",
     if np.isnan(inside).any() or np.isnan(outside).any():
         raise UsageError("a score is NaN", "attack a model whose outputs are finite")
     resolution = 1 / len(outside)
-    notes = ()
+    notes: tuple[str, ...] = ()
     if len(outside) < ENOUGH:
         what = f"With {len(outside)} nonmembers the smallest false-positive rate above 0 is {resolution:.2g}"
         notes = (f"{what}: the rate at 0.1% is the one at no false alarm.",)

@@ -25,10 +25,12 @@ from covey_coordinator.inversion.verdict import (
 from covey_edge.config import NotNegative
 from covey_protocol.bundle import Manifest
 from covey_protocol.errors import ConfigError
+from covey_protocol.forms import NONE
 from covey_protocol.leakage import dense_layers, label_place
 from covey_protocol.messages import TRAIN, TrainingPlan
-from covey_protocol.works import GRADIENT, SCAFFOLD, SVRG
+from covey_protocol.works import GRADIENT, feature_units
 
+LINEAR = ("sgd", "momentum", "nesterov")  # optimizers whose steps are sums of gradients
 EXACT_DB = 100.0  # of a reading of one float32 example; measured 135 to 141
 
 
@@ -84,13 +86,17 @@ def certain_leaks(policy: PrivacyPolicy, manifest: Manifest, plan: TrainingPlan)
     policy relies on no noise, none.
 
     With one example every step's gradient of a dense layer that sees the examples is that example times a vector, and
-    so is the sum over any number of steps; a layer behind others gives its features, in one step exactly.
+    so is any sum of such steps; a layer behind others states its features in one step, which later steps move. Nothing
+    is certain with optimizers that scale each number for itself, with vectors that algorithms add, or with rounding.
     """
-    if policy.min_examples > 1 or policy.noise_multiplier or plan.work not in (TRAIN, GRADIENT, SVRG, SCAFFOLD):
+    plain = plan.work == GRADIENT or (plan.work == TRAIN and manifest.optimizer in LINEAR)
+    if policy.min_examples > 1 or policy.noise_multiplier or not plain or plan.compression != NONE:
         return []
+    direct = feature_units(manifest.facts) is not None
+    one_step = plan.work == GRADIENT or plan.epochs == 1  # of one example
     found = []
     layers = dense_layers(manifest.parameters)
-    if policy.max_psnr_db is not None and policy.max_psnr_db < EXACT_DB and layers:
+    if policy.max_psnr_db is not None and policy.max_psnr_db < EXACT_DB and layers and (direct or one_step):
         found.append(
             f"a device with one example states what its layer {layers[0].kernel.name!r} sees to {EXACT_DB:g} dB and "
             f"more, and max_psnr_db is {policy.max_psnr_db:g}"

@@ -7,14 +7,16 @@ nothing and let anybody whose data look odd be shut out (docs/adr/0031). Pure Nu
 
 from __future__ import annotations
 
+import zlib
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from covey_coordinator.inversion.linkability import linkability, sketch
 from covey_coordinator.inversion.plan_gate import PrivacyPolicy
 from covey_protocol.bundle import Manifest
 from covey_protocol.leakage import dense_layers, label_place, label_shares, readability
@@ -22,14 +24,16 @@ from covey_protocol.messages import TRAIN, TrainingPlan
 from covey_protocol.works import GRADIENT, SCAFFOLD, SVRG
 
 Numbers = npt.NDArray[Any]
-MOST_NUMBERS = 30_000_000  # of first dense layers looked at in a round: a second or two; beyond it a spread of devices
-SKETCH = 256  # numbers that stand for an update when updates are compared: cosines err by 1 / sqrt(256)
-ROUNDS = 20  # whose comparisons are pooled
+# what is looked at in a round, a second or two: numbers of first dense layers, and devices; of more always the same
+MOST_NUMBERS, MOST_DEVICES = 30_000_000, 200
+MOST_TOLD = 10  # sentences about devices
+MOST_LINKED, LINKED_ROUNDS = 50, 5  # devices that are compared, over so many rounds
+QUIET = 0.09  # of the length that noise has; the smallest weight of a late update is 0.1
 READABLE = 0.99  # rank_one from which an update counts as one example's
 # of the whole round, with no device
 RANK_ONE, SEPARABLE, LABEL_SHARE, NORM = "rank_one", "separable", "label_share", "norm"
 AGGREGATE = "aggregate_"
-LINKABILITY, IDENTIFIED, COMPARED, CHECKED = "linkability_auc", "identified", "compared", "checked"
+LINKABILITY, IDENTIFIED, CHANCE, CHECKED = "linkability_auc", "identified", "chance", "checked"
 
 
 @dataclass(frozen=True)
@@ -46,12 +50,6 @@ class RoundLeakage:
         return own + [("", name, value) for name, value in self.fleet.items()]
 
 
-class _Compared(NamedTuple):
-    same: Numbers
-    others: Numbers
-    identified: int
-
-
 @dataclass
 class RoundChecks:
     """Of one run. After a restart the first round has nobody to compare with."""
@@ -64,8 +62,7 @@ class RoundChecks:
         layers = dense_layers(self.manifest.parameters)
         self._layer = layers[0] if layers else None
         self._label = label_place(self.manifest.parameters, self.manifest.loss, self.manifest.num_classes)
-        self._before: dict[str, Numbers] = {}
-        self._pool: deque[_Compared] = deque(maxlen=ROUNDS)
+        self._seen: deque[list[tuple[str, Numbers]]] = deque(maxlen=LINKED_ROUNDS)
 
     def measure(
         self, updates: Numbers, device_ids: Sequence[str], examples: Sequence[int], plan: TrainingPlan
@@ -74,11 +71,15 @@ class RoundChecks:
         if plan.work not in (TRAIN, GRADIENT, SVRG, SCAFFOLD) or not len(device_ids):
             return None
         size = self._layer.kernel.size if self._layer is not None else 1
-        most = max(1, MOST_NUMBERS // size)
-        count = len(device_ids)
-        rows = range(count) if count <= most else np.linspace(0, count - 1, most).astype(int).tolist()
+        most = min(MOST_DEVICES, max(1, MOST_NUMBERS // size))
+        by_name = sorted(range(len(device_ids)), key=lambda row: (zlib.crc32(device_ids[row].encode()), row))
+        rows = sorted(by_name[:most])
+        names = [device_ids[row] for row in rows]
         devices = {device_ids[row]: self._read(updates[row], plan, int(examples[row])) for row in rows}
-        fleet = {CHECKED: float(len(devices)), **self._link(updates, device_ids)}
+        fleet = {
+            CHECKED: float(len(devices)),
+            **self._link(-updates[rows] if plan.work == GRADIENT else updates[rows], names),
+        }
         told = self._told_of_devices(devices, dict(zip(device_ids, examples)), updates.shape[1])
         return RoundLeakage(devices, fleet, told)
 
@@ -125,51 +126,19 @@ class RoundChecks:
                     f"the update of {name} has norm {found[NORM]:.3g}: it does not clip to {policy.clip_norm:g}"
                 )
             noise = policy.clip_norm * policy.noise_multiplier * d**0.5
-            if noise and found[NORM] < 0.5 * noise:
+            if noise and found[NORM] < QUIET * noise:
                 told.append(
                     f"the update of {name} has norm {found[NORM]:.3g}: with its noise it would have {noise:.3g}"
                 )
-        return told
+        more = len(told) - MOST_TOLD
+        return [*told[:MOST_TOLD], f"and {more} more"] if more > 0 else told
 
     def _link(self, updates: Numbers, device_ids: Sequence[str]) -> dict[str, float]:
-        """Who resembles whom of the round before: cosines of sketches, without what all have in common."""
-        rng = np.random.default_rng(self.seed)
-        d = updates.shape[1]
-        bucket, sign = rng.integers(0, SKETCH, d), rng.choice(np.array([-1.0, 1.0]), d)
-        now = np.stack([np.bincount(bucket, weights=sign * update, minlength=SKETCH) for update in updates])
-        before, self._before = self._before, dict(zip(device_ids, now))
-        both = [name for name in device_ids if name in before]
-        if len(both) >= 2:
-            cosines = _cosines(now, np.stack(list(before.values())))
-            column = {name: place for place, name in enumerate(before)}
-            row = {name: place for place, name in enumerate(device_ids)}
-            is_same = np.zeros(cosines.shape, bool)
-            for name in both:
-                is_same[row[name], column[name]] = True
-            identified = sum(int(cosines[row[name]].argmax()) == column[name] for name in both)
-            self._pool.append(_Compared(cosines[is_same], cosines[~is_same], identified))
-        if not self._pool:
-            return {}
-        same = np.concatenate([one.same for one in self._pool])
-        return {
-            LINKABILITY: auc(same, np.concatenate([one.others for one in self._pool])),
-            IDENTIFIED: sum(one.identified for one in self._pool) / len(same),
-            COMPARED: float(len(same)),
-        }
-
-
-def auc(same: Numbers, others: Numbers) -> float:
-    """The chance that a pair of the same device is more alike than one of two devices; ties count half."""
-    ordered = np.sort(others)
-    below = np.searchsorted(ordered, same, side="left") + np.searchsorted(ordered, same, side="right")
-    return float(below.mean() / 2 / len(others))
-
-
-def _cosines(now: Numbers, before: Numbers) -> Numbers:
-    """(n, m): each round's mean is what everybody learned, and says nothing of who it was."""
-    unit = []
-    for rows in (now, before):
-        centred = rows - rows.mean(axis=0)
-        unit.append(centred / np.maximum(np.linalg.norm(centred, axis=1, keepdims=True), 1e-300))
-    product: Numbers = unit[0] @ unit[1].T
-    return product
+        """Who resembles whom of the rounds before."""
+        now = [(name, sketch(update, self.seed)) for name, update in zip(device_ids, updates)]
+        self._seen.append(now[:MOST_LINKED])
+        names = [name for one in self._seen for name, _ in one]
+        numbers = [place for place, one in enumerate(self._seen) for _ in one]
+        found = linkability(np.stack([row for one in self._seen for _, row in one]), names, numbers)
+        measures = {LINKABILITY: found.auc, IDENTIFIED: found.identified, CHANCE: found.chance}
+        return {name: float(value) for name, value in measures.items() if value is not None}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,6 @@ ATTACKS = ("L-BFGS, every number", "signed Adam, direction")
 LABELS = "labels read (per cent)"
 RATE = 0.1  # of the device's one step; it cancels
 TRAINED_ON, EPOCHS = 6000, 3
-NOT_REREAD = "from memory of the paper's tables, which were not to hand"
 
 
 class Inverted(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -41,7 +41,7 @@ def run(settings: dict[str, Any], seed: int, folder: Path | None) -> Outcome:
     from covey_coordinator.inversion.keras_model import KerasModel
     from covey_coordinator.inversion.small_models import sigmoid_lenet, train
 
-    told = msgspec.convert(settings, Inverted)
+    told, started = msgspec.convert(settings, Inverted), time.process_time()
     data, _ = mnist(folder)
     order = np.random.default_rng(seed).permutation(len(data.x))[: TRAINED_ON + told.images]
     x, y = data.x[order].astype(np.float32), np.asarray(data.y)[order].astype(np.int32)
@@ -50,15 +50,21 @@ def run(settings: dict[str, Any], seed: int, folder: Path | None) -> Outcome:
     if told.state == "trained":
         accuracy = train(keras_model, x[told.images :], y[told.images :], epochs=EPOCHS, seed=seed)
     model = KerasModel(keras_model)
-    outcome: Outcome = {"curve": [], "accuracy": accuracy}
-    if told.attack == LABELS:
-        read = [_labels(model, _seen(model, x[[row]], y[[row]]))[0] for row in range(told.images)]
-        return {**outcome, "value": 100.0 * float(np.mean(read == y[: told.images]))}
+    found = _read(model, x, y, told) if told.attack == LABELS else _inverted(model, x, y, told, seed)
+    return {"curve": [], "accuracy": accuracy, **found, "seconds": round(time.process_time() - started, 2)}
+
+
+def _read(model: Any, x: Any, y: Any, told: Inverted) -> Outcome:
+    read = [_labels(model, _seen(model, x[[row]], y[[row]]))[0] for row in range(told.images)]
+    return {"value": 100.0 * float(np.mean(read == y[: told.images]))}
+
+
+def _inverted(model: Any, x: Any, y: Any, told: Inverted, seed: int) -> Outcome:
     attack = _attack(told)
     found = [attack.run(model, _seen(model, x[[row]], y[[row]]), seed=seed) for row in range(told.images)]
     errors = [_psnr(one, x[[row]], y[[row]]) for row, one in enumerate(found)]
     shown = [np.round(255 * np.clip(one[0, :, :, 0], 0, 1)).astype(int).tolist() for one in (x, found[0].inputs)]
-    return {**outcome, "value": round(float(np.mean(errors)), 3), "psnr_db": errors, "pictures": shown}
+    return {"value": round(float(np.mean(errors)), 3), "psnr_db": errors, "pictures": shown}
 
 
 def _attack(told: Inverted) -> Any:
@@ -97,7 +103,7 @@ def cases(quick: bool) -> Sequence[Case]:
                 Inverted(attack, state, labels, 0) if attack == LABELS else Inverted(attack, state, images, evaluations)
             )
             plain = msgspec.json.decode(msgspec.json.encode(told))
-            found.append(Case(f"{attack}, {state}", plain, published.get((attack, state)), NOT_REREAD))
+            found.append(Case(f"{attack}, {state}", plain, published.get((attack, state))))
     return found
 
 
@@ -156,6 +162,7 @@ GRADIENT_INVERSION = Reproduction(
         Claim(
             "On the trained net the direction comes closer than L-BFGS on every number",
             lambda v: v[f"{ATTACKS[1]}, trained"] > v[f"{ATTACKS[0]}, trained"],
+            comes_out=False,
         ),
         Claim("Training costs L-BFGS more than the direction", lambda v: _lost(v, ATTACKS[0]) > _lost(v, ATTACKS[1])),
     ),
@@ -164,4 +171,8 @@ GRADIENT_INVERSION = Reproduction(
     figure=figure,
     needs=("mnist.npz",),
     in_percent=False,
+    remarks=(
+        "On the trained net it depends on the picture: in the quick form with three seeds the direction was closer in "
+        "two, and in the third L-BFGS found the picture (65.9 dB), which decides the mean.",
+    ),
 )

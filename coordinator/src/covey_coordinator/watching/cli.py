@@ -50,6 +50,19 @@ def devices_command(config_path: Path, runs_dir: Path | None, run: str | None, t
     commands.devices(config_path, runs_dir, run, task, as_json)
 
 
+@click.command(name="leakage", short_help="Say how much could be read off a run's updates.")
+@which_run
+@click.option("--out", type=A_PATH, help="Write a page with a drawing over all rounds (HTML).")
+@as_json_option
+def leakage_command(
+    config_path: Path, runs_dir: Path | None, run: str | None, task: str | None, out: Path | None, as_json: bool
+) -> None:
+    """Say, round by round, how much could be read off the updates and who could be told again."""
+    from covey_coordinator.watching import commands
+
+    commands.leakage(config_path, runs_dir, run, task, out, as_json)
+
+
 @click.command(name="runs", short_help="List all runs with their outcome.")
 @click.option("--config", "config_path", type=A_PATH, default=Path("coordinator.toml"), show_default=True)
 @click.option("--runs-dir", type=A_PATH, help="Where runs are kept, instead of a configuration file.")

@@ -21,7 +21,9 @@ from covey_coordinator.store import EVALUATION, is_held
 from covey_coordinator.tasks import NamedTask, runs_in
 from covey_coordinator.watching.display import duration, evaluation_text, printable
 from covey_coordinator.watching.history import Facts, History, opened, run_folders
+from covey_coordinator.watching.leakage import leakage_lines, leakage_page
 from covey_edge.config import read_toml
+from covey_edge.files import DISK
 from covey_protocol.errors import ConfigError
 from covey_protocol.topics import check_name
 
@@ -60,6 +62,19 @@ def devices(config_path: Path, runs_dir: Path | None, run: str | None, task: str
         _print(
             found, as_json, lambda facts: [line for run in facts for line in (f"{run}:", *_device_lines(facts[run]))]
         )
+
+
+def leakage(
+    config_path: Path, runs_dir: Path | None, run: str | None, task: str | None, out: Path | None, as_json: bool
+) -> None:
+    folders, _ = _find(config_path, runs_dir, run, task)
+    found = {folder.name: _read(folder, lambda history: history.leakage()) for folder in _present(folders)}
+    if out is not None:
+        if len(found) > 1:
+            raise ConfigError(f"--out with {len(found)} tasks", "choose one with --task")
+        for name, rounds in found.items():
+            DISK.write(out, leakage_page(name, rounds).encode())
+    _print(found, as_json, lambda facts: [line for name in facts for line in leakage_lines(name, facts[name])])
 
 
 def _read(folder: Path, what: Callable[[History], T]) -> T:

@@ -74,6 +74,8 @@ class EventLog:
             _log("device_readmitted", device=event.device)
         elif isinstance(event, events.RuleRan):
             _log("rule_ran", event.round, measurements=dict(event.measurements))
+        elif isinstance(event, events.LeakageMeasured):
+            _log("leakage_measured", event.round, measures=dict(event.measures))
         elif isinstance(event, events.RoundEnded):
             self._ended(event)
         elif isinstance(event, events.RunEnded):

@@ -1,0 +1,405 @@
+"""What defences of an update are worth against somebody who knows them, and what Tarantola's number says beforehand.
+
+    .venv/bin/python benchmarks/defences.py [--part NAME]... [--draws 3] [--json FILE] [--pictures FOLDER] [--quick]
+
+Handwritten digits (scikit-learn's, 8 x 8), a small convolution net with sigmoids as in the papers on deep leakage (two
+convolutions, one dense layer, 2,500 numbers), freshly initialised, in float64. Three parts:
+
+  resolution  one digit, nine noises: the resolution number and the PSNR it expects beside the PSNR that two attacks
+              reach, Tarantola's most probable batch (also with a prior learned of 1,000 other digits) and inverting
+              gradients (cosine distance). Rank correlation
+  defences    for each defence the PSNR of inverting gradients, of the most probable batch for somebody who takes the
+              update for undefended, and of the one who knows the defence
+  trade-off   the resolution per example and the accuracy of ten devices after 40 rounds, over clip norm, noise, batch
+              and local steps
+
+PSNR is that of the mean squared error over draws and examples. A blind guess of the range's middle has about 7 dB, a
+guess of the mean digit 11. Labels are known to all attackers. Results are of one model and one data set.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from covey_coordinator.libraries import prepare
+
+prepare()
+
+import numpy as np
+
+from covey_coordinator.inversion.adaptive import (
+    CentralNoise,
+    ClippingAndNoise,
+    Compressed,
+    Defence,
+    Nothing,
+    Pruned,
+    Soteria,
+    attacked_adaptively,
+    attacked_unaware,
+    leakage_of,
+)
+from covey_coordinator.inversion.contract import Finding, Seen
+from covey_coordinator.inversion.grading import grade
+from covey_coordinator.inversion.inverting_gradients import InvertingGradients
+from covey_coordinator.inversion.keras_model import KerasModel
+from covey_coordinator.inversion.metrics import mse, psnr
+from covey_coordinator.inversion.priors import learned_prior
+from covey_coordinator.inversion.resolution import Leakage, leakage_number, planned
+from covey_coordinator.inversion.tarantola import Tarantola
+from covey_coordinator.inversion.tradeoff import Point, Setting, swept, trade_off
+from covey_protocol.messages import TrainingPlan
+
+RANGE = (0.0, 1.0)
+NOISES = (1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 2e-2, 5e-2, 0.2)
+RATE = 0.1
+KERNEL = "last/kernel"
+
+
+def small_net(digits: np.ndarray, batch_size: int, seed: int = 0) -> tuple[KerasModel, Callable[[Any], Any]]:
+    """The model, and its features before the last layer."""
+    import tensorflow as tf
+
+    tf.keras.utils.set_random_seed(seed)
+    layers = tf.keras.layers
+    before = [
+        tf.keras.Input(digits.shape[1:]),
+        layers.Conv2D(8, 3, padding="same", activation="sigmoid"),
+        layers.Conv2D(8, 3, strides=2, padding="same", activation="sigmoid"),
+        layers.Flatten(),
+    ]
+    keras = tf.keras.Sequential([*before, layers.Dense(10, name="last")])
+    for weight in keras.trainable_weights:  # as the papers on deep leakage start it: sigmoids pass little otherwise
+        weight.assign(tf.random.stateless_uniform(weight.shape, (seed, hash_of(weight.name)), -0.5, 0.5))
+    cut = tf.keras.models.clone_model(tf.keras.Model(keras.inputs, keras.layers[-2].output))
+    cut.set_weights([weight.numpy() for weight in keras.trainable_weights[:-2]])
+
+    def represent(x: Any) -> Any:
+        return tf.cast(cut(tf.cast(x, tf.float32)), tf.float64)
+
+    return KerasModel(keras, batch_size=batch_size, dtype="float64"), represent
+
+
+def hash_of(name: str) -> int:
+    import zlib
+
+    return zlib.crc32(name.encode()) & 0x7FFFFFFF
+
+
+def load() -> tuple[np.ndarray, np.ndarray]:
+    from sklearn.datasets import load_digits
+
+    pictures, labels = load_digits(return_X_y=True)
+    order = np.random.default_rng(0).permutation(len(pictures))
+    return (pictures / 16).reshape(-1, 8, 8, 1)[order], labels[order]
+
+
+# --- resolution
+
+
+def resolution(draws: int, iterations: int, say: Callable[[str], None]) -> list[dict[str, float]]:
+    x, y = load()
+    model, _ = small_net(x, 1)
+    prior = learned_prior(model.input, x[500:1500])
+    parameters, rows = model.parameters(), []
+    for noise in NOISES:
+        found: dict[str, list[float]] = {"tarantola": [], "learned": [], "cosine": []}
+        numbers: list[Leakage] = []
+        learned: list[Leakage] = []
+        for draw in range(draws):
+            one, label = x[draw : draw + 1], y[draw : draw + 1]
+            clean = planned(model, Seen(parameters, parameters, plan(), 1, noise_std=noise), one, label)
+            numbers.append(leakage_number(model, clean, one, label))
+            learned.append(leakage_number(model, clean, one, label, prior=prior))
+            sent = noised(clean, noise, draw)
+            attacks = (
+                Tarantola(labels=label),
+                Tarantola(labels=label, prior=prior),
+                InvertingGradients(labels=label, iterations=iterations, restarts=1),
+            )
+            for name, attack in zip(found, attacks):
+                found[name].append(error(attack.run(model, sent, seed=draw), one, label))
+        row = {
+            "noise": noise,
+            "resolved": float(np.mean([one.resolved for one in numbers])),
+            "bits": float(np.mean([one.bits for one in numbers])),
+            "expected_db": decibel([10 ** (-one.here_psnr_db / 10) for one in numbers]),
+            "learned_resolved": float(np.mean([one.resolved for one in learned])),
+            "learned_expected_db": decibel([10 ** (-one.here_psnr_db / 10) for one in learned]),
+            **{f"{name}_db": decibel(errors) for name, errors in found.items()},
+        }
+        rows.append(row)
+        say("  ".join(f"{name} {value:8.4g}" for name, value in row.items()))
+    say(f"rank correlation of learned_expected_db with learned: {ranks(rows, 'learned_expected_db', 'learned_db'):.3f}")
+    for name in ("tarantola", "cosine"):
+        for of in ("resolved", "expected_db"):
+            say(f"rank correlation of {of} with {name}: {ranks(rows, of, f'{name}_db'):.3f}")
+    return rows
+
+
+def ranks(rows: Sequence[dict[str, float]], first: str, second: str) -> float:
+    """Spearman's."""
+    from scipy.stats import spearmanr
+
+    return float(spearmanr([row[first] for row in rows], [row[second] for row in rows])[0])
+
+
+# --- defences
+
+
+def cases(quick: bool) -> list[tuple[str, Defence, int, int, int]]:
+    """(group, defence, examples, batch size, epochs)"""
+    none = Nothing()
+    found: list[tuple[str, Defence, int, int, int]] = [
+        ("none", none, 1, 1, 1),
+        ("clipping", ClippingAndNoise(0.05), 1, 1, 1),
+        ("local noise", ClippingAndNoise(0.2, 0.01), 1, 1, 1),
+        ("local noise", ClippingAndNoise(0.2, 0.1), 1, 1, 1),
+        ("local noise", ClippingAndNoise(0.2, 1.0), 1, 1, 1),
+        ("local noise", ClippingAndNoise(0.2, 0.1, rounds=8), 1, 1, 1),
+        ("compression", Compressed("rotated-8bit"), 1, 1, 1),
+        ("compression", Compressed("rotated-4bit"), 1, 1, 1),
+        ("compression", Compressed("top-k", 0.1), 1, 1, 1),
+        ("broken", Pruned(0.7), 1, 1, 1),
+        ("broken", Soteria(KERNEL, no_features, 0.4), 1, 1, 1),
+        ("local steps", none, 2, 1, 2),
+        ("batch", none, 4, 4, 1),
+        ("central noise", CentralNoise(0.5, 0.1, devices=4), 4, 4, 1),
+    ]
+    return found[:3] if quick else found
+
+
+def no_features(x: Any) -> Any:
+    raise AssertionError("the net's own features are put in its place")
+
+
+def defences(
+    draws: int, iterations: int, quick: bool, say: Callable[[str], None], keep: Callable[[list[dict[str, Any]]], None]
+) -> list[dict[str, Any]]:
+    """keep: is given the rows so far after each, since all take long."""
+    x, y = load()
+    rows: list[dict[str, Any]] = []
+    for group, defence, examples, batch_size, epochs in cases(quick):
+        model, represent = small_net(x, batch_size)
+        if isinstance(defence, Soteria):
+            defence = replace(defence, represent=represent)
+        parameters, started = model.parameters(), time.monotonic()
+        errors: dict[str, list[float]] = {"cosine": [], "unaware": [], "adaptive": []}
+        expected, resolved = [], []
+        for draw in range(draws):
+            part = slice(100 + draw * examples, 100 + (draw + 1) * examples)
+            one, label = x[part], y[part]
+            clean = planned(model, Seen(parameters, parameters, plan(epochs), examples), one, label)
+            sent = defence.sent(model, clean, one, label, np.random.default_rng([draw, 7]))
+            cosine = InvertingGradients(labels=label, iterations=iterations, restarts=1)
+            errors["cosine"].append(error(cosine.run(model, sent.unaware, seed=draw), one, label))
+            errors["unaware"].append(error(attacked_unaware(model, sent, label, seed=draw), one, label))
+            errors["adaptive"].append(error(attacked_adaptively(model, sent, label, seed=draw), one, label))
+            told = leakage_of(model, sent, one, label)
+            expected.append(10 ** (-told.here_psnr_db / 10))
+            resolved.append(told.resolved / examples)
+        steps = f"{examples} examples, {epochs * -(-examples // batch_size)} steps"
+        row = {
+            "group": group,
+            "defence": defence.name if group not in ("batch", "local steps") else steps,
+            "knows": defence.knows,
+            **{name: decibel(some) for name, some in errors.items()},
+            "expected": decibel(expected),
+            "resolved": float(np.mean(resolved)),
+            "seconds": time.monotonic() - started,
+        }
+        rows.append(row)
+        say(as_row([row[name] for name in COLUMNS]))
+        keep(rows)
+    return rows
+
+
+COLUMNS = ("group", "defence", "cosine", "unaware", "adaptive", "expected", "resolved")
+
+
+def as_row(values: Sequence[Any]) -> str:
+    return "| " + " | ".join(f"{value:.1f}" if isinstance(value, float) else str(value) for value in values) + " |"
+
+
+# --- trade-off
+
+
+def curves(quick: bool) -> dict[str, list[Setting]]:
+    base = Setting(clip_norm=1.0, noise_multiplier=0.01, examples=8, learning_rate=1.0)
+    values: dict[str, Sequence[float]] = {
+        "clip_norm": (0.1, 0.3, 1.0, 3.0),
+        "noise_multiplier": (0.001, 0.01, 0.1, 0.5),
+        "examples": (1, 4, 8, 16),
+        "epochs": (1, 2, 4),
+    }
+    return {name: swept(base, **{name: some[:2] if quick else some}) for name, some in values.items()}
+
+
+def tradeoff(quick: bool, say: Callable[[str], None]) -> list[dict[str, Any]]:
+    import tensorflow as tf
+
+    x, y = load()
+    tf.keras.utils.set_random_seed(0)
+    layers = tf.keras.layers
+    keras = tf.keras.Sequential(
+        [tf.keras.Input((8, 8, 1)), layers.Flatten(), layers.Dense(24, "tanh"), layers.Dense(10)]
+    )
+    model, rows = KerasModel(keras, batch_size=8, dtype="float64"), []
+    named = [(name, setting) for name, some in curves(quick).items() for setting in some]
+    points = trade_off(
+        model,
+        model.parameters(),
+        (x[:1000], y[:1000]),
+        [setting for _, setting in named],
+        held_out=(x[1000:], y[1000:]),
+        rounds=5 if quick else 40,
+        progress=lambda done, total: say(f"setting {done} of {total}"),
+    )
+    for (name, _), point in zip(named, points):
+        rows.append({"curve": name, **asdict(point.setting), **told(point)})
+        say(as_row([name, str(getattr(point.setting, name)), *told(point).values()]))
+    return rows
+
+
+def told(point: Point) -> dict[str, Any]:
+    return {
+        "resolved_per_example": point.resolved_per_example,
+        "psnr_db": point.psnr_db,
+        "bits_per_example": point.bits_per_example,
+        "accuracy_percent": 100 * (point.accuracy or 0.0),
+    }
+
+
+# --- what all share
+
+
+def plan(epochs: int = 1) -> TrainingPlan:
+    return TrainingPlan(epochs=epochs, learning_rate=RATE)
+
+
+def noised(clean: Seen, noise: float, draw: int) -> Seen:
+    drawn = np.random.default_rng([draw, 11]).normal(size=len(clean.update))
+    return replace(clean, update=(clean.update + noise * drawn).astype(np.float32))
+
+
+def error(finding: Finding, truth: np.ndarray, labels: np.ndarray) -> float:
+    """Mean squared error over the examples, each beside the recovered input that was taken for it."""
+    matched = grade(finding, truth, labels, RANGE).matched
+    assert finding.inputs is not None
+    return mse(truth, np.asarray(finding.inputs, np.float64)[matched])
+
+
+def decibel(errors: Sequence[float]) -> float:
+    return psnr(float(np.mean(errors)), RANGE)
+
+
+def pictures(found: dict[str, Any], folder: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, draw in (("resolution", draw_resolution), ("defences", draw_defences), ("trade-off", draw_tradeoff)):
+        if name in found:
+            draw(found[name], folder / f"{name}.png")
+
+
+def draw_resolution(rows: Sequence[dict[str, float]], path: Path) -> None:
+    from matplotlib import pyplot
+
+    figure, left = pyplot.subplots(figsize=(7, 4))
+    noises = [row["noise"] for row in rows]
+    for name, label in (
+        ("expected_db", "expected from the resolution"),
+        ("tarantola_db", "most probable batch, measured"),
+        ("learned_expected_db", "expected, prior of 1,000 other digits"),
+        ("learned_db", "most probable batch with it, measured"),
+        ("cosine_db", "inverting gradients, measured"),
+    ):
+        left.semilogx(noises, [row[name] for row in rows], "--" if "expected" in name else "o-", label=label)
+    right = left.twinx()
+    right.semilogx(noises, [row["resolved"] for row in rows], "k:", label="numbers resolved")
+    left.set(xlabel="standard deviation of the noise on each number of the update", ylabel="PSNR, dB")
+    right.set(ylabel="numbers resolved, of 64 (dotted)", ylim=(0, 66))
+    left.legend()
+    saved(figure, path)
+
+
+def draw_defences(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 0.5 * len(rows) + 1.2))
+    places = np.arange(len(rows))
+    for shift, (name, colour) in enumerate((("cosine", "0.75"), ("unaware", "0.5"), ("adaptive", "tab:red"))):
+        axes.barh(places + (shift - 1) * 0.27, [min(row[name], 60.0) for row in rows], 0.25, label=name, color=colour)
+    axes.axvline(7.1, color="k", linestyle=":", label="blind guess")
+    axes.set(yticks=places, yticklabels=[row["defence"] for row in rows], xlabel="PSNR of the attack, dB (60 and more)")
+    axes.invert_yaxis()
+    axes.legend()
+    saved(figure, path)
+
+
+def draw_tradeoff(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    from matplotlib import pyplot
+
+    names = list(dict.fromkeys(row["curve"] for row in rows))
+    figure, panels = pyplot.subplots(1, len(names), figsize=(4 * len(names), 3.4), sharey=True)
+    for name, axes in zip(names, panels):
+        some = [row for row in rows if row["curve"] == name]
+        axes.plot([row[name] for row in some], [row["resolved_per_example"] for row in some], "o-", color="tab:red")
+        axes.set(xscale="log", xlabel=name.replace("_", " "), ylim=(0, 66))
+        beside = axes.twinx()
+        beside.plot([row[name] for row in some], [row["accuracy_percent"] for row in some], "s--", color="tab:blue")
+        beside.set(ylim=(0, 100))
+    panels[0].set(ylabel="resolved of 64 (red)")
+    beside.set(ylabel="accuracy, % (blue)")
+    saved(figure, path)
+
+
+def saved(figure: Any, path: Path) -> None:
+    figure.tight_layout()
+    figure.savefig(path, dpi=90)
+    print(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parts = ("resolution", "defences", "trade-off")
+    parser.add_argument("--part", action="append", choices=parts, help="only this part; may be given again")
+    parser.add_argument("--draws", type=int, default=3)
+    parser.add_argument("--iterations", type=int, default=1200, help="of inverting gradients")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--pictures", type=Path)
+    parser.add_argument("--quick", action="store_true")
+    given = parser.parse_args()
+    draws, iterations = (1, 50) if given.quick else (given.draws, given.iterations)
+    found: dict[str, Any] = {}
+
+    def say(line: str) -> None:
+        print(line, flush=True)
+
+    def keep(results: dict[str, Any]) -> None:
+        if given.json:
+            given.json.write_text(json.dumps(results, indent=1))
+
+    for part in given.part or parts:
+        say(f"--- {part}")
+        if part == "resolution":
+            found[part] = resolution(draws, iterations, say)
+        elif part == "defences":
+            say(as_row(COLUMNS))
+            found[part] = defences(draws, iterations, given.quick, say, lambda rows: keep({**found, "defences": rows}))
+        else:
+            found[part] = tradeoff(given.quick, say)
+        keep(found)
+    if given.pictures:
+        pictures(found, given.pictures)
+
+
+if __name__ == "__main__":
+    main()
