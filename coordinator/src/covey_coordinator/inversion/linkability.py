@@ -115,9 +115,9 @@ def picture(found: Linkability, device_ids: Sequence[str], title: str) -> bytes:
     for start in starts[1:]:
         axes.axhline(start - 0.5, color="#bbbbbb", linewidth=0.5)
         axes.axvline(start - 0.5, color="#bbbbbb", linewidth=0.5)
-    told = "" if found.auc is None else f"\nsame device or another: AUC {found.auc:.2f}"
+    told = "" if found.auc is None else f"\nsame device: AUC {found.auc:.2f}"
     if found.identified is not None and found.chance is not None:
         told += f"; named rightly {found.identified:.0%} (chance {found.chance:.0%})"
-    axes.set_title(title + told, fontsize=9)
+    axes.set_title(title + told, fontsize=8)
     figure.colorbar(image, label="likeness of updates (cosine)")
     return png(figure)
