@@ -108,6 +108,21 @@ def test_a_limit_on_what_was_not_measured_is_not_kept() -> None:
     assert not kept["label_recovery"]
 
 
+def test_limits_on_what_attacks_find_are_not_kept_before_all_attacks_ran() -> None:
+    found = {
+        "psnr_db": (9.0, "a"),
+        "label_recovery": (0.1, "b"),
+        "identified": (0.0, "a"),
+        "membership_auc": (0.5, "m"),
+    }
+    assert all(one.kept for one in judged(Policy(), found, 8.0))
+    half = {one.name: one for one in judged(Policy(), found, 8.0, attacked=False)}
+    assert [name for name, one in half.items() if one.kept] == ["membership_auc"]
+    assert half["psnr_db"].said.startswith("not measured to the end")
+    beyond = judged(Policy(), {**found, "psnr_db": (30.0, "a")}, 8.0, attacked=False)[0]
+    assert "30, above the limit of 14" in beyond.said  # a lower bound above the limit says enough
+
+
 def test_the_limit_of_psnr_lies_above_what_a_guess_reaches_unless_it_is_given() -> None:
     assert Policy().limits(12.3)["psnr_db"] == pytest.approx(18.3)
     assert Policy(max_psnr_db=25.0).limits(12.3)["psnr_db"] == 25.0

@@ -104,6 +104,36 @@ def test_models_of_the_zoo_pass_over_rounds(name: str, rate: float, digits: tupl
         keras.fit(x, y, batch_size=16, epochs=2, verbose=0)
 
 
+def a_table(inputs: int, seed: int) -> tuple[Array, Array]:
+    """400 examples of two classes that vary in 2, 5 or 8 directions, standardised; or from 0 to 1 where seed is 1."""
+    rng = np.random.default_rng([inputs, seed])
+    directions = min(inputs, 2 + 3 * seed)
+    x = rng.standard_normal((400, directions)) @ rng.standard_normal((directions, inputs))
+    x = (x - x.mean(0)) / x.std(0)
+    if seed == 1:
+        x = (x - x.min(0)) / (x.max(0) - x.min(0))
+    return x.astype(np.float32), (x @ rng.standard_normal((inputs, 2))).argmax(1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("inputs", [2, 5, 8, 13, 30])
+@pytest.mark.parametrize("units", [8, 16, 32, 64])
+def test_long_trainings_on_small_tables_pass(inputs: int, units: int) -> None:
+    """Here training aligns up to half of the units, as in an imprint, where data vary in few directions."""
+    import tensorflow as tf
+
+    for seed, rate in enumerate((0.05, 0.5, 0.3)):
+        x, y = a_table(inputs, seed)
+        tf.keras.utils.set_random_seed(seed)
+        layers = [tf.keras.layers.Dense(units, "relu", input_shape=(inputs,)), tf.keras.layers.Dense(2)]
+        keras = tf.keras.Sequential(layers)
+        keras.compile(tf.keras.optimizers.SGD(rate), tf.keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+        for _ in range(4):
+            manifest, parameters = manifest_of(keras, 2)
+            assert [str(one) for one in suspicions(manifest, parameters, x) if one.grave] == []
+            keras.fit(x, y, batch_size=16, epochs=8, verbose=0)
+
+
 def test_a_model_in_training_passes_in_every_round_on_devices_of_few_classes_too(
     bundle: Bundle, digits: tuple[Array, Array], start: Array
 ) -> None:

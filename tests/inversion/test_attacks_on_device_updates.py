@@ -65,12 +65,18 @@ def test_and_its_label(digits, single):
         assert list(LabelRecovery().run(model, seen, seed=0).labels) == [digits[1][row]]
 
 
-def test_a_devices_four_steps_unrolled_give_all_examples_away_and_taken_for_one_they_do_not(digits):
+def test_a_devices_four_steps_unrolled_give_all_examples_away(digits):
     """Two passes over three examples in batches of two: four steps, two of them half empty. True labels given."""
     bundle, plan = bundle_of(2), TrainingPlan(epochs=2, learning_rate=0.05, shuffle_seed=3)
     x, y = digits[0][10:13], digits[1][10:13]
     seen, model = device_update(bundle, x, y, plan), BundleModel(bundle)
     unrolled = LocalSteps(optimizer="l-bfgs", iterations=100, restarts=1, labels=y, distance=EVERY_NUMBER)
-    for attack, exact in ((unrolled, True), (DeepLeakage(60, labels=y), False)):
-        found = grade(attack.run(model, seen, seed=0), x, y, RANGE).psnr_db
-        assert (found.min() > 80) if exact else (found.max() < 40)
+    assert grade(unrolled.run(model, seen, seed=0), x, y, RANGE).psnr_db.min() > 80
+
+
+@pytest.mark.slow
+def test_taken_for_one_step_they_do_not(digits):
+    bundle, plan = bundle_of(2), TrainingPlan(epochs=2, learning_rate=0.05, shuffle_seed=3)
+    x, y = digits[0][10:13], digits[1][10:13]
+    seen, model = device_update(bundle, x, y, plan), BundleModel(bundle)
+    assert grade(DeepLeakage(100, labels=y).run(model, seen, seed=0), x, y, RANGE).psnr_db.max() < 40

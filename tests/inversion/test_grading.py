@@ -76,6 +76,8 @@ def test_pictures_get_ssim_and_findings_without_inputs_only_labels():
     labels_only = grade(found(labels=np.array([3, 3])), pictures, np.array([3, 4]), RANGE)
     assert labels_only.label_rate == 0.5
     assert list(labels_only.matched) == [MISSING, MISSING]
+    assert labels_only.identified is None
+    assert grade(found(), pictures, np.array([3, 4]), RANGE, gallery=pictures).identified == 0.0
     with pytest.raises(UsageError, match="no example"):
         _ = labels_only.best
 

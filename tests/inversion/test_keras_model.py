@@ -36,6 +36,8 @@ def test_weights_and_soft_labels_do_what_they_say(batch):
     np.testing.assert_allclose(first_two, model.gradient(start, x[:2], y[:2]), atol=1e-6)
     soft = np.eye(10, dtype=np.float32)[y]
     np.testing.assert_allclose(model.gradient(start, x, soft), model.gradient(start, x, y), atol=1e-6)
+    double = KerasModel(digits_model(), dtype="float64")
+    np.testing.assert_allclose(double.gradient(start, x, soft), model.gradient(start, x, y), atol=1e-6)
 
 
 def test_in_float64_the_gradients_own_derivative_is_that_of_finite_differences(batch):

@@ -64,7 +64,7 @@ def test_every_entry_point_computes_what_the_interpreter_computes(
 @pytest.mark.parametrize("name", SHAPES)
 def test_every_model_of_the_zoo_is_read_back(name: str) -> None:
     model = build(name, SHAPES[name], 5, seed=3)
-    bundle = read_bundle(export(model, name=name, batch_size=4, optimizer="adam", clip=True, proximal=True))
+    bundle = read_bundle(export(model, name=name, batch_size=4, optimizer="momentum", clip=True, proximal=True))
     check_all_entry_points(bundle, False, 1e-5)
     assert_derivative_of_loss(bundle, 1e-4)
 

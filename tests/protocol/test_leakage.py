@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from covey_protocol import leakage
 from covey_protocol.leakage import (
     MOST_PSNR_DB,
     Truth,
@@ -179,6 +180,18 @@ def test_nothing_is_read_from_nothing() -> None:
     assert readability(LAYER, np.zeros(D)) == (0.0, 0)
     assert len(candidates(LAYER, np.zeros(D), parameters())) == 0
     assert closest(np.zeros((0, 3)), np.zeros((5, 3)), (0.0, 1.0)) is None
+
+
+def test_of_a_wide_layer_the_units_that_moved_most_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = examples(1)
+    received = parameters()
+    sent = update(x, y, received)
+    moved = np.abs(sent[LAYER.bias_place]) > 0
+    assert moved.sum() > 3
+    monkeypatch.setattr(leakage, "MOST_READ", 3 * INPUTS)
+    read = candidates(LAYER, sent, received)
+    assert len(read) == 1 + 3 + 2  # the whole, three units, two pairs of neighbours
+    assert np.allclose(read[1:4], x[0], atol=1e-3)
 
 
 def test_the_closest_is_found_and_its_error_is_exact() -> None:

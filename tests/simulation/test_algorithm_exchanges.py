@@ -153,10 +153,10 @@ def page_is_not_saved(patch: Patch) -> None:
 
 def gradients_make_no_checkpoint(patch: Patch) -> None:
     def conclude(original: Any, self: RunStore, round_id: str, *rest: Any) -> None:
-        phase, reason, verdicts, checkpoint, metrics = rest
+        phase, reason, verdicts, checkpoint, *more = rest
         if checkpoint is not None and self.invitation(round_id).plan.work == GRADIENT:
             checkpoint = None
-        original(self, round_id, phase, reason, verdicts, checkpoint, metrics)
+        original(self, round_id, phase, reason, verdicts, checkpoint, *more)
 
     wrapped(patch, RunStore, "conclude", conclude)
 

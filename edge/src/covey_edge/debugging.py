@@ -26,7 +26,7 @@ from covey_protocol.learners import RIDGE, Data, Floats
 from covey_protocol.messages import TrainingPlan
 from covey_protocol.works import CORRECT, LEARNERS, TEACH
 
-REPORT, DROP, MEND = "report", "drop", "mend"
+DROP, MEND = "drop", "mend"  # data.debug; "report" changes nothing
 OFF = "turn data.debug off in agent.toml"
 BY, EXPECTED = "a look for wrong labels", "suggested label"
 DECAY, PRICE, CONFIDENCE = 0.01, 0.5, 10.0  # measured on digits (docs/machine-teaching.md)

@@ -13,6 +13,7 @@ Pin bundles for that (`[policy] bundles`). Pure NumPy, Python 3.9.
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Optional
@@ -32,10 +33,14 @@ Generator = np.random.Generator
 FEWEST_UNITS = 8  # fewer bins of an imprint, or traps, separate next to nothing
 MOST_UNITS, MOST_EXAMPLES = 512, 512  # looked at; drawn where there are more. Bounds time and memory on a small device
 # cosine of two units that measure the same, and share of a layer's units that are so alike with one of them. k bins
-# need a cosine of 1 - 1/k^2 to keep their order; below 0.9 an imprint reads no more than an honest start does
+# need a cosine of 1 - 1/k^2 to keep their order; below 0.9 an imprint reads no more than an honest start does. By
+# weights alone only the first is asked: a long training brings the units of small layers to 0.9
 ALIKE = ((0.995, 0.1), (0.9, 0.4))
 LIVE = (0.03, 0.97)  # shares of the examples that switch a unit on. Dying units of honest layers become alike
-TWIN_TIMES = 2.0  # as many as among random units on the same examples, which may vary in few directions
+# training aligns the units of honest layers that see few numbers, or examples that vary in few directions, in which
+# random units are alike, too: such layers are not judged by that
+FEWEST_INPUTS = 8
+TWINS, TWIN_SHARE, TWIN_TIMES = 5, 0.1, 4.0
 COPIES = 0.02  # relative spread of the ratios of a unit's positive weights to its negative ones, both sorted
 SELDOM = 0.2  # share of the examples that switch a unit on, on average; honest layers showed 0.39 and more
 DEAD_SHARE = 0.5  # of the units of a layer that no input within the model's range can switch on
@@ -168,15 +173,15 @@ def _alike(layer: Layer, x: Optional[Matrix], rng: Generator) -> list[Suspicion]
         seen, told = (x - x.mean(0)) @ weights, "measure the same of your examples"
         on = _on(x, layer)[places]
         seen = seen[:, (on > LIVE[0]) & (on < LIVE[1])]
-    if seen.shape[1] < FEWEST_UNITS or fan_in < 2:
+    if seen.shape[1] < FEWEST_UNITS or fan_in < FEWEST_INPUTS:
         return []
-    for cosine, share in ALIKE:
+    for cosine, share in ALIKE if x is not None else ALIKE[:1]:
         count = _largest_group(seen, cosine)
         if count < max(FEWEST_UNITS, share * weights.shape[1]):
             continue
-        random = rng.standard_normal(weights.shape)
-        twin = _largest_group(random if x is None else (x - x.mean(0)) @ random, cosine)
-        if count >= TWIN_TIMES * twin:
+        twins = [rng.standard_normal(weights.shape) for _ in range(TWINS)]
+        twin = max(_largest_group(one if x is None else (x - x.mean(0)) @ one, cosine) for one in twins)
+        if count >= TWIN_TIMES * twin and twin <= max(1, TWIN_SHARE * weights.shape[1]):
             text = f"{count} of {weights.shape[1]} units {told} (cosine {cosine}; of random units {twin} would)"
             return [Suspicion("imprint", layer.name, text)]
     return []
@@ -229,12 +234,14 @@ def _dead(layer: Layer, manifest: Manifest) -> list[Suspicion]:
 
 
 def _on_examples(layer: Layer, examples: Optional[npt.NDArray[Any]], rng: Generator) -> list[Suspicion]:
-    if examples is None or len(examples) < FEWEST_UNITS:
+    if examples is None or len(examples) < FEWEST_UNITS or examples.dtype == np.int32:  # these are names of things
         return []
     x = examples.reshape(len(examples), -1)[_drawn(len(examples), MOST_EXAMPLES, rng)].astype(np.float64)
     found = _alike(layer, x, rng)
     on = float(np.mean(_on(x, layer)))
-    if on < SELDOM and layer.weights.shape[1] >= FEWEST_UNITS:
+    # where examples have much in common a unit is on for most or for none of them, and few units may be off by chance
+    by_chance = 0.5 - 3 * 0.5 / math.sqrt(layer.weights.shape[1])
+    if on < min(SELDOM, by_chance):
         told = f"one of your examples switches on {on:.1%} of its units; honest layers show 39 % and more"
         found.append(Suspicion("trap weights", layer.name, told))
     return found

@@ -45,11 +45,9 @@ Vector = npt.NDArray[np.float64]
 Numbers = npt.NDArray[Any]
 POWER_STEPS = 50  # noise below the signal converges in a handful; above it there is nothing to converge to
 MOST_PRODUCTS = 2e9  # multiplications of one comparison: some seconds on a Raspberry Pi 3
-MOST_UNITS = 512  # of a layer that `candidates` and `readability` look at; a wider one is looked at in part
+MOST_UNITS, MOST_READ = 512, 8_000_000  # units of a layer that are read, and numbers of them: 64 MB
 MOST_PSNR_DB = 200.0  # told in place of infinity; float32 ends near 140
-ALIKE = (
-    5e-3  # relative distance below which two readings are one and the same example's; float32 blurs by 1e-3 and more
-)
+ALIKE = 1e-3  # relative distance below which two readings are one and the same example's
 UNCLIPPED = (1.0, 3.0, 10.0, 30.0, 100.0)  # by which factor clipping may have shortened what an attacker sees
 CLASS_LOSSES = ("sparse_categorical_crossentropy", "categorical_crossentropy", "binary_crossentropy")
 
@@ -176,21 +174,26 @@ def candidates(layer: DenseLayer, update: Numbers, parameters: Numbers) -> Vecto
     """(m, inputs): every input of this layer that the update may state openly; among them wrong ones.
 
     update, parameters: (d,). One reading is of the whole layer (`recover_input`), one of each unit alone, and one of
-    each pair of units that are neighbours in the order of their biases. Of more than MOST_UNITS units those with the
-    largest bias gradients are read.
+    each pair of units that are neighbours in the order of their biases. Of more units than `_strongest` gives, those
+    are read.
     """
     kernel, bias = layer.gradients(update)
     found = []
     whole = recover_input(kernel, bias, POWER_STEPS)
     if whole is not None:
         found.append(whole.values[None, :])
-    ordered = np.argsort(parameters[layer.bias_place], kind="stable")
-    if len(ordered) > MOST_UNITS:
-        strongest = set(np.argsort(-np.abs(bias), kind="stable")[:MOST_UNITS].tolist())
-        ordered = np.array([unit for unit in ordered.tolist() if unit in strongest])
+    read = _strongest(kernel, bias)
+    ordered = read[np.argsort(parameters[layer.bias_place][read], kind="stable")]
     found.append(_ratios(kernel[:, ordered], bias[ordered]))
     found.append(_ratios(np.diff(kernel[:, ordered], axis=1), np.diff(bias[ordered])))
     return np.concatenate(found)
+
+
+def _strongest(kernel: Vector, bias: Vector) -> npt.NDArray[np.int64]:
+    """The units with the largest bias gradients: all, up to MOST_UNITS and to what MOST_READ leaves of them."""
+    most = min(MOST_UNITS, max(1, MOST_READ // len(kernel)))
+    found: npt.NDArray[np.int64] = np.argsort(-np.abs(bias), kind="stable")[:most]
+    return found
 
 
 def _ratios(kernel: Vector, bias: Vector) -> Vector:
@@ -253,8 +256,8 @@ def readability(layer: DenseLayer, update: Numbers) -> Readability:
         direction = direction / np.linalg.norm(direction)
         direction = gram @ direction
     largest = float(np.linalg.norm(direction))
-    strongest = np.argsort(-np.abs(bias), kind="stable")[:MOST_UNITS]
-    return Readability(min(1.0, largest / energy), _groups(_ratios(kernel[:, strongest], bias[strongest])))
+    read = _strongest(kernel, bias)
+    return Readability(min(1.0, largest / energy), _groups(_ratios(kernel[:, read], bias[read])))
 
 
 def _groups(rows: Vector) -> int:

@@ -19,6 +19,7 @@ from covey_edge.config import read_toml
 from covey_protocol.errors import ConfigError
 
 MEMBERSHIP, RESOLVED, IDENTIFIED = "membership_auc", "resolved_share", "identified"
+BY_ATTACKS = (PSNR, LABELS, IDENTIFIED)
 # what is measured -> in words
 WORDS = {
     PSNR: "the closest copy of one example, in dB",
@@ -77,16 +78,19 @@ def read_policy(path: Path | None) -> Policy:
 
 @dataclass(frozen=True)
 class Judged:
-    """One limit. measured: None where nothing was."""
+    """One limit. measured: None where nothing was. complete: False where not all attacks that the level has for it ran
+    to their end on at least one of the plan's updates; what was measured is then a lower bound.
+    """
 
     name: str
     limit: float
     measured: float | None
     by: str = ""
+    complete: bool = True
 
     @property
     def kept(self) -> bool:
-        return self.measured is not None and self.measured <= self.limit
+        return self.complete and self.measured is not None and self.measured <= self.limit
 
     @property
     def words(self) -> str:
@@ -97,6 +101,8 @@ class Judged:
         words = self.words
         if self.measured is None:
             return f"not measured: {words}, which the policy limits to {self.limit:g}"
+        if self.measured <= self.limit and not self.complete:
+            return f"not measured to the end: {words}, at least {self.measured:.3g} (the limit is {self.limit:g})"
         told = "within" if self.kept else "above"
         return f"{words}: {self.measured:.3g}, {told} the limit of {self.limit:g}{f' ({self.by})' if self.by else ''}"
 
@@ -122,9 +128,15 @@ def measured(results: Iterable[Result]) -> dict[str, tuple[float, str]]:
     return found
 
 
-def judged(policy: Policy, found: Mapping[str, tuple[float, str]], guess_db: float | None) -> list[Judged]:
-    limits = policy.limits(guess_db)
-    return [Judged(name, limit, *(found.get(name, (None, "")))) for name, limit in limits.items()]
+def judged(
+    policy: Policy, found: Mapping[str, tuple[float, str]], guess_db: float | None, *, attacked: bool = True
+) -> list[Judged]:
+    """attacked: whether all attacks on the first of the plan's updates ran to their end."""
+    return [
+        Judged(name, limit, value, by, attacked or name not in BY_ATTACKS)
+        for name, limit in policy.limits(guess_db).items()
+        for value, by in [found.get(name, (None, ""))]
+    ]
 
 
 def as_limits(limits: Mapping[str, float]) -> Limits:

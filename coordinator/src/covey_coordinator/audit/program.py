@@ -61,9 +61,7 @@ def audit(request: Request, display: Display, check: Check = lambda: None, now: 
         except BaseException:
             display.line(f"  what is done is kept; the same command with --out {request.out} goes on")
             raise
-        left = [piece for piece in planned if piece.key not in results]
-        in_order = [results[piece.key] for piece in planned if piece.key in results]
-        outcome = concluded(request.policy, bench, in_order, [piece.said for piece in left], raw)
+        outcome = concluded(request.policy, bench, planned, results, raw)
         _conclude(request, folder, bench, outcome, display)
     return outcome
 

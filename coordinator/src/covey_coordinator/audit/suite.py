@@ -83,12 +83,15 @@ FULL = Level(
 
 @dataclass(frozen=True)
 class Piece:
-    """kind: pieces of one kind cost alike. said: for the progress."""
+    """kind: pieces of one kind cost alike. said: for the progress. needed: without it nothing can be said of what the
+    plan's updates tell: an attack on the first of them.
+    """
 
     key: str
     kind: str
     said: str
     work: Callable[[Stop], Found]
+    needed: bool = False
 
 
 @dataclass(frozen=True)
@@ -161,6 +164,7 @@ def _attacks_on(bench: Bench, case: Case, place: str, level: Level, iterations: 
             f"{weapon.name}/{case.name}/{iterations}/{_bucket(size)}",
             f"{weapon.name} on {place}",
             _attack_work(bench, key, case, weapon),
+            needed=case.name == PLAN and place.endswith("-0"),
         )
 
 

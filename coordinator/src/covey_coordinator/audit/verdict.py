@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 
 from covey_coordinator.audit.bench import Bench
 from covey_coordinator.audit.policy import Judged, Policy, as_limits, judged, measured
 from covey_coordinator.audit.results import PLAN, Result
+from covey_coordinator.audit.suite import Piece
 from covey_coordinator.inversion.verdict import Assumed, AuditVerdict, digest, plan_facts
 
 MOST_NAMED = 5
@@ -30,13 +31,17 @@ class Outcome:
 
 
 def concluded(
-    policy: Policy, bench: Bench, results: Sequence[Result], left_out: Sequence[str], bundle: bytes
+    policy: Policy, bench: Bench, planned: Sequence[Piece], done: Mapping[str, Result], bundle: bytes
 ) -> Outcome:
+    """done: results by the key of their piece."""
+    results = [done[piece.key] for piece in planned if piece.key in done]
+    left_out = [piece.said for piece in planned if piece.key not in done]
+    attacked = all(piece.key in done and not done[piece.key].cut for piece in planned if piece.needed)
     of_plan = [one for one in results if one.case == PLAN and not one.refused]
     guesses = [one.metrics["guess_db"] for one in of_plan if "guess_db" in one.metrics]
     guess_db = max(guesses, default=None)
     found = measured(results)
-    limits = judged(policy, found, guess_db)
+    limits = judged(policy, found, guess_db, attacked=attacked)
     verdict = _verdict(bench, bundle, of_plan, limits, {name: value for name, (value, _) in found.items()}, left_out)
     return Outcome(tuple(results), tuple(left_out), tuple(limits), verdict, guess_db)
 

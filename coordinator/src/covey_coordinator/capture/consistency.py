@@ -319,11 +319,11 @@ def _check_sent(
     steps = [f"clipped to {record.clip_norm:g}" if record.clip_norm else "not clipped"]
     form = compression_of(plan)
     if record.noise_multiplier:
-        std, told = record.clip_norm * record.noise_multiplier, float(np.std(sent - expected))
-        steps.append(f"noise of {told:.3g}, {std:.3g} asked")
+        std, measured = record.clip_norm * record.noise_multiplier, float(np.std(sent - expected))
+        steps.append(f"noise of {measured:.3g}, {std:.3g} asked")
         if form.name in ROTATED:
             return Check(what, None, f"{', '.join(steps)}, and {form.name}: what is noise cannot be told")
-        return Check(what, abs(told / std - 1) <= 5 / np.sqrt(2 * sent.size) + 0.01, ", ".join(steps))
+        return Check(what, abs(measured / std - 1) <= 5 / np.sqrt(2 * sent.size) + 0.01, ", ".join(steps))
     steps.append("no noise")
     if form.name not in (NONE, *ROTATED):
         return Check(what, None, f"{', '.join(steps)}, {form.name} carries what earlier updates left out")

@@ -73,7 +73,8 @@ def grade(
     label_rate = None if finding.labels is None else label_leak_rate(labels, finding.labels)
     if finding.inputs is None or not len(finding.inputs):
         nothing, matched = np.full(len(truth), np.nan), np.full(len(truth), MISSING)
-        return Grade(matched, nothing, nothing, nothing if _is_picture(truth) else None, label_rate, None)
+        unfound = None if gallery is None else 0.0
+        return Grade(matched, nothing, nothing, nothing if _is_picture(truth) else None, label_rate, unfound)
     matched = matching(truth, finding.inputs)
     pairs = [(one, finding.inputs[place] if place != MISSING else None) for one, place in zip(truth, matched)]
     errors = np.array([np.nan if found is None else mse(one, found) for one, found in pairs])

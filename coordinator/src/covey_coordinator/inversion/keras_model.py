@@ -124,7 +124,7 @@ class KerasModel:
 
         y = tf.convert_to_tensor(y)
         if self._manifest.loss.endswith("categorical_crossentropy"):
-            soft = y if y.dtype == self._dtype and y.shape.rank == 2 else tf.one_hot(y, logits.shape[-1])
+            soft = y if y.dtype.is_floating and y.shape.rank == 2 else tf.one_hot(y, logits.shape[-1])
             return -tf.reduce_sum(tf.cast(soft, self._dtype) * tf.nn.log_softmax(logits), -1)
         if self._manifest.loss == "mean_squared_error":
             return _mean((logits - tf.reshape(tf.cast(y, self._dtype), tf.shape(logits))) ** 2)

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from covey_coordinator.inversion.contract import AttackedModel, Finding, Progress, Seen, Stop
-from covey_coordinator.inversion.dense import read_label
+from covey_coordinator.inversion.dense import label_proportions, read_label
 from covey_coordinator.inversion.matching import mean_gradient, rows_of_steps, was_clipped
 from covey_protocol.errors import ConfigError, UsageError
 from covey_protocol.parameters import offsets
@@ -105,7 +105,7 @@ def counts(layer: LastLayer, examples: int, prediction: Floats) -> Labels:
     if layer.bias is None:
         raise ConfigError("counts needs the last layer's bias, and there is none", "use llg or columns")
     bias = layer.bias if layer.bias.size > 1 else np.array([-layer.bias[0], layer.bias[0]])
-    return _spelled(_rounded(examples * (prediction - bias), examples))
+    return _spelled(_rounded(examples * label_proportions(-bias, 1.0, 1, prediction), examples))
 
 
 def columns(layer: LastLayer, examples: int, prediction: Floats) -> Labels:
@@ -165,12 +165,10 @@ def _kernel(layer: LastLayer) -> Floats:
 
 
 def _rounded(amounts: Floats, total: int) -> Labels:
-    """Whole numbers near the amounts, none negative, that sum to `total` (largest remainders)."""
-    positive = np.maximum(amounts, 0.0)
-    positive *= total / positive.sum() if positive.sum() > 0 else 0.0
-    whole: Labels = np.floor(positive + 1e-9).astype(np.int64)
+    """Whole numbers near the amounts, which sum to `total` as these do (largest remainders)."""
+    whole: Labels = np.floor(amounts + 1e-9).astype(np.int64)
     missing = total - int(whole.sum())
-    whole[np.argsort(-(positive - whole), kind="stable")[:missing]] += 1
+    whole[np.argsort(-(amounts - whole), kind="stable")[:missing]] += 1
     return whole
 
 

@@ -75,7 +75,7 @@ class Inverted:
 
     @property
     def empty(self) -> Array:
-        """(n,) bool: whether the search never left its start, or has a flat input: nothing was learned."""
+        """(n,) bool: whether the input is flat, so that nothing was learned from a flat start."""
         flat = self.inputs.reshape(len(self.inputs), -1)
         return np.asarray(np.ptp(flat, axis=1) == 0)
 
@@ -93,12 +93,12 @@ def invert(
 ) -> Inverted:
     """MI-Face for several classes side by side, each with its own end.
 
-    labels (n,). start (n, ...) or one for all: the paper's is 0. process: None leaves inputs as they are, which may
-    leave the declared range, as in the paper; see `within`. What `slopes` draws at random is seeded there.
+    labels (n,). start (...): one input, for all classes; the paper's is 0. process: None leaves inputs as they are,
+    also beyond the declared range, as in the paper; see `within`. What `slopes` draws at random is seeded there.
     """
     told = search or Search()
     labels = np.asarray(labels)
-    state = _State(labels, np.array(np.broadcast_to(start, (len(labels), *np.shape(start)[-_depth(start, labels) :]))))
+    state = _State(labels, np.repeat(np.asarray(start, np.float64)[None], len(labels), axis=0))
     answers = 0
     for number in range(told.iterations + 1):
         live = state.live
@@ -116,13 +116,6 @@ def invert(
             progress(number, told.iterations)
     state.end(state.live, ALL_STEPS)
     return Inverted(state.best, state.confidence, state.iterations, tuple(state.ended), answers)
-
-
-def _depth(start: Array, labels: Array) -> int:
-    """How many axes one input has: start comes with or without the axis of the classes."""
-    shape = np.shape(start)
-    batched = len(shape) > 1 and shape[0] in (1, len(labels))
-    return len(shape) - 1 if batched else len(shape)
 
 
 class _State:

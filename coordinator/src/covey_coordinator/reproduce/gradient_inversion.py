@@ -162,6 +162,7 @@ GRADIENT_INVERSION = Reproduction(
         Claim(
             "On the trained net the direction comes closer than L-BFGS on every number",
             lambda v: v[f"{ATTACKS[1]}, trained"] > v[f"{ATTACKS[0]}, trained"],
+            comes_out=False,
         ),
         Claim("Training costs L-BFGS more than the direction", lambda v: _lost(v, ATTACKS[0]) > _lost(v, ATTACKS[1])),
     ),
@@ -170,4 +171,8 @@ GRADIENT_INVERSION = Reproduction(
     figure=figure,
     needs=("mnist.npz",),
     in_percent=False,
+    remarks=(
+        "On the trained net it depends on the picture: in the quick form with three seeds the direction was closer in "
+        "two, and in the third L-BFGS found the picture (65.9 dB), which decides the mean.",
+    ),
 )
