@@ -119,8 +119,8 @@ def test_a_world_of_tasks_tells_the_same_story_again() -> None:
 
 def evaluations_after_the_end(patch: Patch) -> None:
     def conclude(original: Any, self: RunStore, *arguments: Any) -> None:
-        *rest, metrics = arguments
-        original(self, *rest, ())
+        *rest, metrics, leakage = arguments
+        original(self, *rest, (), leakage)
         round_id = rest[0]
         with self._transaction() as database:
             for one in metrics:
@@ -132,11 +132,11 @@ def evaluations_after_the_end(patch: Patch) -> None:
 
 def evaluations_make_a_model(patch: Patch) -> None:
     def conclude(original: Any, self: RunStore, *arguments: Any) -> None:
-        round_id, phase, reason, verdicts, checkpoint, metrics = arguments
+        round_id, phase, reason, verdicts, checkpoint, metrics, leakage = arguments
         if metrics and phase is Phase.PUBLISHED:
             newest = self.newest_checkpoint("run", 180)
             checkpoint = Checkpoint(newest.number + 1, newest.parameters, newest.state)
-        original(self, round_id, phase, reason, verdicts, checkpoint, metrics)
+        original(self, round_id, phase, reason, verdicts, checkpoint, metrics, leakage)
 
     wrapped(patch, RunStore, "conclude", conclude)
 

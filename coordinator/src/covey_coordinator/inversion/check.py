@@ -74,7 +74,8 @@ def first_inversion_check(
     note says so).
     """
     _check_arguments(parameters, parameter_specs, update, learning_rate, truth, input_range, feature_names)
-    prior = Prior(float(input_range[0]), float(input_range[1]))
+    low, high = input_range
+    prior = Prior(float(low), float(high))
     reconstructions = []
     with _holding(keras_model, parameter_specs, parameters):
         target = _find_target(keras_model, parameter_specs, truth.shape)
