@@ -132,11 +132,11 @@ def judged(
     policy: Policy, found: Mapping[str, tuple[float, str]], guess_db: float | None, *, attacked: bool = True
 ) -> list[Judged]:
     """attacked: whether all attacks on the first of the plan's updates ran to their end."""
-    return [
-        Judged(name, limit, value, by, attacked or name not in BY_ATTACKS)
-        for name, limit in policy.limits(guess_db).items()
-        for value, by in [found.get(name, (None, ""))]
-    ]
+    limits = []
+    for name, limit in policy.limits(guess_db).items():
+        value, by = found.get(name, (None, ""))
+        limits.append(Judged(name, limit, value, by, attacked or name not in BY_ATTACKS))
+    return limits
 
 
 def as_limits(limits: Mapping[str, float]) -> Limits:
