@@ -20,8 +20,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PYTEST = [sys.executable, "-m", "pytest"]
 # folders of tests; what is named nowhere here is in the last part
 PARTS = (
-    ("grid", "models", "report", "reproduce", "simulation"),
-    ("aggregation", "edge", "experiments", "inversion", "protocol"),
+    ("grid", "inversion", "models", "report", "reproduce", "simulation"),
+    ("aggregation", "audit", "capture", "edge", "experiments", "protocol"),
 )
 
 

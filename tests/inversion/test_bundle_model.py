@@ -94,6 +94,7 @@ def check_update(bundle: Bundle, plan: TrainingPlan, tolerance: float = 1e-5) ->
     close(found, device.parameters() - received, tolerance)
 
 
+@pytest.mark.slow
 def test_an_update_can_be_differentiated_in_the_inputs(bundle: Bundle) -> None:
     plan, model = TrainingPlan(1, 0.01, shuffle_seed=7), BundleModel(bundle, tf.float64)
     (x, y), random = examples_of(bundle, 2 * BATCH), np.random.default_rng(5)

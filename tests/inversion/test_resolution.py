@@ -104,6 +104,7 @@ def test_the_predicted_error_is_the_measured_one_of_the_map_estimate(net: KerasM
     assert expected.here_psnr_db > 20
 
 
+@pytest.mark.slow
 def test_without_noise_the_map_estimate_is_a_copy_also_of_a_batch_over_several_steps(pictures: Any) -> None:
     net = small_net(batch_size=1)
     x, y = pictures[0][30:32], pictures[1][30:32]
@@ -187,6 +188,7 @@ def test_priors_have_the_covariance_they_say(pictures: Any) -> None:
         Prior(1.0, 1.0)
 
 
+@pytest.mark.slow
 def test_the_trade_off_ranks_noise_batches_and_accuracy(pictures: Any) -> None:
     x, y = pictures
     softmax, fleet, held_out = small_net(hidden=0), (x[:800], y[:800]), (x[1500:], y[1500:])
