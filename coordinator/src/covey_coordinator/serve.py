@@ -849,16 +849,20 @@ def _check_goal(path: Path, settings: RoundSettings) -> None:
 
 
 def _plan(config: CoordinatorConfig, number: int) -> TrainingPlan:
-    training = config.training
+    return training_plan(config.training, config.wire, number, config.task)
+
+
+def training_plan(training: TrainingSettings, wire: WireSettings, number: int, task: str = "") -> TrainingPlan:
+    """What devices are asked in round `number` of plain training."""
     return TrainingPlan(
         epochs=training.epochs,
         learning_rate=training.learning_rate,
         shuffle_seed=shuffle_seed(training.seed, number),
         gradient_clip_norm=training.gradient_clip_norm,
         proximal_weight=training.proximal_weight,
-        compression=config.wire.compression,
-        kept_fraction=config.wire.kept_fraction,
-        task=config.task,
+        compression=wire.compression,
+        kept_fraction=wire.kept_fraction,
+        task=task,
     )
 
 

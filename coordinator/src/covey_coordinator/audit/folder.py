@@ -9,7 +9,6 @@ report.html, results.json, verdict.json
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import io
 import shutil
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ import numpy as np
 from msgspec import Struct
 
 from covey_coordinator.audit.results import Pictures, Result
+from covey_coordinator.held import alone_in
 from covey_edge.files import make_folder, write_all_atomic, write_atomic
 from covey_protocol.errors import ConfigError, StorageError
 
@@ -48,14 +48,9 @@ class AuditFolder:
         try:
             make_folder(self.path)
             _require_space(self.path)
-            lock = (self.path / ".lock").open("w")
         except OSError as exc:
             raise StorageError(f"cannot use {self.path} ({exc.strerror})", "check its permissions") from exc
-        with lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as exc:
-                raise ConfigError(f"another covey audit works in {self.path}", "wait for it") from exc
+        with alone_in(self.path, "covey audit"):
             self._check(asked)
             yield
 

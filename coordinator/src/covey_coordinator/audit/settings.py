@@ -11,8 +11,7 @@ from typing import Annotated, Any
 from msgspec import Meta, Struct, field, structs
 
 from covey_coordinator.algorithms.settings import FEDAVG
-from covey_coordinator.coordinator import shuffle_seed
-from covey_coordinator.serve import TrainingSettings, WireSettings
+from covey_coordinator.serve import TrainingSettings, WireSettings, training_plan
 from covey_coordinator.simulation.settings import PRIVACY_BY, DataSettings, PrivacySettings
 from covey_edge.config import read_toml
 from covey_protocol.bundle import Manifest, check_plan
@@ -63,16 +62,7 @@ class PlanSettings(Struct, frozen=True, forbid_unknown_fields=True):
 
     def plan(self, number: int) -> TrainingPlan:
         """What devices are asked in round `number`."""
-        training = self.training
-        return TrainingPlan(
-            epochs=training.epochs,
-            learning_rate=training.learning_rate,
-            shuffle_seed=shuffle_seed(training.seed, number),
-            gradient_clip_norm=training.gradient_clip_norm,
-            proximal_weight=training.proximal_weight,
-            compression=self.wire.compression,
-            kept_fraction=self.wire.kept_fraction,
-        )
+        return training_plan(self.training, self.wire, number)
 
 
 def read_plan(path: Path | None, data: str | None, holdout: float | None = None) -> PlanSettings:

@@ -6,7 +6,7 @@ clock.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -28,6 +28,7 @@ Found = tuple[Result, Pictures | None]
 MEMBERS = 200  # of each device that are asked about
 FEW = 4  # examples of one update that exact attacks are tried on
 ATTACKS = ("labels", "units", "inverting-gradients", "deep-leakage", "tarantola", "local-steps")
+SWIFT = ("labels", "units", "inverting-gradients", "deep-leakage")  # about a second each
 NOISE, CLIP, EXAMPLES, EPOCHS = "noise_multiplier", "clip_norm", "examples", "epochs"
 SERVER_SEES = "What a coordinator reads out of one step's update that chose the parameters it sent to be read."
 AFTERWARDS = "The finished model, and examples with their labels."
@@ -39,7 +40,8 @@ class Level:
     attacks.
 
     samples: updates of each kind. curve: iterations of attacks at a curve's points. resolved: how many numbers the
-    examples of an update may have for its resolution to be computed. attacks: on updates, of ATTACKS.
+    examples of an update may have for its resolution to be computed. attacks, on_curves: on updates and at the
+    points of curves, of ATTACKS.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Level:
     samples: int
     resolved: int
     attacks: tuple[str, ...] = ATTACKS
+    on_curves: tuple[str, ...] = ATTACKS
 
 
 QUICK = Level(
@@ -66,6 +69,7 @@ QUICK = Level(
     curve=150,
     samples=3,
     resolved=600,
+    on_curves=SWIFT,
 )
 FULL = Level(
     "full",
@@ -111,8 +115,8 @@ class Weapon:
         return make_attack(self.name, **self.settings)
 
 
-def weapons(level: Level, iterations: int) -> tuple[Weapon, ...]:
-    """iterations: of the attack that is tried on every update."""
+def weapons(level: Level, iterations: int, names: Sequence[str]) -> tuple[Weapon, ...]:
+    """iterations: of the attack that is tried on every update. names: which attacks, of ATTACKS."""
     descent = {"iterations": iterations, "restarts": level.restarts}
     unrolled = {"iterations": level.unrolled, "restarts": 1}
     all_of_them = (
@@ -123,7 +127,7 @@ def weapons(level: Level, iterations: int) -> tuple[Weapon, ...]:
         Weapon("tarantola", {"starts": level.restarts, "iterations": level.newton}, exact=True, most=FEW),
         Weapon("local-steps", unrolled, several_steps=True),
     )
-    return tuple(weapon for weapon in all_of_them if weapon.name in level.attacks)
+    return tuple(weapon for weapon in all_of_them if weapon.name in names)
 
 
 def pieces(bench: Bench, level: Level) -> list[Piece]:
@@ -138,7 +142,7 @@ def pieces(bench: Bench, level: Level) -> list[Piece]:
 def _on_updates(bench: Bench, level: Level, samples: range) -> Iterator[Piece]:
     for sample in samples:
         for case in _cases(bench, sample):
-            yield from _attacks_on(bench, case, f"{case.name}-{sample}", level, level.iterations)
+            yield from _attacks_on(bench, case, f"{case.name}-{sample}", level, level.iterations, level.attacks)
             yield from _resolution(bench, case, f"{case.name}-{sample}", level)
 
 
@@ -153,9 +157,11 @@ def _cases(bench: Bench, sample: int) -> Iterator[Case]:
     yield Case(PLAN, device, 0, plan, protected)
 
 
-def _attacks_on(bench: Bench, case: Case, place: str, level: Level, iterations: int) -> Iterator[Piece]:
+def _attacks_on(
+    bench: Bench, case: Case, place: str, level: Level, iterations: int, names: Sequence[str]
+) -> Iterator[Piece]:
     size, steps = _size(bench, case), _steps(bench, case)
-    for weapon in weapons(level, iterations):
+    for weapon in weapons(level, iterations, names):
         if (weapon.most and size > weapon.most) or (weapon.several_steps and steps == 1):
             continue
         key = _key(place, weapon.name)
@@ -351,7 +357,7 @@ def _point(bench: Bench, level: Level, name: str, at: float) -> Iterator[Piece]:
     key = _key(f"curve-{place}", "accuracy")
     yield Piece(key, f"fleet/{name}", f"accuracy at {place}", lambda _: _accuracy_at(bench, key, name, at))
     case = _case_at(bench, name, at)
-    yield from _attacks_on(bench, case, f"curve-{place}", level, level.curve)
+    yield from _attacks_on(bench, case, f"curve-{place}", level, level.curve, level.on_curves)
     yield from _resolution(bench, case, f"curve-{place}", level)
 
 

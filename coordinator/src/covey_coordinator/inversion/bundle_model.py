@@ -24,11 +24,11 @@ from typing import Any
 
 import numpy as np
 
+from covey_coordinator.inversion.contract import OfBundle
 from covey_edge.runtime import NO_CLIPPING
 from covey_protocol.bundle import RESET_OPTIMIZER, Bundle, Manifest, TensorSpec, check_plan
 from covey_protocol.errors import UsageError
 from covey_protocol.messages import TRAIN, TrainingPlan
-from covey_protocol.parameters import ParameterSpec
 from covey_protocol.svrg import step_seed
 
 Tensor = Any
@@ -43,7 +43,7 @@ CROSS_ENTROPY = "sparse_categorical_crossentropy"
 TINY = 1e-12  # as in covey_models.steps
 
 
-class BundleModel:
+class BundleModel(OfBundle):
     """Implements `contract.AttackedModel`. dtype: tf.float32 (the default) or tf.float64.
 
     seed: of what the model draws in `loss` and `gradient`; a further batch of B draws from the next number.
@@ -55,8 +55,7 @@ class BundleModel:
         from covey_models.importing import ReadBack
 
         self._tf = tf
-        self._manifest = bundle.manifest
-        self._dtype = tf.as_dtype(dtype or tf.float32)
+        super().__init__(bundle.manifest, tf.as_dtype(dtype or tf.float32))
         if self._dtype not in (tf.float32, tf.float64):
             raise UsageError(f"a bundle cannot be computed in {self._dtype.name}", "choose tf.float32 or tf.float64")
         self._read = ReadBack(bundle.model, double=self._dtype == tf.float64)
@@ -68,22 +67,6 @@ class BundleModel:
         self._gradients = tf.function(self._gradient_of_batch, autograph=False)
         self._infer = tf.function(self._outputs_of_batch, autograph=False)
         self._step = tf.function(self._trained, autograph=False)
-
-    @property
-    def manifest(self) -> Manifest:
-        return self._manifest
-
-    @property
-    def dtype(self) -> Any:
-        return self._dtype
-
-    @property
-    def specs(self) -> Sequence[ParameterSpec]:
-        return self._manifest.parameters
-
-    @property
-    def input(self) -> TensorSpec:
-        return self._manifest.input
 
     def loss(self, parameters: Tensor, x: Tensor, y: Tensor, weights: Tensor = None) -> Tensor:
         """(): of a training step, with the model's regularisation. Weights must not all be 0."""

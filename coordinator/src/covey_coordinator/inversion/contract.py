@@ -60,6 +60,29 @@ class AttackedModel(Protocol):
         ...
 
 
+class OfBundle:
+    """The facts of an AttackedModel, for those who implement it."""
+
+    def __init__(self, manifest: Manifest, dtype: Any) -> None:
+        self._manifest, self._dtype = manifest, dtype
+
+    @property
+    def manifest(self) -> Manifest:
+        return self._manifest
+
+    @property
+    def dtype(self) -> Any:
+        return self._dtype
+
+    @property
+    def specs(self) -> Sequence[ParameterSpec]:
+        return self._manifest.parameters
+
+    @property
+    def input(self) -> TensorSpec:
+        return self._manifest.input
+
+
 @dataclass(frozen=True)
 class Seen:
     """What the attacker holds. One entry per update; several where it uses several devices or rounds.

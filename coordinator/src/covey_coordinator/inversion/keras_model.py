@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from covey_coordinator.inversion.contract import OfBundle
 from covey_protocol.bundle import FORMAT_VERSION, Manifest, TensorSpec
 from covey_protocol.errors import ConfigError, UsageError
 from covey_protocol.messages import TrainingPlan
@@ -23,7 +24,7 @@ LOSSES = ("sparse_categorical_crossentropy", "categorical_crossentropy", "binary
 TINY = 1e-12  # as in covey_models.steps: an average over no examples is 0
 
 
-class KerasModel:
+class KerasModel(OfBundle):
     """keras_model: built, of layers without moving statistics and randomness, ending in logits; its weights are only
     the start that `parameters()` gives. loss: one of LOSSES, as covey_models.losses defines them.
 
@@ -47,25 +48,8 @@ class KerasModel:
         self._keras = _in_dtype(keras_model, tf.as_dtype(dtype or tf.float32))
         self._start = _flat(keras_model.trainable_weights)
         self._owners = _owners(self._keras)
-        self._manifest = _manifest(keras_model, loss, input_range, batch_size)
+        super().__init__(_manifest(keras_model, loss, input_range, batch_size), tf.as_dtype(dtype or tf.float32))
         self._places = offsets(self.specs)
-        self._dtype = tf.as_dtype(dtype or tf.float32)
-
-    @property
-    def manifest(self) -> Manifest:
-        return self._manifest
-
-    @property
-    def dtype(self) -> Any:
-        return self._dtype
-
-    @property
-    def specs(self) -> Sequence[ParameterSpec]:
-        return self._manifest.parameters
-
-    @property
-    def input(self) -> TensorSpec:
-        return self._manifest.input
 
     def parameters(self) -> npt.NDArray[np.float32]:
         """(d,): the Keras model's own weights when this was made."""

@@ -16,7 +16,6 @@ After a crash at any moment a cell goes on after its newest state; lines of late
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -30,6 +29,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
+from covey_coordinator.held import alone_in
 from covey_coordinator.simulation.results import RoundRecord, RunResult
 from covey_edge.config import toml_content
 from covey_edge.files import write_atomic
@@ -119,16 +119,8 @@ class ExperimentFolder:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """For this process alone: two would each spoil the other's cells. A process that dies lets go."""
-        try:
-            lock = (self.path / ".lock").open("w")
-        except OSError as exc:
-            raise StorageError(f"cannot use {self.path} ({exc.strerror})", "check its permissions") from exc
-        with lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as exc:
-                raise ConfigError(f"another covey simulate works in {self.path}", "wait for it") from exc
+        """For this process alone: two would each spoil the other's cells."""
+        with alone_in(self.path, "covey simulate"):
             yield
 
     @property
