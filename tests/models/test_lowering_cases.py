@@ -723,6 +723,13 @@ def test_forward_and_gradient_equal_tensorflow(case: str) -> None:
     assert max(worst.values()) < CASES[case].tolerance, worst
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_read_back_equals_the_interpreter(case: str) -> None:
+    worst = errors(CASES[case], traced_case(case), read_back=True)
+    assert max(worst.values()) < CASES[case].tolerance, worst
+
+
 @pytest.mark.parametrize("kind", ["max", "avg"])
 def test_channels_first_pools_equal_numpy(kind: str) -> None:
     """Not TensorFlow: oneDNN in 2.14 gives wrong pools beside transposes of the same shape."""
