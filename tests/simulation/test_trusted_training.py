@@ -22,6 +22,7 @@ from simulation.mutations import Patch, wrapped
 from simulation.world import CONFIG, LedgerEngine, Outcome, World, breaks
 
 SEEDS, MANY = 15, 20_000
+CRASHED = (79, 95)  # the coordinator crashes between a rule and the end of its round: one world in thirty
 
 
 def update_for(round_id: str, parameters: Any, plan: TrainingPlan) -> Any:
@@ -94,7 +95,7 @@ def run(seed: int) -> World:
 
 
 def test_the_promise_holds_while_the_rule_waits_for_the_coordinators_own_update() -> None:
-    seen: Counter[str] = sum((run(seed).seen for seed in range(1, SEEDS)), run(0).seen)
+    seen: Counter[str] = sum((run(seed).seen for seed in (*range(1, SEEDS), *CRASHED)), run(0).seen)
     assert seen["the rule waits"] > SEEDS
     assert seen["it failed"] > 3
     assert seen["aggregated again after a crash"] > 0

@@ -80,7 +80,7 @@ class ReadBack:
             raise BundleError(f"{name} of the model takes {', '.join(sorted(point.inputs)) or 'nothing'}")
         run = _Run(self, graph, dict(state), {} if sized is None else dict(sized.constants))
         for key, number in point.inputs.items():
-            run.values[number] = self._input(f"{key} of {name}", graph, number, inputs[key])
+            run.values[number] = self.given(f"{key} of {name}", graph, number, inputs[key])
         outputs = dict(point.outputs) if wanted is None else _ports(name, point.outputs, wanted)
         run.all(None if wanted is None or sized else _needed(graph, set(outputs.values())))
         return {key: run.value(number) for key, number in outputs.items()}, run.state
@@ -140,7 +140,7 @@ class ReadBack:
             raise BundleError(f"the model has a tensor of {name}, which cannot be read back", REMEDY)
         return _TYPES[name]
 
-    def _input(self, what: str, graph: Subgraph, number: int, value: Union[Tensor, Soft]) -> Union[Tensor, Soft]:
+    def given(self, what: str, graph: Subgraph, number: int, value: Union[Tensor, Soft]) -> Union[Tensor, Soft]:
         tensor = graph.tensors[number]
         if isinstance(value, Soft):
             return value
@@ -253,7 +253,7 @@ class _Run:
         if handle.name not in self.state:
             raise BundleError(f"the model reads a variable {handle.name!r} that it never assigns", REMEDY)
         number = operator.outputs[0]
-        self.values[number] = self.read._input(f"variable {handle.name!r}", self.graph, number, self.state[handle.name])
+        self.values[number] = self.read.given(f"variable {handle.name!r}", self.graph, number, self.state[handle.name])
 
 
 def _of_soft(call: Call, inputs: list[Any]) -> Union[Tensor, Soft]:
