@@ -22,6 +22,7 @@ from covey_coordinator.libraries import prepare
 prepare()
 
 import numpy as np
+from teaching_on_agents import draw
 
 import covey_models
 from covey_coordinator.demo.devices import Shard, make_device
@@ -131,20 +132,6 @@ def plainly(model: Model, own: Dataset, truth: Any, trusted: Dataset) -> str:
     return f"{doubted.sum()} doubted, {(doubted & (own.y != truth)).sum()} of them wrong"
 
 
-def draw(path: Path, instances: list[dict[str, Any]], data: Dataset, truth: Any) -> None:
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(4, 10, figsize=(10, 5))
-    for axis, one in zip(axes.flat, instances):
-        axis.imshow(data.x[one["row"]][..., 0], cmap="gray_r")
-        axis.set_axis_off()
-        right = data.y[one["row"]] == truth[one["row"]]
-        axis.set_title(f"{one['label']} → {one['expected']}", fontsize=10, color="red" if right else "black")
-    figure.suptitle("The most doubted labels of one device: label → what is suggested (red: the label is right)")
-    figure.tight_layout()
-    figure.savefig(path, dpi=80)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=8)
@@ -170,7 +157,8 @@ def main() -> None:
                         f"d{number}, trusted alone: {plainly(model, devices[number], right[number], trusted[number])}"
                     )
         if asked.picture is not None:
-            draw(asked.picture, found[CLEAN], devices[CLEAN], right[CLEAN])
+            title = "The most doubted labels of one device: label → what is suggested"
+            draw(asked.picture, title, found[CLEAN], devices[CLEAN], right[CLEAN])
 
 
 if __name__ == "__main__":

@@ -137,7 +137,7 @@ def told(folder: Path, number: int, y: Any, truth: Any) -> list[dict[str, Any]]:
     return report
 
 
-def draw(path: Path, report: list[dict[str, Any]], data: Dataset, truth: Any) -> None:
+def draw(path: Path, title: str, report: list[dict[str, Any]], data: Dataset, truth: Any) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(4, 10, figsize=(10, 5))
@@ -145,8 +145,10 @@ def draw(path: Path, report: list[dict[str, Any]], data: Dataset, truth: Any) ->
         axis.imshow(data.x[one["row"]][..., 0], cmap="gray_r")
         axis.set_axis_off()
         right = data.y[one["row"]] == truth[one["row"]]
-        axis.set_title(f"{one['label']} → {one['expected'].split()[0]}", fontsize=10, color="red" if right else "black")
-    figure.suptitle("The most suspicious of one device: label → what the model expects (red: the label is right)")
+        axis.set_title(
+            f"{one['label']} → {str(one['expected']).split()[0]}", fontsize=10, color="red" if right else "black"
+        )
+    figure.suptitle(f"{title} (red: the label is right)")
     figure.tight_layout()
     figure.savefig(path, dpi=80)
 
@@ -170,7 +172,8 @@ def main() -> None:
             print(f"{title}: {best:.3f} (best of {len(DECAYS)} decays)")
         reports = [told(folder, number, devices[number].y, right[number]) for number in range(DEVICES)]
         if asked.picture is not None:
-            draw(asked.picture, reports[CLEAN], devices[CLEAN], right[CLEAN])
+            title = "The most suspicious of one device: label → what the model expects"
+            draw(asked.picture, title, reports[CLEAN], devices[CLEAN], right[CLEAN])
 
 
 if __name__ == "__main__":

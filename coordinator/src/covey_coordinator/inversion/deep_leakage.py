@@ -16,6 +16,7 @@ from covey_coordinator.inversion.contract import AttackedModel, Finding, Progres
 from covey_coordinator.inversion.labels import labels_for, soft_labels_possible
 from covey_coordinator.inversion.matching import (
     EVERY_NUMBER,
+    SEES,
     Bend,
     Distance,
     Simulate,
@@ -46,7 +47,7 @@ class DeepLeakage:
 
     @property
     def sees(self) -> str:
-        return "The update, the parameters sent out, the model, the plan and how many examples the device has."
+        return SEES
 
     def run(
         self, model: AttackedModel, seen: Seen, *, seed: int, stop: Stop | None = None, progress: Progress | None = None

@@ -16,6 +16,7 @@ from covey_coordinator.inversion.deep_leakage import whole_batch
 from covey_coordinator.inversion.labels import labels_for
 from covey_coordinator.inversion.matching import (
     DIRECTION,
+    SEES,
     Descent,
     Distance,
     Work,
@@ -47,7 +48,7 @@ class InvertingGradients:
 
     @property
     def sees(self) -> str:
-        return "The update, the parameters sent out, the model, the plan and how many examples the device has."
+        return SEES
 
     def run(
         self, model: AttackedModel, seen: Seen, *, seed: int, stop: Stop | None = None, progress: Progress | None = None

@@ -26,6 +26,9 @@ from covey_protocol.svrg import order_of, passes
 Numbers = npt.NDArray[Any]
 Floats = npt.NDArray[np.float64]
 Rows = npt.NDArray[np.int64]
+
+# what the attacks on one batch need
+SEES = "The update, the parameters sent out, the model, the plan and how many examples the device has."
 # dummy inputs (m, *input shape) and labels (integers, or (m, classes) soft) -> (d,), on the scale of what was seen
 Simulate = Callable[[Any, Any], Any]
 
