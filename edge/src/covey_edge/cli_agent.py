@@ -18,6 +18,10 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 # name -> the module that has it under that name, and one line for the help
 SUBCOMMANDS: dict[str, tuple[str, str]] = {
+    "forget": ("covey_edge.cli_forget", "Delete what the agent keeps on this device."),
+    "join": ("covey_edge.cli_status", "Take part again after `leave`."),
+    "leave": ("covey_edge.cli_status", "Decline every round from now on."),
+    "sent": ("covey_edge.cli_sent", "Everything that ever left this device."),
     "status": ("covey_edge.cli_status", "What the agent is doing."),
 }
 
