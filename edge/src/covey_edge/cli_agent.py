@@ -18,6 +18,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 # name -> the module that has it under that name, and one line for the help
 SUBCOMMANDS: dict[str, tuple[str, str]] = {
+    "check": ("covey_edge.cli_check", "Look for what would keep this device from taking part."),
     "forget": ("covey_edge.cli_forget", "Delete what the agent keeps on this device."),
     "join": ("covey_edge.cli_status", "Take part again after `leave`."),
     "leave": ("covey_edge.cli_status", "Decline every round from now on."),

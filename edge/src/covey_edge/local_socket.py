@@ -15,7 +15,6 @@ import logging
 import os
 import queue
 import socket
-import stat
 import struct
 import sys
 import threading
@@ -248,8 +247,3 @@ def _line(connection: socket.socket) -> bytes:
 
 def _problem(error: CoveyError) -> Reply:
     return Reply(kind=type(error).__name__, what=error.what, remedy=error.remedy)
-
-
-def is_private(path: Path) -> bool:
-    """Whether nobody but its owner may read or write it."""
-    return not stat.S_IMODE(path.stat().st_mode) & 0o077

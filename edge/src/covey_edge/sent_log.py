@@ -17,7 +17,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Optional, Protocol, Union
+from typing import Optional, Protocol, Union
 
 import msgspec
 from msgspec import Struct
@@ -178,7 +178,7 @@ class SentLog:
         at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self._now_s()))
         return Line(at, kind, words, round_id, task, size, sha256)
 
-    def _line_of(self, message: Any) -> Line:
+    def _line_of(self, message: FromDevice) -> Line:
         if isinstance(message, Offer):
             sha256, size = message.update.sha256.hex(), message.update.size
             told = contents(message.num_examples, message.metrics)
@@ -193,7 +193,7 @@ class SentLog:
         if isinstance(message, Seen):
             return self._line("seen", "has read the verdict", message.round_id)
         assert isinstance(message, Presence)
-        online = f"online, covey {message.version}, {message.runtime or 'no runtime yet'}"
+        online = f"online, covey {message.agent_version}, {message.runtime or 'no runtime yet'}"
         return self._line("presence", online if message.online else "offline")
 
     def _put_off(self, line: Line) -> None:
