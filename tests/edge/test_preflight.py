@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import datetime
+import gc
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -136,10 +136,9 @@ def test_private_files_that_others_may_read_are_a_warning(write: Callable[..., P
     assert "r.msgpack" in bad(found(preflight.disk, config))[2]
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_folder_that_cannot_be_written_is_wrong(write: Callable[..., Path], tmp_path: Path) -> None:
     config = write()
-    (tmp_path / "state").mkdir(mode=0o500)
+    (tmp_path / "state").write_text("no folder")
     told = [one for one in preflight.findings(config) if one.check == "disk"]
     assert bad(told)[:2] == (WRONG, EXIT_STORAGE)
 
@@ -177,6 +176,9 @@ def test_certificates_that_end_soon_are_warned_of_and_the_brokers_too(
 
 
 @pytest.mark.broker
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"  # paho leaves the socket of a failed handshake to the collector
+)
 def test_an_expired_broker_is_named_with_the_remedy(
     write: Callable[..., Path], readable: Path, broker_with: Callable[..., RunningBroker]
 ) -> None:
@@ -191,9 +193,10 @@ def test_an_expired_broker_is_named_with_the_remedy(
     assert "certificate has expired" in words
     assert "set this machine's clock" in words
     mine = f'cert_file = "{files["client.crt"]}"\nkey_file = "{files["client.key"]}"'
-    told = found(preflight.certificates, write(f'url = "{url}"\n{mine}'.replace("mqtts://127.0.0.1", "mqtts://[::1]")))
-    assert told[0].what.startswith("broker.cert_file expired on")
-    assert (told[0].level, told[0].code) == (WRONG, EXIT_CONFIG)
+    told = found(preflight.certificates, write(f'url = "{url}"\n{mine}'))
+    assert bad(told)[:2] == (WRONG, EXIT_CONFIG)
+    assert "broker.cert_file expired on" in bad(told)[2]
+    gc.collect()
 
 
 @pytest.mark.broker

@@ -198,10 +198,10 @@ def certificates(facts: Facts) -> Iterator[Finding]:
         what = f"{broker} is not encrypted on its way"
         yield Finding("certificates", WARNING, what, "use mqtts:// on any network that is not yours alone")
         return
-    for setting, path in (("broker.cert_file", broker.cert_file), ("broker.ca_file", broker.ca_file)):
-        if path is not None:
-            yield _dated(setting, path.read_bytes())
-    shown = _shown(facts)
+    named = (("broker.cert_file", broker.cert_file), ("broker.ca_file", broker.ca_file))
+    own = [_dated(setting, path.read_bytes()) for setting, path in named if path is not None]
+    yield from own
+    shown = _shown(facts) if all(one.level != WRONG for one in own) else None
     if shown is not None:
         yield _dated(f"the certificate of {broker}", shown)
 
