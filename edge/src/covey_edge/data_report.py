@@ -20,17 +20,40 @@ HEAD = "== "
 
 
 class LeftOut(Struct, frozen=True):
-    """Rows with one thing wrong. column: "" where it is none in particular. first: the rows, as the source counts
-    them."""
+    """Rows with one thing wrong. column: "" where it is none in particular. first: where the first are, as the source
+    names them: line, row or file."""
 
     reason: str
     column: str
     count: int
-    first: tuple[int, ...]
+    first: tuple[str, ...]
 
     def __str__(self) -> str:
-        rows = ", ".join(map(str, self.first)) + (", ..." if self.count > len(self.first) else "")
-        return f"{self.count} rows: {f'{self.column}: ' if self.column else ''}{self.reason} (rows {rows})"
+        where = ", ".join(self.first) + (", ..." if self.count > len(self.first) else "")
+        return f"{self.count} rows: {self.what} ({where})"
+
+    @property
+    def what(self) -> str:
+        return f"{self.column}: {self.reason}" if self.column else self.reason
+
+
+class Tally:
+    """Counts what is left out while it is read; bounded, however much it is."""
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[str, str], tuple[int, tuple[str, ...]]] = {}
+
+    def add(self, reason: str, place: object, column: str = "") -> None:
+        count, first = self._found.get((reason, column), (0, ()))
+        self._found[reason, column] = count + 1, first if count >= FIRST else (*first, str(place))
+
+    @property
+    def left_out(self) -> tuple[LeftOut, ...]:
+        return tuple(LeftOut(*key, *found) for key, found in self._found.items())
+
+    @property
+    def count(self) -> int:
+        return sum(count for count, _ in self._found.values())
 
 
 class ColumnFacts(Struct, frozen=True):

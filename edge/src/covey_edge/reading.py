@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
+import msgspec
 from msgspec import Struct
 
+What = Literal["training", "evaluation", "trusted", "shard"]
 ALL, TRAINING, HELD_OUT = "all", "training", "held-out"  # of the examples of one place
 
 
@@ -23,9 +25,13 @@ class Reading(Struct, frozen=True, forbid_unknown_fields=True):
     normalise: Literal["", "standard", "range"] = ""
     holdout: float = 0.0
     part: Literal["all", "training", "held-out"] = "all"
-    what: Literal["training", "evaluation", "trusted", "shard"] = "training"
+    what: What = "training"
     state_dir: str = ""
     task: str = ""
+
+    def beside(self, what: What) -> Reading:
+        """How data are read that lie beside those to train on: whole, with the statistics of those."""
+        return msgspec.structs.replace(self, what=what, part="all", holdout=0.0)
 
     def file(self, name: str, ending: str) -> Path:
         """A file in the state folder, one for each task."""
