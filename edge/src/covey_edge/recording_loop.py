@@ -85,7 +85,7 @@ class Waiting:
         self._tell()
 
     def _add_next(self) -> None:
-        """All that waits in one transaction; where one reading is bad, one by one. DataError leaves that reading out."""
+        """All that waits in one transaction; where one reading is bad, one by one. DataError leaves that one out."""
         part = [self._readings[0]] if self._singly else list(self._readings)
         bad: Optional[DataError] = None
         try:
