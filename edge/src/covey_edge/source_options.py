@@ -14,7 +14,7 @@ from covey_protocol.errors import ConfigError
 
 Columns = tuple[str, ...]
 Codes = Union[dict[str, float], tuple[str, ...]]
-Sizes = tuple[Annotated[int, Meta(ge=1)], ...]
+Positive = Annotated[int, Meta(ge=1)]
 
 
 class TableOptions(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -27,7 +27,7 @@ class TableOptions(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     label: Union[str, Columns] = "label"
     columns: Columns = ()
     codes: dict[str, Codes] = {}
-    shape: Sizes = ()
+    shape: tuple[Positive, ...] = ()
     fill: Optional[float] = None
     precise: bool = False
 
@@ -71,7 +71,7 @@ class ImagesOptions(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     of the model's classes. labels: a CSV file in the folder, in place of a folder per class. values: floats from 0 to
     1, or whole numbers from 0 to 255."""
 
-    size: Union[tuple[()], tuple[Annotated[int, Meta(ge=1)], Annotated[int, Meta(ge=1)]]] = ()
+    size: Optional[tuple[Positive, Positive]] = None
     colour: Literal["rgb", "grey"] = "rgb"
     classes: Columns = ()
     labels: str = ""
@@ -130,3 +130,6 @@ def _check_csv(options: CsvOptions, where: str) -> None:
 def _check_sqlite(options: SqliteOptions, where: str) -> None:
     if bool(options.table) == bool(options.query):
         raise ConfigError(f"{where}: give `table` or `query`, one of them", 'what `covey record` writes is "readings"')
+    for name in ("newest", "days"):
+        if options.query and getattr(options, name):
+            raise ConfigError(f"{where}: `{name}` with a query", "say it in the query, with LIMIT or WHERE")
