@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -106,15 +107,13 @@ def test_equal_examples_lie_on_one_side_whatever_their_labels_and_zeros() -> Non
     assert all(one[0] == one[1] for one in (holdout_of(zeros, 0.5, bytes([key]) * 32) for key in range(20)))
 
 
-def _made_key(folder: str) -> bytes:
-    return split_key(Path(folder))
-
-
 def test_the_key_is_made_once_also_by_processes_that_race(tmp_path: Path) -> None:
-    with multiprocessing.get_context("fork").Pool(4) as pool:
-        keys = pool.map(_made_key, [str(tmp_path / "state")] * 8)
-    assert len(set(keys)) == 1
-    assert len(keys[0]) == 32
+    script = "from pathlib import Path; from covey_edge.splitting import split_key; "
+    script += f"print(split_key(Path({str(tmp_path / 'state')!r})).hex())"
+    racing = [subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    keys = {process.communicate()[0].strip() for process in racing}
+    assert keys == {split_key(tmp_path / "state").hex()}
+    assert len(split_key(tmp_path / "state")) == 32
     path = tmp_path / "state" / "split.key"
     assert path.stat().st_mode & 0o777 == 0o600
     assert [one.name for one in path.parent.iterdir()] == ["split.key"]
@@ -301,8 +300,6 @@ def test_an_array_of_the_owners_function_is_not_changed(tmp_path: Path) -> None:
         file.write("def read():\n    return X, np.zeros(9)\n")
     reading = Reading(state_dir=str(tmp_path / "state"), normalise="standard")
     done = prepared("python", tmp_path / "own.py:read", reading, manifest())
-    import sys
-
     assert sys.modules["covey_owner_data"].X[0, 0] == 3
     assert done.x[0, 0] == pytest.approx(np.sqrt(8), rel=1e-5)
 
@@ -451,9 +448,6 @@ def test_a_child_trains_on_one_side_and_evaluates_on_the_other(
 
 def test_the_agent_knows_how_data_are_read_without_numpy() -> None:
     """What the parent imports for it: arrays stay in the child."""
-    import subprocess
-    import sys
-
     script = "import sys, covey_edge.reading, covey_edge.source_options, covey_edge.data_report\n"
     script += "print(sorted({'numpy', 'csv', 'sqlite3'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, check=True).stdout == b"[]\n"
