@@ -20,6 +20,7 @@ from typing import Any, Optional, Union
 from covey_edge import __version__
 from covey_edge.cache import BlobCache
 from covey_edge.config import Agent
+from covey_edge.data_report import DataReport
 from covey_edge.files import DISK
 from covey_edge.frames import SUSPECTED, SUSPECTED_TOLD, Done, Frame, Open, Probe, Problem, Run
 from covey_edge.inbox import Inbox
@@ -31,6 +32,7 @@ from covey_edge.opting_out import LEFT, OptOut
 from covey_edge.outbox import NumberFile, Outbox
 from covey_edge.performer import Performer
 from covey_edge.policy import data_for, places, unpinned, unwilling
+from covey_edge.reading import Reading
 from covey_edge.records_kept import RecordFolder
 from covey_edge.retired import RetiredKeys
 from covey_edge.sent_log import SentLog, contents
@@ -274,6 +276,7 @@ class AgentProgram:
             self._keep_found(frame.found, "stopped")
             self._handle(device.TrainingFailed(round_id, self._told(problem, frame.kind)))
         elif isinstance(frame, Done) and not frame.update:
+            _tell(frame.report)
             if frame.runtime != self._runtime:
                 self._runtime = frame.runtime
                 self._publish_presence(online=True)
@@ -405,6 +408,7 @@ class AgentProgram:
             str(self._agent.folder / data.path) if data.path else "",
             # also a retired key: the invitation, under a key that is not, names the bundle's hash
             tuple(key.hex() for key in self._agent.coordinators[:-1]),
+            data.kept_in(self._agent.state_dir),
         )
         self._working_since = time.monotonic()
         self._child.request(invitation.round_id, request, self._config.training.timeout_s)
@@ -466,6 +470,7 @@ class AgentProgram:
             privacy.max_label_recovery,
             privacy.screen_models,
             data.debug if data is not None else "",
+            data.kept_in(self._agent.state_dir) if data is not None else Reading(),
         )
         self._child.request(invitation.round_id, request, self._config.training.timeout_s)
 
@@ -489,9 +494,12 @@ class AgentProgram:
 
     def _check_data(self) -> None:
         """Look once at the data before connecting, so that a wrong path is known at once and not in some round."""
+        for old in self._agent.state_dir.glob("data-report*.txt"):
+            DISK.remove(old)
         for place in places(self._config.data):
             path = self._agent.folder / place.path
-            self._child.request("probe", Probe(place.source, str(path)), PROBE_TIMEOUT_S)
+            probe = Probe(place.source, str(path), place.kept_in(self._agent.state_dir))
+            self._child.request("probe", probe, max(PROBE_TIMEOUT_S, self._config.training.timeout_s))
             item = self._inbox.get()
             if item is None:
                 return  # stopped
@@ -500,8 +508,15 @@ class AgentProgram:
                 kind = getattr(errors, frame.kind, errors.TrainingError)
                 raise kind(frame.what, frame.remedy)
             self._runtime = frame.runtime
-            log.info("%s holds %d examples", path, frame.num_examples)
+            _tell(frame.report)
         log.info("covey %s trains with %s on Python %s", __version__, self._runtime, platform.python_version())
+
+
+def _tell(report: Optional[DataReport]) -> None:
+    """What was read, for the owner's log; the whole of it lies in the state folder, too."""
+    if report is not None:
+        log.info("%s holds %s", report.place, report.summary)
+        log.debug("%s", report.text().rstrip())
 
 
 def _event(message: object) -> device.Event:

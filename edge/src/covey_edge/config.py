@@ -13,6 +13,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from covey_edge.mqtt import Broker, parse_broker
+from covey_edge.source_options import OPTIONS, check_together
 from covey_protocol.errors import ConfigError
 from covey_protocol.forms import COMPRESSIONS
 from covey_protocol.keys import keys_from
@@ -26,6 +27,7 @@ else:
 
 T = TypeVar("T", bound=Struct)
 Positive = Annotated[float, Meta(gt=0)]
+Share = Annotated[float, Meta(ge=0, lt=1)]
 NotNegative = Annotated[float, Meta(ge=0)]
 Roster = dict[str, Union[str, tuple[str, ...]]]  # device -> hex digits of its key, or of the current and the next
 
@@ -64,6 +66,10 @@ class TaskData(Struct, frozen=True, forbid_unknown_fields=True):
     replica: str = ""
     shards: dict[str, str] = {}
     debug: Debug = ""
+    options: dict[str, Any] = {}
+    holdout: Share = 0.0
+    normalise: Literal["", "standard", "range"] = ""
+    bad_rows: Literal["refuse", "drop"] = "refuse"
 
 
 class DataSettings(Struct, frozen=True, forbid_unknown_fields=True):
@@ -74,6 +80,8 @@ class DataSettings(Struct, frozen=True, forbid_unknown_fields=True):
     debug: what becomes of examples whose labels the trusted ones speak against: "" for not looking, "report", "drop"
     or "mend".
     shards: name -> path of the shards of a cyclic code that this device holds; others hold each of them, too.
+    options: the source's own (source_options). holdout: the share of the examples that are never trained on. normalise:
+    how inputs are scaled by this device's statistics, "" for not. bad_rows: what becomes of rows that are no examples.
     """
 
     path: str = ""
@@ -84,6 +92,10 @@ class DataSettings(Struct, frozen=True, forbid_unknown_fields=True):
     shards: dict[str, str] = {}
     debug: Debug = ""
     tasks: dict[str, TaskData] = {}  # msgspec copies empty defaults
+    options: dict[str, Any] = {}
+    holdout: Share = 0.0
+    normalise: Literal["", "standard", "range"] = ""
+    bad_rows: Literal["refuse", "drop"] = "refuse"
 
 
 class TrainingSettings(Struct, frozen=True, forbid_unknown_fields=True):
@@ -181,6 +193,7 @@ def load_agent(path: Path) -> Agent:
         raise ConfigError(f"{path}: noise_multiplier needs clip_norm", "set privacy.clip_norm; noise is measured in it")
     _check_epsilon(path, config.privacy)
     _check_replicas(path, config)
+    _check_reading(path, config.data)
     for name in (*config.data.tasks, *(config.policy.tasks or ()), *config.policy.refuse_tasks):
         check_name(name, "task")
     if not (config.data.path or config.data.shards or config.data.tasks):
@@ -210,6 +223,30 @@ def _check_epsilon(path: Path, privacy: PrivacySettings) -> None:
         raise ConfigError(
             f"{path}: epsilon_limit with exact_evaluation: exact numbers have no epsilon", "leave one of them out"
         )
+
+
+def _check_reading(path: Path, data: DataSettings) -> None:
+    """Of sources that other distributions add, the options are checked where the data are first read."""
+    named: list[tuple[str, DataSettings | TaskData]] = [
+        ("[data", data),
+        *((f"[data.tasks.{name}", task) for name, task in data.tasks.items()),
+    ]
+    for name, own in named:
+        if own.source in OPTIONS:
+            where = f"{path}: {name}.options]"
+            check_together(as_struct(own.options, OPTIONS[own.source], where), where)
+        if own.holdout and own.evaluation_path:
+            raise ConfigError(
+                f"{path}: holdout with evaluation_path: the data for evaluations are named already",
+                "leave one of them out",
+            )
+        equal = "replica" if own.replica else "shards" if own.shards else ""
+        for setting in ("holdout", "normalise"):
+            if equal and getattr(own, setting):
+                raise ConfigError(
+                    f"{path}: {setting} with {equal}: it is this device's own, and the data are to be everybody's",
+                    "leave one of them out",
+                )
 
 
 def _check_replicas(path: Path, config: AgentConfig) -> None:
