@@ -731,13 +731,20 @@ def test_an_update_that_is_being_made_durable_when_its_device_is_revoked_is_not_
     assert machine.handle(rounds.Stored("a"), 2.0) == [record]  # over the row that says stored
 
 
-def test_who_had_declined_or_was_refused_stays_so() -> None:
+def test_who_was_refused_stays_so() -> None:
     """What was refused on arrival counts against f; a revocation later takes nothing back."""
     machine = opened()
-    machine.handle(rounds.Answered("a", Answer("run.1", False, "busy")), 1.0)
     machine.handle(rounds.Offered("b", Offer("run.1", blob_ref(b"short"), 5)), 1.0)
-    assert (revoke(machine, "a"), revoke(machine, "b"), revoke(machine, "stranger")) == ([], [], [])
+    assert (revoke(machine, "b"), revoke(machine, "stranger")) == ([], [])
     assert machine.progress()["b"] is Progress.REFUSED
+
+
+def test_who_had_declined_cannot_join_any_more_once_it_is_revoked() -> None:
+    machine = opened()
+    machine.handle(rounds.Answered("a", Answer("run.1", False, "busy")), 1.0)
+    assert revoke(machine, "a") == [rounds.Record("a", Progress.REVOKED, WHY)]
+    assert machine.handle(rounds.Answered("a", Answer("run.1", True)), 2.0) == []
+    assert machine.progress()["a"] is Progress.REVOKED
 
 
 def test_a_readmitted_device_delivers_again_only_in_the_next_round() -> None:

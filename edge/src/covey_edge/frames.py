@@ -23,7 +23,7 @@ SUSPECTED_TOLD = "this device takes the model for one made to read its data; the
 
 class Open(msgspec.Struct, frozen=True, tag="open"):
     """Load this bundle (already in the cache) and these data, or none where data_path is "". sealed_by: the
-    coordinator's public key, hex; or by one of or_by, while it has two."""
+    coordinator's public key, hex; or by one of or_by, while it has two. threads: of the runtime."""
 
     bundle_path: str
     bundle_sha256: bytes
@@ -31,6 +31,7 @@ class Open(msgspec.Struct, frozen=True, tag="open"):
     data_source: str
     data_path: str
     or_by: tuple[str, ...] = ()
+    threads: int = 1
 
 
 class Run(msgspec.Struct, frozen=True, tag="run"):
