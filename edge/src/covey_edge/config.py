@@ -144,6 +144,14 @@ class CaptureSettings(Struct, frozen=True, forbid_unknown_fields=True):
     keep_records: Annotated[int, Meta(ge=0, le=1000)] = 0
 
 
+class UpdateSettings(Struct, frozen=True, forbid_unknown_fields=True):
+    """release_key: whose releases this device installs, 64 hex digits; "" for nobody's. from_fleet: also those that
+    come over the broker, else only those that its owner gives it."""
+
+    release_key: str = ""
+    from_fleet: bool = True
+
+
 class AgentConfig(Struct, frozen=True, forbid_unknown_fields=True):
     device_id: str
     fleet: str
@@ -156,6 +164,7 @@ class AgentConfig(Struct, frozen=True, forbid_unknown_fields=True):
     policy: PolicySettings = PolicySettings()
     capture: CaptureSettings = CaptureSettings()
     state_dir: str = "state"
+    update: UpdateSettings = UpdateSettings()
 
 
 class Agent(Struct, frozen=True):
@@ -188,6 +197,7 @@ def load_agent(path: Path) -> Agent:
     for name, task in config.data.tasks.items():
         if not (task.path or task.shards):
             raise ConfigError(f"{path}: [data.tasks.{name}] has no path", "say where this task's data are")
+    _check_release_key(path, config)
     for name in config.wire.compression:
         if name not in COMPRESSIONS:
             raise ConfigError(f"{path}: there is no compression {name!r}", f"use {', '.join(COMPRESSIONS)}")
@@ -210,6 +220,15 @@ def _check_epsilon(path: Path, privacy: PrivacySettings) -> None:
         raise ConfigError(
             f"{path}: epsilon_limit with exact_evaluation: exact numbers have no epsilon", "leave one of them out"
         )
+
+
+def _check_release_key(path: Path, config: AgentConfig) -> None:
+    """Who coordinates must not be able to replace the agent."""
+    if not config.update.release_key:
+        return
+    key = PublicKey.from_hex(config.update.release_key)
+    if key in keys_from(config.identity.coordinator_key, "the coordinator"):
+        raise ConfigError(f"{path}: update.release_key is the coordinator's key", "pin the key of the releases' maker")
 
 
 def _check_replicas(path: Path, config: AgentConfig) -> None:
