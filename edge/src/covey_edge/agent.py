@@ -7,10 +7,13 @@ decisions are the machine's (covey_protocol.device), and `performer` performs it
 from __future__ import annotations
 
 import contextlib
+import difflib
 import logging
+import os
 import platform
 import queue
 import time
+from collections.abc import Callable
 from typing import Any, Optional, Union
 
 from covey_edge import __version__
@@ -21,12 +24,14 @@ from covey_edge.frames import SUSPECTED, SUSPECTED_TOLD, Done, Frame, Open, Prob
 from covey_edge.inbox import Inbox
 from covey_edge.leak_told import STOPPED, TOLD
 from covey_edge.ledger import Ledger
+from covey_edge.local_socket import LocalSocket, Question, Request, StateLock
 from covey_edge.mqtt import ConnectionDown, ConnectionUp, Incoming, MqttTransport, Refused
 from covey_edge.outbox import NumberFile, Outbox
 from covey_edge.performer import Performer
 from covey_edge.policy import data_for, places, unpinned, unwilling
 from covey_edge.records_kept import RecordFolder
 from covey_edge.retired import RetiredKeys
+from covey_edge.status import NEXT, Privacy, Status, resident_mb
 from covey_edge.training_process import TrainingProcess
 from covey_edge.withheld import NO_WITHHELD_NOISE, WithheldFile, withholds
 from covey_protocol import codec, device, errors
@@ -59,7 +64,11 @@ OFFER_EXPIRY_S = 30.0  # the machine repeats an offer: while the broker is away 
 
 
 class AgentProgram:
-    """Runs until `stop` is called. `start` connects; `run` loops."""
+    """Runs until `stop` is called. `start` connects; `run` loops.
+
+    sections: what other parts add to `report`, by name: values that JSON can hold. answers: what the local socket can
+    be asked, beside the status; each takes what was given with the question. Both are called in the loop's thread.
+    """
 
     def __init__(self, agent: Agent) -> None:
         self._agent = agent
@@ -87,11 +96,22 @@ class AgentProgram:
         )
         self._connected = False
         self._stopped = False
+        self._began = time.monotonic()
+        self._connection = "not connected yet"
+        self._lock: Optional[StateLock] = None
+        self._socket = LocalSocket(agent.state_dir, self._inbox.put)
+        self.sections: dict[str, Callable[[], object]] = {}
+        self.answers: dict[str, Callable[[dict[str, Any]], object]] = {
+            "status": lambda given: self.report(),
+            "stop": lambda given: self.stop(),
+        }
 
     # --- life
 
     def start(self) -> None:
-        """Check the data, take up what the outbox holds, connect. Raises DataError, TransportError, StorageError."""
+        """Check the data, take up what the outbox holds, connect. Raises DataError, TransportError, StorageError, and
+        ConfigError where another agent works in this state_dir."""
+        self._lock = StateLock(self._agent.state_dir)
         self._check_data()
         self._performer.start()
         self._set_will()
@@ -99,6 +119,7 @@ class AgentProgram:
         self._transport.subscribe([self._topics.round, self._topics.down(device_id)])
         self._transport.connect()
         self._connected = True
+        self._socket.open()
         log.info("%s connected to %s as %s", device_id, self._agent.broker, self._config.fleet)
 
     def run(self) -> None:
@@ -127,16 +148,66 @@ class AgentProgram:
                 self._transport.flush([self._publish_presence(online=False)], timeout_s=2.0)
             self._transport.close()
         self._child.stop()
+        self._socket.close()
+        if self._lock is not None:
+            self._lock.close()
+
+    def report(self) -> Status:
+        """What this agent is doing, for its owner."""
+        machine, invitation, privacy = self._machine, self._machine.invitation, self._config.privacy
+        book = self._ledger.book()
+        return Status(
+            device_id=self._config.device_id,
+            fleet=self._config.fleet,
+            version=__version__,
+            state=machine.state.value,
+            doing=NEXT[machine.state],
+            outbox=machine.owed,
+            broker=str(self._agent.broker),
+            privacy=Privacy(
+                noised=sum(book.noised.values()),
+                exact_updates=book.exact_updates,
+                exact_evaluations=book.exact_evaluations,
+                epsilon=book.epsilon(privacy.delta),
+                delta=privacy.delta,
+                epsilon_limit=privacy.epsilon_limit or None,
+                rounds_left=self._ledger.rounds_left(book),
+            ),
+            pid=os.getpid(),
+            uptime_s=round(time.monotonic() - self._began, 1),
+            connected=self._transport.connected,
+            connection=self._connection,
+            mqtt=self._transport.protocol,
+            runtime=self._runtime,
+            round_id=machine.round_id,
+            task=invitation.plan.task if invitation is not None else "",
+            memory_mb=resident_mb(os.getpid()),
+            child_memory_mb=resident_mb(self._child.pid),
+            sections={name: section() for name, section in self.sections.items()},
+        )
+
+    def _answer(self, request: Request) -> object:
+        answer = self.answers.get(request.ask)
+        if answer is None:
+            close = difflib.get_close_matches(request.ask, self.answers, n=1, cutoff=0.0)
+            raise errors.ConfigError(f"the agent cannot be asked {request.ask!r}", f"did you mean {close[0]!r}?")
+        return answer(request.given)
 
     # --- what comes in
 
-    def _take(self, item: Union[Incoming, ConnectionUp, ConnectionDown, Refused, tuple[object, Frame]]) -> None:
+    def _take(
+        self, item: Union[Incoming, ConnectionUp, ConnectionDown, Refused, Question, tuple[object, Frame]]
+    ) -> None:
         if isinstance(item, Incoming):
             self._take_message(item)
+        elif isinstance(item, Question):
+            item.reply(self._answer)
         elif isinstance(item, ConnectionUp):
+            self._connection = f"connected since {time.strftime('%Y-%m-%d %H:%M:%S')}"
             self._publish_presence(online=True)
             self._handle(device.Connected())
         elif isinstance(item, ConnectionDown):
+            self._connection = f"lost ({item.reason})"
             log.warning("connection to %s lost (%s), trying again", self._agent.broker, item.reason)
         elif isinstance(item, Refused):
             log.error("%s", item.error)
