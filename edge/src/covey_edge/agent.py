@@ -14,7 +14,9 @@ import platform
 import queue
 import time
 from collections.abc import Callable
-from typing import Any, Optional, Union
+from typing import TYPE_CHECKING, Any, Optional, Union
+
+from msgspec import UNSET
 
 from covey_edge import __version__
 from covey_edge.cache import BlobCache
@@ -31,6 +33,7 @@ from covey_edge.performer import Performer
 from covey_edge.policy import data_for, places, unpinned, unwilling
 from covey_edge.records_kept import RecordFolder
 from covey_edge.retired import RetiredKeys
+from covey_edge.service import Notifier
 from covey_edge.status import NEXT, Privacy, Status, resident_mb
 from covey_edge.training_process import TrainingProcess
 from covey_edge.withheld import NO_WITHHELD_NOISE, WithheldFile, withholds
@@ -54,6 +57,9 @@ from covey_protocol.messages import (
     Verdict,
 )
 from covey_protocol.topics import Topics
+
+if TYPE_CHECKING:
+    from covey_edge.updates import Updates
 
 log = logging.getLogger("covey.agent")
 
@@ -96,6 +102,10 @@ class AgentProgram:
         )
         self._connected = False
         self._stopped = False
+        self.service = Notifier()
+        self._updates = _updates_for(agent, self._transport)
+        self._trouble = self._updates.told if self._updates is not None else ""
+        self.starts_anew = False  # whether `run` returned for a new release
         self._began = time.monotonic()
         self._connection = "not connected yet"
         self._lock: Optional[StateLock] = None
@@ -105,6 +115,8 @@ class AgentProgram:
             "status": lambda given: self.report(),
             "stop": lambda given: self.stop(),
         }
+        if self._updates is not None:
+            self.sections["update"] = self._updates.facts
 
     # --- life
 
@@ -116,9 +128,11 @@ class AgentProgram:
         self._performer.start()
         self._set_will()
         device_id = self._config.device_id
-        self._transport.subscribe([self._topics.round, self._topics.down(device_id)])
+        listens = self._updates.listens if self._updates is not None else []
+        self._transport.subscribe([self._topics.round, self._topics.down(device_id), *listens])
         self._transport.connect()
         self._connected = True
+        self.service.ready()
         self._socket.open()
         log.info("%s connected to %s as %s", device_id, self._agent.broker, self._config.fleet)
 
@@ -126,12 +140,15 @@ class AgentProgram:
         """Loop until `stop`."""
         next_tick = time.monotonic() + TICK_S
         while not self._stopped:
+            if self._transport.alive:
+                self.service.pet()
             try:
                 item = self._inbox.get(timeout=max(0.0, next_tick - time.monotonic()))
             except queue.Empty:
                 next_tick = time.monotonic() + TICK_S
                 self._handle(device.Tick())
                 self._retry_fetch()
+                self._look_after_ourselves()
                 continue
             if item is not None:
                 self._take(item)
@@ -143,6 +160,8 @@ class AgentProgram:
 
     def close(self) -> None:
         """Say goodbye to the broker and end the child."""
+        if not self.starts_anew:
+            self.service.stopping()
         if self._connected:
             with contextlib.suppress(errors.TransportError):  # then the last will says it for us
                 self._transport.flush([self._publish_presence(online=False)], timeout_s=2.0)
@@ -193,6 +212,19 @@ class AgentProgram:
             raise errors.ConfigError(f"the agent cannot be asked {request.ask!r}", f"did you mean {close[0]!r}?")
         return answer(request.given)
 
+    def _look_after_ourselves(self) -> None:
+        state = self._machine.state
+        self.service.status(f"{NEXT[state]} {self._machine.round_id}; {self._connection}")
+        if self._updates is None:
+            return
+        if self._updates.tick(idle=state is device.State.IDLE):
+            log.info("starting anew for another release")
+            self.starts_anew = True
+            self.stop()
+        if self._updates.told != self._trouble:
+            self._trouble = self._updates.told
+            self._publish_presence(online=True)
+
     # --- what comes in
 
     def _take(
@@ -219,13 +251,17 @@ class AgentProgram:
         try:
             if blob is not None:
                 self._take_chunk(blob.sha256, blob.chunk, item.payload)
+                if self._updates is not None:
+                    self._updates.take_chunk(blob.sha256, blob.chunk, item.payload)
+            elif self._updates is not None and item.topic == self._topics.release:
+                self._updates.take_description(item.payload)
             elif item.payload:
                 taken = self._keys.take(
                     lambda key: codec.decode_from_coordinator(item.payload, topic=item.topic, key=key)
                 )
                 if self._keys.is_new(taken):
                     self._handle(_event(taken.message))
-        except errors.PeerError as exc:
+        except (errors.PeerError, errors.ReleaseError) as exc:
             log.warning("ignored a message: %s", exc)
         except errors.StorageError as exc:  # a key that cannot be retired for good must not be followed by a newer one
             log.error("ignored a message: %s", exc)
@@ -343,6 +379,8 @@ class AgentProgram:
         plan, training = invitation.plan, self._config.training
         limit, chunk_bytes = self._transport.max_message_bytes, invitation.parameters.chunk_size(0)
         reason = unwilling(self._config, plan) or unpinned(self._config.policy, invitation.bundle)
+        if self._updates is not None and self._updates.waits:
+            reason = "this device is about to start a new release of its agent"
         if reason:
             return device.ConditionsChecked(invitation.round_id, False, reason)
         if plan.epochs > training.max_epochs:
@@ -463,7 +501,9 @@ class AgentProgram:
 
     def _publish_presence(self, *, online: bool) -> Any:
         topic = self._topics.presence(self._config.device_id)
-        presence = Presence(online, self._session, __version__, self._runtime, self._machine.capabilities)
+        presence = Presence(
+            online, self._session, __version__, self._runtime, self._machine.capabilities, self._trouble or UNSET
+        )
         return self._transport.publish(topic, self._sealed(presence, topic), retain=True)
 
     def _check_data(self) -> None:
@@ -481,6 +521,15 @@ class AgentProgram:
             self._runtime = frame.runtime
             log.info("%s holds %d examples", path, frame.num_examples)
         log.info("covey %s trains with %s on Python %s", __version__, self._runtime, platform.python_version())
+
+
+def _updates_for(agent: Agent, transport: MqttTransport) -> Optional[Updates]:
+    """None where the owner wants none; what does it is loaded for the others alone."""
+    if not agent.config.update.release_key:
+        return None
+    from covey_edge.updates import updates_for
+
+    return updates_for(agent, transport)
 
 
 def _event(message: object) -> device.Event:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import logging
 import signal
 from pathlib import Path
 from typing import Any, Callable, Optional, TypeVar
@@ -18,6 +17,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 # name -> the module that has it under that name, and one line for the help
 SUBCOMMANDS: dict[str, tuple[str, str]] = {
+    "unit": ("covey_edge.cli_unit", "A systemd unit for this agent."),
+    "update": ("covey_edge.cli_update", "Give the agent a new release of itself."),
     "status": ("covey_edge.cli_status", "What the agent is doing."),
 }
 
@@ -80,12 +81,11 @@ def run(config_path: Path, quiet: bool, parent: Optional[int]) -> None:
     from covey_edge.agent import AgentProgram
     from covey_edge.config import load_agent
     from covey_edge.processes import die_with_parent
+    from covey_edge.service import begin_to_log
 
     if parent:
         die_with_parent(parent)
-    logging.basicConfig(
-        level=logging.WARNING if quiet else logging.INFO, format="%(asctime)s %(levelname)s %(message)s"
-    )
+    begin_to_log(quiet=quiet)
     program = AgentProgram(load_agent(config_path))
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: program.stop())
@@ -94,3 +94,7 @@ def run(config_path: Path, quiet: bool, parent: Optional[int]) -> None:
         program.run()
     finally:
         program.close()
+    if program.starts_anew:
+        from covey_edge.launcher import start_anew
+
+        start_anew(program.service.inherited)

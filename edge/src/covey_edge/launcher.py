@@ -14,8 +14,6 @@ import argparse
 import contextlib
 import json
 import os
-import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -23,153 +21,35 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Optional
 
 from covey_edge import __version__
-from covey_edge.files import write_atomic
+from covey_edge.boot import (
+    ATTEMPTS,
+    BASE_PATH,
+    LAUNCHER,
+    RELEASE,
+    RELEASES,
+    TRIAL,
+    Boot,
+    Folder,
+    attempted,
+    best,
+    confirmed,
+    failed,
+    taken_up,
+)
 from covey_edge.service import Notifier, error_prefix, to_journal
 from covey_protocol.errors import EXIT_TRANSPORT, StorageError
 
-ATTEMPTS = 3
 AGAIN = 75  # an agent on trial that ends so wants to be started anew
 READY_S, HEALTHY_S, PAUSE_S = 180.0, 60.0, 5.0
 OUTAGE_PAUSE_S = 120.0  # after a trial that found no broker
 WATCHDOG_S = 60.0  # of a release on trial
 LOOK_S = 0.5  # how often a trial is looked at
 STOP_S = 20.0  # for a trial that is to end
-
-# between the launcher and the agent
-RELEASES, RELEASE, TRIAL = "COVEY_RELEASES", "COVEY_RELEASE", "COVEY_TRIAL"
-LAUNCHER, BASE_PATH = "COVEY_LAUNCHER", "COVEY_BASE_PYTHONPATH"
-
-_VERSION = re.compile(r"\d{1,6}(?:\.\d{1,6}){0,3}")
-
-
-@dataclass(frozen=True)
-class Boot:
-    """What the launcher knows. current, previous: releases that were healthy, "" for the covey that is installed.
-    trial: the release that is tried, attempts: how often it was started. bad: releases that failed, by version.
-    failed: of the newest of them, in words."""
-
-    current: str = ""
-    previous: str = ""
-    trial: str = ""
-    attempts: int = 0
-    bad: tuple[str, ...] = field(default=())
-    failed: str = ""
-
-
-@dataclass(frozen=True)
-class Staged:
-    """A release that is unpacked and wants to be tried. again: also where it has failed before (its owner says so)."""
-
-    version: str = ""
-    again: bool = False
-
-
-def newer(version: str, other: str) -> bool:
-    def numbers(text: str) -> list[int]:
-        found = [int(number) for number in re.findall(r"\d+", text)][:4]
-        return found + [0] * (4 - len(found))
-
-    return numbers(version) > numbers(other)
-
-
-# --- what to do next: no files, no processes
-
-
-def taken_up(boot: Boot, staged: Staged, here: Sequence[str], base: str) -> Boot:
-    """The staged release goes on trial, if it is unpacked, newer than all that runs, and not known to fail."""
-    version = staged.version
-    runs = best(boot, here, base) or base
-    if version not in here or not newer(version, runs) or (version in boot.bad and not staged.again):
-        return boot
-    return replace(boot, trial=version, attempts=0, bad=tuple(one for one in boot.bad if one != version))
-
-
-def best(boot: Boot, here: Sequence[str], base: str) -> str:
-    """The release to run when nothing is tried; "" for the covey that is installed, also where that is newer."""
-    for version in (boot.current, boot.previous):
-        if version in here and newer(version, base):
-            return version
-    return ""
-
-
-def attempted(boot: Boot, here: Sequence[str], base: str) -> Boot:
-    """Before a start: one attempt more for what is on trial, or its end."""
-    if not boot.trial:
-        return boot
-    if boot.trial not in here or not newer(boot.trial, base):
-        return replace(boot, trial="", attempts=0)
-    if boot.attempts >= ATTEMPTS:
-        return failed(boot, f"{boot.trial} was not healthy in {ATTEMPTS} attempts")
-    return replace(boot, attempts=boot.attempts + 1)
-
-
-def failed(boot: Boot, why: str) -> Boot:
-    return replace(boot, trial="", attempts=0, bad=(*boot.bad, boot.trial)[-16:], failed=why)
-
-
-def confirmed(boot: Boot) -> Boot:
-    return replace(boot, current=boot.trial, previous=boot.current, trial="", attempts=0, failed="")
-
-
-# --- the files
-
-
-class Folder:
-    """STATE/releases. Only the launcher writes boot.json, only the agent staged.json."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def boot(self) -> Boot:
-        """What cannot be read is as if nothing was ever installed."""
-        content = _json(self.path / "boot.json")
-        content["bad"] = tuple(content.get("bad", ()))
-        try:
-            return Boot(**content)
-        except TypeError:
-            return Boot()
-
-    def save(self, boot: Boot) -> None:
-        write_atomic(self.path / "boot.json", (json.dumps(asdict(boot), indent=1) + "\n").encode(), mode=0o600)
-
-    def staged(self) -> Staged:
-        content = _json(self.path / "staged.json")
-        return Staged(str(content.get("version", "")), bool(content.get("again", False)))
-
-    def stage(self, staged: Staged) -> None:
-        write_atomic(self.path / "staged.json", json.dumps(asdict(staged)).encode(), mode=0o600)
-
-    def unstage(self) -> None:
-        (self.path / "staged.json").unlink(missing_ok=True)
-
-    def here(self) -> list[str]:
-        """The versions that are unpacked."""
-        try:
-            return sorted(name for name in os.listdir(self.path) if _VERSION.fullmatch(name))
-        except OSError:
-            return []
-
-    def remove_others(self, keep: Sequence[str]) -> None:
-        """What is neither run nor tried any more, and what an unfinished installation left."""
-        with contextlib.suppress(OSError):
-            for name in os.listdir(self.path):
-                unfinished = name.startswith(".") and name.endswith(".tmp")
-                if unfinished or (_VERSION.fullmatch(name) and name not in keep):
-                    shutil.rmtree(self.path / name, ignore_errors=True)
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
 
 # --- the program
 
@@ -184,13 +64,13 @@ class Launcher:
         self._options = options
         self._folder = Folder(Path(options.state).resolve() / "releases")
         self._arguments = list(arguments)
+        self._notifier = Notifier()
         # an agent that ended itself to be started anew leaves us the path of a release
         base_path = os.environ.pop(BASE_PATH, os.environ.get("PYTHONPATH", ""))
         self._environment = {
             **{name: value for name, value in os.environ.items() if name not in (RELEASE, TRIAL, "PYTHONPATH")},
             **({"PYTHONPATH": base_path} if base_path else {}),
         }
-        self._notifier = Notifier()
         self._stopping = 0
 
     def run(self) -> int:
@@ -241,23 +121,27 @@ class Launcher:
         }
 
     def _become(self, version: str) -> None:
-        os.execve(sys.executable, self._command(), {**self._with(version), **self._notifier.inherited})
+        environment = {**self._with(version), **self._notifier.inherited}
+        os.execve(sys.executable, self._command(), environment)  # noqa: S606 - our own program, no shell on purpose
 
     # --- a trial
 
     def _try_out(self, boot: Boot) -> int:
         """Run the release on trial as a child until it ends. It is confirmed while it runs, once it is healthy."""
         say(f"trying release {boot.trial}, attempt {boot.attempts} of {ATTEMPTS}")
-        with tempfile.TemporaryDirectory(prefix="covey-") as place, socket.socket(
-            socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC
-        ) as signs:
+        with (
+            tempfile.TemporaryDirectory(prefix="covey-") as place,
+            socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as signs,
+        ):
             address = os.path.join(place, "notify")
             signs.bind(address)
             signs.settimeout(LOOK_S)
             environment = {**self._with(boot.trial), TRIAL: "1", "NOTIFY_SOCKET": address}
             environment["WATCHDOG_USEC"] = str(int(self._options.watchdog * 1e6))
             child = subprocess.Popen(self._command("--parent", str(os.getpid())), env=environment)
-            previous = {number: signal.signal(number, self._forward(child)) for number in (signal.SIGTERM, signal.SIGINT)}
+            previous = {
+                number: signal.signal(number, self._forward(child)) for number in (signal.SIGTERM, signal.SIGINT)
+            }
             try:
                 why = self._watch(child, signs, boot)
             finally:
@@ -304,7 +188,7 @@ class Launcher:
         """What the child says goes on to whoever watches us; only a goodbye does not, unless it is ours."""
         try:
             words = signs.recv(4096).decode(errors="replace").splitlines()
-        except socket.timeout:  # noqa: UP041  # another class before Python 3.10
+        except socket.timeout:  # another class before Python 3.10
             return []
         for word in words:
             if word != "STOPPING=1" or self._stopping:
@@ -345,7 +229,7 @@ def start_anew(inherited: dict[str, str]) -> None:
         sys.exit(AGAIN)  # the launcher waits for us
     command = json.loads(os.environ[LAUNCHER])
     environment = {**os.environ, **inherited, "PYTHONPATH": os.environ.get(BASE_PATH, "")}
-    os.execve(command[0], command, environment)
+    os.execve(command[0], command, environment)  # noqa: S606 - the command that started us
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:

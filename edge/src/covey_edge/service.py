@@ -32,10 +32,6 @@ class Notifier:
         self.inherited = {name: environment.pop(name) for name in INHERITED if name in environment}
         address = self.inherited.get("NOTIFY_SOCKET", "")
         self._address = "\0" + address[1:] if address.startswith("@") else address  # an abstract one
-        self._socket: Optional[socket.socket] = None
-        if self._address:
-            self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
-            self._socket.setblocking(False)
         self._pet_every_s = watchdog_s(self.inherited) / PETS_PER_TIMEOUT
         self._next_pet = 0.0
         self._status = ""
@@ -60,9 +56,12 @@ class Notifier:
             self.say("WATCHDOG=1")
 
     def say(self, text: str) -> None:
-        if self._socket is not None:
-            with contextlib.suppress(OSError):  # nobody listens any more
-                self._socket.sendto(text.encode(), self._address)
+        if not self._address:
+            return
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as out:
+            out.setblocking(False)
+            with contextlib.suppress(OSError):  # nobody listens, or not at the moment
+                out.sendto(text.encode(), self._address)
 
 
 def watchdog_s(variables: MutableMapping[str, str]) -> float:

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Optional, Protocol
 
 from covey_edge import __version__
+from covey_edge.boot import RELEASE, RELEASES, TRIAL, Folder, Staged
 from covey_edge.cache import BlobCache
 from covey_edge.config import Agent
 from covey_edge.files import write_atomic
-from covey_edge.launcher import RELEASE, RELEASES, TRIAL, Folder, Staged
 from covey_protocol.blobs import BlobAssembly
 from covey_protocol.errors import ConfigError, ReleaseError, StorageError
 from covey_protocol.messages import reason_text
@@ -63,6 +63,7 @@ class Updates:
         """Raises ConfigError where the launcher looks for releases in another folder than this agent's."""
         self._device_id = agent.config.device_id
         self._key = PublicKey.from_hex(agent.config.update.release_key)
+        self._from_fleet = agent.config.update.from_fleet
         self._topics, self._transport, self._clock = Topics(agent.config.fleet), transport, clock
         self._folder = Folder(agent.state_dir.resolve() / "releases")
         self._cache = BlobCache(self._folder.path / "incoming", MAX_WHEELS)
@@ -87,7 +88,7 @@ class Updates:
 
     @property
     def listens(self) -> list[str]:
-        return [self._topics.release]
+        return [self._topics.release] if self._from_fleet else []
 
     @property
     def waits(self) -> bool:

@@ -18,7 +18,8 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from email.parser import HeaderParser
-from importlib.metadata import PackageNotFoundError, version as installed_version
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as installed_version
 from pathlib import Path
 
 from covey_edge.files import make_folder, sync_folder
@@ -63,7 +64,9 @@ def look_at(file_name: str, data: bytes, room_bytes: int = MAX_UNPACKED_BYTES) -
         version_of(version)
     except (KeyError, UsageError) as exc:
         raise ReleaseError(f"{file_name} does not say its name and version ({exc})", REMEDY) from exc
-    return Facts(name, version, tuple(metadata.get("Requires-Dist", ())), metadata.get("Requires-Python", [""])[0], files)
+    return Facts(
+        name, version, tuple(metadata.get("Requires-Dist", ())), metadata.get("Requires-Python", [""])[0], files
+    )
 
 
 def _contents(file_name: str, archive: zipfile.ZipFile, room_bytes: int) -> Iterator[tuple[str, bytes]]:
@@ -86,7 +89,7 @@ def _contents(file_name: str, archive: zipfile.ZipFile, room_bytes: int) -> Iter
 def _check_place(file_name: str, entry: zipfile.ZipInfo) -> None:
     name = entry.filename
     parts = name.rstrip("/").split("/")
-    outside = any(part in ("", ".", "..") for part in parts) or any(char in name for char in '\\:\0')
+    outside = any(part in ("", ".", "..") for part in parts) or any(char in name for char in "\\:\0")
     kind = stat.S_IFMT(entry.external_attr >> 16)
     if outside or len(name) > MAX_NAME_CHARS or kind not in (0, stat.S_IFREG, stat.S_IFDIR):
         raise ReleaseError(f"{file_name} holds {name[:80]!r}, which is no plain file in its folder", REMEDY)
@@ -183,12 +186,12 @@ def _version_of(name: str, found: dict[str, Facts]) -> str:
 
 
 def unpack(files: dict[str, bytes], folder: Path) -> None:
-    """Make `folder` with these files: whole and durable, or not there. What an interrupted attempt left is removed."""
-    if folder.is_dir():
-        return
-    unfinished = folder.with_name(f".{folder.name}.tmp")
+    """Make `folder` with these files: whole and durable when this returns, and at no moment there in part. What was
+    there goes."""
+    unfinished, old = (folder.with_name(f".{folder.name}.{what}.tmp") for what in ("new", "old"))
     try:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        for left in (unfinished, old):
+            shutil.rmtree(left, ignore_errors=True)
         make_folder(folder.parent)
         os.mkdir(unfinished)
         folders = {unfinished}
@@ -199,8 +202,11 @@ def unpack(files: dict[str, bytes], folder: Path) -> None:
             _write(path, content)
         for one in sorted(folders):
             sync_folder(one)
+        if folder.is_dir():
+            os.rename(folder, old)
         os.rename(unfinished, folder)
         sync_folder(folder.parent)
+        shutil.rmtree(old, ignore_errors=True)
     except OSError as exc:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise StorageError(f"cannot unpack {folder} ({exc.strerror or exc})", "free some space") from exc

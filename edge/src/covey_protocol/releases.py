@@ -141,7 +141,9 @@ def read_release_file(data: bytes, key: PublicKey) -> tuple[bytes, Release, list
     release = open_release(sealed, key)
     if len(rest) != release.size:
         lacking = "ends too early" if len(rest) < release.size else "has more in it than it says"
-        raise ReleaseError(f"the release file {lacking} ({len(rest)} bytes of wheels for {release.size})", "fetch it again")
+        raise ReleaseError(
+            f"the release file {lacking} ({len(rest)} bytes of wheels for {release.size})", "fetch it again"
+        )
     wheels = []
     for wheel in release.wheels:
         wheels.append(rest[: wheel.blob.size])
