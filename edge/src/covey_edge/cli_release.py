@@ -74,6 +74,21 @@ def widen(file: Path, key_path: Path, share: float, out: Path) -> None:
     click.echo(f"{out}: release {new.version}, serial {new.serial}, for {100 * share:g} % of the devices")
 
 
+@release.command(short_help="Say what a release is.")
+@click.argument("file", type=click.Path(path_type=Path))
+def show(file: Path) -> None:
+    """Print, as JSON, what the release in FILE says of itself. Its seal is not looked at."""
+    import json
+
+    import msgspec
+
+    from covey_edge.updates import read_bounded
+    from covey_protocol.releases import described_unverified, sealed_part
+
+    facts = msgspec.to_builtins(described_unverified(sealed_part(read_bounded(file))))
+    click.echo(json.dumps(facts, indent=2))
+
+
 @release.command(short_help="Put a release on a broker for a fleet's devices.")
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--broker", "url", required=True, help="mqtt://HOST:PORT or mqtts://...")

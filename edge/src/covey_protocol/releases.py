@@ -82,6 +82,18 @@ def seal_release(release: Release, key: SealingKey) -> bytes:
 
 def open_release(data: bytes, key: PublicKey) -> Release:
     """ReleaseError for anything but a release that this key has sealed, whatever the bytes."""
+    sealed = _opened(data)
+    if not key.verifies(sealed.seal, SEAL_CONTEXT + sealed.body):
+        raise ReleaseError("the release is not sealed by the pinned release_key", "fetch it from its maker again")
+    return _read(sealed)
+
+
+def described_unverified(data: bytes) -> Release:
+    """For looking at one without its maker's key: everything is checked but the seal."""
+    return _read(_opened(data))
+
+
+def _opened(data: bytes) -> _Sealed:
     if len(data) > MAX_SEALED_BYTES:
         raise ReleaseError(f"a release's description of {len(data)} bytes", f"at most {MAX_SEALED_BYTES} are read")
     try:
@@ -90,8 +102,10 @@ def open_release(data: bytes, key: PublicKey) -> Release:
         raise ReleaseError(f"this is not the description of a release ({exc})", "fetch it again") from exc
     if sealed.format != FORMAT:
         raise ReleaseError(f"a release of format {sealed.format}, this agent reads {FORMAT}", "update in smaller steps")
-    if not key.verifies(sealed.seal, SEAL_CONTEXT + sealed.body):
-        raise ReleaseError("the release is not sealed by the pinned release_key", "fetch it from its maker again")
+    return sealed
+
+
+def _read(sealed: _Sealed) -> Release:
     try:
         return _release.decode(sealed.body)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
