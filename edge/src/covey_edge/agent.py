@@ -15,7 +15,9 @@ import platform
 import queue
 import time
 from collections.abc import Callable
-from typing import Any, Optional, Union
+from typing import TYPE_CHECKING, Any, Optional, Union
+
+from msgspec import UNSET
 
 from covey_edge import __version__
 from covey_edge.cache import BlobCache
@@ -37,6 +39,7 @@ from covey_edge.reading import Reading
 from covey_edge.records_kept import RecordFolder
 from covey_edge.retired import RetiredKeys
 from covey_edge.sent_log import SentLog, contents
+from covey_edge.service import Notifier
 from covey_edge.status import Privacy, Status, doing, last_lines, resident_mb
 from covey_edge.training_process import TrainingProcess
 from covey_edge.watch import Order, Watch
@@ -61,6 +64,9 @@ from covey_protocol.messages import (
     Verdict,
 )
 from covey_protocol.topics import Topics
+
+if TYPE_CHECKING:
+    from covey_edge.updates import Updates
 
 log = logging.getLogger("covey.agent")
 
@@ -112,6 +118,10 @@ class AgentProgram:
         )
         self._connected = False
         self._stopped = False
+        self.service = Notifier()
+        self._updates = _updates_for(agent, self._transport)
+        self._trouble = self._updates.told if self._updates is not None else ""
+        self.starts_anew = False  # whether `run` returned for a new release
         self._began = self._working_since = time.monotonic()
         self._connection = "not connected yet"
         self._lock: Optional[StateLock] = None
@@ -123,6 +133,8 @@ class AgentProgram:
             "leave": lambda given: self.leave(),
             "join": lambda given: self._opt_out.join(),
         }
+        if self._updates is not None:
+            self.sections["update"] = self._updates.facts
 
     # --- life
 
@@ -136,9 +148,11 @@ class AgentProgram:
             self._withdraw()
         self._set_will()
         device_id = self._config.device_id
-        self._transport.subscribe([self._topics.round, self._topics.down(device_id)])
+        listens = self._updates.listens if self._updates is not None else []
+        self._transport.subscribe([self._topics.round, self._topics.down(device_id), *listens])
         self._transport.connect()
         self._connected = True
+        self.service.ready()
         self._socket.open()
         log.info("%s connected to %s as %s", device_id, self._agent.broker, self._config.fleet)
 
@@ -146,6 +160,8 @@ class AgentProgram:
         """Loop until `stop`."""
         next_tick = time.monotonic() + TICK_S
         while not self._stopped:
+            if self._transport.alive:
+                self.service.pet()
             try:
                 item = self._inbox.get(timeout=max(0.0, next_tick - time.monotonic()))
             except queue.Empty:
@@ -153,6 +169,7 @@ class AgentProgram:
                 self._handle(device.Tick())
                 self._watch_conditions()
                 self._retry_fetch()
+                self._look_after_ourselves()
                 continue
             if item is not None:
                 self._take(item)
@@ -164,6 +181,8 @@ class AgentProgram:
 
     def close(self) -> None:
         """Say goodbye to the broker and end the child."""
+        if not self.starts_anew:
+            self.service.stopping()
         if self._connected:
             with contextlib.suppress(errors.TransportError):  # then the last will says it for us
                 self._transport.flush([self._publish_presence(online=False)], timeout_s=2.0)
@@ -220,6 +239,21 @@ class AgentProgram:
             raise errors.ConfigError(f"the agent cannot be asked {request.ask!r}", f"did you mean {close[0]!r}?")
         return answer(request.given)
 
+    def _look_after_ourselves(self) -> None:
+        state = self._machine.state
+        if self.service.heard:  # else the opt-out is not looked up
+            what = doing(state, self._opt_out.since_ms(), self._transport.connected)
+            self.service.status(f"{what} {self._machine.round_id}; {self._connection}")
+        if self._updates is None:
+            return
+        if self._updates.tick(idle=state is device.State.IDLE):
+            log.info("starting anew for another release")
+            self.starts_anew = True
+            self.stop()
+        if self._updates.told != self._trouble:
+            self._trouble = self._updates.told
+            self._publish_presence(online=True)
+
     # --- what comes in
 
     def _take(
@@ -246,13 +280,17 @@ class AgentProgram:
         try:
             if blob is not None:
                 self._take_chunk(blob.sha256, blob.chunk, item.payload)
+                if self._updates is not None:
+                    self._updates.take_chunk(blob.sha256, blob.chunk, item.payload)
+            elif self._updates is not None and item.topic == self._topics.release:
+                self._updates.take_description(item.payload)
             elif item.payload:
                 taken = self._keys.take(
                     lambda key: codec.decode_from_coordinator(item.payload, topic=item.topic, key=key)
                 )
                 if self._keys.is_new(taken) and not self._held_back(taken.message):
                     self._handle(_event(taken.message))
-        except errors.PeerError as exc:
+        except (errors.PeerError, errors.ReleaseError) as exc:
             log.warning("ignored a message: %s", exc)
         except errors.StorageError as exc:  # a key that cannot be retired for good must not be followed by a newer one
             log.error("ignored a message: %s", exc)
@@ -373,6 +411,8 @@ class AgentProgram:
         limit, chunk_bytes = self._transport.max_message_bytes, invitation.parameters.chunk_size(0)
         reason = LEFT if self._opt_out.since_ms() is not None else ""
         reason = reason or unwilling(self._config, plan) or unpinned(self._config.policy, invitation.bundle)
+        if not reason and self._updates is not None and self._updates.waits:
+            reason = "this device is about to start a new release of its agent"
         if reason:
             return device.ConditionsChecked(invitation.round_id, False, reason)
         if plan.epochs > training.max_epochs:
@@ -556,7 +596,9 @@ class AgentProgram:
 
     def _publish_presence(self, *, online: bool) -> Any:
         topic = self._topics.presence(self._config.device_id)
-        presence = Presence(online, self._session, __version__, self._runtime, self._machine.capabilities)
+        presence = Presence(
+            online, self._session, __version__, self._runtime, self._machine.capabilities, self._trouble or UNSET
+        )
         self._sent.before(presence)
         return self._transport.publish(topic, self._sealed(presence, topic), retain=True)
 
@@ -585,6 +627,15 @@ def _tell(report: Optional[DataReport]) -> None:
     if report is not None:
         log.info("%s holds %s", report.place, report.summary)
         log.debug("%s", report.text().rstrip())
+
+
+def _updates_for(agent: Agent, transport: MqttTransport) -> Optional[Updates]:
+    """None where the owner wants none; what does it is loaded for the others alone."""
+    if not agent.config.update.release_key:
+        return None
+    from covey_edge.updates import updates_for
+
+    return updates_for(agent, transport)
 
 
 def _event(message: object) -> device.Event:

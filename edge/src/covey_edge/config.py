@@ -184,6 +184,14 @@ class ConditionSettings(Struct, frozen=True, forbid_unknown_fields=True):
     tell: bool = True
 
 
+class UpdateSettings(Struct, frozen=True, forbid_unknown_fields=True):
+    """release_key: whose releases this device installs, 64 hex digits; "" for nobody's. from_fleet: also those that
+    come over the broker, else only those that its owner gives it."""
+
+    release_key: str = ""
+    from_fleet: bool = True
+
+
 class AgentConfig(Struct, frozen=True, forbid_unknown_fields=True):
     device_id: str
     fleet: str
@@ -197,6 +205,7 @@ class AgentConfig(Struct, frozen=True, forbid_unknown_fields=True):
     capture: CaptureSettings = CaptureSettings()
     state_dir: str = "state"
     conditions: ConditionSettings = ConditionSettings()
+    update: UpdateSettings = UpdateSettings()
 
 
 class Agent(Struct, frozen=True):
@@ -231,6 +240,7 @@ def load_agent(path: Path) -> Agent:
     for name, task in config.data.tasks.items():
         if not (task.path or task.shards):
             raise ConfigError(f"{path}: [data.tasks.{name}] has no path", "say where this task's data are")
+    _check_release_key(path, config)
     for name in config.wire.compression:
         if name not in COMPRESSIONS:
             raise ConfigError(f"{path}: there is no compression {name!r}", f"use {', '.join(COMPRESSIONS)}")
@@ -277,6 +287,15 @@ def _check_reading(path: Path, data: DataSettings) -> None:
                     f"{path}: {setting} with {equal}: it is this device's own, and the data are to be everybody's",
                     "leave one of them out",
                 )
+
+
+def _check_release_key(path: Path, config: AgentConfig) -> None:
+    """Who coordinates must not be able to replace the agent."""
+    if not config.update.release_key:
+        return
+    key = PublicKey.from_hex(config.update.release_key)
+    if key in keys_from(config.identity.coordinator_key, "the coordinator"):
+        raise ConfigError(f"{path}: update.release_key is the coordinator's key", "pin the key of the releases' maker")
 
 
 def _check_replicas(path: Path, config: AgentConfig) -> None:
