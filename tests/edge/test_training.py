@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from patience import PATIENCE_S
 
+from covey_edge import training_process
 from covey_edge.frames import Done, Open, Probe, Problem, Run
 from covey_edge.runtime import Model
 from covey_edge.trainer import Trainer, check_sendable, protect
@@ -231,6 +232,32 @@ def test_a_killed_child_is_a_problem_and_the_next_request_starts_a_new_one(
     process.request("third", probe, PATIENCE_S)
     assert answers.get(timeout=PATIENCE_S) == ("third", PROBED)
     assert process.pid != first
+
+
+def test_a_child_that_has_long_had_nothing_to_do_ends_and_the_next_request_starts_a_new_one(
+    child: tuple[TrainingProcess, queue.Queue[tuple[object, Any]]], device: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process, answers = child
+    probe = Probe("npz", str(device / "data.npz"))
+    process.rest()
+    process.request("first", probe, PATIENCE_S)
+    assert answers.get(timeout=PATIENCE_S) == ("first", PROBED)
+    first = process.pid
+    assert first is not None
+    process.rest()
+    assert process.pid == first  # it answered a moment ago
+    monkeypatch.setattr(training_process, "IDLE_S", 0.0)
+    os.kill(first, signal.SIGSTOP)
+    process.request("second", probe, PATIENCE_S)
+    process.rest()
+    assert process.pid == first  # it is at work
+    os.kill(first, signal.SIGCONT)
+    assert answers.get(timeout=PATIENCE_S) == ("second", PROBED)
+    process.rest()
+    assert process.pid is None
+    process.request("third", probe, PATIENCE_S)
+    assert answers.get(timeout=PATIENCE_S) == ("third", PROBED)
+    assert process.pid not in (None, first)
 
 
 def test_a_training_that_takes_too_long_is_ended(

@@ -79,6 +79,8 @@ class AgentProgram:
         self._child = TrainingProcess(
             lambda token, frame: self._inbox.put((token, frame)), agent.config.training.memory_mb
         )
+        # what was found about the labels lives in the child; finding it again costs more than the child's memory
+        self._debugs = any(place.debug for place in (agent.config.data, *agent.config.data.tasks.values()))
         self._assemblies: dict[bytes, BlobAssembly] = {}
         self._fetch_progress, self._fetch_patience_s = 0.0, FETCH_RETRY_S
         self._runtime = ""
@@ -111,6 +113,8 @@ class AgentProgram:
                 next_tick = time.monotonic() + TICK_S
                 self._handle(device.Tick())
                 self._retry_fetch()
+                if not self._debugs:
+                    self._child.rest()
                 continue
             if item is not None:
                 self._take(item)

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import Optional
 
@@ -23,6 +24,7 @@ from covey_protocol.errors import UsageError
 
 # one BLAS thread: the model runs in TFLite, and idle BLAS threads only cost memory on a small device
 CHILD_ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+IDLE_S = 30.0  # between the requests of a round are moments, between rounds often hours: the child holds 50 MB
 
 
 class TrainingProcess:
@@ -35,6 +37,7 @@ class TrainingProcess:
         self._lock = threading.Lock()
         self._pending: Optional[object] = None
         self._timer: Optional[threading.Timer] = None
+        self._answered = time.monotonic()
 
     @property
     def busy(self) -> bool:
@@ -59,6 +62,11 @@ class TrainingProcess:
             write_frame(child.stdin, frame)
         except OSError:
             pass  # the child died; its reader thread sees the end of the pipe and answers
+
+    def rest(self) -> None:
+        """End a child that has had nothing to do for IDLE_S; the next request starts another, in half a second."""
+        if self._child is not None and not self.busy and time.monotonic() - self._answered > IDLE_S:
+            self.stop()
 
     def stop(self) -> None:
         """End the child, whatever it is doing; no answer comes any more."""
@@ -101,6 +109,7 @@ class TrainingProcess:
             if child is not self._child or self._pending is None:
                 return
             token, self._pending = self._pending, None
+            self._answered = time.monotonic()
             self._cancel_timer()
         self._on_answer(token, frame)
 
