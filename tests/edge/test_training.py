@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import queue
 import signal
@@ -302,6 +303,30 @@ sys.stdin.read()
         time.sleep(0.05)
     os.kill(pid, signal.SIGKILL)
     pytest.fail("the training child outlived its agent")
+
+
+FORKED = """
+import hashlib, json, sys
+from pathlib import Path
+from covey_edge.frames import Open, Problem
+from covey_edge.trainer import Trainer
+path, data, right, wrong = sys.argv[1:]
+sha256 = hashlib.sha256(Path(path).read_bytes()).digest()
+answers = [Trainer().answer(Open(path, sha256, key, "npz", data)) for key in (wrong, right)]
+print(json.dumps([[getattr(answer, "what", "") for answer in answers], "cryptography" in sys.modules]))
+"""
+
+
+def test_a_training_child_checks_the_seal_without_loading_what_checks_it(
+    device: Path, coordinator_key: SealingKey
+) -> None:
+    keys = [coordinator_key.public.hex(), SealingKey.from_seed(bytes([5]) * 32).public.hex()]
+    command = [sys.executable, "-c", FORKED, str(device / "bundle"), str(device / "data.npz"), *keys]
+    ended = subprocess.run(command, check=True, capture_output=True, text=True)
+    (refused, accepted), loaded = json.loads(ended.stdout)
+    assert "seal is not the expected coordinator's" in refused
+    assert accepted == ""
+    assert not loaded
 
 
 def test_nothing_the_edge_imports_is_tensorflow(device: Path, coordinator_key: SealingKey) -> None:

@@ -18,8 +18,9 @@ def agent(config_path: Path, quiet: bool, parent: Optional[int]) -> None:
     """Run the edge agent described by a TOML file until Ctrl-C or SIGTERM."""
     from covey_edge.agent import AgentProgram
     from covey_edge.config import load_agent
-    from covey_edge.processes import die_with_parent
+    from covey_edge.processes import die_with_parent, frugal_memory
 
+    frugal_memory()
     if parent:
         die_with_parent(parent)
     logging.basicConfig(

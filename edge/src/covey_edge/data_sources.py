@@ -11,15 +11,17 @@ from __future__ import annotations
 import difflib
 import zipfile
 from collections.abc import Callable
-from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import Any, Optional
+from typing import TYPE_CHECKING, Any, Optional
 
 import numpy as np
 import numpy.typing as npt
 
 from covey_protocol.bundle import Manifest, TensorSpec
 from covey_protocol.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 Examples = tuple[npt.NDArray[Any], npt.NDArray[Any]]
 ENTRY_POINTS = "covey.data_sources"
@@ -59,6 +61,8 @@ def source(name: str) -> Callable[[Path], Examples]:
 
 
 def _installed() -> list[EntryPoint]:
+    from importlib.metadata import entry_points  # 3 MB, which npz needs not
+
     points = entry_points()
     if hasattr(points, "select"):
         return list(points.select(group=ENTRY_POINTS))

@@ -25,11 +25,12 @@ from covey_edge.debugging import Debugged, debugged, is_debugged
 from covey_edge.frames import Done, Frame, Open, Probe, Problem, Run, read_frame, write_frame
 from covey_edge.leak_gate import STOPPED, Stopped, judge
 from covey_edge.model_screening import Screen
-from covey_edge.processes import die_with_parent
+from covey_edge.opening import opened
+from covey_edge.processes import die_with_parent, frugal_memory
 from covey_edge.runtime import Floats, Model, Numbers, installed
 from covey_edge.withheld import NO_WITHHELD_NOISE
 from covey_edge.works import Made, counted, made
-from covey_protocol.bundle import METRICS, Manifest, check_plan, read_bundle
+from covey_protocol.bundle import METRICS, Manifest, check_plan
 from covey_protocol.captures import Array, Work
 from covey_protocol.compression import decode, encode
 from covey_protocol.errors import BundleError, CoveyError, DataError, TrainingError
@@ -79,7 +80,7 @@ class Trainer:
             if hashlib.sha256(data).digest() != request.bundle_sha256:
                 raise BundleError(f"{request.bundle_path} does not have the announced hash", "it is fetched again")
             keys = [PublicKey.from_hex(text) for text in (request.sealed_by, *request.or_by)]
-            self._model = Model(read_bundle(data, keys))
+            self._model = Model(opened(data, keys))
             self._bundle_sha256, self._examples = request.bundle_sha256, None
         if request.data_path:
             self._load_data(request.data_source, Path(request.data_path))
@@ -328,6 +329,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the agent decides
     if len(sys.argv) > 1:
         die_with_parent(int(sys.argv[1]))  # where this does nothing, the closed pipe ends us
+    frugal_memory()
     output, trainer = _private_stdout(), Trainer()
     while (request := read_frame(sys.stdin.buffer)) is not None:
         write_frame(output, trainer.answer(request))
