@@ -110,6 +110,8 @@ class AgentProgram:
         )
         conditions = Conditions(agent.config.conditions, Sensors(agent.state_dir))
         self._watch = Watch(conditions, time.monotonic, agent.config.training.threads)
+        # what was found about the labels lives in the child; finding it again costs more than the child's memory
+        self._debugs = any(place.debug for place in (agent.config.data, *agent.config.data.tasks.values()))
         self._assemblies: dict[bytes, BlobAssembly] = {}
         self._fetch_progress, self._fetch_patience_s = 0.0, FETCH_RETRY_S
         self._runtime = ""
@@ -170,6 +172,8 @@ class AgentProgram:
                 self._watch_conditions()
                 self._retry_fetch()
                 self._look_after_ourselves()
+                if not self._debugs:
+                    self._child.rest()
                 continue
             if item is not None:
                 self._take(item)

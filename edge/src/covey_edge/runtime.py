@@ -6,7 +6,6 @@ owner wants more; docs/conditions.md has what that does to bits and time.
 
 from __future__ import annotations
 
-from importlib.metadata import version
 from typing import Any, Optional
 
 import numpy as np
@@ -30,12 +29,15 @@ def installed() -> tuple[Any, str]:
     tflite_runtime where both are: it is what the edge distribution asks for on the Pythons it exists for (to 3.11).
     """
     try:
+        from tflite_runtime import __version__ as version
         from tflite_runtime.interpreter import Interpreter
 
-        return Interpreter, f"tflite_runtime {version('tflite-runtime')}"
+        return Interpreter, f"tflite_runtime {version}"
     except ImportError:
         pass
     try:
+        from importlib.metadata import version  # 3 MB, which the package's own number saves above
+
         from ai_edge_litert.interpreter import Interpreter
 
         return Interpreter, f"ai_edge_litert {version('ai-edge-litert')}"
