@@ -15,6 +15,7 @@ from covey_coordinator.audit.budget import Budget, Clock
 from covey_coordinator.audit.data import AuditData, read_data
 from covey_coordinator.audit.folder import Asked, AuditFolder
 from covey_coordinator.audit.policy import Policy
+from covey_coordinator.audit.property import check_property
 from covey_coordinator.audit.results import Result
 from covey_coordinator.audit.settings import PlanSettings, check_bundle_fits
 from covey_coordinator.audit.suite import Level, Piece, pieces
@@ -51,6 +52,7 @@ def audit(request: Request, display: Display, check: Check = lambda: None, now: 
     bundle, budget = read_bundle(raw), Budget(60 * request.minutes, now)
     check_bundle_fits(request.settings, bundle.manifest)
     data = read_data(request.settings, bundle.manifest, request.seed, request.data_dir)
+    check_property(request.settings.property, data)
     folder, asked = AuditFolder(request.out), _asked(request, raw, data)
     with folder.held(asked), TrainingChild(bundle) as child:
         bench = Bench(bundle, request.settings, data, child, request.seed)
@@ -137,6 +139,7 @@ def _said(result: Result) -> str:
         "accuracy": "accuracy {:.1%}",
         "membership_auc": "AUC {:.2f}",
         "linkability_auc": "AUC {:.2f}",
+        "property_auc": "AUC {:.2f}",
         "resolved_share": "{:.0%} resolved",
     }
     found = [form.format(result.metrics[name]) for name, form in told.items() if name in result.metrics]
