@@ -6,7 +6,9 @@ import hashlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -72,14 +74,22 @@ def _asked(request: Request, bundle: bytes, data: AuditData) -> Asked:
     held = hashlib.sha256()
     for part in (*data.devices, data.test):
         held.update(part.x.tobytes() + part.y.tobytes())
-    settings = _without_place(request.settings)
-    plan = hashlib.sha256(msgspec.json.encode(settings)).hexdigest()
-    return Asked(hashlib.sha256(bundle).hexdigest(), held.hexdigest(), plan, request.seed, request.level.name)
+    digest = hashlib.sha256(bundle).hexdigest()
+    return Asked(digest, held.hexdigest(), _facts(request.settings), request.seed, request.level.name, _versions())
 
 
-def _without_place(settings: PlanSettings) -> PlanSettings:
-    """Without where the data lie: what they are is asked by their own hash."""
-    return msgspec.structs.replace(settings, data=msgspec.structs.replace(settings.data, set="", path=""))
+def _facts(settings: PlanSettings) -> dict[str, Any]:
+    """ "table.key" -> value as JSON has it. Without where the data lie: what they are is asked by their own hash."""
+    tables = msgspec.json.decode(msgspec.json.encode(settings))
+    for name in ("set", "path"):
+        del tables["data"][name]
+    return {f"{table}.{key}": value for table, keys in tables.items() for key, value in keys.items()}
+
+
+def _versions() -> str:
+    import tensorflow as tf
+
+    return f"{version('covey-coordinator')} with TensorFlow {tf.__version__}"
 
 
 def _introduce(request: Request, bench: Bench, planned: Sequence[Piece], display: Display) -> None:

@@ -117,7 +117,12 @@ def _check(settings: PlanSettings, where: str) -> None:
 
 
 def check_bundle_fits(settings: PlanSettings, manifest: Manifest) -> None:
-    """ConfigError where the bundle cannot do what the plan asks, or its noise would break it."""
+    """ConfigError where the bundle cannot do what the plan asks, its noise would break it, or it has no classes."""
+    if manifest.num_classes is None:
+        raise ConfigError(
+            f"{manifest.name} has no classes (its loss is {manifest.loss}): labels that are numbers are not audited",
+            "audit a classifier of the same inputs, or state the classes of a loss of your own (export --classes)",
+        )
     try:
         check_plan(manifest, settings.plan(1))
     except TrainingError as exc:
