@@ -24,6 +24,7 @@ from covey_edge.ledger import Ledger
 from covey_edge.mqtt import ConnectionDown, ConnectionUp, Incoming, MqttTransport, Refused
 from covey_edge.outbox import NumberFile, Outbox
 from covey_edge.performer import Performer
+from covey_edge.personal_agent import Personal
 from covey_edge.policy import data_for, places, unpinned, unwilling
 from covey_edge.records_kept import RecordFolder
 from covey_edge.retired import RetiredKeys
@@ -79,6 +80,7 @@ class AgentProgram:
         self._child = TrainingProcess(
             lambda token, frame: self._inbox.put((token, frame)), agent.config.training.memory_mb
         )
+        self._personal = Personal(agent, self._cache, lambda token, frame: self._inbox.put((token, frame)))
         self._assemblies: dict[bytes, BlobAssembly] = {}
         self._fetch_progress, self._fetch_patience_s = 0.0, FETCH_RETRY_S
         self._runtime = ""
@@ -111,6 +113,7 @@ class AgentProgram:
                 next_tick = time.monotonic() + TICK_S
                 self._handle(device.Tick())
                 self._retry_fetch()
+                self._personal.tick(idle=self._machine.state is device.State.IDLE)
                 continue
             if item is not None:
                 self._take(item)
@@ -127,6 +130,7 @@ class AgentProgram:
                 self._transport.flush([self._publish_presence(online=False)], timeout_s=2.0)
             self._transport.close()
         self._child.stop()
+        self._personal.close()
 
     # --- what comes in
 
@@ -177,6 +181,8 @@ class AgentProgram:
         self._handle(device.BlobReady(sha256))
 
     def _take_answer(self, token: object, frame: Frame) -> None:
+        if self._personal.takes(token, frame):
+            return
         round_id = str(token)
         if round_id != self._machine.round_id:
             return
@@ -197,6 +203,7 @@ class AgentProgram:
             log.info("round %s: %s on %d examples with %s", round_id, done, frame.num_examples, frame.runtime)
             self._keep_found(frame.found, "teaching")
             self._keep_record(frame.record)
+            self._personal.worked(self._machine.invitation)
             self._take_update(round_id, frame)
 
     def _told(self, problem: str, kind: str) -> str:
@@ -307,6 +314,7 @@ class AgentProgram:
     def train(self, invitation: Invitation) -> None:
         data = data_for(self._config.data, invitation.plan)
         assert data is not None  # else the round was declined
+        self._personal.interrupt()
         request = Open(
             str(self._cache.path(invitation.bundle.sha256)),
             invitation.bundle.sha256,

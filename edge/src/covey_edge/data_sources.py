@@ -87,6 +87,14 @@ def check_examples(x: npt.NDArray[Any], y: npt.NDArray[Any], manifest: Manifest,
     )
 
 
+def check_inputs(x: npt.NDArray[Any], manifest: Manifest) -> npt.NDArray[Any]:
+    """Inputs alone, for answers: at least one, finite, in the model's dtype and range; else DataError."""
+    if x.ndim < 1 or not len(x) or x.dtype.kind not in "fiub":
+        raise DataError(f"x is {x.dtype} of shape {x.shape}, not a list of examples", "give numbers, one row or more")
+    _refuse_rows(~_finite_rows(x), "x holds NaN or infinite values", "repair or drop those rows")
+    return _checked(x, manifest.input, "x", "scale the data as the model's author states")
+
+
 def _checked(array: npt.NDArray[Any], spec: TensorSpec, what: str, remedy: str) -> npt.NDArray[Any]:
     if array.shape[1:] != tuple(spec.shape):
         raise DataError(

@@ -7,6 +7,7 @@ from typing import IO, Annotated, Any, Optional, Union
 
 import msgspec
 
+from covey_edge.model_rules import Score
 from covey_protocol.messages import TrainingPlan
 
 MAX_FRAME_BYTES = 2 * 1024 * 1024 * 1024
@@ -112,7 +113,44 @@ class Problem(msgspec.Struct, frozen=True, tag="problem"):
     found: dict[FileName, bytes] = {}
 
 
-Frame = Union[Open, Run, Probe, Done, Problem]
+class Tune(msgspec.Struct, frozen=True):
+    """Fine-tune the first of the parameters on these data by this plan. layers: whose parameters may move, () for all;
+    name: as Run.order_name."""
+
+    data_source: str
+    data_path: str
+    plan: TrainingPlan
+    layers: tuple[str, ...]
+    name: str
+
+
+class Personalise(msgspec.Struct, frozen=True, tag="personalise"):
+    """Score these parameters, all on the same held-out data ("" for none), and with `tune` also a fine-tuned first one.
+
+    parameters: (path, sha256 in hex). sealed_by: keys of which one sealed the bundle.
+    """
+
+    bundle_path: str
+    bundle_sha256: str
+    sealed_by: tuple[str, ...]
+    parameters: tuple[tuple[str, str], ...]
+    data_source: str
+    data_path: str
+    tune: Optional[Tune] = None
+
+
+class Personalised(msgspec.Struct, frozen=True, tag="personalised"):
+    """counts: examples of each group of the held-out data; scores: in the order of the parameters, the fine-tuned
+    ones' last. Both empty without held-out data. parameters: the fine-tuned ones, float32 little-endian. has_classes: whether
+    accuracy means anything."""
+
+    counts: tuple[int, ...]
+    scores: tuple[Score, ...]
+    has_classes: bool
+    parameters: bytes = b""
+
+
+Frame = Union[Open, Run, Probe, Done, Problem, Personalise, Personalised]
 _decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(Frame)
 
 
