@@ -77,7 +77,12 @@ def predict(data: str, config_path: Path, task: str, as_json: bool) -> None:
 @click.option("--host", default="127.0.0.1", show_default=True, help="With --port. Others need a token.")
 @click.option("--token-file", type=click.Path(path_type=Path), help="A file with the token that requests must bring.")
 def serve(
-    config_path: Path, task: str, socket_path: Optional[Path], port: Optional[int], host: str, token_file: Optional[Path]
+    config_path: Path,
+    task: str,
+    socket_path: Optional[Path],
+    port: Optional[int],
+    host: str,
+    token_file: Optional[Path],
 ) -> None:
     """Answer POST /predict, GET /model and GET /health until Ctrl-C or SIGTERM. See docs/personal-models.md."""
     from covey_edge.inference import Predictor

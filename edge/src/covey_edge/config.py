@@ -148,9 +148,9 @@ class TaskPersonal(Struct, frozen=True, forbid_unknown_fields=True):
     """The models that the owner uses, see docs/personal-models.md.
 
     keep: the newest model is kept for `covey infer`. finetune_epochs: passes over this device's data that make a
-    personal copy of it, 0 for none. finetune_learning_rate: 0 for the round's. finetune_layers: names of layers of which
-    alone the copy differs, () for all. use: which one applications get. measure, min_gain: by what, and how much beside
-    one standard error, a model must be better to be taken for better.
+    personal copy of it, 0 for none. finetune_learning_rate: 0 for the round's. finetune_layers: names of the layers in
+    which alone the copy differs, () for all. use: which one applications get. measure, min_gain: by what, and by how
+    much beside one standard error, a model must be better to be taken for better.
     """
 
     keep: bool = False

@@ -140,8 +140,8 @@ class Personalise(msgspec.Struct, frozen=True, tag="personalise"):
 
 
 class Personalised(msgspec.Struct, frozen=True, tag="personalised"):
-    """counts: examples of each group of the held-out data; scores: in the order of the parameters, the fine-tuned
-    ones' last. Both empty without held-out data. parameters: the fine-tuned ones, float32 little-endian. has_classes: whether
+    """counts: examples of each group of the held-out data. scores: in the order of the parameters, the fine-tuned ones'
+    last. Both empty without held-out data. parameters: the fine-tuned ones, float32 little-endian. has_classes: whether
     accuracy means anything."""
 
     counts: tuple[int, ...]

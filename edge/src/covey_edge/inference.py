@@ -6,8 +6,8 @@
     probabilities = predictor.predict(x)  # (n, ...) -> (n, k)
 
 Works while the agent runs and while it does not; takes no lock of it. Never imports TensorFlow. The model is loaded into
-*this* process, with the TFLite runtime: a bundle is loaded only if its seal was the coordinator's, and after the agent's
-child has trained or evaluated it. What the agent keeps, and when it changes: docs/personal-models.md.
+*this* process, with the TFLite runtime: only with a coordinator's seal on its bundle, and only after the agent's child
+has trained or evaluated it. What the agent keeps, and when it changes: docs/personal-models.md.
 """
 
 from __future__ import annotations

@@ -207,9 +207,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.server.token:
             given = self.headers.get("Authorization", "").encode("utf-8", "replace")
             if not hmac.compare_digest(given, f"Bearer {self.server.token}".encode()):
-                raise Refusal(
-                    HTTPStatus.UNAUTHORIZED, "no token, or another one", "send Authorization: Bearer TOKEN"
-                )
+                raise Refusal(HTTPStatus.UNAUTHORIZED, "no token, or another one", "send Authorization: Bearer TOKEN")
         if self.path not in PATHS:
             raise Refusal(HTTPStatus.NOT_FOUND, f"there is no {self.path[:80]!r}", f"use {', '.join(PATHS)}")
         if PATHS[self.path] != method:

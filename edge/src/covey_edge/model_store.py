@@ -103,7 +103,9 @@ class Kept(Struct, frozen=True, forbid_unknown_fields=True):
         back = self.previous
         if back is None:
             raise StorageError("there is no model from before to go back to", "the first one is the one in use")
-        refused = [one for one in (*self.refused, self.used.parameters) if one != back.parameters]
+        undoes = back.parameters in self.refused
+        refused = [one for one in self.refused if one != back.parameters]
+        refused += [] if undoes else [self.used.parameters]
         return msgspec.structs.replace(
             self,
             used=back,
@@ -203,6 +205,8 @@ class ModelStore:
         for name in version.files:
             data = self.path(name).read_bytes()
             if hashlib.sha256(data).hexdigest() != name.split(".")[0]:
-                raise StorageError(f"{self.path(name)} is damaged", "go back to the model before: `covey infer rollback`")
+                raise StorageError(
+                    f"{self.path(name)} is damaged", "go back to the model before: `covey infer rollback`"
+                )
             found.append(data)
         return found[0], found[1]
