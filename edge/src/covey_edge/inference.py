@@ -5,7 +5,7 @@
     predictor = Predictor.open("state")
     probabilities = predictor.predict(x)  # (n, ...) -> (n, k)
 
-Works while the agent runs and while it does not; takes no lock of it. Never imports TensorFlow. The model is loaded into
+Works while the agent runs or not, and takes no lock of it. Never imports TensorFlow. The model is loaded into
 *this* process, with the TFLite runtime: only with a coordinator's seal on its bundle, and only after the agent's child
 has trained or evaluated it. What the agent keeps, and when it changes: docs/personal-models.md.
 """
