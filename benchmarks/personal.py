@@ -253,7 +253,8 @@ def endpoint(bundle: bytes, key: SealingKey, requests: int) -> None:
             server.stdout.close()
             print(
                 f"{what}: start {start_s:.2f} s; one client {1e3 * statistics.median(alone):.2f} ms median, "
-                f"{1e3 * alone[int(0.99 * len(alone))]:.2f} ms at 99 %; four clients {rate:.0f} requests/s; RSS {rss:.0f} MB"
+                f"{1e3 * alone[int(0.99 * len(alone))]:.2f} ms at 99 %; four clients {rate:.0f} requests/s; "
+                f"RSS {rss:.0f} MB"
             )
 
 

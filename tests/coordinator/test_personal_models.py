@@ -1,4 +1,4 @@
-"""Real agents on a real broker keep the models of their rounds, tune copies of their own, and answer with the better."""
+"""Real agents on a real broker keep the models of their rounds, tune copies of them, and answer with the better one."""
 
 from __future__ import annotations
 
@@ -123,8 +123,8 @@ def test_an_agent_keeps_the_model_of_its_round_and_answers_with_its_own_copy(hom
 
 @pytest.mark.slow
 def test_copies_help_where_devices_see_different_digits(home: Any, digits_bundle: bytes) -> None:
-    """Four agents with two or three digits each, six rounds: on what nobody has seen, each one's model in use is as good
-    as the federated one or better, and better by far in the mean."""
+    """Four agents with two or three digits each, six rounds: on what nobody has seen, each one's model in use is as
+    good as the federated one or better, and better by far in the mean."""
     fleet = home(a=(0, 1), b=(2, 3), c=(4, 5, 6), d=(7, 8, 9))
     parameters = Model(read_bundle(digits_bundle)).parameters()
     for number in range(1, 7):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Optional
 
 import msgspec
 import numpy as np
 
-from covey_edge.model_store import Kept, ModelStore, Version
+from covey_edge.model_store import Kept, ModelStore, Scale, Version
 from covey_edge.runtime import Model
 from covey_protocol.bundle import read_bundle
 from covey_protocol.seals import SealingKey
@@ -26,15 +27,21 @@ def parameters_of(bundle: bytes, scale: float = 1.0) -> np.ndarray:
 
 
 def keep(
-    state_dir: Path, bundle: bytes, parameters: np.ndarray, key: SealingKey, number: int = 1, kind: str = "federated"
+    state_dir: Path,
+    bundle: bytes,
+    parameters: np.ndarray,
+    key: SealingKey,
+    number: int = 1,
+    scale: Optional[Scale] = None,
 ) -> Version:
     """As the agent does after a round; returns the version, which is in use then."""
     data = parameters.astype("<f4").tobytes()
     names = [hashlib.sha256(one).hexdigest() for one in (bundle, data)]
-    new = Version(kind, names[0], names[1], (key.public.hex(),), number, f"r.{number}", 0)  # type: ignore[arg-type]
+    sealed_by = (key.public.hex(),)
+    new = Version("federated", names[0], names[1], sealed_by, number, f"r.{number}", 0, scale=scale)
     store = ModelStore(state_dir)
     with store.changing():
         kept = store.load() or Kept(new, new)
-        kept = msgspec.structs.replace(kept.using(new), **{kind: new})
+        kept = msgspec.structs.replace(kept.using(new), federated=new)
         store.commit(kept, dict(zip(new.files, (bundle, data))))
     return new

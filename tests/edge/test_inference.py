@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from models_kept import digits, keep, parameters_of
 
+from covey_edge import normalising
 from covey_edge.inference import Predictor
-from covey_edge.model_store import ModelStore
+from covey_edge.model_store import ModelStore, Scale
 from covey_edge.runtime import Model
 from covey_protocol.bundle import read_bundle
 from covey_protocol.errors import BundleError, DataError, StorageError
@@ -97,8 +98,8 @@ def test_where_nothing_is_kept_the_setting_is_named(tmp_path: Path) -> None:
         (np.zeros((2, 8, 8)), r"shape \(8, 8\), the model takes \(8, 8, 1\)"),
         (np.full((2, 8, 8, 1), 255), "above 1 in 2 of 2 rows"),
         (np.zeros((0, 8, 8, 1)), "one row or more"),
-        (np.array([["a"]]), "not a list of examples"),
-        (3.0, "not a list of examples"),
+        (np.array([["a"]]), "no list of examples"),
+        (3.0, "no list of examples"),
     ],
 )
 def test_what_does_not_fit_is_refused_with_the_row_and_the_remedy(
@@ -144,6 +145,7 @@ def test_an_application_needs_no_tensorflow_and_no_mqtt(
     script = f"""
 import json, sys
 import numpy as np
+from covey_edge import normalising
 from covey_edge.inference import Predictor
 output = Predictor.open({str(tmp_path)!r}).predict(np.zeros((3, 8, 8, 1)))
 heavy = sorted({{"tensorflow", "paho", "sklearn", "click", "sqlite3"}} & set(sys.modules))
@@ -151,3 +153,21 @@ print(json.dumps([output.shape, heavy]))
 """
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert json.loads(ended.stdout) == [[3, 10], []]
+
+
+def test_inputs_are_scaled_as_for_training_and_follow_when_the_statistics_are_made_anew(
+    tmp_path: Path, digits_bundle: bytes, coordinator_key: SealingKey
+) -> None:
+    """[data] normalise: an application gives what its sensors say, 0 to 16 here."""
+    parameters = parameters_of(digits_bundle)
+    x, _ = digits(0, 40)
+    keep(tmp_path, digits_bundle, parameters, coordinator_key, scale=Scale("range", "normalisation.json"))
+    with pytest.raises(StorageError, match="by which inputs are normalised"):
+        Predictor.open(tmp_path)
+    raw = x * 16
+    raw[0], raw[1] = 0, 16  # so that the range of every pixel is known
+    normalising.keep(tmp_path / "normalisation.json", normalising.measured(raw))
+    predictor = Predictor.open(tmp_path)
+    np.testing.assert_allclose(predictor.predict(raw), expected(digits_bundle, parameters, raw / 16), atol=1e-6)
+    normalising.keep(tmp_path / "normalisation.json", normalising.measured(2 * raw))
+    np.testing.assert_allclose(predictor.predict(2 * raw), expected(digits_bundle, parameters, raw / 16), atol=1e-6)

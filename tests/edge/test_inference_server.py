@@ -280,3 +280,27 @@ def test_serving_ends_in_order_by_a_signal(owner: Path) -> None:
     assert server.wait(PATIENCE_S) == 0
     server.stdout.close()
     assert not (owner / "infer.sock").exists()
+
+
+def test_a_table_is_read_as_for_training_and_an_image_gets_the_models_size(owner: Path) -> None:
+    x, y = digits(0, 3)
+    predictor = Predictor.open(owner / "state")
+    names = [f"p{place}" for place in range(64)]
+    rows = [
+        ";".join([str(label), *(f"{value:g}".replace(".", ",") for value in row.ravel())]) for row, label in zip(x, y)
+    ]
+    (owner / "digits.csv").write_text("\n".join([";".join(["digit", *names]), *rows]))
+    options = '\nsource = "csv"\n[data.options]\nlabel = "digit"\ndelimiter = ";"\ndecimal = ","\n'
+    with (owner / "agent.toml").open("a") as file:
+        file.write(options)
+    code, said = called(owner, "--json", "digits.csv")
+    found = np.array([json.loads(line)["output"] for line in said.splitlines()])
+    assert code == 0
+    np.testing.assert_allclose(found, predictor.predict(x), atol=1e-6)
+    large = np.repeat(np.repeat(np.rint(x[0, :, :, 0] * 255), 3, axis=0), 3, axis=1).astype(np.uint8)  # 24 x 24
+    (owner / "digit.pgm").write_bytes(b"P5 24 24 255\n" + large.tobytes())
+    code, said = called(owner, "--json", "digit.pgm")
+    np.testing.assert_allclose(json.loads(said)["output"], predictor.predict(x[:1])[0], atol=0.01)
+    (owner / "digit.pgm").write_bytes(b"P5 24 24 255\n" + large.tobytes()[:50])
+    with pytest.raises(CoveyError, match="digit.pgm: "):
+        called(owner, "digit.pgm")

@@ -40,10 +40,11 @@ key_file = "device.pem"
 coordinator_key = "{key}"
 [data]
 path = "data.npz"
-{evaluation}
+{held_out}
 [personal]
 {personal}
 """
+BESIDE, OF_THESE = 'evaluation_path = "held-out.npz"', "holdout = 0.5"
 TUNED = "keep = true\nfinetune_epochs = 5\nfinetune_learning_rate = 0.1"
 
 
@@ -142,9 +143,8 @@ def test_what_cannot_be_done_is_a_problem_with_a_reason(
 class Device:
     """`Personal` and its inbox, without a broker."""
 
-    def __init__(self, folder: Path, bundle: bytes, key: SealingKey, personal: str, held_out: bool = True) -> None:
-        evaluation = 'evaluation_path = "held-out.npz"' if held_out else ""
-        text = AGENT.format(key=key.public.hex(), personal=personal, evaluation=evaluation)
+    def __init__(self, folder: Path, bundle: bytes, key: SealingKey, personal: str, held_out: str) -> None:
+        text = AGENT.format(key=key.public.hex(), personal=personal, held_out=held_out)
         (folder / "agent.toml").write_text(text)
         self.agent = load_agent(folder / "agent.toml")
         self.cache = BlobCache(self.agent.state_dir / "blobs")
@@ -180,7 +180,7 @@ class Device:
 def made(device: Path, digits_bundle: bytes, coordinator_key: SealingKey) -> Iterator[Any]:
     every: list[Device] = []
 
-    def make(personal: str, held_out: bool = True) -> Device:
+    def make(personal: str, held_out: str = BESIDE) -> Device:
         every.append(Device(device, digits_bundle, coordinator_key, personal, held_out))
         return every[-1]
 
@@ -247,12 +247,13 @@ def test_a_round_that_begins_stops_the_copy_at_once_and_it_is_made_later(made: A
 
 
 def test_an_owner_who_rolls_back_while_a_copy_is_made_is_obeyed(made: Any, digits_bundle: bytes) -> None:
-    owner = made(TUNED)
+    owner = made(TUNED, OF_THESE)
     owner.round(parameters_of(digits_bundle))
     owner.personal.tick(idle=True)
     assert owner.answer()
     kept = owner.store.load()
     assert kept is not None
+    assert 20 <= kept.history[0].examples <= 40  # half of 60
     changed = msgspec.structs.replace(kept, refused=("x",))
     with owner.store.changing():
         owner.store.commit(changed, {})
@@ -264,7 +265,7 @@ def test_without_keep_nothing_is_kept_and_with_nothing_to_compute_no_child_runs(
     made: Any, digits_bundle: bytes
 ) -> None:
     start = parameters_of(digits_bundle)
-    silent = made("keep = false\n[personal.tasks.door]\nkeep = true", held_out=False)
+    silent = made("keep = false\n[personal.tasks.door]\nkeep = true", held_out="")
     silent.round(start)
     silent.personal.tick(idle=True)
     assert not (silent.agent.state_dir / "models").exists()
@@ -301,4 +302,4 @@ def test_settings_that_do_not_fit_together_are_refused_at_the_start(
     personal: str, complaint: str, device: Path, digits_bundle: bytes, coordinator_key: SealingKey
 ) -> None:
     with pytest.raises(ConfigError, match=complaint):
-        Device(device, digits_bundle, coordinator_key, personal)
+        Device(device, digits_bundle, coordinator_key, personal, BESIDE)

@@ -7,27 +7,37 @@ decisions are the machine's (covey_protocol.device), and `performer` performs it
 from __future__ import annotations
 
 import contextlib
+import difflib
+import hashlib
 import logging
+import os
 import platform
 import queue
 import time
+from collections.abc import Callable
 from typing import Any, Optional, Union
 
 from covey_edge import __version__
 from covey_edge.cache import BlobCache
 from covey_edge.config import Agent
+from covey_edge.data_report import DataReport
 from covey_edge.files import DISK
 from covey_edge.frames import SUSPECTED, SUSPECTED_TOLD, Done, Frame, Open, Probe, Problem, Run
 from covey_edge.inbox import Inbox
 from covey_edge.leak_told import STOPPED, TOLD
 from covey_edge.ledger import Ledger
+from covey_edge.local_socket import LocalSocket, Question, Request, StateLock
 from covey_edge.mqtt import ConnectionDown, ConnectionUp, Incoming, MqttTransport, Refused
+from covey_edge.opting_out import LEFT, OptOut
 from covey_edge.outbox import NumberFile, Outbox
 from covey_edge.performer import Performer
 from covey_edge.personal_agent import Personal
 from covey_edge.policy import data_for, places, unpinned, unwilling
+from covey_edge.reading import Reading
 from covey_edge.records_kept import RecordFolder
 from covey_edge.retired import RetiredKeys
+from covey_edge.sent_log import SentLog, contents
+from covey_edge.status import Privacy, Status, doing, last_lines, resident_mb
 from covey_edge.training_process import TrainingProcess
 from covey_edge.withheld import NO_WITHHELD_NOISE, WithheldFile, withholds
 from covey_protocol import codec, device, errors
@@ -60,7 +70,11 @@ OFFER_EXPIRY_S = 30.0  # the machine repeats an offer: while the broker is away 
 
 
 class AgentProgram:
-    """Runs until `stop` is called. `start` connects; `run` loops."""
+    """Runs until `stop` is called. `start` connects; `run` loops.
+
+    sections: what other parts add to `report`, by name: values that JSON can hold. answers: what the local socket can
+    be asked, beside the status; each takes what was given with the question. Both are called in the loop's thread.
+    """
 
     def __init__(self, agent: Agent) -> None:
         self._agent = agent
@@ -76,7 +90,11 @@ class AgentProgram:
         # a bundle and a model for every task, and those before (or the vectors of an algorithm)
         self._cache = BlobCache(agent.state_dir / "blobs", 2 * max(2, len(agent.config.data.tasks)))
         self._ledger = Ledger(agent.state_dir, agent.config.privacy)
-        self._performer = Performer(self._machine, Outbox(agent.state_dir), self, time.monotonic, self._ledger)
+        self._sent = SentLog(agent.state_dir, agent.config.privacy)
+        self._opt_out = OptOut(agent.state_dir)
+        self._performer = Performer(
+            self._machine, Outbox(agent.state_dir), self, time.monotonic, self._ledger, self._sent
+        )
         self._child = TrainingProcess(
             lambda token, frame: self._inbox.put((token, frame)), agent.config.training.memory_mb
         )
@@ -89,18 +107,34 @@ class AgentProgram:
         )
         self._connected = False
         self._stopped = False
+        self._began = self._working_since = time.monotonic()
+        self._connection = "not connected yet"
+        self._lock: Optional[StateLock] = None
+        self._socket = LocalSocket(agent.state_dir, self._inbox.put)
+        self.sections: dict[str, Callable[[], object]] = {"models": self._personal.section}
+        self.answers: dict[str, Callable[[dict[str, Any]], object]] = {
+            "status": lambda given: self.report(),
+            "stop": lambda given: self.stop(),
+            "leave": lambda given: self.leave(),
+            "join": lambda given: self._opt_out.join(),
+        }
 
     # --- life
 
     def start(self) -> None:
-        """Check the data, take up what the outbox holds, connect. Raises DataError, TransportError, StorageError."""
+        """Check the data, take up what the outbox holds, connect. Raises DataError, TransportError, StorageError, and
+        ConfigError where another agent works in this state_dir."""
+        self._lock = StateLock(self._agent.state_dir)
         self._check_data()
         self._performer.start()
+        if self._opt_out.since_ms() is not None:
+            self._withdraw()
         self._set_will()
         device_id = self._config.device_id
         self._transport.subscribe([self._topics.round, self._topics.down(device_id)])
         self._transport.connect()
         self._connected = True
+        self._socket.open()
         log.info("%s connected to %s as %s", device_id, self._agent.broker, self._config.fleet)
 
     def run(self) -> None:
@@ -131,16 +165,72 @@ class AgentProgram:
             self._transport.close()
         self._child.stop()
         self._personal.close()
+        self._socket.close()
+        if self._lock is not None:
+            self._lock.close()
+
+    def leave(self) -> None:
+        """Opt out, durably: the round under way is given up, what is in the outbox is not delivered."""
+        self._opt_out.leave()
+        self._withdraw()
+
+    def _withdraw(self) -> None:
+        if self._machine.state in (device.State.FETCHING, device.State.TRAINING):
+            self._handle(device.TrainingFailed(self._machine.round_id, LEFT))
+        for round_id in self._machine.owed:
+            self._handle(device.Lost(round_id, LEFT))
+
+    def report(self) -> Status:
+        """What this agent is doing, for its owner."""
+        machine, invitation, now = self._machine, self._machine.invitation, time.monotonic()
+        return Status(
+            device_id=self._config.device_id,
+            fleet=self._config.fleet,
+            version=__version__,
+            state=machine.state.value,
+            doing=doing(machine.state, self._opt_out.since_ms(), self._transport.connected),
+            outbox=machine.owed,
+            broker=str(self._agent.broker),
+            left_ms=self._opt_out.since_ms(),
+            privacy=Privacy.of(self._ledger, self._config.privacy),
+            rounds=last_lines(self._agent.state_dir),
+            pid=os.getpid(),
+            uptime_s=round(now - self._began, 1),
+            connected=self._transport.connected,
+            connection=self._connection,
+            mqtt=self._transport.protocol,
+            runtime=self._runtime,
+            round_id=machine.round_id,
+            task=invitation.plan.task if invitation is not None else "",
+            ends_in_s=round(machine.deadline - now, 1) if invitation is not None else None,
+            working_s=round(now - self._working_since, 1) if self._child.busy else None,
+            memory_mb=resident_mb(os.getpid()),
+            child_memory_mb=resident_mb(self._child.pid),
+            sections={name: section() for name, section in self.sections.items()},
+        )
+
+    def _answer(self, request: Request) -> object:
+        answer = self.answers.get(request.ask)
+        if answer is None:
+            close = difflib.get_close_matches(request.ask, self.answers, n=1, cutoff=0.0)
+            raise errors.ConfigError(f"the agent cannot be asked {request.ask!r}", f"did you mean {close[0]!r}?")
+        return answer(request.given)
 
     # --- what comes in
 
-    def _take(self, item: Union[Incoming, ConnectionUp, ConnectionDown, Refused, tuple[object, Frame]]) -> None:
+    def _take(
+        self, item: Union[Incoming, ConnectionUp, ConnectionDown, Refused, Question, tuple[object, Frame]]
+    ) -> None:
         if isinstance(item, Incoming):
             self._take_message(item)
+        elif isinstance(item, Question):
+            item.reply(self._answer)
         elif isinstance(item, ConnectionUp):
+            self._connection = f"connected since {time.strftime('%Y-%m-%d %H:%M:%S')}"
             self._publish_presence(online=True)
             self._handle(device.Connected())
         elif isinstance(item, ConnectionDown):
+            self._connection = f"lost ({item.reason})"
             log.warning("connection to %s lost (%s), trying again", self._agent.broker, item.reason)
         elif isinstance(item, Refused):
             log.error("%s", item.error)
@@ -192,6 +282,7 @@ class AgentProgram:
             self._keep_found(frame.found, "stopped")
             self._handle(device.TrainingFailed(round_id, self._told(problem, frame.kind)))
         elif isinstance(frame, Done) and not frame.update:
+            _tell(frame.report)
             if frame.runtime != self._runtime:
                 self._runtime = frame.runtime
                 self._publish_presence(online=True)
@@ -260,6 +351,7 @@ class AgentProgram:
         if invitation is None or not invitation.encryption_key:
             return device.Trained(round_id, frame.update, frame.num_examples, metrics)
         data = encrypted(invitation, self._config.device_id, frame.update, frame.num_examples, metrics)
+        self._sent.describe(hashlib.sha256(data).digest(), contents(frame.num_examples, metrics))
         return device.Trained(round_id, data, 1)
 
     # --- what the performer uses
@@ -278,7 +370,8 @@ class AgentProgram:
         """The owner's policy against the coordinator's wishes."""
         plan, training = invitation.plan, self._config.training
         limit, chunk_bytes = self._transport.max_message_bytes, invitation.parameters.chunk_size(0)
-        reason = unwilling(self._config, plan) or unpinned(self._config.policy, invitation.bundle)
+        reason = LEFT if self._opt_out.since_ms() is not None else ""
+        reason = reason or unwilling(self._config, plan) or unpinned(self._config.policy, invitation.bundle)
         if reason:
             return device.ConditionsChecked(invitation.round_id, False, reason)
         if plan.epochs > training.max_epochs:
@@ -323,7 +416,9 @@ class AgentProgram:
             str(self._agent.folder / data.path) if data.path else "",
             # also a retired key: the invitation, under a key that is not, names the bundle's hash
             tuple(key.hex() for key in self._agent.coordinators[:-1]),
+            data.kept_in(self._agent.state_dir),
         )
+        self._working_since = time.monotonic()
         self._child.request(invitation.round_id, request, self._config.training.timeout_s)
 
     def stop_working(self) -> None:
@@ -383,6 +478,7 @@ class AgentProgram:
             privacy.max_label_recovery,
             privacy.screen_models,
             data.debug if data is not None else "",
+            data.kept_in(self._agent.state_dir) if data is not None else Reading(),
         )
         self._child.request(invitation.round_id, request, self._config.training.timeout_s)
 
@@ -401,13 +497,17 @@ class AgentProgram:
     def _publish_presence(self, *, online: bool) -> Any:
         topic = self._topics.presence(self._config.device_id)
         presence = Presence(online, self._session, __version__, self._runtime, self._machine.capabilities)
+        self._sent.before(presence)
         return self._transport.publish(topic, self._sealed(presence, topic), retain=True)
 
     def _check_data(self) -> None:
         """Look once at the data before connecting, so that a wrong path is known at once and not in some round."""
+        for old in self._agent.state_dir.glob("data-report*.txt"):
+            DISK.remove(old)
         for place in places(self._config.data):
             path = self._agent.folder / place.path
-            self._child.request("probe", Probe(place.source, str(path)), PROBE_TIMEOUT_S)
+            probe = Probe(place.source, str(path), place.kept_in(self._agent.state_dir))
+            self._child.request("probe", probe, max(PROBE_TIMEOUT_S, self._config.training.timeout_s))
             item = self._inbox.get()
             if item is None:
                 return  # stopped
@@ -416,8 +516,15 @@ class AgentProgram:
                 kind = getattr(errors, frame.kind, errors.TrainingError)
                 raise kind(frame.what, frame.remedy)
             self._runtime = frame.runtime
-            log.info("%s holds %d examples", path, frame.num_examples)
+            _tell(frame.report)
         log.info("covey %s trains with %s on Python %s", __version__, self._runtime, platform.python_version())
+
+
+def _tell(report: Optional[DataReport]) -> None:
+    """What was read, for the owner's log; the whole of it lies in the state folder, too."""
+    if report is not None:
+        log.info("%s holds %s", report.place, report.summary)
+        log.debug("%s", report.text().rstrip())
 
 
 def _event(message: object) -> device.Event:

@@ -9,9 +9,13 @@ import json
 import logging
 import time
 from pathlib import Path
-from typing import Any, Callable, Optional, TypeVar
+from typing import TYPE_CHECKING, Any, Callable, Optional, TypeVar
 
 import click
+
+if TYPE_CHECKING:
+    from covey_edge.config import AgentConfig
+    from covey_edge.model_store import ModelStore
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -46,15 +50,19 @@ def of_a_task(command: F) -> F:
 @of_a_task
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per example in place of CSV.")
 def predict(data: str, config_path: Path, task: str, as_json: bool) -> None:
-    """Print the model's answers for the examples in DATA: .npz (its array x), .npy, .csv or .json; - is standard input.
+    """Print the model's answers for the examples in DATA: .npz (its array x), .npy, .csv, .json, an image, or - for
+    standard input.
 
-    A row of a CSV file is one example, flat. Which model answered is said on standard error.
+    A row of a CSV file is one example, flat; where [data] has the source csv, it is read by [data.options]. Which model
+    answered is said on standard error.
     """
     from covey_edge.inference import Predictor, labels
     from covey_edge.inference_input import read_inputs
 
+    config = _config(config_path, task)
     predictor = Predictor(_store(config_path, task))
-    output, version, manifest = predictor.answered(read_inputs(data, predictor.manifest))
+    own = config.data.tasks.get(task, config.data)
+    output, version, manifest = predictor.answered(read_inputs(data, predictor.manifest, own))
     click.echo(f"{manifest.name}, {version}", err=True)
     named = labels(output, manifest)
     if as_json:
@@ -162,16 +170,20 @@ def _quoted(text: str) -> str:
     return f'"{text.replace(chr(34), 2 * chr(34))}"' if any(sign in text for sign in ',"\n\r') else text
 
 
-def _store(config_path: Path, task: str) -> Any:
+def _config(config_path: Path, task: str) -> AgentConfig:
     """Needs no key and no broker: an application's user may not read them."""
     from covey_edge.config import AgentConfig, read_toml
-    from covey_edge.model_store import ModelStore
     from covey_protocol.topics import check_name
 
-    config = read_toml(config_path, AgentConfig)
     if task:
         check_name(task, "task")
-    return ModelStore(config_path.parent.resolve() / config.state_dir, task)
+    return read_toml(config_path, AgentConfig)
+
+
+def _store(config_path: Path, task: str) -> ModelStore:
+    from covey_edge.model_store import ModelStore
+
+    return ModelStore(config_path.parent.resolve() / _config(config_path, task).state_dir, task)
 
 
 def _nothing(folder: Path) -> Exception:

@@ -7,7 +7,9 @@ from typing import IO, Annotated, Any, Optional, Union
 
 import msgspec
 
+from covey_edge.data_report import DataReport
 from covey_edge.model_rules import Score
+from covey_edge.reading import Reading
 from covey_protocol.messages import TrainingPlan
 
 MAX_FRAME_BYTES = 2 * 1024 * 1024 * 1024
@@ -24,7 +26,7 @@ SUSPECTED_TOLD = "this device takes the model for one made to read its data; the
 
 class Open(msgspec.Struct, frozen=True, tag="open"):
     """Load this bundle (already in the cache) and these data, or none where data_path is "". sealed_by: the
-    coordinator's public key, hex; or by one of or_by, while it has two."""
+    coordinator's public key, hex; or by one of or_by, while it has two. reading: how the data are read."""
 
     bundle_path: str
     bundle_sha256: bytes
@@ -32,6 +34,7 @@ class Open(msgspec.Struct, frozen=True, tag="open"):
     data_source: str
     data_path: str
     or_by: tuple[str, ...] = ()
+    reading: Reading = Reading()
 
 
 class Run(msgspec.Struct, frozen=True, tag="run"):
@@ -48,6 +51,7 @@ class Run(msgspec.Struct, frozen=True, tag="run"):
     shards: name -> path of those that this device holds of a code.
     max_psnr_db, max_label_recovery: the owner's, of `leak_gate`; 0 for no limit.
     screen_models: the owner's, of `model_screening`.
+    reading: of the data that were opened; instances and shards beside them are read likewise.
     """
 
     round_id: str
@@ -71,6 +75,7 @@ class Run(msgspec.Struct, frozen=True, tag="run"):
     max_label_recovery: float = 0.0
     screen_models: str = "refuse"
     debug: str = ""
+    reading: Reading = Reading()
 
     @property
     def order_name(self) -> str:
@@ -79,10 +84,15 @@ class Run(msgspec.Struct, frozen=True, tag="run"):
 
 
 class Probe(msgspec.Struct, frozen=True, tag="probe"):
-    """Only look whether the data can be read, and which runtime there is."""
+    """Only look whether the data can be read, and which runtime there is.
+
+    bundle_path: of a bundle that the data are to fit; "" for none. Nobody's seal is asked for: it is not loaded.
+    """
 
     data_source: str
     data_path: str
+    reading: Reading = Reading()
+    bundle_path: str = ""
 
 
 class Done(msgspec.Struct, frozen=True, tag="done"):
@@ -90,7 +100,8 @@ class Done(msgspec.Struct, frozen=True, tag="done"):
 
     withheld: what is to be kept for later rounds: what this update leaves out or SCAFFOLD's control, float32, or a
     teacher's state. found: files for the device's owner, by name; they are never sent. record: an encoded
-    `captures.Work`, never sent either. warnings: for the owner's log.
+    `captures.Work`, never sent either. warnings: for the owner's log. report: on the data, where they were read;
+    for the owner, too.
     """
 
     update: bytes = b""
@@ -101,6 +112,7 @@ class Done(msgspec.Struct, frozen=True, tag="done"):
     found: dict[FileName, bytes] = {}
     record: bytes = b""
     warnings: tuple[str, ...] = ()
+    report: Optional[DataReport] = None
 
 
 class Problem(msgspec.Struct, frozen=True, tag="problem"):
@@ -122,6 +134,7 @@ class Tune(msgspec.Struct, frozen=True):
     plan: TrainingPlan
     layers: tuple[str, ...]
     name: str
+    reading: Reading = Reading()
 
 
 class Personalise(msgspec.Struct, frozen=True, tag="personalise"):
@@ -137,6 +150,7 @@ class Personalise(msgspec.Struct, frozen=True, tag="personalise"):
     data_source: str
     data_path: str
     tune: Optional[Tune] = None
+    reading: Reading = Reading()
 
 
 class Personalised(msgspec.Struct, frozen=True, tag="personalised"):

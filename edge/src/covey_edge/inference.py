@@ -15,23 +15,26 @@ from __future__ import annotations
 import logging
 import os
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Optional, Union
 
 import numpy as np
 import numpy.typing as npt
 
-from covey_edge.data_sources import check_inputs
+from covey_edge import normalising
+from covey_edge.data_sources import Fault, as_the_model_takes, input_faults, not_finite
 from covey_edge.model_store import Kept, ModelStore, Version
 from covey_edge.runtime import Floats, Model
 from covey_protocol.bundle import Manifest, read_bundle
-from covey_protocol.errors import CoveyError, StorageError
+from covey_protocol.errors import CoveyError, DataError, StorageError
 from covey_protocol.seals import PublicKey
 
 log = logging.getLogger("covey.inference")
 
 TRIES = 5  # a reader starts anew where a writer was faster; a writer takes seconds from change to change
-_State = tuple[int, int, int]
+_State = tuple[object, ...]
+_Loaded = tuple[Model, Kept, Optional[normalising.Statistics]]
 
 
 class Predictor:
@@ -44,8 +47,8 @@ class Predictor:
     def __init__(self, store: ModelStore) -> None:
         self._store = store
         self._lock = threading.RLock()
-        self._state = self._looked()
-        self._model, self._kept = self._loaded()
+        self._state: _State = ()
+        self._model, self._kept, self._statistics = self._loaded()
 
     @classmethod
     def open(cls, state_dir: Union[str, Path], task: str = "") -> Predictor:
@@ -70,7 +73,8 @@ class Predictor:
     def predict(self, x: npt.ArrayLike) -> Floats:
         """(n, ...) -> (n, k) float32, probabilities where the loss is a cross entropy (docs/bundle.md).
 
-        x: as the data of training, any numeric dtype. DataError names the first row that does not fit.
+        x: as the source of training gives it, any numeric dtype; it is normalised here where training does. DataError
+        names the first row that does not fit.
         """
         return self.answered(x)[0]
 
@@ -79,26 +83,41 @@ class Predictor:
         with self._lock:
             self._follow()
             manifest = self._model.manifest
-            return self._model.infer(check_inputs(np.asarray(x), manifest)), self._kept.used, manifest
+            inputs = self._inputs(np.asarray(x), manifest)
+            return self._model.infer(inputs), self._kept.used, manifest
+
+    def _inputs(self, x: npt.NDArray[Any], manifest: Manifest) -> npt.NDArray[Any]:
+        spec, shape = manifest.input, tuple(manifest.input.shape)
+        if x.ndim < 1 or not len(x) or x.dtype.kind not in "fiub":
+            raise DataError(f"x is {x.dtype} of shape {x.shape}, no list of examples", "give numbers, one row or more")
+        if x.shape[1:] != shape:
+            raise DataError(f"x has examples of shape {x.shape[1:]}, the model takes {shape}", "reshape them")
+        _refuse(not_finite(x, x))
+        scale = self._kept.used.scale
+        if scale is not None:
+            assert self._statistics is not None
+            x = normalising.scaled(x, self._statistics, scale.how, spec)
+        _refuse(input_faults(x, manifest))
+        return as_the_model_takes(x, spec)
 
     def _follow(self) -> None:
-        state = self._looked()
+        state = self._looked(self._kept)
         if state == self._state:
             return
         self._state = state  # also where it fails: once per change
         try:
-            self._model, self._kept = self._loaded(self._kept, self._model)
+            self._model, self._kept, self._statistics = self._loaded(self._kept, self._model)
         except (CoveyError, OSError) as exc:
             log.warning("the newest model cannot be loaded, %s answers on: %s", self._kept.used, exc)
 
-    def _looked(self) -> Optional[_State]:
-        try:
-            found = os.stat(self._store.pointer)
-        except OSError:
-            return None
-        return found.st_ino, found.st_mtime_ns, found.st_size
+    def _looked(self, kept: Optional[Kept]) -> _State:
+        """Changes with model.json, and with the statistics that its model's inputs are normalised by."""
+        scale = kept.used.scale if kept is not None else None
+        watched = [self._store.pointer, *([self._store.state_dir / scale.statistics] if scale is not None else [])]
+        return tuple(map(_state_of, watched))
 
-    def _loaded(self, before: Optional[Kept] = None, model: Optional[Model] = None) -> tuple[Model, Kept]:
+    def _loaded(self, before: Optional[Kept] = None, model: Optional[Model] = None) -> _Loaded:
+        """Everything is read before the model that is loaded is changed."""
         for _ in range(TRIES):
             kept = self._store.load()
             if kept is None:
@@ -111,11 +130,36 @@ class Predictor:
                 bundle, parameters = self._store.read(used)
             except FileNotFoundError:
                 continue  # replaced since, twice
+            statistics = self._read_statistics(used)
             if model is None or before is None or before.used.bundle != used.bundle:
                 model = Model(read_bundle(bundle, [PublicKey.from_hex(key) for key in used.sealed_by]))
             model.set_parameters(np.frombuffer(parameters, "<f4").astype(np.float32))
-            return model, kept
+            return model, kept, statistics
         raise StorageError(f"files that {self._store.pointer} names are missing", "wait for the next round")
+
+    def _read_statistics(self, used: Version) -> Optional[normalising.Statistics]:
+        if used.scale is None:
+            return None
+        path = self._store.state_dir / used.scale.statistics
+        found = normalising.kept(path)
+        if found is None:
+            raise StorageError(f"{path} is not there, by which inputs are normalised", "start the agent: it makes them")
+        return found
+
+
+def _state_of(path: Path) -> Optional[tuple[int, int, int]]:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns, found.st_size
+
+
+def _refuse(faults: Iterable[Fault]) -> None:
+    for fault in faults:
+        if fault.rows.any():
+            where = f"in {int(fault.rows.sum())} of {len(fault.rows)} rows, first in row {int(np.argmax(fault.rows))}"
+            raise DataError(f"{fault.what} {where}", fault.remedy)
 
 
 def labels(output: Floats, manifest: Manifest) -> Optional[list[Any]]:

@@ -35,10 +35,18 @@ _Hex = Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
 Kind = Literal["federated", "personal"]
 
 
+class Scale(Struct, frozen=True, forbid_unknown_fields=True):
+    """How the inputs of this device are normalised: as [data] normalise says, by the statistics in this file of
+    state_dir."""
+
+    how: Literal["standard", "range"]
+    statistics: str
+
+
 class Version(Struct, frozen=True, forbid_unknown_fields=True):
     """One model. bundle, parameters: sha256 of the files. sealed_by: keys of which one sealed the bundle. number,
     round_id: of the round that brought the federated parameters; of a personal model, of those it was tuned from, and
-    base: their sha256. made_ms: Unix time."""
+    base: their sha256. made_ms: Unix time. scale: of the inputs, None where they go in as they are."""
 
     kind: Kind
     bundle: _Hex
@@ -48,6 +56,7 @@ class Version(Struct, frozen=True, forbid_unknown_fields=True):
     round_id: str
     made_ms: int
     base: str = ""
+    scale: Optional[Scale] = None
 
     def __str__(self) -> str:
         tuned = "personal model, tuned from round" if self.kind == "personal" else "federated model of round"
@@ -120,7 +129,7 @@ class ModelStore:
     """One task's models. Raises StorageError where the disk refuses, or holds what cannot be read."""
 
     def __init__(self, state_dir: Path, task: str = "", disk: Disk = DISK) -> None:
-        self.folder = state_dir / "models" / task
+        self.state_dir, self.folder = state_dir, state_dir / "models" / task
         self._disk = disk
 
     @property

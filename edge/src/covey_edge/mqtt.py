@@ -188,7 +188,7 @@ class MqttTransport:
         self.broker = broker
         self._client_id = client_id
         self._inbox = inbox
-        _tls_context(broker)  # a wrong file is known now
+        tls_context(broker)  # a wrong file is known now
         self._rng = random.Random(client_id)  # noqa: S311 - only spreads the reconnections of a fleet
         self._will: Optional[tuple[str, bytes]] = None
         self._limit = broker.max_message_bytes or None
@@ -407,7 +407,7 @@ class MqttTransport:
         client.on_subscribe = self._on_subscribe
         if self.broker.username is not None:
             client.username_pw_set(self.broker.username, self.broker.password)
-        context = _tls_context(self.broker)  # read again for every connection: certificates are renewed
+        context = tls_context(self.broker)  # read again for every connection: certificates are renewed
         if context is not None:
             client.tls_set_context(context)
         if self._will is not None:
@@ -643,7 +643,8 @@ def _lacking(properties: Properties) -> str:
     return ""
 
 
-def _tls_context(broker: Broker) -> Optional[ssl.SSLContext]:
+def tls_context(broker: Broker) -> Optional[ssl.SSLContext]:
+    """As every connection to this broker uses it; None without TLS. ConfigError where a file is wrong."""
     if not broker.tls:
         return None
     try:

@@ -15,9 +15,11 @@ from typing import Optional
 
 import numpy as np
 
-from covey_edge.data_sources import Examples, check_examples, load_examples
+from covey_edge.data_sources import Examples
+from covey_edge.examples import prepared
 from covey_edge.frames import Personalise, Personalised, Tune
 from covey_edge.model_rules import Score
+from covey_edge.reading import Reading
 from covey_edge.runtime import Floats, Model
 from covey_edge.trainer import train
 from covey_protocol.bundle import Manifest, read_bundle
@@ -39,7 +41,7 @@ def personalised(request: Personalise) -> Personalised:
     counts: tuple[int, ...] = ()
     scores: list[Score] = []
     if request.data_path:
-        examples = _examples(model, request.data_source, request.data_path)
+        examples = _examples(model, request.data_source, request.data_path, request.reading)
         for parameters in every:
             counts, score = scored(model, parameters, examples)
             scores.append(score)
@@ -47,8 +49,8 @@ def personalised(request: Personalise) -> Personalised:
     return Personalised(counts, tuple(scores), has_classes, b"" if made is None else made.astype("<f4").tobytes())
 
 
-def _examples(model: Model, source: str, path: str) -> Examples:
-    return check_examples(*load_examples(source, Path(path)), model.manifest, Path(path))
+def _examples(model: Model, source: str, path: str, reading: Reading) -> Examples:
+    return prepared(source, Path(path), reading, model.manifest).part(reading.part)
 
 
 def scored(model: Model, parameters: Floats, examples: Examples) -> tuple[tuple[int, ...], Score]:
@@ -70,7 +72,7 @@ def fine_tuned(model: Model, received: Floats, tune: Tune) -> Floats:
     number by itself (all of Keras') that is training those layers alone; with gradient clipping the norm is still that
     of all layers.
     """
-    examples = _examples(model, tune.data_source, tune.data_path)
+    examples = _examples(model, tune.data_source, tune.data_path, tune.reading)
     model.set_parameters(received)
     train(model, examples, tune.plan, tune.name, _putting_back(model, received, tune.layers))
     parameters = model.parameters()

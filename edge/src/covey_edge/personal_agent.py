@@ -20,8 +20,9 @@ from covey_edge.cache import BlobCache
 from covey_edge.config import Agent, TaskPersonal
 from covey_edge.frames import Frame, Personalise, Personalised, Problem, Tune
 from covey_edge.model_choice import Scores, comparable, measure_of, with_federated, with_personal
-from covey_edge.model_store import Kept, ModelStore, Version
+from covey_edge.model_store import Kept, ModelStore, Scale, Version
 from covey_edge.policy import DataPlace, data_for
+from covey_edge.reading import Reading
 from covey_edge.training_process import TrainingProcess
 from covey_protocol.errors import StorageError
 from covey_protocol.messages import Invitation, TrainingPlan
@@ -87,6 +88,19 @@ class Personal:
         self._job = None
         self._child.stop()
 
+    def section(self) -> dict[str, str]:
+        """For `covey agent status`: task -> which model its applications get, and how it came to that."""
+        settings = self._agent.config.personal
+        tasks = [name for name in ("", *settings.tasks) if settings.of(name).keep]
+        stores = {
+            name: ModelStore(self._agent.state_dir, name).load() for name in [*tasks, *self._agent.config.data.tasks]
+        }
+        return {
+            name: f"{kept.used}; newest: {kept.history[-1].decision if kept.history else 'none'}"
+            for name, kept in stores.items()
+            if kept is not None
+        }
+
     # --- steps
 
     def _look_at(self, invitation: Invitation) -> None:
@@ -124,7 +138,8 @@ class Personal:
             gradient_clip_norm=invitation.plan.gradient_clip_norm,
         )
         path = str(self._agent.folder / data.path)
-        tune = Tune(data.source, path, plan, settings.finetune_layers, self._agent.config.device_id)
+        reading = data.kept_in(self._agent.state_dir)
+        tune = Tune(data.source, path, plan, settings.finetune_layers, self._agent.config.device_id, reading)
         versions = comparable(kept, kept.federated.bundle)
         self._ask(_Job(invitation, kept.federated, kept, tunes=True), versions, self._held_out(invitation), tune)
 
@@ -139,6 +154,7 @@ class Personal:
             place.source if place is not None else "",
             str(self._agent.folder / place.path) if place is not None else "",
             tune,
+            place.kept_in(self._agent.state_dir) if place is not None else Reading(),
         )
         self._job = job
         self._child.request(job, request, self._agent.config.training.timeout_s)
@@ -188,7 +204,12 @@ class Personal:
     def _version(self, invitation: Invitation) -> Version:
         keys = tuple(key.hex() for key in self._agent.coordinators)
         bundle, parameters = invitation.bundle.sha256.hex(), invitation.parameters.sha256.hex()
-        return Version("federated", bundle, parameters, keys, invitation.number, invitation.round_id, _now_ms())
+        data = data_for(self._agent.config.data, _training(invitation))
+        reading = data.reading if data is not None else Reading()
+        scale = Scale(reading.normalise, reading.file("normalisation", "json").name) if reading.normalise else None
+        return Version(
+            "federated", bundle, parameters, keys, invitation.number, invitation.round_id, _now_ms(), scale=scale
+        )
 
     def _held_out(self, invitation: Invitation) -> Optional[DataPlace]:
         evaluation = msgspec.structs.replace(_training(invitation), evaluate=("loss",))

@@ -297,6 +297,11 @@ class DeviceMachine:
         """The rounds whose updates are in the outbox, the oldest first."""
         return tuple(self._owed)
 
+    @property
+    def deadline(self) -> float:
+        """Of the round this device works for, by the clock that `handle` gets."""
+        return self._deadline
+
     def restore(self, offers: Sequence[Offer], now: float) -> list[Effect]:
         """Go on with the updates found in the outbox after a restart. The next connection offers them."""
         self._owed = {offer.round_id: _Owed(offer, now) for offer in offers}
