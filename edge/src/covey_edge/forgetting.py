@@ -29,6 +29,7 @@ FORGOTTEN = {
     "teacher*.msgpack": "the state of a teacher",
     "teaching": "reports on your data",
     "stopped": "what stopped updates would have told",
+    "models": "the models for `covey infer`, also your own",
     "records": "what this device did in its rounds, examples and all",
 }
 # with --everything; and why not without

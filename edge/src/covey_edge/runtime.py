@@ -138,6 +138,20 @@ class Model:
         loss_sum, correct, count = totals.tolist()
         return loss_sum / count, correct / count
 
+    def infer(self, x: Numbers) -> Floats:
+        """The model's answers: (n, ...) -> (n, ...) float32; probabilities for the cross entropies (docs/bundle.md)."""
+        size, rows = self.manifest.batch_size, []
+        for start in range(0, len(x), size):
+            part = x[start : start + size]
+            padded, _, _ = self._padded(part, part)
+            output = self._call("infer", x=padded).get("output")
+            if output is None or output.dtype != np.float32 or output.ndim < 1 or len(output) != size:
+                raise BundleError(
+                    f"infer of bundle {self.manifest.name!r} does not give {size} rows of float32", "export it again"
+                )
+            rows.append(output[: len(part)].copy())
+        return np.concatenate(rows)
+
     def _shared_inputs(
         self, clip_norm: float, proximal_weight: float, centre: Optional[Floats], correction: Optional[Floats]
     ) -> dict[str, Any]:

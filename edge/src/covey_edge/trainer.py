@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO, Optional
 
@@ -24,7 +25,7 @@ from covey_edge.data_report import DataReport
 from covey_edge.data_sources import Examples, state_of
 from covey_edge.debugging import Debugged, debugged, is_debugged
 from covey_edge.examples import Prepared, examine, prepared
-from covey_edge.frames import Done, Frame, Open, Probe, Problem, Run, read_frame, write_frame
+from covey_edge.frames import Done, Frame, Open, Personalise, Probe, Problem, Run, read_frame, write_frame
 from covey_edge.leak_gate import STOPPED, Stopped, judge
 from covey_edge.model_screening import Screen
 from covey_edge.opening import opened
@@ -68,6 +69,10 @@ class Trainer:
                 return self._open(request)
             if isinstance(request, Run):
                 return self._run(request)
+            if isinstance(request, Personalise):
+                from covey_edge.personal import personalised  # in a child of its own, which does nothing else
+
+                return personalised(request)
         except Stopped as exc:
             return Problem(STOPPED, exc.what, exc.remedy, dict(exc.found))
         except CoveyError as exc:
@@ -234,7 +239,9 @@ def check_sendable(update: Floats, *, may_be_zero: bool = False) -> None:
         raise TrainingError("training changed nothing: the update is all zeros", "raise the learning rate")
 
 
-def train(model: Model, examples: Examples, plan: TrainingPlan, order_name: str) -> float:
+def train(
+    model: Model, examples: Examples, plan: TrainingPlan, order_name: str, after_step: Callable[[], None] = lambda: None
+) -> float:
     """plan.epochs passes in an order fixed by the plan's seed and the name; the mean loss of the last pass.
 
     FedProx's centre is the parameters the model holds at the start.
@@ -251,6 +258,7 @@ def train(model: Model, examples: Examples, plan: TrainingPlan, order_name: str)
         for rows in (order[start : start + size] for start in range(0, len(x), size)):
             seed = step_seed(plan.shuffle_seed, order_name, step) if draws else 0
             loss_sum += model.train_batch(x[rows], y[rows], plan.learning_rate, seed) * len(rows)
+            after_step()
             step += 1
         mean_loss = loss_sum / len(x)
     return mean_loss
