@@ -25,7 +25,8 @@ SUSPECTED_TOLD = "this device takes the model for one made to read its data; the
 
 class Open(msgspec.Struct, frozen=True, tag="open"):
     """Load this bundle (already in the cache) and these data, or none where data_path is "". sealed_by: the
-    coordinator's public key, hex; or by one of or_by, while it has two. reading: how the data are read."""
+    coordinator's public key, hex; or by one of or_by, while it has two. reading: how the data are read. threads: of
+    the runtime."""
 
     bundle_path: str
     bundle_sha256: bytes
@@ -34,6 +35,7 @@ class Open(msgspec.Struct, frozen=True, tag="open"):
     data_path: str
     or_by: tuple[str, ...] = ()
     reading: Reading = Reading()
+    threads: int = 1
 
 
 class Run(msgspec.Struct, frozen=True, tag="run"):

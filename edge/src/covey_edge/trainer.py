@@ -81,7 +81,7 @@ class Trainer:
             if hashlib.sha256(data).digest() != request.bundle_sha256:
                 raise BundleError(f"{request.bundle_path} does not have the announced hash", "it is fetched again")
             keys = [PublicKey.from_hex(text) for text in (request.sealed_by, *request.or_by)]
-            self._model = Model(read_bundle(data, keys))
+            self._model = Model(read_bundle(data, keys), request.threads)
             self._bundle_sha256, self._prepared = request.bundle_sha256, None
         report = self._load_data(self._model.manifest, request) if request.data_path else None
         return Done(runtime=self._model.runtime, report=report)
