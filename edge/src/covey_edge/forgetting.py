@@ -30,10 +30,13 @@ FORGOTTEN = {
     "teaching": "reports on your data",
     "stopped": "what stopped updates would have told",
     "records": "what this device did in its rounds, examples and all",
+    "normalisation*.json": "statistics of your data",
+    "data-report*.txt": "what was read of your data",
 }
 # with --everything; and why not without
 KEPT = {
     "ledger.json": "the privacy ledger: without it this device would take what it has spent for unspent",
+    "split.key": "the key of the split: without it this device would hold out examples that models were trained on",
     "sent*.json*": "the log of what left this device: it tells nothing more than that",
 }
 # always: they tell nothing, and protect
