@@ -76,6 +76,7 @@ CHECKS = [
     "covey_edge.preflight:certificates",
     "covey_edge.preflight:broker",
     "covey_edge.preflight:data",
+    "covey_edge.conditions_check:conditions",
 ]
 
 
