@@ -302,5 +302,5 @@ def test_a_table_is_read_as_for_training_and_an_image_gets_the_models_size(owner
     code, said = called(owner, "--json", "digit.pgm")
     np.testing.assert_allclose(json.loads(said)["output"], predictor.predict(x[:1])[0], atol=0.01)
     (owner / "digit.pgm").write_bytes(b"P5 24 24 255\n" + large.tobytes()[:50])
-    with pytest.raises(CoveyError, match="digit.pgm: "):
+    with pytest.raises(CoveyError, match=r"digit\.pgm: "):
         called(owner, "digit.pgm")
