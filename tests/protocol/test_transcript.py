@@ -341,6 +341,12 @@ def test_an_excuse_may_be_said_again(excuse: Any) -> None:
     assert [one.section for one in judge([*GOOD[:index], first, again, *GOOD[index + 1 : at(Offer) + 1]])] == [5]
 
 
+def test_a_device_that_declined_may_join_the_round_later() -> None:
+    index = at(Answer)
+    no = MADE.resealed(GOOD[index], Answer(ROUND.round_id, False, "not charging"), extra=-1)
+    assert judge([*GOOD[:index], no, *GOOD[index:]]) == []
+
+
 def test_an_agent_that_starts_again_after_its_answer_may_offer_at_once() -> None:
     """From its outbox. One that had given up may take part again."""
     index, online = at(Offer), at(Presence)

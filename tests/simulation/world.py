@@ -887,6 +887,8 @@ class World:
         declines = isinstance(message, Answer) and not message.accept
         if name in self.devices and (declines or isinstance(message, Failure)):
             self.excused[name] = (message.round_id, self.devices[name].starts)
+        elif isinstance(message, Answer):
+            self.excused.pop(name, None)  # it joins, perhaps later than it declined
         if self.broker_up:
             self._fly(lambda: self._to_coordinator(name, message))
 
@@ -919,7 +921,8 @@ class World:
             return
 
         def look() -> None:
-            if one.on and one.starts == starts and self.fleet is fleet:
+            still = self.excused.get(name) == (message.round_id, starts)
+            if still and one.on and one.starts == starts and self.fleet is fleet:
                 self.seen["excuses itself again"] += 1
                 query = "SELECT d.progress, r.phase FROM devices d JOIN rounds r ON r.id = d.round"
                 progress, phase = self._one(f"{query} WHERE d.round = ? AND d.id = ?", message.round_id, name)

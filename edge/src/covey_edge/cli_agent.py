@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import logging
 import signal
 from pathlib import Path
 from typing import Any, Callable, Optional, TypeVar
@@ -23,6 +22,8 @@ SUBCOMMANDS: dict[str, tuple[str, str]] = {
     "join": ("covey_edge.cli_status", "Take part again after `leave`."),
     "leave": ("covey_edge.cli_status", "Decline every round from now on."),
     "sent": ("covey_edge.cli_sent", "Everything that ever left this device."),
+    "unit": ("covey_edge.cli_unit", "A systemd unit for this agent."),
+    "update": ("covey_edge.cli_update", "Give the agent a new release of itself."),
     "status": ("covey_edge.cli_status", "What the agent is doing."),
 }
 
@@ -84,13 +85,13 @@ def run(config_path: Path, quiet: bool, parent: Optional[int]) -> None:
     """The agent, in the foreground."""
     from covey_edge.agent import AgentProgram
     from covey_edge.config import load_agent
-    from covey_edge.processes import die_with_parent
+    from covey_edge.processes import die_with_parent, frugal_memory
+    from covey_edge.service import begin_to_log
 
+    frugal_memory()
     if parent:
         die_with_parent(parent)
-    logging.basicConfig(
-        level=logging.WARNING if quiet else logging.INFO, format="%(asctime)s %(levelname)s %(message)s"
-    )
+    begin_to_log(quiet=quiet)
     program = AgentProgram(load_agent(config_path))
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: program.stop())
@@ -99,3 +100,7 @@ def run(config_path: Path, quiet: bool, parent: Optional[int]) -> None:
         program.run()
     finally:
         program.close()
+    if program.starts_anew:
+        from covey_edge.launcher import start_anew
+
+        start_anew(program.service.inherited)

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Optional, TypeVar, Union, get_args, 
 import msgspec
 from msgspec import Meta, Struct
 
+from covey_edge.hours import window_of
 from covey_edge.mqtt import Broker, parse_broker
 from covey_edge.source_options import OPTIONS, check_together
 from covey_protocol.errors import ConfigError
@@ -99,11 +100,14 @@ class DataSettings(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class TrainingSettings(Struct, frozen=True, forbid_unknown_fields=True):
-    """timeout_s: a training that takes longer is killed. memory_mb: the child's address space, 0 for no limit."""
+    """timeout_s: a training that takes longer is killed. memory_mb: the child's address space, 0 for no limit.
+    nice: how far the child steps back for other programs. threads: of the TFLite runtime."""
 
     timeout_s: Positive = 3600.0
     memory_mb: Annotated[int, Meta(ge=0)] = 0
     max_epochs: Annotated[int, Meta(ge=1)] = 100
+    nice: Annotated[int, Meta(ge=0, le=19)] = 10
+    threads: Annotated[int, Meta(ge=1, le=64)] = 1
 
 
 class PrivacySettings(Struct, frozen=True, forbid_unknown_fields=True):
@@ -156,6 +160,38 @@ class CaptureSettings(Struct, frozen=True, forbid_unknown_fields=True):
     keep_records: Annotated[int, Meta(ge=0, le=1000)] = 0
 
 
+class ConditionSettings(Struct, frozen=True, forbid_unknown_fields=True):
+    """When this device works (covey_edge.conditions, docs/conditions.md). 0, false and empty switch each off.
+
+    quiet_hours: windows in which it does not; hours: those in which it does, empty for all day. max_load: of other
+    programs, per core. when_lost: what becomes of work under way. unknown: what a condition is taken for that cannot be
+    read. tell: whether the coordinator hears which condition it was.
+    """
+
+    charging: bool = False
+    min_battery: Annotated[int, Meta(ge=0, le=100)] = 0
+    max_temperature_c: Annotated[float, Meta(ge=0, le=120)] = 0.0
+    unthrottled: bool = False
+    unmetered: bool = False
+    quiet_hours: tuple[str, ...] = ()
+    hours: tuple[str, ...] = ()
+    min_free_disk_mb: Annotated[int, Meta(ge=0)] = 16
+    min_free_memory_mb: Annotated[int, Meta(ge=0)] = 0
+    max_load: NotNegative = 0.0
+    when_lost: Literal["pause", "abort"] = "pause"
+    unknown: Literal["allow", "decline"] = "allow"
+    check_every_s: Annotated[float, Meta(ge=1, le=3600)] = 10.0
+    tell: bool = True
+
+
+class UpdateSettings(Struct, frozen=True, forbid_unknown_fields=True):
+    """release_key: whose releases this device installs, 64 hex digits; "" for nobody's. from_fleet: also those that
+    come over the broker, else only those that its owner gives it."""
+
+    release_key: str = ""
+    from_fleet: bool = True
+
+
 class TaskPersonal(Struct, frozen=True, forbid_unknown_fields=True):
     """The models that the owner uses, see docs/personal-models.md.
 
@@ -195,6 +231,8 @@ class AgentConfig(Struct, frozen=True, forbid_unknown_fields=True):
     policy: PolicySettings = PolicySettings()
     capture: CaptureSettings = CaptureSettings()
     state_dir: str = "state"
+    conditions: ConditionSettings = ConditionSettings()
+    update: UpdateSettings = UpdateSettings()
     personal: PersonalSettings = PersonalSettings()
 
 
@@ -223,6 +261,7 @@ def load_agent(path: Path) -> Agent:
     _check_replicas(path, config)
     _check_personal(path, config)
     _check_reading(path, config.data)
+    _check_hours(path, config.conditions)
     for name in (*config.data.tasks, *(config.policy.tasks or ()), *config.policy.refuse_tasks):
         check_name(name, "task")
     if not (config.data.path or config.data.shards or config.data.tasks):
@@ -230,6 +269,7 @@ def load_agent(path: Path) -> Agent:
     for name, task in config.data.tasks.items():
         if not (task.path or task.shards):
             raise ConfigError(f"{path}: [data.tasks.{name}] has no path", "say where this task's data are")
+    _check_release_key(path, config)
     for name in config.wire.compression:
         if name not in COMPRESSIONS:
             raise ConfigError(f"{path}: there is no compression {name!r}", f"use {', '.join(COMPRESSIONS)}")
@@ -290,6 +330,15 @@ def _check_reading(path: Path, data: DataSettings) -> None:
                 )
 
 
+def _check_release_key(path: Path, config: AgentConfig) -> None:
+    """Who coordinates must not be able to replace the agent."""
+    if not config.update.release_key:
+        return
+    key = PublicKey.from_hex(config.update.release_key)
+    if key in keys_from(config.identity.coordinator_key, "the coordinator"):
+        raise ConfigError(f"{path}: update.release_key is the coordinator's key", "pin the key of the releases' maker")
+
+
 def _check_replicas(path: Path, config: AgentConfig) -> None:
     every: list[DataSettings | TaskData] = [config.data, *config.data.tasks.values()]
     for data in every:
@@ -305,6 +354,12 @@ def _check_replicas(path: Path, config: AgentConfig) -> None:
                 )
             if name or what == "shard":
                 check_name(name, what)
+
+
+def _check_hours(path: Path, conditions: ConditionSettings) -> None:
+    for setting in ("quiet_hours", "hours"):
+        for text in getattr(conditions, setting):
+            window_of(text, f"{path}: conditions.{setting}")
 
 
 def read_broker(settings: BrokerSettings, folder: Path) -> Broker:

@@ -26,7 +26,8 @@ SUSPECTED_TOLD = "this device takes the model for one made to read its data; the
 
 class Open(msgspec.Struct, frozen=True, tag="open"):
     """Load this bundle (already in the cache) and these data, or none where data_path is "". sealed_by: the
-    coordinator's public key, hex; or by one of or_by, while it has two. reading: how the data are read."""
+    coordinator's public key, hex; or by one of or_by, while it has two. reading: how the data are read. threads: of
+    the runtime."""
 
     bundle_path: str
     bundle_sha256: bytes
@@ -35,6 +36,7 @@ class Open(msgspec.Struct, frozen=True, tag="open"):
     data_path: str
     or_by: tuple[str, ...] = ()
     reading: Reading = Reading()
+    threads: int = 1
 
 
 class Run(msgspec.Struct, frozen=True, tag="run"):

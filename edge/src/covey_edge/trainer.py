@@ -28,7 +28,8 @@ from covey_edge.examples import Prepared, examine, prepared
 from covey_edge.frames import Done, Frame, Open, Personalise, Probe, Problem, Run, read_frame, write_frame
 from covey_edge.leak_gate import STOPPED, Stopped, judge
 from covey_edge.model_screening import Screen
-from covey_edge.processes import die_with_parent
+from covey_edge.opening import opened
+from covey_edge.processes import die_with_parent, frugal_memory
 from covey_edge.reading import ALL
 from covey_edge.runtime import Floats, Model, Numbers, installed
 from covey_edge.withheld import NO_WITHHELD_NOISE
@@ -86,7 +87,7 @@ class Trainer:
             if hashlib.sha256(data).digest() != request.bundle_sha256:
                 raise BundleError(f"{request.bundle_path} does not have the announced hash", "it is fetched again")
             keys = [PublicKey.from_hex(text) for text in (request.sealed_by, *request.or_by)]
-            self._model = Model(read_bundle(data, keys))
+            self._model = Model(opened(data, keys), request.threads)
             self._bundle_sha256, self._prepared = request.bundle_sha256, None
         report = self._load_data(self._model.manifest, request) if request.data_path else None
         return Done(runtime=self._model.runtime, report=report)
@@ -344,6 +345,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the agent decides
     if len(sys.argv) > 1:
         die_with_parent(int(sys.argv[1]))  # where this does nothing, the closed pipe ends us
+    frugal_memory()
     output, trainer = _private_stdout(), Trainer()
     while (request := read_frame(sys.stdin.buffer)) is not None:
         write_frame(output, trainer.answer(request))

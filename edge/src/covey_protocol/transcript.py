@@ -300,8 +300,8 @@ class Judge:
         _require(here, 5, f"{device_id} was not invited to round {known.invitation.round_id}")
         device = known.device(device_id)
         over = device.failed or device.answer is False
-        declined_again = isinstance(message, Answer) and not message.accept and device.answer is False
-        again = declined_again or (isinstance(message, Failure) and device.failed)
+        answers_again = isinstance(message, Answer) and not device.failed  # no again, or it joins later
+        again = answers_again or (isinstance(message, Failure) and device.failed)
         what = type(message).__name__
         _require(again or not over, 5, f"{device_id} sends {what} for a round that it declined or gave up")
         if isinstance(message, Answer):

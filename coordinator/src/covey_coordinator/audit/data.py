@@ -41,7 +41,7 @@ class Part:
 @dataclass(frozen=True)
 class AuditData:
     """test: was on no device. input_range: what PSNR is measured against. average: the mean example of the test part,
-    what somebody guesses who knows such data and has no update.
+    what somebody guesses who knows such data and has no update. feature_names: of a table, else empty.
     """
 
     name: str
@@ -50,6 +50,7 @@ class AuditData:
     devices: tuple[Part, ...]
     test: Part
     average: Numbers
+    feature_names: tuple[str, ...] = ()
 
     def device_ids(self) -> list[str]:
         return [f"device-{number:02d}" for number in range(len(self.devices))]
@@ -68,9 +69,8 @@ def read_data(settings: PlanSettings, manifest: Manifest, seed: int, data_dir: P
     if any(not len(part) for part in devices):
         raise DataError(f"{name}: a device is left without examples", "give more data, or lower fleet.devices")
     kept = _fitting(test, manifest, name)
-    return AuditData(
-        train.name, train.class_names, _range(manifest, train), devices, kept, kept.x.astype(np.float64).mean(axis=0)
-    )
+    average, bounds = kept.x.astype(np.float64).mean(axis=0), _range(manifest, train)
+    return AuditData(train.name, train.class_names, bounds, devices, kept, average, train.feature_names)
 
 
 def _fitting(data: Dataset, manifest: Manifest, name: str) -> Part:
