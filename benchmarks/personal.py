@@ -120,7 +120,7 @@ def outcome(model: Model, start: Floats, fleet: Floats, own: Parts, rounds: int,
     _, of_own = scored(model, models["personal"], held_out)
     took: dict[str, bool] = {}
     for measure in ("loss", "accuracy"):
-        took[measure] = is_preferred(gain(of_own, of_fleet, counts, measure), 0.0, in_use=False)  # type: ignore[arg-type]
+        took[measure] = is_preferred(gain(of_own, of_fleet, counts, measure), 0.0, in_use=False)
         accuracy[f"better by {measure}"] = accuracy["personal" if took[measure] else "federated"]
     accuracy["oracle"] = max(accuracy["federated"], accuracy["personal"])
     return Outcome(accuracy, len(own.test), took)
