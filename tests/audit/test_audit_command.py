@@ -222,7 +222,7 @@ def test_a_model_without_classes_is_refused(bundle: Path) -> None:
 
 
 def test_numbers_where_no_attack_would_search_are_refused(bundle: Path, tmp_path: Path) -> None:
-    """On a bundle that declares no range they look near 0: they would miss ages of 20 to 90, and all would seem well."""
+    """On a bundle that declares no range they look near 0: they would miss ages up to 90, and all would seem well."""
     rng = np.random.default_rng(0)
     for name, scale in (("ages", 90.0), ("shares", 1.0)):
         x = scale * rng.random((60, 8, 8, 1)).astype(np.float32)
