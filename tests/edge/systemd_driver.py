@@ -114,6 +114,7 @@ def main() -> None:
     drop_in("WatchdogSec=9", "RestartSec=1", "ExecStart=", f"ExecStart={quick}")
 
     run("systemctl", "start", UNIT)  # returns when it is ready
+    until(lambda: bool(shown("StatusText")), "a word of how it is")
     FACTS["started"] = [shown("ActiveState"), shown("StatusText")[:24], shown("User")]
     process = Path("/proc") / shown("MainPID")
     status = dict(line.split(":", 1) for line in (process / "status").read_text().splitlines())

@@ -58,6 +58,13 @@ def test_systemd_makes_the_state_where_it_may_and_opens_it_elsewhere(config: Pat
     assert "StateDirectory=covey\nStateDirectoryMode=0700\n" in text_of(config, "/var/lib/covey")
 
 
+def test_folders_of_databases_are_writable(config: Path) -> None:
+    """In a read-only folder SQLite cannot open a database in WAL mode that nobody else has open."""
+    text = config.read_text().replace('path = "data.npz"', 'source = "sqlite"\npath = "/srv/readings/room.sqlite"')
+    config.write_text(f"{text}\n[data.options]\ntable = 'readings'\nlabel = 'y'\n")
+    assert "ReadWritePaths=-/srv/readings\n" in text_of(config, "/var/lib/covey")
+
+
 def test_homes_are_hidden_unless_something_of_the_agent_lies_there(config: Path) -> None:
     hidden = "ProtectHome=yes\n" in text_of(config, "/var/lib/covey", "/usr/bin/python3")
     of_this_python = any(
