@@ -111,7 +111,7 @@ def main() -> None:
     FACTS["installed"] = run(*COVEY, *arguments)
     launcher = next(line for line in Path(f"/etc/systemd/system/{UNIT}").read_text().splitlines() if "launcher" in line)
     quick = launcher.replace("--state", "--healthy-for 3 --pause 0.5 --state").partition("=")[2]
-    drop_in("WatchdogSec=9", "RestartSec=1", "ExecStart=", f"ExecStart={quick}")
+    drop_in("WatchdogSec=20", "RestartSec=1", "ExecStart=", f"ExecStart={quick}")
 
     run("systemctl", "start", UNIT)  # returns when it is ready
     until(lambda: bool(shown("StatusText")), "a word of how it is")

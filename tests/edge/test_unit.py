@@ -8,9 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from patience import PATIENCE_S
 from release_helpers import write_device
 
+from covey_edge.cli import covey
 from covey_edge.config import load_agent
 from covey_edge.unit import UNIT, install, unit_text
 from covey_protocol.errors import ConfigError, MachineError
@@ -91,7 +93,8 @@ def test_it_is_installed_for_a_user_who_exists(config: Path, tmp_path: Path) -> 
 
 
 def test_the_command_prints_it(config: Path) -> None:
-    command = [sys.executable, "-m", "covey_edge", "agent", "--config", str(config), "unit", "--user", "pi"]
-    printed = subprocess.check_output(command, text=True, timeout=PATIENCE_S)
-    assert "User=pi\n" in printed
-    assert f"--config {config}\n" in printed
+    printed = CliRunner().invoke(
+        covey, ["agent", "--config", str(config), "unit", "--user", "pi"], catch_exceptions=False
+    )
+    assert "User=pi\n" in printed.output
+    assert f"--config {config}\n" in printed.output
