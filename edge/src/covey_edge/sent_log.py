@@ -43,7 +43,7 @@ log = logging.getLogger("covey.agent")
 
 NAME, SUMMARY = "sent.jsonl", "sent-summary.json"  # in state_dir
 _OLDER = re.compile(r"\Asent-(\d{6})\.jsonl\Z")
-MAX_FILE_BYTES = 2**20  # some 800 rounds; read whole when it is summed up, which must not show in the agent's memory
+MAX_FILE_BYTES = 2**20  # some 1,100 rounds; read whole when it is summed up, which must not show in the agent's memory
 KEPT_FILES = 16  # older ones, beside the current
 REMEMBERED = 256  # messages that are not written again when they are said again
 WAITING = 64  # lines that a full disk has kept out, until there is space again
