@@ -193,8 +193,8 @@ class SentLog:
         if isinstance(message, Seen):
             return self._line("seen", "has read the verdict", message.round_id)
         assert isinstance(message, Presence)
-        online = f"online, covey {message.agent_version}, {message.runtime or 'no runtime yet'}"
-        return self._line("presence", online if message.online else "offline")
+        said = f"online, covey {message.agent_version}, {message.runtime}" if message.online else "offline"
+        return self._line("presence", f"{said}; {message.trouble}" if message.trouble else said)
 
     def _put_off(self, line: Line) -> None:
         if len(self._waiting) < WAITING:
