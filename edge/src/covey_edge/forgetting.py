@@ -30,11 +30,15 @@ FORGOTTEN = {
     "teaching": "reports on your data",
     "stopped": "what stopped updates would have told",
     "records": "what this device did in its rounds, examples and all",
+    "models": "models kept for use on this device, your own copies among them",
+    "data-report*.txt": "what was found in your data",
+    "normalisation*.json": "how your data are scaled",
 }
 # with --everything; and why not without
 KEPT = {
     "ledger.json": "the privacy ledger: without it this device would take what it has spent for unspent",
     "sent*.json*": "the log of what left this device: it tells nothing more than that",
+    "split.key": "which of your data are held out: with another one, examples that were trained on would be",
 }
 # always: they tell nothing, and protect
 STAYS = {
@@ -42,7 +46,8 @@ STAYS = {
     "retired.json": "the coordinator's keys that are not taken any more",
     "left.json": "that you have opted out",
     "agent.lock": "the lock",
-    "agent.sock": "the local socket",
+    "*.sock": "local sockets",
+    "releases": "releases of the agent itself",
 }
 
 

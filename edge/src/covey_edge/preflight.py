@@ -1,9 +1,10 @@
 """`covey agent check`: what would keep this device from taking part, looked for before it does.
 
 Each check yields Findings. They use what the agent uses: its settings, its training child, its MQTT adapter (under
-another client id, so that an agent that runs stays connected). Other parts of the agent add checks to CHECKS. Nothing
-is changed but a file that is written to state_dir and removed; nothing is said to the fleet but an empty message, which
-a coordinator passes over.
+another client id, so that an agent that runs stays connected). Other parts of the agent add checks to CHECKS. In
+state_dir a file is written and removed, and what the agent would make of the data before its first round is made (the
+key of the split, the statistics, the report). Nothing is said to the fleet but an empty message, which a coordinator
+passes over.
 """
 
 from __future__ import annotations
@@ -328,19 +329,22 @@ def data(facts: Facts) -> Iterator[Finding]:
     try:
         for place in places(facts.agent.config.data):
             path = facts.agent.folder / place.path
-            answer = asked(Probe(place.source, str(path)))
+            answer = asked(Probe(place.source, str(path), place.looked_at(facts.agent.state_dir)))
             if isinstance(answer, Problem):
                 yield _problem(answer)
                 continue
             assert isinstance(answer, Done)
+            assert answer.report is not None
             if not runtime:
                 runtime = answer.runtime
                 yield Finding("runtime", OK, f"{runtime} on Python {sys.version.split()[0]}")
-            few = answer.num_examples < facts.agent.config.privacy.min_examples
-            what = f"{path} holds {answer.num_examples:,} examples"
+            few = answer.num_examples - answer.report.held_out < facts.agent.config.privacy.min_examples
+            what = f"{path} holds {answer.report.summary}"
             if few:
                 what += f", fewer than privacy.min_examples ({facts.agent.config.privacy.min_examples})"
             yield Finding("data", WARNING if few else OK, what, "record more" if few else "")
+            yield from (Finding("data", WARNING, f"{path}: left out: {one}") for one in answer.report.left_out)
+            yield from (Finding("data", OK, f"{path}: {note}") for note in answer.report.notes)
         yield from _shape(facts, asked)
     finally:
         child.stop()
@@ -369,7 +373,8 @@ def _shape(facts: Facts, asked: Any) -> Iterator[Finding]:
     except OSError as exc:
         raise errors.ConfigError(f"{path} cannot be read ({exc.strerror})", "check the path") from exc
     keys_hex = [key.hex() for key in agent.coordinators]
-    request = Open(str(path), digest, keys_hex[-1], where.source, str(agent.folder / where.path), tuple(keys_hex[:-1]))
+    data_path, reading = str(agent.folder / where.path), where.looked_at(agent.state_dir)
+    request = Open(str(path), digest, keys_hex[-1], where.source, data_path, tuple(keys_hex[:-1]), reading)
     answer = asked(request)
     if isinstance(answer, Problem):
         yield _problem(answer)
