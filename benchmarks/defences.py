@@ -10,8 +10,8 @@ convolutions, one dense layer, 2,500 numbers), freshly initialised, in float64. 
               gradients (cosine distance). Rank correlation
   defences    for each defence the PSNR of inverting gradients, of the most probable batch for somebody who takes the
               update for undefended, and of the one who knows the defence
-  trade-off   the resolution per example and the accuracy of ten devices after 40 rounds, over clip norm, noise, batch
-              and local steps
+  trade-off   the curves of `covey audit` (`audit.curves`) without its attacks: what an update resolves per example and
+              the accuracy of ten devices after 20 rounds, over noise, clip norm, examples, passes and joined rounds
 
 PSNR is that of the mean squared error over draws and examples. A blind guess of the range's middle has about 7 dB, a
 guess of the mean digit 11. Labels are known to all attackers. Results are of one model and one data set.
@@ -23,7 +23,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,11 @@ prepare()
 
 import numpy as np
 
+from covey_coordinator.audit import curves
+from covey_coordinator.audit.bench import Bench
+from covey_coordinator.audit.data import read_data
+from covey_coordinator.audit.settings import CurveSettings, FleetSettings, PlanSettings
+from covey_coordinator.audit.updates import TrainingChild
 from covey_coordinator.inversion.adaptive import (
     CentralNoise,
     ClippingAndNoise,
@@ -53,7 +58,8 @@ from covey_coordinator.inversion.metrics import mse, psnr
 from covey_coordinator.inversion.priors import learned_prior
 from covey_coordinator.inversion.resolution import Leakage, leakage_number, planned
 from covey_coordinator.inversion.tarantola import Tarantola
-from covey_coordinator.inversion.tradeoff import Point, Setting, swept, trade_off
+from covey_coordinator.simulation.settings import DataSettings, PrivacySettings
+from covey_protocol.bundle import read_bundle
 from covey_protocol.messages import TrainingPlan
 
 RANGE = (0.0, 1.0)
@@ -230,50 +236,50 @@ def as_row(values: Sequence[Any]) -> str:
 # --- trade-off
 
 
-def curves(quick: bool) -> dict[str, list[Setting]]:
-    base = Setting(clip_norm=1.0, noise_multiplier=0.01, examples=8, learning_rate=1.0)
-    values: dict[str, Sequence[float]] = {
-        "clip_norm": (0.1, 0.3, 1.0, 3.0),
-        "noise_multiplier": (0.001, 0.01, 0.1, 0.5),
-        "examples": (1, 4, 8, 16),
-        "epochs": (1, 2, 4),
-    }
-    return {name: swept(base, **{name: some[:2] if quick else some}) for name, some in values.items()}
+def audited(quick: bool) -> PlanSettings:
+    rounds = 3 if quick else 20
+    told = CurveSettings(
+        noise_multiplier=(0.001, 0.01, 0.1, 0.5),
+        clip_norm=(0.1, 0.3, 1.0),
+        examples=(1, 4, 16),
+        epochs=(1, 2, 4),
+        rounds=(1, 5, 20),
+    )
+    if quick:
+        told = CurveSettings((0.01,), (0.3,), (4,), (1,), (1,))
+    return PlanSettings(
+        privacy=PrivacySettings(clip_norm=1.0, noise_multiplier=0.01),
+        fleet=FleetSettings(devices=10, rounds=rounds, partition={"kind": "iid"}),
+        data=DataSettings(set="digits", test_fraction=0.4),
+        curves=told,
+    )
 
 
 def tradeoff(quick: bool, say: Callable[[str], None]) -> list[dict[str, Any]]:
     import tensorflow as tf
 
-    x, y = load()
+    from covey_models import export
+
     tf.keras.utils.set_random_seed(0)
     layers = tf.keras.layers
     keras = tf.keras.Sequential(
         [tf.keras.Input((8, 8, 1)), layers.Flatten(), layers.Dense(24, "tanh"), layers.Dense(10)]
     )
-    model, rows = KerasModel(keras, batch_size=8, dtype="float64"), []
-    named = [(name, setting) for name, some in curves(quick).items() for setting in some]
-    points = trade_off(
-        model,
-        model.parameters(),
-        (x[:1000], y[:1000]),
-        [setting for _, setting in named],
-        held_out=(x[1000:], y[1000:]),
-        rounds=5 if quick else 40,
-        progress=lambda done, total: say(f"setting {done} of {total}"),
-    )
-    for (name, _), point in zip(named, points):
-        rows.append({"curve": name, **asdict(point.setting), **told(point)})
-        say(as_row([name, str(getattr(point.setting, name)), *told(point).values()]))
+    bundle, settings = read_bundle(export(keras, name="trade-off", batch_size=8, input_range=RANGE)), audited(quick)
+    rows = []
+    with TrainingChild(bundle) as child:
+        bench = Bench(bundle, settings, read_data(settings, bundle.manifest, 0), child, 0)
+        for name in curves.NAMES:
+            for at in sorted(curves.values(bench, name)):
+                found = curves.resolution(bench, curves.case_at(bench, name, at))
+                told = {
+                    "resolved_per_example": float(found.per_example.mean()),
+                    "psnr_db": found.here_psnr_db,
+                    "accuracy_percent": 100 * curves.accuracy_at(bench, name, at),
+                }
+                rows.append({"curve": name, "at": at, **told})
+                say(as_row([name, f"{at:g}", *told.values()]))
     return rows
-
-
-def told(point: Point) -> dict[str, Any]:
-    return {
-        "resolved_per_example": point.resolved_per_example,
-        "psnr_db": point.psnr_db,
-        "bits_per_example": point.bits_per_example,
-        "accuracy_percent": 100 * (point.accuracy or 0.0),
-    }
 
 
 # --- what all share
@@ -348,13 +354,15 @@ def draw_tradeoff(rows: Sequence[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot
 
     names = list(dict.fromkeys(row["curve"] for row in rows))
-    figure, panels = pyplot.subplots(1, len(names), figsize=(4 * len(names), 3.4), sharey=True)
+    figure, panels = pyplot.subplots(1, len(names), figsize=(3.4 * len(names), 3.4), sharey=True)
     for name, axes in zip(names, panels):
         some = [row for row in rows if row["curve"] == name]
-        axes.plot([row[name] for row in some], [row["resolved_per_example"] for row in some], "o-", color="tab:red")
+        axes.plot([row["at"] for row in some], [row["resolved_per_example"] for row in some], "o-", color="tab:red")
         axes.set(xscale="log", xlabel=name.replace("_", " "), ylim=(0, 66))
+        axes.set_xticks([row["at"] for row in some], [f"{row['at']:g}" for row in some])
+        axes.minorticks_off()
         beside = axes.twinx()
-        beside.plot([row[name] for row in some], [row["accuracy_percent"] for row in some], "s--", color="tab:blue")
+        beside.plot([row["at"] for row in some], [row["accuracy_percent"] for row in some], "s--", color="tab:blue")
         beside.set(ylim=(0, 100))
     panels[0].set(ylabel="resolved of 64 (red)")
     beside.set(ylabel="accuracy, % (blue)")

@@ -203,7 +203,10 @@ def test_a_parameter_vector_of_the_wrong_length_is_refused(digits_bundle: bytes)
 # --- the child as a process
 
 
-PROBED = Done(num_examples=40, runtime="tflite_runtime 2.14.0")
+def check_probed(expected: str, token: object, answer: object) -> None:
+    assert token == expected
+    assert isinstance(answer, Done), answer
+    assert (answer.num_examples, answer.runtime) == (40, "tflite_runtime 2.14.0")
 
 
 @pytest.fixture
@@ -220,7 +223,7 @@ def test_a_killed_child_is_a_problem_and_the_next_request_starts_a_new_one(
     process, answers = child
     probe = Probe("npz", str(device / "data.npz"))
     process.request("first", probe, PATIENCE_S)
-    assert answers.get(timeout=PATIENCE_S) == ("first", PROBED)
+    check_probed("first", *answers.get(timeout=PATIENCE_S))
     first = process.pid
     assert first is not None
     os.kill(first, signal.SIGSTOP)  # as a training that hangs
@@ -231,7 +234,7 @@ def test_a_killed_child_is_a_problem_and_the_next_request_starts_a_new_one(
     assert isinstance(problem, Problem)
     assert "SIGKILL" in problem.what
     process.request("third", probe, PATIENCE_S)
-    assert answers.get(timeout=PATIENCE_S) == ("third", PROBED)
+    check_probed("third", *answers.get(timeout=PATIENCE_S))
     assert process.pid != first
 
 
@@ -242,7 +245,7 @@ def test_a_child_that_has_long_had_nothing_to_do_ends_and_the_next_request_start
     probe = Probe("npz", str(device / "data.npz"))
     process.rest()
     process.request("first", probe, PATIENCE_S)
-    assert answers.get(timeout=PATIENCE_S) == ("first", PROBED)
+    check_probed("first", *answers.get(timeout=PATIENCE_S))
     first = process.pid
     assert first is not None
     process.rest()
@@ -253,11 +256,11 @@ def test_a_child_that_has_long_had_nothing_to_do_ends_and_the_next_request_start
     process.rest()
     assert process.pid == first  # it is at work
     os.kill(first, signal.SIGCONT)
-    assert answers.get(timeout=PATIENCE_S) == ("second", PROBED)
+    check_probed("second", *answers.get(timeout=PATIENCE_S))
     process.rest()
     assert process.pid is None
     process.request("third", probe, PATIENCE_S)
-    assert answers.get(timeout=PATIENCE_S) == ("third", PROBED)
+    check_probed("third", *answers.get(timeout=PATIENCE_S))
     assert process.pid not in (None, first)
 
 
@@ -341,7 +344,7 @@ heavy = {"tensorflow", "keras", "sklearn", "matplotlib", "tensorflow_federated",
 print(sorted(heavy))
 """
     request = open_request(device, coordinator_key)
-    (device / "tests_request.py").write_text(f"from covey_edge.frames import Open\nrequest = {request!r}\n")
+    (device / "tests_request.py").write_text(f"from covey_edge.frames import Open, Reading\nrequest = {request!r}\n")
     environment = {**os.environ, "PYTHONPATH": str(device)}
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=environment)
     assert ended.stdout.strip() == "[]"
