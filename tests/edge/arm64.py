@@ -12,10 +12,11 @@ import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
-from environments import PIP, ROOT
+from environments import PIP, ROOT, found_python
 
 PACKAGES = "python3,libstdc++6,libgcc-s1,ca-certificates"  # Debian's Python, and what the wheels link to
 WITHOUT = ("/usr/share/doc/*", "/usr/share/man/*", "/usr/share/locale/*")
@@ -53,12 +54,14 @@ def pack(root: Path, wheel: Path) -> None:
     """Put what the lock names and this wheel into the root; what the lock names only where it has changed."""
     lock, target = ROOT / "locks" / "edge.txt", root / PACKED
     stamp, state = target / ".made-of", hashlib.sha256(lock.read_bytes()).hexdigest()
-    pip = [sys.executable, *PIP, "--no-deps", "--no-compile", "--only-binary", ":all:", "--target", str(target)]
+    python = found_python("3.11") or sys.executable
+    pip = [python, *PIP, "--no-deps", "--no-compile", "--only-binary", ":all:", "--target", str(target)]
     pip += [*TARGET, *(argument for name in PLATFORMS for argument in ("--platform", name))]
     if not stamp.exists() or stamp.read_text() != state:
         shutil.rmtree(target, ignore_errors=True)
         subprocess.run([*pip, "--require-hashes", "-r", str(lock)], check=True)
         stamp.write_text(state)
-    for name in ("covey_edge", "covey_protocol"):
-        shutil.rmtree(target / name, ignore_errors=True)
-    subprocess.run([*pip, "--upgrade", str(wheel)], check=True)
+    for left in target.glob("covey_*"):
+        shutil.rmtree(left)
+    with zipfile.ZipFile(wheel) as archive:  # all that pip does with a wheel of pure Python, but for the command
+        archive.extractall(target)

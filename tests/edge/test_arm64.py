@@ -50,7 +50,7 @@ def test_the_agent_trains_and_reports_on_arm64(
     x, y = load_digits(return_X_y=True)
     shard = Shard((x[:32] / 16).astype(np.float32).reshape(-1, 8, 8, 1), y[:32])
     reported = one_round(
-        ["chroot", str(root), "/usr/bin/python3", "-m", "covey_edge"],
+        [str(shutil.which("chroot")), str(root), "/usr/bin/python3", "-m", "covey_edge"],
         inside,
         mosquitto,
         digits_bundle,
