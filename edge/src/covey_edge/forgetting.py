@@ -29,7 +29,6 @@ FORGOTTEN = {
     "teacher*.msgpack": "the state of a teacher",
     "teaching": "reports on your data",
     "stopped": "what stopped updates would have told",
-    "models": "the models for `covey infer`, also your own",
     "records": "what this device did in its rounds, examples and all",
     "models": "models kept for use on this device, your own copies among them",
     "data-report*.txt": "what was found in your data",
