@@ -359,6 +359,8 @@ def draw_tradeoff(rows: Sequence[dict[str, Any]], path: Path) -> None:
         some = [row for row in rows if row["curve"] == name]
         axes.plot([row["at"] for row in some], [row["resolved_per_example"] for row in some], "o-", color="tab:red")
         axes.set(xscale="log", xlabel=name.replace("_", " "), ylim=(0, 66))
+        axes.set_xticks([row["at"] for row in some], [f"{row['at']:g}" for row in some])
+        axes.minorticks_off()
         beside = axes.twinx()
         beside.plot([row["at"] for row in some], [row["accuracy_percent"] for row in some], "s--", color="tab:blue")
         beside.set(ylim=(0, 100))

@@ -253,6 +253,23 @@ def test_a_given_file_that_is_no_release_is_told(device: Device) -> None:
     assert not (device.releases / ARRIVED).exists()
 
 
+def test_a_given_file_that_cannot_be_removed_is_looked_at_once(
+    device: Device, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Root's, in a folder of root's; found under a real systemd, where it ended the agent."""
+    device.releases.mkdir(parents=True, exist_ok=True)
+    (device.releases / ARRIVED).write_bytes(b"nothing")
+
+    def refused(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "unlink", refused)
+    for _ in range(3):
+        device.now += 11
+        assert not device.updates.tick(idle=True)
+    assert caplog.text.count("cannot remove") == 1
+
+
 def test_what_is_not_run_any_more_goes(device: Device) -> None:
     for version in ("7.0", "8.0", "8.1", "9.0", ".9.2.new.tmp"):
         (device.releases / version).mkdir(parents=True)

@@ -52,6 +52,7 @@ def _recording() -> ModuleType:
 
 MADE = _recording()
 GOOD: list[Record] = MADE.read(FOLDER / "good.jsonl")
+RELEASES = Path(__file__).parent.parent / "golden" / "releases-v1.json"
 KEY = PublicKey.from_hex(MADE.COORDINATOR.public.hex())
 
 
@@ -75,6 +76,18 @@ def test_a_real_encrypted_round_breaks_nothing() -> None:
     assert judge(records) == []
     assert MADE.message_of(records[MADE.first(records, Invitation)]).encryption_key
     assert MADE.message_of(records[MADE.first(records, Offer)]).update.size == 36 + 560
+
+
+def test_a_release_beside_the_rounds_breaks_nothing_unless_it_is_none() -> None:
+    sealed = bytes.fromhex(json.loads(RELEASES.read_text())["vectors"]["one wheel for everybody"]["sealed"])
+    topic = "covey/1/golden/fleet/release"
+
+    def with_release(payload: bytes) -> list[Violation]:
+        record = msgspec.structs.replace(GOOD[-1], topic=topic, payload=payload, retained=True)
+        return judge([*GOOD, record])
+
+    assert with_release(sealed) == with_release(b"") == []
+    assert [violation.section for violation in with_release(sealed[:-1])] == [12]
 
 
 def test_a_device_may_say_that_it_has_seen_its_verdict() -> None:

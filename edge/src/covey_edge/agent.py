@@ -139,6 +139,8 @@ class AgentProgram:
         }
         if self._updates is not None:
             self.sections["update"] = self._updates.facts
+        if conditions.asked():
+            self.sections["conditions"] = self._watch.report
 
     # --- life
 

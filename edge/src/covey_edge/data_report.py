@@ -84,7 +84,7 @@ class DataReport(Struct, frozen=True):
     def _lines(self) -> list[str]:
         lines = [
             f"{HEAD}{self.place} ({self.source}, for {self.what})",
-            f"{self.rows} rows read, {self.examples} examples" + self._held(),
+            f"{self.rows:,} rows read, {self.examples:,} examples" + self._held(),
         ]
         lines += [f"left out: {one}" for one in self.left_out]
         lines += [f"note: {one}" for one in self.notes]
@@ -101,13 +101,13 @@ class DataReport(Struct, frozen=True):
         return lines
 
     def _held(self) -> str:
-        return f", of which {self.held_out} are held out" if self.held_out else ""
+        return f", of which {self.held_out:,} are held out" if self.held_out else ""
 
     @property
     def summary(self) -> str:
         """One line for the log at its usual level: counts alone."""
         lost = self.rows - self.examples
-        return f"{self.examples} examples" + self._held() + (f", {lost} rows left out" if lost else "")
+        return f"{self.examples:,} examples" + self._held() + (f", {lost:,} rows left out" if lost else "")
 
 
 def write_report(path: Path, report: DataReport) -> None:

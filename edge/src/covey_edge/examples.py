@@ -68,7 +68,7 @@ def prepared(source: str, path: Path, reading: Reading, manifest: Optional[Manif
     try:
         return work.done(manifest)
     finally:
-        if reading.state_dir:
+        if reading.state_dir and reading.keeps:
             write_report(reading.file("data-report", "txt"), work.report())
 
 
@@ -169,7 +169,8 @@ class _Work:
     def _split(self) -> None:
         if not self._reading.holdout:
             return
-        held = holdout_of(self._x, self._reading.holdout, split_key(Path(self._reading.state_dir)))
+        key = split_key(Path(self._reading.state_dir), make=self._reading.keeps)
+        held = holdout_of(self._x, self._reading.holdout, key)
         self._keep(np.argsort(held, kind="stable"))
         self._num_held = int(held.sum())
         if self._num_held in (0, len(self._x)):
@@ -183,7 +184,8 @@ class _Work:
             now = normalising.measured(trained_on, self._source, self._columns)
             before, used = used, normalising.to_use(used, now)
             if used != before:
-                normalising.keep(path, used)
+                if self._reading.keeps:
+                    normalising.keep(path, used)
                 self._notes.append(f"the inputs are normalised by new statistics, of {used.count} examples")
             self._notes += [f"drift: {text}" for text in normalising.drift(used, now)]
             if normalising.drift(used, now):

@@ -35,6 +35,10 @@ class DataPlace(NamedTuple):
         """With the folder where the split, the statistics and the report lie."""
         return msgspec.structs.replace(self.reading, state_dir=str(state_dir))
 
+    def looked_at(self, state_dir: Path) -> Reading:
+        """The same, without a change of anything there."""
+        return msgspec.structs.replace(self.kept_in(state_dir), keeps=False)
+
 
 def data_for(data: DataSettings, plan: TrainingPlan) -> Optional[DataPlace]:
     """Where the data for this plan are; None where the device has none for its task.

@@ -76,6 +76,7 @@ CHECKS = [
     "covey_edge.preflight:certificates",
     "covey_edge.preflight:broker",
     "covey_edge.preflight:data",
+    "covey_edge.conditions_check:conditions",
 ]
 
 
@@ -328,19 +329,22 @@ def data(facts: Facts) -> Iterator[Finding]:
     try:
         for place in places(facts.agent.config.data):
             path = facts.agent.folder / place.path
-            answer = asked(Probe(place.source, str(path), place.kept_in(facts.agent.state_dir)))
+            answer = asked(Probe(place.source, str(path), place.looked_at(facts.agent.state_dir)))
             if isinstance(answer, Problem):
                 yield _problem(answer)
                 continue
             assert isinstance(answer, Done)
+            assert answer.report is not None
             if not runtime:
                 runtime = answer.runtime
                 yield Finding("runtime", OK, f"{runtime} on Python {sys.version.split()[0]}")
-            few = answer.num_examples < facts.agent.config.privacy.min_examples
-            what = f"{path} holds {answer.num_examples:,} examples"
+            few = answer.num_examples - answer.report.held_out < facts.agent.config.privacy.min_examples
+            what = f"{path} holds {answer.report.summary}"
             if few:
                 what += f", fewer than privacy.min_examples ({facts.agent.config.privacy.min_examples})"
             yield Finding("data", WARNING if few else OK, what, "record more" if few else "")
+            yield from (Finding("data", WARNING, f"{path}: left out: {one}") for one in answer.report.left_out)
+            yield from (Finding("data", OK, f"{path}: {note}") for note in answer.report.notes)
         yield from _shape(facts, asked)
     finally:
         child.stop()
@@ -369,7 +373,8 @@ def _shape(facts: Facts, asked: Any) -> Iterator[Finding]:
     except OSError as exc:
         raise errors.ConfigError(f"{path} cannot be read ({exc.strerror})", "check the path") from exc
     keys_hex = [key.hex() for key in agent.coordinators]
-    request = Open(str(path), digest, keys_hex[-1], where.source, str(agent.folder / where.path), tuple(keys_hex[:-1]))
+    data_path, reading = str(agent.folder / where.path), where.looked_at(agent.state_dir)
+    request = Open(str(path), digest, keys_hex[-1], where.source, data_path, tuple(keys_hex[:-1]), reading)
     answer = asked(request)
     if isinstance(answer, Problem):
         yield _problem(answer)

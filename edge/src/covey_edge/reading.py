@@ -17,7 +17,8 @@ class Reading(Struct, frozen=True, forbid_unknown_fields=True):
 
     part: which examples are asked for. what: what the data are for; only those of "training" make the statistics that
     all data of a task are normalised with. state_dir: where the device's key of the split, the statistics and the
-    report lie; "" for a reading without any of them. task: whose data they are, "" for those of no task in particular.
+    report lie; "" for a reading without any of them. task: whose data they are, "" for those of no task.
+    keeps: whether these files may be written; else they are only read, for a look beside an agent.
     """
 
     options: dict[str, Any] = {}
@@ -28,6 +29,7 @@ class Reading(Struct, frozen=True, forbid_unknown_fields=True):
     what: What = "training"
     state_dir: str = ""
     task: str = ""
+    keeps: bool = True
 
     def beside(self, what: What) -> Reading:
         """How data are read that lie beside those to train on: whole, with the statistics of those."""

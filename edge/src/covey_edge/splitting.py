@@ -28,13 +28,17 @@ KEY_BYTES = 32
 BLOCK_BYTES = 2**20  # of numbers that are converted at a time
 
 
-def split_key(state_dir: Path) -> bytes:
+def split_key(state_dir: Path, *, make: bool = True) -> bytes:
     """The device's key, made and durable at the first call. Two processes that make it at once get the same one.
+
+    Without make one of zeros stands for a key that is not there yet: for a look that changes nothing.
 
     DataError where it is damaged: another key would hold out examples that models were trained on.
     """
     path = state_dir / KEY_NAME
     if not path.exists():
+        if not make:
+            return bytes(KEY_BYTES)
         _make_key(path)
     try:
         key = path.read_bytes()
@@ -49,7 +53,7 @@ def split_key(state_dir: Path) -> bytes:
 
 
 def _make_key(path: Path) -> None:
-    own = path.with_name(f"{KEY_NAME}.{os.getpid()}")
+    own = path.with_name(f".{KEY_NAME}.{os.getpid()}.tmp")
     write_atomic(own, os.urandom(KEY_BYTES), mode=0o600)
     try:
         with contextlib.suppress(FileExistsError):  # another process was first

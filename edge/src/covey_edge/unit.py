@@ -54,6 +54,7 @@ AmbientCapabilities=
 ProtectSystem=strict
 ProtectHome={home}
 PrivateTmp=yes
+PrivateMounts=yes
 DevicePolicy=closed
 DeviceAllow=/dev/vcio rw
 ProtectProc=invisible
@@ -95,7 +96,7 @@ def unit_text(agent: Agent, config_path: Path, user: str, python: Optional[str] 
         command=" ".join(command),
         hopeless=f"{EXIT_CONFIG} {EXIT_MACHINE}",
         state=_state(state),
-        home="read-only" if _in_homes([config, Path(python), Path(sys.prefix), *_data(agent)]) else "yes",
+        home="read-only" if _in_homes([config, *_pythons(python), *_data(agent)]) else "yes",
     )
 
 
@@ -104,6 +105,11 @@ def _state(state: Path) -> str:
     if state.parent == Path("/var/lib"):
         return f"StateDirectory={state.name}\nStateDirectoryMode=0700"
     return f"ReadWritePaths={state}"
+
+
+def _pythons(python: str) -> list[Path]:
+    """Also what an environment is a link to."""
+    return [Path(python), Path(python).resolve(), Path(sys.prefix), Path(sys.base_prefix)]
 
 
 def _data(agent: Agent) -> list[Path]:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from covey_coordinator.audit.settings import PlanSettings
 from covey_edge.data_sources import check_examples
-from covey_models.datasets import Dataset, load_split
+from covey_models.datasets import STANDARD_DEVIATIONS, Dataset, load_split
 from covey_models.partitions import partition
 from covey_protocol.bundle import Manifest
 from covey_protocol.errors import DataError
@@ -93,6 +93,15 @@ def _labels(classes: Numbers, manifest: Manifest) -> Numbers:
 
 
 def _range(manifest: Manifest, data: Dataset) -> tuple[float, float]:
-    """The model's own where it states one: what an attacker knows."""
+    """The model's own where it states one: what an attacker knows. DataError where it states none and the data lie
+    beyond standardised ones: attacks would search in the wrong place, and all would seem well."""
     low, high = manifest.input.minimum, manifest.input.maximum
-    return (low, high) if low is not None and high is not None and low < high else data.input_range
+    if low is not None and high is not None and low < high:
+        return low, high
+    if max(map(abs, data.input_range)) > STANDARD_DEVIATIONS:
+        raise DataError(
+            f"{manifest.name} declares no input range, and {data.name} lies in {data.input_range[0]:g} to "
+            f"{data.input_range[1]:g}, where attacks do not search",
+            "export the model with --input-range, or say `standardise = true` in [data] if it takes such tables",
+        )
+    return data.input_range
