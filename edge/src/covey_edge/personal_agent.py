@@ -109,16 +109,9 @@ class Personal:
 
     def section(self) -> dict[str, str]:
         """For `covey agent status`: task -> which model its applications get, and how it came to that."""
-        settings = self._agent.config.personal
-        tasks = [name for name in ("", *settings.tasks) if settings.of(name).keep]
-        stores = {
-            name: ModelStore(self._agent.state_dir, name).load() for name in [*tasks, *self._agent.config.data.tasks]
-        }
-        return {
-            name: f"{kept.used}; newest: {kept.history[-1].decision if kept.history else 'none'}"
-            for name, kept in stores.items()
-            if kept is not None
-        }
+        config = self._agent.config
+        names = dict.fromkeys(("", *config.data.tasks, *config.personal.tasks))
+        return {name: _told(ModelStore(self._agent.state_dir, name)) for name in names if config.personal.of(name).keep}
 
     # --- conditions: the same as for a round
 
@@ -264,6 +257,16 @@ class Personal:
 
     def _task(self, job: _Job) -> str:
         return job.invitation.plan.task
+
+
+def _told(store: ModelStore) -> str:
+    try:
+        kept = store.load()
+    except StorageError as exc:
+        return str(exc)
+    if kept is None:
+        return "none yet"
+    return f"{kept.used}; newest: {kept.history[-1].decision}" if kept.history else str(kept.used)
 
 
 def _now_ms() -> int:
