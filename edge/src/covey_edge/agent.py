@@ -178,7 +178,7 @@ class AgentProgram:
                 self._look_after_ourselves()
                 if not self._debugs:
                     self._child.rest()
-                self._personal.tick(idle=self._machine.state is device.State.IDLE)
+                self._personal.tick(idle=self._machine.state is device.State.IDLE and self._machine.postponed is None)
                 continue
             if item is not None:
                 self._take(item)
