@@ -236,6 +236,16 @@ def test_one_that_failed_before_is_not_fetched_and_the_operator_hears_why(device
     assert device.fetching() == set()
 
 
+def test_one_that_the_launcher_could_not_take_up_is_not_fetched_again_and_again(device: Device) -> None:
+    """A full disk, say: else device and launcher would start each other for ever."""
+    device.hears(released(SMALL))
+    device.fetches(SMALL[1])
+    device.start()  # and staged.json is still there
+    device.hears(released(SMALL))
+    assert device.fetching() == set()
+    assert not device.updates.tick(idle=True)
+
+
 def test_its_owner_may_have_it_tried_again(device: Device) -> None:
     Folder(device.releases).save(failed(Boot(trial="9.0"), "9.0 ended with code 1"))
     device.start()
