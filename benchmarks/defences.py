@@ -3,15 +3,17 @@
     .venv/bin/python benchmarks/defences.py [--part NAME]... [--draws 3] [--json FILE] [--pictures FOLDER] [--quick]
 
 Handwritten digits (scikit-learn's, 8 x 8), a small convolution net with sigmoids as in the papers on deep leakage (two
-convolutions, one dense layer, 2,500 numbers), freshly initialised, in float64. Three parts:
+convolutions, one dense layer, 2,500 numbers), freshly initialised, in float64. Four parts:
 
   resolution  one digit, nine noises: the resolution number and the PSNR it expects beside the PSNR that two attacks
               reach, Tarantola's most probable batch (also with a prior learned of 1,000 other digits) and inverting
               gradients (cosine distance). Rank correlation
   defences    for each defence the PSNR of inverting gradients, of the most probable batch for somebody who takes the
               update for undefended, and of the one who knows the defence
-  trade-off   the resolution per example and the accuracy of ten devices after 40 rounds, over clip norm, noise, batch
-              and local steps
+  imprint     the same defences against a malicious server, which sends parameters made to read a batch (a net of 64
+              ReLUs): the share of examples that comes out for who takes the update for undefended, and for who knows
+  trade-off   the curves of `covey audit` (`audit.curves`) without its attacks: what an update resolves per example and
+              the accuracy of ten devices after 20 rounds, over noise, clip norm, examples, passes and joined rounds
 
 PSNR is that of the mean squared error over draws and examples. A blind guess of the range's middle has about 7 dB, a
 guess of the mean digit 11. Labels are known to all attackers. Results are of one model and one data set.
@@ -23,7 +25,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,11 @@ prepare()
 
 import numpy as np
 
+from covey_coordinator.audit import curves
+from covey_coordinator.audit.bench import Bench
+from covey_coordinator.audit.data import read_data
+from covey_coordinator.audit.settings import CurveSettings, FleetSettings, PlanSettings
+from covey_coordinator.audit.updates import TrainingChild
 from covey_coordinator.inversion.adaptive import (
     CentralNoise,
     ClippingAndNoise,
@@ -46,14 +53,18 @@ from covey_coordinator.inversion.adaptive import (
     leakage_of,
 )
 from covey_coordinator.inversion.contract import Finding, Seen
+from covey_coordinator.inversion.extraction import nearest_errors, recovered_share
 from covey_coordinator.inversion.grading import grade
+from covey_coordinator.inversion.imprint import Imprint, imprinted
+from covey_coordinator.inversion.imprint_defended import read_imprint
 from covey_coordinator.inversion.inverting_gradients import InvertingGradients
 from covey_coordinator.inversion.keras_model import KerasModel
 from covey_coordinator.inversion.metrics import mse, psnr
 from covey_coordinator.inversion.priors import learned_prior
 from covey_coordinator.inversion.resolution import Leakage, leakage_number, planned
 from covey_coordinator.inversion.tarantola import Tarantola
-from covey_coordinator.inversion.tradeoff import Point, Setting, swept, trade_off
+from covey_coordinator.simulation.settings import DataSettings, PrivacySettings
+from covey_protocol.bundle import read_bundle
 from covey_protocol.messages import TrainingPlan
 
 RANGE = (0.0, 1.0)
@@ -170,7 +181,7 @@ def cases(quick: bool) -> list[tuple[str, Defence, int, int, int]]:
         ("broken", Soteria(KERNEL, no_features, 0.4), 1, 1, 1),
         ("local steps", none, 2, 1, 2),
         ("batch", none, 4, 4, 1),
-        ("central noise", CentralNoise(0.5, 0.1, devices=4), 4, 4, 1),
+        ("central noise", CentralNoise(1.0, 0.1, devices=4), 4, 4, 1),
     ]
     return found[:3] if quick else found
 
@@ -227,53 +238,108 @@ def as_row(values: Sequence[Any]) -> str:
     return "| " + " | ".join(f"{value:.1f}" if isinstance(value, float) else str(value) for value in values) + " |"
 
 
-# --- trade-off
+# --- imprint
+
+UNITS, LEAST_DB = 64, 20.0
 
 
-def curves(quick: bool) -> dict[str, list[Setting]]:
-    base = Setting(clip_norm=1.0, noise_multiplier=0.01, examples=8, learning_rate=1.0)
-    values: dict[str, Sequence[float]] = {
-        "clip_norm": (0.1, 0.3, 1.0, 3.0),
-        "noise_multiplier": (0.001, 0.01, 0.1, 0.5),
-        "examples": (1, 4, 8, 16),
-        "epochs": (1, 2, 4),
-    }
-    return {name: swept(base, **{name: some[:2] if quick else some}) for name, some in values.items()}
+def imprint_cases() -> list[tuple[Defence, int]]:
+    """(defence, examples of one step). Central noise: the mean alone is seen, as if by somebody who gets it."""
+    noises = [ClippingAndNoise(0.2, noise) for noise in (0.003, 0.01, 0.03, 0.1)]
+    some: list[Defence] = [Nothing(), ClippingAndNoise(0.05), *noises]
+    more = [Compressed("rotated-8bit"), Compressed("rotated-4bit"), Compressed("top-k", 0.1), Pruned(0.7)]
+    rows = [(one, examples) for one in [*some, *more] for examples in (1, 8)]
+    return [*rows, (CentralNoise(1.0, 0.1, devices=4), 8), (Nothing(), 32), (Nothing(), 128)]
 
 
-def tradeoff(quick: bool, say: Callable[[str], None]) -> list[dict[str, Any]]:
+def imprint(draws: int, say: Callable[[str], None]) -> list[dict[str, Any]]:
     import tensorflow as tf
 
     x, y = load()
     tf.keras.utils.set_random_seed(0)
     layers = tf.keras.layers
     keras = tf.keras.Sequential(
-        [tf.keras.Input((8, 8, 1)), layers.Flatten(), layers.Dense(24, "tanh"), layers.Dense(10)]
+        [tf.keras.Input((8, 8, 1)), layers.Flatten(), layers.Dense(UNITS, "relu"), layers.Dense(10)]
     )
-    model, rows = KerasModel(keras, batch_size=8, dtype="float64"), []
-    named = [(name, setting) for name, some in curves(quick).items() for setting in some]
-    points = trade_off(
-        model,
-        model.parameters(),
-        (x[:1000], y[:1000]),
-        [setting for _, setting in named],
-        held_out=(x[1000:], y[1000:]),
-        rounds=5 if quick else 40,
-        progress=lambda done, total: say(f"setting {done} of {total}"),
-    )
-    for (name, _), point in zip(named, points):
-        rows.append({"curve": name, **asdict(point.setting), **told(point)})
-        say(as_row([name, str(getattr(point.setting, name)), *told(point).values()]))
+    own, rows, models = x[500:1500], [], {}
+    say(as_row(IMPRINT_COLUMNS))
+    for defence, examples in imprint_cases():
+        model = models.setdefault(examples, KerasModel(keras, batch_size=examples, dtype="float64"))
+        prior = learned_prior(model.input, own)
+        shares: dict[str, list[float]] = {"unaware": [], "known": []}
+        errors: dict[str, list[float]] = {"unaware": [], "known": []}
+        for draw in range(draws):
+            part = slice(draw * examples, (draw + 1) * examples)
+            some, labels = x[part], y[part]
+            hostile = imprinted(model.specs, model.parameters(), own, seed=draw)
+            clean = planned(model, Seen(hostile, hostile, plan(), examples), some, labels)
+            sent = defence.sent(model, clean, some, labels, np.random.default_rng([draw, 7]))
+            found = {"unaware": Imprint().run(model, sent.unaware, seed=0), "known": read_imprint(model, sent, prior)}
+            for name, finding in found.items():
+                guess = own.mean(0)[None] if finding.inputs is None else finding.inputs
+                shares[name].append(recovered_share(some, finding.inputs, RANGE, LEAST_DB))
+                errors[name].append(float(np.mean(nearest_errors(some, guess))))
+        row = {
+            "defence": defence.name,
+            "examples": examples,
+            **{f"{name}_share": float(np.mean(some)) for name, some in shares.items()},
+            **{f"{name}_db": decibel(some) for name, some in errors.items()},
+        }
+        rows.append(row)
+        say(as_row([f"{value:.2f}" if "share" in name else value for name, value in row.items()]))
     return rows
 
 
-def told(point: Point) -> dict[str, Any]:
-    return {
-        "resolved_per_example": point.resolved_per_example,
-        "psnr_db": point.psnr_db,
-        "bits_per_example": point.bits_per_example,
-        "accuracy_percent": 100 * (point.accuracy or 0.0),
-    }
+IMPRINT_COLUMNS = ("defence", "examples", "unaware, share", "known, share", "unaware, dB", "known, dB")
+
+
+# --- trade-off
+
+
+def audited(quick: bool) -> PlanSettings:
+    rounds = 3 if quick else 20
+    told = CurveSettings(
+        noise_multiplier=(0.001, 0.01, 0.1, 0.5),
+        clip_norm=(0.1, 0.3, 1.0),
+        examples=(1, 4, 16),
+        epochs=(1, 2, 4),
+        rounds=(1, 5, 20),
+    )
+    if quick:
+        told = CurveSettings((0.01,), (0.3,), (4,), (1,), (1,))
+    return PlanSettings(
+        privacy=PrivacySettings(clip_norm=1.0, noise_multiplier=0.01),
+        fleet=FleetSettings(devices=10, rounds=rounds, partition={"kind": "iid"}),
+        data=DataSettings(set="digits", test_fraction=0.4),
+        curves=told,
+    )
+
+
+def tradeoff(quick: bool, say: Callable[[str], None]) -> list[dict[str, Any]]:
+    import tensorflow as tf
+
+    from covey_models import export
+
+    tf.keras.utils.set_random_seed(0)
+    layers = tf.keras.layers
+    keras = tf.keras.Sequential(
+        [tf.keras.Input((8, 8, 1)), layers.Flatten(), layers.Dense(24, "tanh"), layers.Dense(10)]
+    )
+    bundle, settings = read_bundle(export(keras, name="trade-off", batch_size=8, input_range=RANGE)), audited(quick)
+    rows = []
+    with TrainingChild(bundle) as child:
+        bench = Bench(bundle, settings, read_data(settings, bundle.manifest, 0), child, 0)
+        for name in curves.NAMES:
+            for at in sorted(curves.values(bench, name)):
+                found = curves.resolution(bench, curves.case_at(bench, name, at))
+                told = {
+                    "resolved_per_example": float(found.per_example.mean()),
+                    "psnr_db": found.here_psnr_db,
+                    "accuracy_percent": 100 * curves.accuracy_at(bench, name, at),
+                }
+                rows.append({"curve": name, "at": at, **told})
+                say(as_row([name, f"{at:g}", *told.values()]))
+    return rows
 
 
 # --- what all share
@@ -348,13 +414,15 @@ def draw_tradeoff(rows: Sequence[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot
 
     names = list(dict.fromkeys(row["curve"] for row in rows))
-    figure, panels = pyplot.subplots(1, len(names), figsize=(4 * len(names), 3.4), sharey=True)
+    figure, panels = pyplot.subplots(1, len(names), figsize=(3.4 * len(names), 3.4), sharey=True)
     for name, axes in zip(names, panels):
         some = [row for row in rows if row["curve"] == name]
-        axes.plot([row[name] for row in some], [row["resolved_per_example"] for row in some], "o-", color="tab:red")
+        axes.plot([row["at"] for row in some], [row["resolved_per_example"] for row in some], "o-", color="tab:red")
         axes.set(xscale="log", xlabel=name.replace("_", " "), ylim=(0, 66))
+        axes.set_xticks([row["at"] for row in some], [f"{row['at']:g}" for row in some])
+        axes.minorticks_off()
         beside = axes.twinx()
-        beside.plot([row[name] for row in some], [row["accuracy_percent"] for row in some], "s--", color="tab:blue")
+        beside.plot([row["at"] for row in some], [row["accuracy_percent"] for row in some], "s--", color="tab:blue")
         beside.set(ylim=(0, 100))
     panels[0].set(ylabel="resolved of 64 (red)")
     beside.set(ylabel="accuracy, % (blue)")
@@ -369,7 +437,7 @@ def saved(figure: Any, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = ("resolution", "defences", "trade-off")
+    parts = ("resolution", "defences", "imprint", "trade-off")
     parser.add_argument("--part", action="append", choices=parts, help="only this part; may be given again")
     parser.add_argument("--draws", type=int, default=3)
     parser.add_argument("--iterations", type=int, default=1200, help="of inverting gradients")
@@ -394,6 +462,8 @@ def main() -> None:
         elif part == "defences":
             say(as_row(COLUMNS))
             found[part] = defences(draws, iterations, given.quick, say, lambda rows: keep({**found, "defences": rows}))
+        elif part == "imprint":
+            found[part] = imprint(draws, say)
         else:
             found[part] = tradeoff(given.quick, say)
         keep(found)

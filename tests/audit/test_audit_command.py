@@ -3,24 +3,33 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from small_disk import SmallDisk
 
+from covey_coordinator.audit.bench import Bench
 from covey_coordinator.audit.command import audit_command
+from covey_coordinator.audit.data import read_data
 from covey_coordinator.audit.folder import AuditFolder
 from covey_coordinator.audit.policy import Policy
 from covey_coordinator.audit.program import Request, audit
-from covey_coordinator.audit.settings import read_plan
+from covey_coordinator.audit.property import PropertyAudit
+from covey_coordinator.audit.settings import FleetSettings, PlanSettings, check_bundle_fits, read_plan
 from covey_coordinator.audit.suite import Level
+from covey_coordinator.audit.updates import Protection, TrainingChild
 from covey_coordinator.audit.verdict import Outcome
 from covey_coordinator.grid.display import Display
 from covey_coordinator.inversion.verdict import read_verdict
+from covey_coordinator.simulation.settings import DataSettings, PrivacySettings
 from covey_models import build, export
-from covey_protocol.errors import ConfigError, DataError, LeakError
+from covey_protocol.bundle import read_bundle
+from covey_protocol.errors import ConfigError, DataError, LeakError, StorageError, UsageError
 
 FAST = ("labels", "units", "inverting-gradients")
 TINY = Level(
@@ -41,6 +50,7 @@ noise_multiplier = [0.0]
 clip_norm = []
 examples = []
 epochs = []
+rounds = [2]
 """
 
 
@@ -86,6 +96,37 @@ def test_a_malicious_server_reads_an_example_and_devices_would_refuse_its_parame
     assert all("refuse these parameters" in one.notes[0] for one in malicious)
 
 
+def at(outcome: Outcome, curve: str, value: float, metric: str) -> float:
+    points = [one for one in outcome.results if (one.curve, one.at) == (curve, value)]
+    return max(one.metrics[metric] for one in points if metric in one.metrics)
+
+
+def test_rounds_joined_tell_more_than_one_through_noise(done: tuple[Outcome, Path]) -> None:
+    outcome, _ = done
+    one = at(outcome, "noise_multiplier", 0.5, "resolved_share")  # the plan's own noise, of one round
+    assert at(outcome, "rounds", 2, "resolved_share") > 1.3 * one
+    of_plan = {one.name for one in outcome.results if one.case == "plan" and not one.refused}
+    assert {"labels, 2 rounds joined", "inverting-gradients, 2 rounds joined"} <= of_plan
+    assert {"labels, 2 rounds joined", "inverting-gradients, 2 rounds joined"} <= set(outcome.verdict.attacks)
+
+
+def test_a_property_beside_the_task_is_told_without_noise_and_less_through_it(bundle: Path) -> None:
+    told = read_bundle(bundle.read_bytes())
+    settings = PlanSettings(fleet=FleetSettings(devices=5, examples=30), data=DataSettings(set="digits"))
+    with TrainingChild(told) as child:
+        bench = Bench(told, settings, read_data(settings, told.manifest, 0), child, 0)
+        audit = PropertyAudit(bench, attackers=40, devices=40)
+        bare = audit.under(Protection(), 1, lambda: False)
+        noise = Protection(PrivacySettings(clip_norm=0.5, noise_multiplier=2.0))
+        once, often = (audit.under(noise, rounds, lambda: False).auc for rounds in (1, 900))
+    assert bare.auc > 0.9 > 0.75 > once
+    assert often > 0.9  # the noise of many rounds averages out
+    assert bare.error == pytest.approx((41 / (12 * 20 * 20)) ** 0.5)
+    assert bare.examples == 30
+    with pytest.raises(UsageError, match="the time was up"):
+        PropertyAudit(bench, 40, 40).under(noise, 1, lambda: True)
+
+
 def test_the_verdict_is_of_this_plan_and_assumes_its_devices_noise(done: tuple[Outcome, Path]) -> None:
     outcome, folder = done
     verdict = read_verdict(folder / "out" / "verdict.json")
@@ -118,7 +159,7 @@ def test_the_same_audit_goes_on_with_what_is_there_and_another_is_refused(
     again = audit(request(bundle, folder), Display())
     assert again.results == outcome.results
     assert AuditFolder(folder / "out").results() == there  # seconds and all: nothing was done again
-    with pytest.raises(ConfigError, match="data and seed differ"):
+    with pytest.raises(ConfigError, match=r"the data \(.*; the seed \(0, now 1\)"):
         audit(request(bundle, folder, seed=1), Display())
 
 
@@ -136,6 +177,31 @@ def test_ctrl_c_keeps_what_is_done(bundle: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out" / "verdict.json").exists()
 
 
+def test_a_full_disk_ends_it_with_its_name_and_with_space_it_goes_on(bundle: Path, tmp_path: Path) -> None:
+    disk = SmallDisk(tmp_path / "disk", 70 << 20)
+    told = request(bundle, tmp_path, out=disk.seen / "out")
+    try:
+        with pytest.raises(StorageError, match=r"cannot write .*results.*No space left"):
+            audit(told, Display(), lambda: disk.fill() if AuditFolder(told.out).results() else None)
+        kept = AuditFolder(told.out).results()
+        assert len(kept) == 1
+        disk.free()
+        with pytest.raises(KeyboardInterrupt):
+            audit(told, Display(), ended_after(told.out, 2))
+        assert len(AuditFolder(told.out).results()) == 2
+        assert kept.items() <= AuditFolder(told.out).results().items()
+    finally:
+        disk.close()
+
+
+def ended_after(out: Path, results: int) -> Callable[[], None]:
+    def check() -> None:
+        if len(AuditFolder(out).results()) >= results:
+            raise KeyboardInterrupt
+
+    return check
+
+
 def test_without_time_nothing_is_measured_and_the_verdict_says_no(bundle: Path, tmp_path: Path) -> None:
     told = [str(bundle), "--data", "digits", "--minutes", "0.00001", "--out", str(tmp_path / "out")]
     result = CliRunner().invoke(audit_command, told)
@@ -145,6 +211,29 @@ def test_without_time_nothing_is_measured_and_the_verdict_says_no(bundle: Path, 
     verdict = read_verdict(tmp_path / "out" / "verdict.json")
     assert not verdict.passed
     assert any("did not fit the time" in reason for reason in verdict.reasons)
+
+
+def test_a_model_without_classes_is_refused(bundle: Path) -> None:
+    manifest = read_bundle(bundle.read_bytes()).manifest
+    price = msgspec.structs.replace(manifest, name="price", num_classes=None, loss="mean_squared_error")
+    check_bundle_fits(PlanSettings(), manifest)
+    with pytest.raises(ConfigError, match=r"price has no classes \(its loss is mean_squared_error\)"):
+        check_bundle_fits(PlanSettings(), price)
+
+
+def test_numbers_where_no_attack_would_search_are_refused(bundle: Path, tmp_path: Path) -> None:
+    """On a bundle that declares no range they look near 0: they would miss ages up to 90, and all would seem well."""
+    rng = np.random.default_rng(0)
+    for name, scale in (("ages", 90.0), ("shares", 1.0)):
+        x = scale * rng.random((60, 8, 8, 1)).astype(np.float32)
+        np.savez(tmp_path / f"{name}.npz", x=x, y=np.arange(60) % 10)
+    manifest = read_bundle(bundle.read_bytes()).manifest
+    silent = msgspec.structs.replace(
+        manifest, input=msgspec.structs.replace(manifest.input, minimum=None, maximum=None)
+    )
+    read_data(PlanSettings(data=DataSettings(path=str(tmp_path / "shares.npz"))), silent, 0)
+    with pytest.raises(DataError, match=r"declares no input range.*standardise"):
+        read_data(PlanSettings(data=DataSettings(path=str(tmp_path / "ages.npz"))), silent, 0)
 
 
 def test_data_of_another_shape_are_refused_before_anything_is_made(bundle: Path, tmp_path: Path) -> None:

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import msgspec
+import numpy as np
 import pytest
+from msgspec.structs import replace as changed
 
+from covey_coordinator.audit import curves
+from covey_coordinator.audit.bench import Bench
 from covey_coordinator.audit.budget import Budget
+from covey_coordinator.audit.data import AuditData, Part
 from covey_coordinator.audit.folder import Asked, AuditFolder
 from covey_coordinator.audit.policy import Policy, as_limits, judged, measured, read_policy
 from covey_coordinator.audit.program import _done
+from covey_coordinator.audit.property import PropertyAudit, check_property
 from covey_coordinator.audit.results import BARE, PLAN, Result
-from covey_coordinator.audit.settings import read_plan
+from covey_coordinator.audit.settings import PlanSettings, PropertySettings, read_plan
 from covey_coordinator.audit.suite import Piece
 from covey_coordinator.grid.display import Display
 from covey_protocol.errors import ConfigError
 
-ASKED = Asked("b" * 64, "d" * 64, "p" * 64, 0, "quick")
+ASKED = Asked("b" * 64, "d" * 64, {"training.epochs": 1, "privacy.clip_norm": 0.5}, 0, "quick", "1.0")
 
 
 class Clock:
@@ -139,6 +148,7 @@ WRONG = {
     "another algorithm": ("plan", '[training]\nalgorithm = "scaffold"', "only updates of plain training"),
     "top-k": ("plan", '[wire]\ncompression = "top-k"\nkept_fraction = 0.1', "is not audited"),
     "one device": ("plan", "[fleet]\ndevices = 1", "devices"),
+    "a property of more than all examples": ("plan", "[property]\nshare = 1.5", "property.share"),
 }
 
 
@@ -158,6 +168,89 @@ def test_a_plan_without_data_is_refused_and_a_path_in_it_lies_beside_the_file(tm
     (tmp_path / "plan.toml").write_text('[data]\npath = "mine.npz"')
     assert read_plan(tmp_path / "plan.toml", None).data.path == str(tmp_path / "mine.npz")
     assert read_plan(tmp_path / "plan.toml", "digits").data.path == "digits"
+
+
+OTHERS = {
+    "another bundle and other data": (
+        changed(ASKED, bundle="c" * 64, data="e" * 64),
+        "the bundle (sha256 bbbbbbbbbbbb, now cccccccccccc); the data (sha256 dddddddddddd, now eeeeeeeeeeee)",
+    ),
+    "another plan": (
+        changed(ASKED, plan={"training.epochs": 2, "fleet.devices": 3, "privacy.clip_norm": 0.5}),
+        "plan.fleet.devices (not set, now 3); plan.training.epochs (1, now 2)",
+    ),
+    "another seed and level": (
+        changed(ASKED, seed=1, level="full"),
+        "the seed (0, now 1); the level (quick, now full)",
+    ),
+    "another covey": (changed(ASKED, covey="1.1"), "the version of covey (1.0, now 1.1)"),
+}
+
+
+@pytest.mark.parametrize("other", list(OTHERS))
+def test_a_folder_of_another_audit_is_refused_and_what_differs_is_named(other: str, tmp_path: Path) -> None:
+    with AuditFolder(tmp_path).held(ASKED):
+        pass
+    asked, said = OTHERS[other]
+    with pytest.raises(ConfigError) as raised, AuditFolder(tmp_path).held(asked):
+        pass
+    assert f"holds another audit: {said}; choose" in str(raised.value)
+    with AuditFolder(tmp_path).held(ASKED):
+        pass  # still that of the first
+
+
+def test_a_folder_of_another_format_is_refused_by_it(tmp_path: Path) -> None:
+    (tmp_path / "audit.json").write_text('{"bundle": "b", "plan": "a hash", "seed": 0, "format": 1}')
+    with pytest.raises(ConfigError, match="has format 1, this covey writes 2"), AuditFolder(tmp_path).held(ASKED):
+        pass
+
+
+def bench(**tables: Any) -> Bench:
+    """Of settings alone."""
+    return Bench(None, msgspec.convert(tables, PlanSettings), None, None, 0)  # type: ignore[arg-type]
+
+
+def test_curves_hold_the_plans_own_values_and_begin_with_their_ends() -> None:
+    plain = bench(training={"epochs": 3}, fleet={"rounds": 5})
+    assert curves.values(plain, "epochs") == [1, 5, 2, 3]
+    assert curves.values(plain, "noise_multiplier") == [0.0, 1.0, 0.01, 0.03, 0.1, 0.3]
+    assert curves.values(plain, "rounds") == []  # without noise the first round tells the example
+    noised = bench(privacy={"clip_norm": 1.0, "noise_multiplier": 0.2}, fleet={"rounds": 5})
+    assert curves.values(noised, "rounds") == [1, 5, 3]
+    assert 0.2 in curves.values(noised, "noise_multiplier")
+    central = bench(privacy={"clip_norm": 1.0, "noise_multiplier": 0.2, "by": "coordinator"})
+    assert curves.values(central, "rounds") == []
+    assert curves.values(bench(curves={"epochs": ()}), "epochs") == []
+
+
+def data(x: np.ndarray, names: tuple[str, ...] = ()) -> AuditData:
+    part = Part(x, np.zeros(len(x), np.int32), np.arange(len(x)) % 2)
+    return AuditData("mine", ("no", "yes"), (0.0, 1.0), (part,), part, x.mean(0), names)
+
+
+def test_a_property_of_no_feature_is_refused() -> None:
+    table = data(np.zeros((4, 2)), ("age", "size"))
+    for of in ("", "age", 1):
+        check_property(PropertySettings(of), table)
+    with pytest.raises(ConfigError, match=r"'weight' is no feature of mine; choose from age, size"):
+        check_property(PropertySettings("weight"), table)
+    with pytest.raises(ConfigError, match=r"property\.of = 2: an example has 2 numbers; choose 0 to 1"):
+        check_property(PropertySettings(2), table)
+
+
+def test_a_property_divides_the_examples_of_every_class() -> None:
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(400, 3)) * [1.0, 5.0, 1.0]
+    x[1::2, 1] += 30.0  # the classes differ in what differs most within them
+    held = replace(bench(), data=data(x))
+    has, has_not = PropertyAudit(held, 4, 4)._divided(held.data.test)
+    assert (has == ~has_not).all()
+    for one in (0, 1):
+        within = x[one::2, 1]
+        assert np.mean(has[one::2] == (within > within.mean())) > 0.95  # the direction is found, not told
+    first = replace(bench(property={"of": 0}), data=data(x))
+    of_first = PropertyAudit(first, 4, 4)._divided(first.data.test)[0]
+    assert abs(np.corrcoef(of_first, x[:, 0])[0, 1]) > 0.7 > 0.1 > abs(np.corrcoef(of_first, x[:, 1])[0, 1])
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:

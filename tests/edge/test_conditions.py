@@ -9,18 +9,21 @@ from __future__ import annotations
 import os
 import stat
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Optional
 
 import pytest
 
 from covey_edge.conditions import CONDITIONS, TRAINING, Conditions, Sensors, Situation
-from covey_edge.config import ConditionSettings
+from covey_edge.conditions_check import conditions
+from covey_edge.config import ConditionSettings, load_agent
 from covey_edge.hours import window_of
+from covey_edge.preflight import OK, WARNING, Facts
 from covey_edge.sensors import host, network, power, temperature, termux
 from covey_edge.sensors.asking import Commands
 from covey_protocol.errors import ConfigError
+from covey_protocol.seals import SealingKey
 
 SUPPLY, ZONE, CHIP = "sys/class/power_supply", "sys/class/thermal", "sys/class/hwmon"
 FIRMWARE = "sys/devices/platform/soc/soc:firmware/get_throttled"
@@ -427,12 +430,13 @@ def test_what_is_amiss_is_found_alone(setting: str, tmp_path: Path) -> None:
 
 def test_the_other_conditions_are_found_amiss_too(tmp_path: Path) -> None:
     root = fine(tmp_path)
-    for setting, changes in {
+    cases: dict[str, dict[str, Any]] = {
         "unmetered": {"ask": "u 1"},
         "quiet_hours": {"quiet_hours": ("11:00-13:00",)},
         "hours": {"hours": ("13:00-14:00",)},
         "min_free_disk_mb": {"now": Situation(need_mb=1e9)},
-    }.items():
+    }
+    for setting, changes in cases.items():
         assert [name for name, holds in looked(root, **changes).items() if not holds] == [setting]
 
 
@@ -471,20 +475,40 @@ def test_the_devices_own_training_is_no_load_of_others(tmp_path: Path) -> None:
 def test_what_cannot_be_read_is_said_and_the_owner_decides(tmp_path: Path) -> None:
     for unknown, stands in (("allow", False), ("decline", True)):
         settings = ConditionSettings(charging=True, min_free_disk_mb=0, unknown=unknown)  # type: ignore[arg-type]
-        conditions = Conditions(settings, Sensors(tmp_path, tmp_path, {}))
-        (found,) = conditions.look("before", Situation())
+        known = Conditions(settings, Sensors(tmp_path, tmp_path, {}))
+        (found,) = known.look("before", Situation())
         assert found.holds is None
         assert found.why == f'charging cannot be read here (unknown = "{unknown}")'
-        assert conditions.stands_against(found) is stands
+        assert known.stands_against(found) is stands
 
 
 def test_only_what_is_asked_for_is_read(tmp_path: Path) -> None:
-    asked: list[str] = []
-    sensors = Sensors(tmp_path, tmp_path, {}, lambda command: asked.append(command[0]))  # type: ignore[func-returns-value]
+    asked: list[Sequence[str]] = []
+
+    def ask(command: Sequence[str]) -> None:
+        asked.append(command)
+
+    sensors = Sensors(tmp_path, tmp_path, {}, ask)
     Conditions(ConditionSettings(charging=True), sensors).look("before", Situation())
     assert asked == []
     Conditions(ConditionSettings(unmetered=True), sensors).look(TRAINING, Situation())  # training needs no network
     assert asked == []
+
+
+def test_covey_agent_check_tells_what_would_stand_against_a_round_now(tmp_path: Path) -> None:
+    key = SealingKey.from_seed(bytes(32))
+    (tmp_path / "device.pem").write_bytes(key.pem())
+    top = 'device_id = "pi"\nfleet = "home"\n[broker]\nurl = "mqtt://localhost"\n[data]\npath = "data.npz"\n'
+    identity = f'[identity]\nkey_file = "device.pem"\ncoordinator_key = "{key.public.hex()}"\n'
+    asked = '[conditions]\nhours = ["00:00-24:00"]\nmin_free_disk_mb = 1000000000\nunthrottled = true\n'
+    (tmp_path / "agent.toml").write_text(f"{top}{identity}{asked}")
+    found = list(conditions(Facts(load_agent(tmp_path / "agent.toml"))))
+    assert [(one.check, one.level) for one in found] == [
+        ("conditions", WARNING), ("conditions", OK), ("conditions", WARNING),
+    ]  # fmt: skip
+    assert "unthrottled cannot be read here" in found[0].what
+    assert found[1].what.startswith("hours holds: it is ")
+    assert "min_free_disk_mb does not hold now" in found[2].what
 
 
 def test_cores_are_those_of_this_process() -> None:

@@ -58,7 +58,8 @@ class Child:
         self.process.request("round", Probe("faulty", str(path)), timeout_s)
 
     def answer(self, timeout_s: float = PATIENCE_S) -> Frame:
-        return self.answers.get(timeout=timeout_s)
+        answer: Frame = self.answers.get(timeout=timeout_s)
+        return answer
 
     def made_to(self, what: str, timeout_s: float = PATIENCE_S) -> Frame:
         self.ask(what, timeout_s)

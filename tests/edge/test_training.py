@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import queue
 import signal
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 from patience import PATIENCE_S
 
+from covey_edge import training_process
 from covey_edge.frames import Done, Open, Probe, Problem, Run
 from covey_edge.runtime import Model
 from covey_edge.trainer import Trainer, check_sendable, protect
@@ -236,6 +238,32 @@ def test_a_killed_child_is_a_problem_and_the_next_request_starts_a_new_one(
     assert process.pid != first
 
 
+def test_a_child_that_has_long_had_nothing_to_do_ends_and_the_next_request_starts_a_new_one(
+    child: tuple[TrainingProcess, queue.Queue[tuple[object, Any]]], device: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process, answers = child
+    probe = Probe("npz", str(device / "data.npz"))
+    process.rest()
+    process.request("first", probe, PATIENCE_S)
+    check_probed("first", *answers.get(timeout=PATIENCE_S))
+    first = process.pid
+    assert first is not None
+    process.rest()
+    assert process.pid == first  # it answered a moment ago
+    monkeypatch.setattr(training_process, "IDLE_S", 0.0)
+    os.kill(first, signal.SIGSTOP)
+    process.request("second", probe, PATIENCE_S)
+    process.rest()
+    assert process.pid == first  # it is at work
+    os.kill(first, signal.SIGCONT)
+    check_probed("second", *answers.get(timeout=PATIENCE_S))
+    process.rest()
+    assert process.pid is None
+    process.request("third", probe, PATIENCE_S)
+    check_probed("third", *answers.get(timeout=PATIENCE_S))
+    assert process.pid not in (None, first)
+
+
 def test_a_training_that_takes_too_long_is_ended(
     child: tuple[TrainingProcess, queue.Queue[tuple[object, Any]]], device: Path
 ) -> None:
@@ -278,6 +306,30 @@ sys.stdin.read()
         time.sleep(0.05)
     os.kill(pid, signal.SIGKILL)
     pytest.fail("the training child outlived its agent")
+
+
+FORKED = """
+import hashlib, json, sys
+from pathlib import Path
+from covey_edge.frames import Open, Problem
+from covey_edge.trainer import Trainer
+path, data, right, wrong = sys.argv[1:]
+sha256 = hashlib.sha256(Path(path).read_bytes()).digest()
+answers = [Trainer().answer(Open(path, sha256, key, "npz", data)) for key in (wrong, right)]
+print(json.dumps([[getattr(answer, "what", "") for answer in answers], "cryptography" in sys.modules]))
+"""
+
+
+def test_a_training_child_checks_the_seal_without_loading_what_checks_it(
+    device: Path, coordinator_key: SealingKey
+) -> None:
+    keys = [coordinator_key.public.hex(), SealingKey.from_seed(bytes([5]) * 32).public.hex()]
+    command = [sys.executable, "-c", FORKED, str(device / "bundle"), str(device / "data.npz"), *keys]
+    ended = subprocess.run(command, check=True, capture_output=True, text=True)
+    (refused, accepted), loaded = json.loads(ended.stdout)
+    assert "seal is not the expected coordinator's" in refused
+    assert accepted == ""
+    assert not loaded
 
 
 def test_nothing_the_edge_imports_is_tensorflow(device: Path, coordinator_key: SealingKey) -> None:

@@ -161,6 +161,7 @@ def test_the_owner_can_ask_how_every_condition_stands(tmp_path: Path) -> None:
     bench.battery("Discharging")
     bench.look()
     assert bench.watch.report() == {
+        "work": "paused",
         "charging": "does not hold: on battery",
         "max_temperature_c": 'unknown: max_temperature_c cannot be read here (unknown = "allow")',
     }

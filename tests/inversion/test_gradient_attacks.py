@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from covey_coordinator.inversion import matching
 from covey_coordinator.inversion.contract import Seen
-from covey_coordinator.inversion.deep_leakage import DeepLeakage
+from covey_coordinator.inversion.deep_leakage import DeepLeakage, WholeBatch
 from covey_coordinator.inversion.grading import grade
 from covey_coordinator.inversion.inverting_gradients import InvertingGradients
 from covey_coordinator.inversion.keras_model import KerasModel
@@ -46,6 +47,27 @@ def test_deep_leakage_finds_picture_and_label_exactly_on_a_fresh_lenet(digits):
     assert psnr_of(found, x, y) > 80
     assert list(found.labels) == list(y)
     assert found.iterations < 400  # it knows that it is there
+
+
+def test_updates_share_a_graph_into_which_nothing_of_the_first_is_built(digits, mlp):
+    """Another update from other parameters has the score that its own objective gives at what was found."""
+    gradient_of = np.asarray(mlp.gradient(mlp.parameters(), digits[0][:1], digits[1][:1].astype(np.int32)))
+    first = Seen(mlp.parameters(), -ONE_STEP.learning_rate * gradient_of, ONE_STEP, 1)
+    moved = np.asarray(mlp.parameters() - np.float32(5) * gradient_of, np.float32)
+    gradient = np.asarray(mlp.gradient(moved, digits[0][5:6], digits[1][5:6].astype(np.int32)))
+    other = Seen(moved, -ONE_STEP.learning_rate * gradient, ONE_STEP, 1)
+    attacks = {
+        matching._descent: InvertingGradients(20, 1, settings=matching.Descent(fade=False)),
+        matching._joint: DeepLeakage(20, labels="read"),
+    }
+    for cache, attack in attacks.items():
+        cache.cache_clear()
+        attack.run(mlp, first, seed=0)
+        found = attack.run(mlp, other, seed=0)
+        assert (cache.cache_info().misses, cache.cache_info().hits) == (1, 1)
+        problem = matching.problem_of(mlp, other, 1, WholeBatch(mlp), attack.distance)
+        score = problem.graph.objective(problem.known, found.inputs.astype(np.float32), found.labels.astype(np.int32))
+        assert found.score == pytest.approx(float(score), rel=1e-4)
 
 
 def test_inverting_gradients_finds_a_picture_and_clipping_does_not_matter(digits, mlp):

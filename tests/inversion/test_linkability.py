@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from covey_coordinator.inversion.contract import Seen
 from covey_coordinator.inversion.grading import auc
 from covey_coordinator.inversion.linkability import SKETCH_SIZE, centred, cosines, linkability, picture, sketch
-from covey_coordinator.inversion.properties import Auxiliary, PropertyInference, trained
+from covey_coordinator.inversion.matching import was_clipped
+from covey_coordinator.inversion.properties import SIZE, Auxiliary, Played, PropertyInference, trained
+from covey_coordinator.inversion.several_rounds import mean_of
 from covey_edge.runtime import Model
 from covey_protocol.bundle import read_bundle
 from covey_protocol.errors import UsageError
@@ -139,3 +143,37 @@ def test_a_property_beside_the_task_is_read_from_single_updates_and_noise_hides_
     adapted = PropertyInference(32, 1.0, 24, clip_norm=0.5, noise_multiplier=1.0)
     made_for_it = adapted.fit(device, start, plan, Auxiliary((bright(x[:700]), y[:700]), (x[:700], y[:700])), seed=0)
     assert auc(made_for_it.scores(noisy[True]), made_for_it.scores(noisy[False])) < 0.85
+
+
+def test_clipping_and_noise_of_a_sketch_are_those_of_the_update() -> None:
+    """Of 40 updates larger than a sketch: clipped alike to rounding, and the noise as strong, within 5 %."""
+    rng, d, seed = np.random.default_rng(0), 100_000, 3
+    updates = rng.standard_normal((40, d)).astype(np.float32) * rng.uniform(1e-4, 1e-2, (40, 1)).astype(np.float32)
+    rows = np.stack([sketch(one, seed, SIZE) for one in updates]).astype(np.float64)
+    norms = np.linalg.norm(updates.astype(np.float64), axis=1)
+    assert norms.min() < 0.5 < norms.max()
+    played = Played(rows, norms, np.arange(40) % 2 == 0, d, seed)
+    clipped = np.stack([sketch(clip(one, 0.5), seed, SIZE) for one in updates])
+    np.testing.assert_allclose(played.protected(0.5), clipped, atol=1e-6)
+    np.testing.assert_array_equal(played.protected(0.0), rows)
+    noise = sketch(add_gaussian_noise(np.zeros(d, np.float32), 0.5, 0.2, rng), seed, SIZE)
+    added = played.protected(0.5, 0.2, rng) - played.protected(0.5)
+    assert added.std() == pytest.approx(float(noise.std()), rel=0.05)
+
+
+def test_the_mean_of_rounds_has_less_noise_and_what_is_not_of_one_device_is_not_joined() -> None:
+    rng, true = np.random.default_rng(0), np.linspace(-0.1, 0.1, 500).astype(np.float32)
+    plan, parameters = TrainingPlan(1, 0.1), np.zeros(500, np.float32)
+    sent = [add_gaussian_noise(true, 1.0, 0.1, rng) for _ in range(16)]
+    several = [Seen(parameters + k, one, plan, 1, 0.1, 1.0, "pi-1", k) for k, one in enumerate(sent)]
+    joined = mean_of(several)
+    assert (joined.update - true).std() == pytest.approx(0.1 / 4, rel=0.1)
+    assert joined.noise_std == pytest.approx(0.1 / 4)
+    np.testing.assert_allclose(joined.parameters, 7.5)
+    assert was_clipped(several[0])
+    assert was_clipped(joined)  # its length says nothing, although it is shorter
+    short = [replace(one, clip_norm=100.0) for one in several]
+    assert mean_of(short).clip_norm == 100.0
+    assert not was_clipped(mean_of(short))
+    with pytest.raises(UsageError, match="not of one device"):
+        mean_of([*several, replace(several[0], device_id="pi-2")])

@@ -15,9 +15,8 @@ from covey_coordinator.inversion.keras_model import KerasModel
 from covey_coordinator.inversion.lanczos import lanczos
 from covey_coordinator.inversion.metrics import mse, psnr
 from covey_coordinator.inversion.priors import Prior, learned_prior, plain_prior, smooth_prior
-from covey_coordinator.inversion.resolution import data_weights, leakage_number, planned
+from covey_coordinator.inversion.resolution import OutOfTime, data_weights, leakage_number, planned
 from covey_coordinator.inversion.tarantola import Tarantola
-from covey_coordinator.inversion.tradeoff import Setting, accuracy, simulated, swept, trade_off
 from covey_protocol.bundle import TensorSpec
 from covey_protocol.errors import UsageError
 from covey_protocol.messages import TrainingPlan
@@ -156,6 +155,24 @@ def test_the_noise_of_quantisation_is_measured(net: KerasModel, pictures: Any) -
     assert 8 < ratio < 32  # 255 steps in place of 15
 
 
+def test_the_time_may_end_between_products_and_what_was_drawn_counts(net: KerasModel, pictures: Any) -> None:
+    x, y = pictures[0][:2], pictures[1][:2]
+    seen, asked = seen_of(net, x, y), []
+
+    def after(count: int) -> Any:
+        asked.clear()
+        return lambda: asked.append(True) or len(asked) > count
+
+    with pytest.raises(OutOfTime, match="give more time"):
+        leakage_number(net, seen, x, y, stop=after(0))
+    with pytest.raises(OutOfTime):  # in the middle of the first vector
+        leakage_number(net, seen, x, y, exact=False, probes=4, steps=8, stop=after(20))
+    drawn = leakage_number(net, seen, x, y, exact=False, probes=4, steps=8, stop=after(60))
+    assert 60 < len(asked) < 65  # two products for each of 8 steps of the distance, and of 2 of the 4 vectors
+    two = leakage_number(net, seen, x, y, exact=False, probes=2, steps=8)
+    assert drawn.resolved == pytest.approx(two.resolved)
+
+
 def test_lanczos_bounds_hold_the_true_number() -> None:
     rng = np.random.default_rng(0)
     turned, _ = np.linalg.qr(rng.normal(size=(200, 200)))
@@ -186,27 +203,6 @@ def test_priors_have_the_covariance_they_say(pictures: Any) -> None:
     np.testing.assert_allclose(learned.root @ learned.root, 0.9 * measured + np.eye(16) / 120, atol=1e-9)
     with pytest.raises(UsageError, match="lowest"):
         Prior(1.0, 1.0)
-
-
-@pytest.mark.slow
-def test_the_trade_off_ranks_noise_batches_and_accuracy(pictures: Any) -> None:
-    x, y = pictures
-    softmax, fleet, held_out = small_net(hidden=0), (x[:800], y[:800]), (x[1500:], y[1500:])
-    base = Setting(clip_norm=5.0, examples=4, learning_rate=3.0)
-    settings = swept(base, noise_multiplier=(0.0, 1.0), examples=(4, 1))
-    points = trade_off(softmax, softmax.parameters(), fleet, settings, held_out=held_out, rounds=15, seed=3)
-    silent, loud, same, single = points
-    assert same == silent  # one setting in two curves
-    assert loud.resolved_per_example < 0.2 * silent.resolved_per_example
-    assert silent.accuracy > 0.4 > 0.3 > loud.accuracy
-    assert silent.resolved_per_example <= single.resolved_per_example
-    again = simulated(softmax, softmax.parameters(), fleet, base, rounds=15, seed=3)
-    assert accuracy(softmax, again, held_out) == silent.accuracy
-
-
-def test_settings_count_their_steps() -> None:
-    assert Setting(examples=8).local_steps == 1
-    assert Setting(examples=8, batch_size=3, epochs=2).local_steps == 6
 
 
 def test_a_model_in_float32_and_labels_that_do_not_fit_are_refused(pictures: Any) -> None:

@@ -152,6 +152,10 @@ def test_a_share_is_about_that_many_devices_and_others_with_another_version() ->
     assert first <= {name for name in names if place_of("0.2.0", name) < 0.3}  # who has it stays within
 
 
+def test_a_place_is_what_the_specification_says() -> None:
+    assert round(place_of("0.2.0", "kitchen-pi"), 6) == 0.041252
+
+
 def test_versions_are_compared_as_numbers() -> None:
     assert version_of("1.20.0") == version_of("1.20")
     assert version_of("0.10") > version_of("0.9.9")

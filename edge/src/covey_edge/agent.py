@@ -34,6 +34,7 @@ from covey_edge.mqtt import ConnectionDown, ConnectionUp, Incoming, MqttTranspor
 from covey_edge.opting_out import LEFT, OptOut
 from covey_edge.outbox import NumberFile, Outbox
 from covey_edge.performer import Performer
+from covey_edge.personal_agent import Personal
 from covey_edge.policy import data_for, places, unpinned, unwilling
 from covey_edge.reading import Reading
 from covey_edge.records_kept import RecordFolder
@@ -110,6 +111,9 @@ class AgentProgram:
         )
         conditions = Conditions(agent.config.conditions, Sensors(agent.state_dir))
         self._watch = Watch(conditions, time.monotonic, agent.config.training.threads)
+        # what was found about the labels lives in the child; finding it again costs more than the child's memory
+        self._debugs = any(place.debug for place in (agent.config.data, *agent.config.data.tasks.values()))
+        self._personal = Personal(agent, self._cache, lambda token, frame: self._inbox.put((token, frame)))
         self._assemblies: dict[bytes, BlobAssembly] = {}
         self._fetch_progress, self._fetch_patience_s = 0.0, FETCH_RETRY_S
         self._runtime = ""
@@ -126,7 +130,7 @@ class AgentProgram:
         self._connection = "not connected yet"
         self._lock: Optional[StateLock] = None
         self._socket = LocalSocket(agent.state_dir, self._inbox.put)
-        self.sections: dict[str, Callable[[], object]] = {}
+        self.sections: dict[str, Callable[[], object]] = {"models": self._personal.section}
         self.answers: dict[str, Callable[[dict[str, Any]], object]] = {
             "status": lambda given: self.report(),
             "stop": lambda given: self.stop(),
@@ -135,6 +139,8 @@ class AgentProgram:
         }
         if self._updates is not None:
             self.sections["update"] = self._updates.facts
+        if conditions.asked():
+            self.sections["conditions"] = self._watch.report
 
     # --- life
 
@@ -170,6 +176,9 @@ class AgentProgram:
                 self._watch_conditions()
                 self._retry_fetch()
                 self._look_after_ourselves()
+                if not self._debugs:
+                    self._child.rest()
+                self._personal.tick(idle=self._machine.state is device.State.IDLE and self._machine.postponed is None)
                 continue
             if item is not None:
                 self._take(item)
@@ -188,6 +197,7 @@ class AgentProgram:
                 self._transport.flush([self._publish_presence(online=False)], timeout_s=2.0)
             self._transport.close()
         self._child.stop()
+        self._personal.close()
         self._socket.close()
         if self._lock is not None:
             self._lock.close()
@@ -313,6 +323,8 @@ class AgentProgram:
         self._handle(device.BlobReady(sha256))
 
     def _take_answer(self, token: object, frame: Frame) -> None:
+        if self._personal.takes(token, frame):
+            return
         round_id = str(token)
         if round_id != self._machine.round_id:
             return
@@ -334,6 +346,7 @@ class AgentProgram:
             log.info("round %s: %s on %d examples with %s", round_id, done, frame.num_examples, frame.runtime)
             self._keep_found(frame.found, "teaching")
             self._keep_record(frame.record)
+            self._personal.worked(self._machine.invitation)
             self._take_update(round_id, frame)
 
     def _told(self, problem: str, kind: str) -> str:
@@ -455,6 +468,7 @@ class AgentProgram:
     def train(self, invitation: Invitation) -> None:
         data = data_for(self._config.data, invitation.plan)
         assert data is not None  # else the round was declined
+        self._personal.interrupt()
         request = Open(
             str(self._cache.path(invitation.bundle.sha256)),
             invitation.bundle.sha256,
@@ -494,8 +508,9 @@ class AgentProgram:
         elif machine.invitation is not None and machine.state in STEPS:
             left_s, duration_s = machine.deadline - now, machine.invitation.duration_ms / 1000
             self._obey(self._watch.order(STEPS[machine.state], left_s, duration_s, busy=self._child.busy))
-        elif self._watch.paused:  # what was paused had just been done
-            self._obey(Order.GO_ON)
+        elif self._watch.paused:  # what was to be paused had just been done
+            self._watch.over()
+            self._child.go_on()
 
     def _obey(self, order: Order) -> None:
         round_id = self._machine.round_id

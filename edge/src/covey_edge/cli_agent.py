@@ -85,9 +85,10 @@ def run(config_path: Path, quiet: bool, parent: Optional[int]) -> None:
     """The agent, in the foreground."""
     from covey_edge.agent import AgentProgram
     from covey_edge.config import load_agent
-    from covey_edge.processes import die_with_parent
+    from covey_edge.processes import die_with_parent, frugal_memory
     from covey_edge.service import begin_to_log
 
+    frugal_memory()
     if parent:
         die_with_parent(parent)
     begin_to_log(quiet=quiet)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import click
@@ -38,5 +39,11 @@ def update(config_path: Path, file: Path) -> None:
         click.echo(f"{release.version} is what this device runs")
         return
     checked(release, wheels, PYTHON)
+    if not agent.state_dir.is_dir():
+        raise ConfigError(f"{agent.state_dir} is not there", "start the agent once before")
     write_atomic(folder.path / ARRIVED, data)
+    if os.geteuid() == 0:  # the agent, which is another user's, must be able to remove it
+        owner = agent.state_dir.stat()
+        for path in (folder.path, folder.path / ARRIVED):
+            os.chown(path, owner.st_uid, owner.st_gid)
     click.echo(f"release {release.version} lies ready; the agent starts it when no round is under way")

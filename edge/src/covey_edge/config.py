@@ -192,6 +192,33 @@ class UpdateSettings(Struct, frozen=True, forbid_unknown_fields=True):
     from_fleet: bool = True
 
 
+class TaskPersonal(Struct, frozen=True, forbid_unknown_fields=True):
+    """The models that the owner uses, see docs/personal-models.md.
+
+    keep: the newest model is kept for `covey infer`. finetune_epochs: passes over this device's data that make a
+    personal copy of it, 0 for none. finetune_learning_rate: 0 for the round's. finetune_layers: names of the layers in
+    which alone the copy differs, () for all. use: which one applications get. measure, min_gain: by what, and by how
+    much beside one standard error, a model must be better to be taken for better.
+    """
+
+    keep: bool = False
+    finetune_epochs: Annotated[int, Meta(ge=0, le=1000)] = 0
+    finetune_learning_rate: Annotated[float, Meta(ge=0, le=1000)] = 0.0
+    finetune_layers: tuple[str, ...] = ()
+    use: Literal["better", "federated", "personal"] = "better"
+    measure: Literal["loss", "accuracy"] = "loss"
+    min_gain: NotNegative = 0.0
+
+
+class PersonalSettings(TaskPersonal, frozen=True, forbid_unknown_fields=True):
+    """tasks: of tasks by name; one that is named takes nothing from the rest."""
+
+    tasks: dict[str, TaskPersonal] = {}
+
+    def of(self, task: str) -> TaskPersonal:
+        return self.tasks.get(task, self)
+
+
 class AgentConfig(Struct, frozen=True, forbid_unknown_fields=True):
     device_id: str
     fleet: str
@@ -206,6 +233,7 @@ class AgentConfig(Struct, frozen=True, forbid_unknown_fields=True):
     state_dir: str = "state"
     conditions: ConditionSettings = ConditionSettings()
     update: UpdateSettings = UpdateSettings()
+    personal: PersonalSettings = PersonalSettings()
 
 
 class Agent(Struct, frozen=True):
@@ -231,6 +259,7 @@ def load_agent(path: Path) -> Agent:
         raise ConfigError(f"{path}: noise_multiplier needs clip_norm", "set privacy.clip_norm; noise is measured in it")
     _check_epsilon(path, config.privacy)
     _check_replicas(path, config)
+    _check_personal(path, config)
     _check_reading(path, config.data)
     _check_hours(path, config.conditions)
     for name in (*config.data.tasks, *(config.policy.tasks or ()), *config.policy.refuse_tasks):
@@ -263,6 +292,18 @@ def _check_epsilon(path: Path, privacy: PrivacySettings) -> None:
         raise ConfigError(
             f"{path}: epsilon_limit with exact_evaluation: exact numbers have no epsilon", "leave one of them out"
         )
+
+
+def _check_personal(path: Path, config: AgentConfig) -> None:
+    tables = {"personal": config.personal, **{f"personal.tasks.{k}": v for k, v in config.personal.tasks.items()}}
+    for name in config.personal.tasks:
+        check_name(name, "task")
+    for where, personal in tables.items():
+        if personal.finetune_epochs and not personal.keep:
+            raise ConfigError(f"{path}: [{where}] finetune_epochs without keep", "set keep = true in the same table")
+        tuned = bool(personal.finetune_epochs)
+        if not tuned and (personal.use == "personal" or personal.finetune_layers or personal.finetune_learning_rate):
+            raise ConfigError(f"{path}: [{where}] is for a personal model that nothing makes", "set finetune_epochs")
 
 
 def _check_reading(path: Path, data: DataSettings) -> None:
@@ -309,6 +350,11 @@ def _check_replicas(path: Path, config: AgentConfig) -> None:
             if (name or what == "shard") and config.privacy.noise_multiplier:
                 raise ConfigError(
                     f"{path}: {what} = {name!r} with noise_multiplier: a noised update equals nobody's",
+                    "leave one of them out",
+                )
+            if (name or what == "shard") and config.training.threads > 1:
+                raise ConfigError(
+                    f"{path}: {what} = {name!r} with training.threads above 1, which may change an update's last bits",
                     "leave one of them out",
                 )
             if name or what == "shard":

@@ -13,9 +13,8 @@ import importlib
 import inspect
 import zipfile
 from collections.abc import Callable, Iterator
-from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import Any, NamedTuple, Optional, get_type_hints
+from typing import TYPE_CHECKING, Any, NamedTuple, Optional, get_type_hints
 
 import msgspec
 import numpy as np
@@ -25,6 +24,9 @@ from covey_edge.source_options import OPTIONS, NpzOptions, check_together
 from covey_edge.table_rows import Table
 from covey_protocol.bundle import Manifest, TensorSpec
 from covey_protocol.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 Examples = tuple[npt.NDArray[Any], npt.NDArray[Any]]
 ENTRY_POINTS = "covey.data_sources"
@@ -63,6 +65,8 @@ def source(name: str) -> Callable[..., Any]:
 
 
 def _installed() -> list[EntryPoint]:
+    from importlib.metadata import entry_points  # 3 MB, which npz needs not
+
     points = entry_points()
     if hasattr(points, "select"):
         return list(points.select(group=ENTRY_POINTS))

@@ -30,14 +30,15 @@ FORGOTTEN = {
     "teaching": "reports on your data",
     "stopped": "what stopped updates would have told",
     "records": "what this device did in its rounds, examples and all",
-    "normalisation*.json": "statistics of your data",
-    "data-report*.txt": "what was read of your data",
+    "models": "models kept for use on this device, your own copies among them",
+    "data-report*.txt": "what was found in your data",
+    "normalisation*.json": "how your data are scaled",
 }
 # with --everything; and why not without
 KEPT = {
     "ledger.json": "the privacy ledger: without it this device would take what it has spent for unspent",
-    "split.key": "the key of the split: without it this device would hold out examples that models were trained on",
     "sent*.json*": "the log of what left this device: it tells nothing more than that",
+    "split.key": "which of your data are held out: with another one, examples that were trained on would be",
 }
 # always: they tell nothing, and protect
 STAYS = {
@@ -45,7 +46,8 @@ STAYS = {
     "retired.json": "the coordinator's keys that are not taken any more",
     "left.json": "that you have opted out",
     "agent.lock": "the lock",
-    "agent.sock": "the local socket",
+    "*.sock": "local sockets",
+    "releases": "releases of the agent itself",
 }
 
 

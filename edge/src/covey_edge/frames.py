@@ -8,6 +8,7 @@ from typing import IO, Annotated, Any, Optional, Union
 import msgspec
 
 from covey_edge.data_report import DataReport
+from covey_edge.model_rules import Score
 from covey_edge.reading import Reading
 from covey_protocol.messages import TrainingPlan
 
@@ -126,7 +127,47 @@ class Problem(msgspec.Struct, frozen=True, tag="problem"):
     found: dict[FileName, bytes] = {}
 
 
-Frame = Union[Open, Run, Probe, Done, Problem]
+class Tune(msgspec.Struct, frozen=True):
+    """Fine-tune the first of the parameters on these data by this plan. layers: whose parameters may move, () for all;
+    name: as Run.order_name."""
+
+    data_source: str
+    data_path: str
+    plan: TrainingPlan
+    layers: tuple[str, ...]
+    name: str
+    reading: Reading = Reading()
+
+
+class Personalise(msgspec.Struct, frozen=True, tag="personalise"):
+    """Score these parameters, all on the same held-out data ("" for none), and with `tune` also a fine-tuned first one.
+
+    parameters: (path, sha256 in hex). sealed_by: keys of which one sealed the bundle.
+    """
+
+    bundle_path: str
+    bundle_sha256: str
+    sealed_by: tuple[str, ...]
+    parameters: tuple[tuple[str, str], ...]
+    data_source: str
+    data_path: str
+    tune: Optional[Tune] = None
+    reading: Reading = Reading()
+    threads: int = 1
+
+
+class Personalised(msgspec.Struct, frozen=True, tag="personalised"):
+    """counts: examples of each group of the held-out data. scores: in the order of the parameters, the fine-tuned ones'
+    last. Both empty without held-out data. parameters: the fine-tuned ones, float32 little-endian. has_classes: whether
+    accuracy means anything."""
+
+    counts: tuple[int, ...]
+    scores: tuple[Score, ...]
+    has_classes: bool
+    parameters: bytes = b""
+
+
+Frame = Union[Open, Run, Probe, Done, Problem, Personalise, Personalised]
 _decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(Frame)
 
 

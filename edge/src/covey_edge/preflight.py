@@ -1,9 +1,10 @@
 """`covey agent check`: what would keep this device from taking part, looked for before it does.
 
 Each check yields Findings. They use what the agent uses: its settings, its training child, its MQTT adapter (under
-another client id, so that an agent that runs stays connected). Other parts of the agent add checks to CHECKS. Nothing
-is changed but a file that is written to state_dir and removed; nothing is said to the fleet but an empty message, which
-a coordinator passes over.
+another client id, so that an agent that runs stays connected). Other parts of the agent add checks to CHECKS. In
+state_dir a file is written and removed, and what the agent would make of the data before its first round is made (the
+key of the split, the statistics, the report). Nothing is said to the fleet but an empty message, which a coordinator
+passes over.
 """
 
 from __future__ import annotations
@@ -75,6 +76,7 @@ CHECKS = [
     "covey_edge.preflight:certificates",
     "covey_edge.preflight:broker",
     "covey_edge.preflight:data",
+    "covey_edge.conditions_check:conditions",
 ]
 
 

@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO, Optional
 
@@ -24,10 +25,11 @@ from covey_edge.data_report import DataReport
 from covey_edge.data_sources import Examples, state_of
 from covey_edge.debugging import Debugged, debugged, is_debugged
 from covey_edge.examples import Prepared, examine, prepared
-from covey_edge.frames import Done, Frame, Open, Probe, Problem, Run, read_frame, write_frame
+from covey_edge.frames import Done, Frame, Open, Personalise, Probe, Problem, Run, read_frame, write_frame
 from covey_edge.leak_gate import STOPPED, Stopped, judge
 from covey_edge.model_screening import Screen
-from covey_edge.processes import die_with_parent
+from covey_edge.opening import opened
+from covey_edge.processes import die_with_parent, frugal_memory
 from covey_edge.reading import ALL
 from covey_edge.runtime import Floats, Model, Numbers, installed
 from covey_edge.withheld import NO_WITHHELD_NOISE
@@ -67,6 +69,10 @@ class Trainer:
                 return self._open(request)
             if isinstance(request, Run):
                 return self._run(request)
+            if isinstance(request, Personalise):
+                from covey_edge.personal import personalised  # in a child of its own, which does nothing else
+
+                return personalised(request)
         except Stopped as exc:
             return Problem(STOPPED, exc.what, exc.remedy, dict(exc.found))
         except CoveyError as exc:
@@ -81,7 +87,7 @@ class Trainer:
             if hashlib.sha256(data).digest() != request.bundle_sha256:
                 raise BundleError(f"{request.bundle_path} does not have the announced hash", "it is fetched again")
             keys = [PublicKey.from_hex(text) for text in (request.sealed_by, *request.or_by)]
-            self._model = Model(read_bundle(data, keys), request.threads)
+            self._model = Model(opened(data, keys), request.threads)
             self._bundle_sha256, self._prepared = request.bundle_sha256, None
         report = self._load_data(self._model.manifest, request) if request.data_path else None
         return Done(runtime=self._model.runtime, report=report)
@@ -233,7 +239,9 @@ def check_sendable(update: Floats, *, may_be_zero: bool = False) -> None:
         raise TrainingError("training changed nothing: the update is all zeros", "raise the learning rate")
 
 
-def train(model: Model, examples: Examples, plan: TrainingPlan, order_name: str) -> float:
+def train(
+    model: Model, examples: Examples, plan: TrainingPlan, order_name: str, after_step: Callable[[], None] = lambda: None
+) -> float:
     """plan.epochs passes in an order fixed by the plan's seed and the name; the mean loss of the last pass.
 
     FedProx's centre is the parameters the model holds at the start.
@@ -250,6 +258,7 @@ def train(model: Model, examples: Examples, plan: TrainingPlan, order_name: str)
         for rows in (order[start : start + size] for start in range(0, len(x), size)):
             seed = step_seed(plan.shuffle_seed, order_name, step) if draws else 0
             loss_sum += model.train_batch(x[rows], y[rows], plan.learning_rate, seed) * len(rows)
+            after_step()
             step += 1
         mean_loss = loss_sum / len(x)
     return mean_loss
@@ -336,6 +345,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the agent decides
     if len(sys.argv) > 1:
         die_with_parent(int(sys.argv[1]))  # where this does nothing, the closed pipe ends us
+    frugal_memory()
     output, trainer = _private_stdout(), Trainer()
     while (request := read_frame(sys.stdin.buffer)) is not None:
         write_frame(output, trainer.answer(request))

@@ -28,6 +28,7 @@ from covey_protocol.errors import UsageError
 CHILD_ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
 OOM_FIRST = 1000  # of -1000 to 1000: where memory runs out the kernel ends the child, and never whoever started it
 VMSTAT = Path("/proc/vmstat")
+IDLE_S = 30.0  # between the requests of a round are moments, between rounds often hours: the child holds 50 MB
 
 
 class TrainingProcess:
@@ -43,6 +44,7 @@ class TrainingProcess:
         self._timeout_s, self._left_s, self._timed_from = 0.0, 0.0, 0.0
         self._oom_kills = 0
         self._stopped = False  # the child, by `pause`
+        self._answered = time.monotonic()
 
     @property
     def busy(self) -> bool:
@@ -87,6 +89,11 @@ class TrainingProcess:
             self._wake(self._child)
             if self._pending is not None:
                 self._start_timer(self._pending)
+
+    def rest(self) -> None:
+        """End a child that has had nothing to do for IDLE_S; the next request starts another, in half a second."""
+        if self._child is not None and not self.busy and time.monotonic() - self._answered > IDLE_S:
+            self.stop()
 
     def stop(self) -> None:
         """End the child, whatever it is doing; no answer comes any more."""
@@ -145,6 +152,7 @@ class TrainingProcess:
             if child is not self._child or self._pending is None:
                 return
             token, self._pending = self._pending, None
+            self._answered = time.monotonic()
             self._cancel_timer()
         self._on_answer(token, frame)
 

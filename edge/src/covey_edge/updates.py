@@ -76,11 +76,13 @@ class Updates:
         self._progress = self._looked = clock()
         self._refused: set[int] = set()  # serials of what could not be installed: not fetched again in this run
         self._staged = ""
+        self._cannot_remove = False
         self.told = reason_text(f"release {self._boot.failed}") if self._boot.failed else ""
         if self.told:
             log.error("%s; it is not tried again, %s goes on", self.told, __version__)
         if not self.on_trial:
-            self._folder.remove_others([self._boot.current, self._boot.previous, self._folder.staged().version])
+            boot = self._boot
+            self._folder.remove_others([boot.current, boot.previous, boot.trial, self._folder.staged().version])
 
     @property
     def on_trial(self) -> bool:
@@ -218,7 +220,7 @@ class Updates:
             self._boot = self._folder.boot()
             return
         path = self._folder.path / ARRIVED
-        if not path.exists():
+        if self._cannot_remove or not path.exists():
             return
         try:
             _, release, wheels = read_release_file(read_bounded(path), self._key)
@@ -228,7 +230,11 @@ class Updates:
         except (ReleaseError, StorageError) as exc:
             self.told = reason_text(f"a release that was given to this device was not installed: {exc}")
             log.error("%s", self.told)
-        path.unlink(missing_ok=True)
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as exc:  # put there by somebody else in a folder of his: do not begin again and again
+            self._cannot_remove = True
+            log.error("cannot remove %s (%s); give the folder to the user of this agent", path, exc.strerror)
 
     def _check_given(self, release: Release) -> None:
         why = refusal(release, __version__, PYTHON, 0)

@@ -100,9 +100,10 @@ class Watch:
         return "this device's conditions do not hold" + (f": {', '.join(kinds)}" if self._settings.tell else "")
 
     def report(self) -> dict[str, str]:
-        """For the owner: every condition that is switched on, and what the newest look found."""
+        """For the owner: what the newest look found of every condition that is switched on; whether work is paused."""
         names = [one.setting for one in self._conditions.asked()]
-        return {name: _in_words(self._found[name]) if name in self._found else "not looked at yet" for name in names}
+        told = {name: _in_words(self._found[name]) if name in self._found else "not looked at yet" for name in names}
+        return {**told, "work": "paused"} if self.paused else told
 
     # --- inside
 

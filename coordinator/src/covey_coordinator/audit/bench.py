@@ -31,7 +31,8 @@ CLEAR_DB = 30.0  # above it the eye sees the same picture
 class Case:
     """Which update: of the first `examples` (0 for all) of a device, under a plan and a protection.
 
-    name: as in `results`. parameters: (d,) that were sent; None for the bundle's own.
+    name: as in `results`. parameters: (d,) that were sent; None for the bundle's own. rounds: of the fleet, in each of
+    which the device sends such an update; the attacker joins them.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Case:
     curve: str = ""
     at: float = 0.0
     skip: int = 0  # examples of the device that are passed over
+    rounds: int = 1
 
 
 @dataclass(frozen=True)
@@ -103,16 +105,23 @@ class Bench:
     def _runtime(self) -> Model:
         return Model(self.bundle)
 
-    def update(self, case: Case) -> Attacked:
-        key = (case.device, case.examples, case.skip, case.plan, case.protection, id(case.parameters))
+    def updates(self, case: Case) -> tuple[Attacked, ...]:
+        """One for each of the case's rounds, all of the same examples."""
+        return tuple(self._update(case, number) for number in range(1, case.rounds + 1))
+
+    def _update(self, case: Case, number: int) -> Attacked:
+        key = (case.device, case.examples, case.skip, case.plan, case.protection, id(case.parameters), number)
         if key not in self._updates:
             part = self.data.devices[case.device]
             if case.skip:
                 part = part.take(slice(case.skip % len(part), None))
-            device = case.device, self.data.device_ids()[case.device]
+            device, plan = (case.device, self.data.device_ids()[case.device]), case.plan
             received = self.child.initial if case.parameters is None else case.parameters
+            if number > 1:
+                received = self.trained[number - 1].parameters
+                plan = msgspec.structs.replace(self.settings.plan(number), epochs=plan.epochs)
             self._updates[key] = attacked(
-                self.child, device, part.first(case.examples), received, case.plan, case.protection, self.seed
+                self.child, device, part.first(case.examples), received, plan, case.protection, self.seed, number
             )
         return self._updates[key]
 
@@ -127,12 +136,13 @@ class Bench:
     ) -> tuple[Result, Pictures | None]:
         """Run it and hold what it found against the truth. What it cannot do here is `refused` in its own words.
 
-        name: as the report calls it.
+        name: as the report calls it. Of a case of several rounds the attack is given all updates.
         """
-        update = self.update(case)
-        attack = made()
+        updates, attack = self.updates(case), made()
+        update, seen = updates[0], [one.seen for one in updates]
+        model, held = self.exact_model if exact else self.model, seen[0] if case.rounds == 1 else seen
         try:
-            found = attack.run(self.exact_model if exact else self.model, update.seen, seed=self.seed, stop=stop)
+            found = attack.run(model, held, seed=self.seed, stop=stop)  # type: ignore[arg-type] # if it takes several
         except (UsageError, ConfigError) as exc:
             return self.result(key, case, name, sees=attack.sees, refused=str(exc)), None
         return self.graded(key, case, replace(found, attack=name), update, cut=stop())

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from covey_coordinator.audit.settings import PlanSettings
 from covey_edge.data_sources import check_examples
-from covey_models.datasets import Dataset, load_split
+from covey_models.datasets import STANDARD_DEVIATIONS, Dataset, load_split
 from covey_models.partitions import partition
 from covey_protocol.bundle import Manifest
 from covey_protocol.errors import DataError
@@ -41,7 +41,7 @@ class Part:
 @dataclass(frozen=True)
 class AuditData:
     """test: was on no device. input_range: what PSNR is measured against. average: the mean example of the test part,
-    what somebody guesses who knows such data and has no update.
+    what somebody guesses who knows such data and has no update. feature_names: of a table, else empty.
     """
 
     name: str
@@ -50,6 +50,7 @@ class AuditData:
     devices: tuple[Part, ...]
     test: Part
     average: Numbers
+    feature_names: tuple[str, ...] = ()
 
     def device_ids(self) -> list[str]:
         return [f"device-{number:02d}" for number in range(len(self.devices))]
@@ -68,9 +69,8 @@ def read_data(settings: PlanSettings, manifest: Manifest, seed: int, data_dir: P
     if any(not len(part) for part in devices):
         raise DataError(f"{name}: a device is left without examples", "give more data, or lower fleet.devices")
     kept = _fitting(test, manifest, name)
-    return AuditData(
-        train.name, train.class_names, _range(manifest, train), devices, kept, kept.x.astype(np.float64).mean(axis=0)
-    )
+    average, bounds = kept.x.astype(np.float64).mean(axis=0), _range(manifest, train)
+    return AuditData(train.name, train.class_names, bounds, devices, kept, average, train.feature_names)
 
 
 def _fitting(data: Dataset, manifest: Manifest, name: str) -> Part:
@@ -93,6 +93,15 @@ def _labels(classes: Numbers, manifest: Manifest) -> Numbers:
 
 
 def _range(manifest: Manifest, data: Dataset) -> tuple[float, float]:
-    """The model's own where it states one: what an attacker knows."""
+    """The model's own where it states one: what an attacker knows. DataError where it states none and the data lie
+    beyond standardised ones: attacks would search in the wrong place, and all would seem well."""
     low, high = manifest.input.minimum, manifest.input.maximum
-    return (low, high) if low is not None and high is not None and low < high else data.input_range
+    if low is not None and high is not None and low < high:
+        return low, high
+    if max(map(abs, data.input_range)) > STANDARD_DEVIATIONS:
+        raise DataError(
+            f"{manifest.name} declares no input range, and {data.name} lies in {data.input_range[0]:g} to "
+            f"{data.input_range[1]:g}, where attacks do not search",
+            "export the model with --input-range, or say `standardise = true` in [data] if it takes such tables",
+        )
+    return data.input_range

@@ -1,6 +1,6 @@
 """The folder of an audit: what was asked, and every result as it comes, so that one that is interrupted goes on.
 
-audit.json              what was asked: bundle, plan, data, seed, level; another audit's folder is refused
+audit.json              what was asked: bundle, plan, data, seed, level, and of which covey; another's folder is refused
 results/KEY.json        `results.Result`, durable before the next one starts
 results/KEY.npz         true and recovered examples of it, where there are any
 report.html, results.json, verdict.json
@@ -13,6 +13,7 @@ import io
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -23,19 +24,40 @@ from covey_coordinator.held import alone_in
 from covey_edge.files import make_folder, write_all_atomic, write_atomic
 from covey_protocol.errors import ConfigError, StorageError
 
-FORMAT = 1
+FORMAT = 2
 NEEDED_BYTES = 64 * 1024 * 1024  # results, pictures and the training child's copies of the data
 
 
 class Asked(Struct, frozen=True):
-    """What makes two audits the same. bundle: sha256 of its file; data: of the arrays; plan: as JSON."""
+    """What makes two audits the same. bundle: sha256 of its file; data: of the arrays; plan: setting -> value. covey:
+    the versions of covey and of TensorFlow that measure: results of two are not to be mixed.
+    """
 
     bundle: str
     data: str
-    plan: str
+    plan: dict[str, Any]
     seed: int
     level: str
+    covey: str = ""
     format: int = FORMAT
+
+    def differences(self, other: Asked) -> list[str]:
+        """In words; `other` is what is asked now."""
+        found = []
+        for name in ("bundle", "data"):
+            if getattr(self, name) != getattr(other, name):
+                found.append(f"the {name} (sha256 {getattr(self, name)[:12]}, now {getattr(other, name)[:12]})")
+        for name in sorted({*self.plan, *other.plan}):
+            then, now = self.plan.get(name), other.plan.get(name)
+            if then != now:
+                found.append(f"plan.{name} ({_worded(then)}, now {_worded(now)})")
+        for name in ("seed", "level", "covey"):
+            then, now = getattr(self, name), getattr(other, name)
+            if then != now:
+                found.append(
+                    f"the {'version of covey' if name == 'covey' else name} ({_worded(then)}, now {_worded(now)})"
+                )
+        return found
 
 
 class AuditFolder:
@@ -92,16 +114,33 @@ class AuditFolder:
                 raise ConfigError(f"{self.path} holds something else ({others[0].name})", "choose another --out")
             write_atomic(path, msgspec.json.format(msgspec.json.encode(asked), indent=1))
             return
+        there = self._read(path)
+        if other := there.differences(asked):
+            raise ConfigError(
+                f"{self.path} holds another audit: {'; '.join(other)}",
+                "choose another --out, or ask for the same, with the same covey, to go on",
+            )
+
+    def _read(self, path: Path) -> Asked:
         try:
-            there = msgspec.json.decode(path.read_bytes(), type=Asked)
+            raw = path.read_bytes()
+            told = msgspec.json.decode(raw, type=_Format).format
+            if told != FORMAT:
+                raise ConfigError(
+                    f"{path} has format {told}, this covey writes {FORMAT}",
+                    "choose another --out: it starts anew there",
+                )
+            return msgspec.json.decode(raw, type=Asked)
         except (OSError, msgspec.MsgspecError) as exc:
             raise ConfigError(f"{path} cannot be read ({exc})", "choose another --out") from exc
-        other = [name for name in Asked.__struct_fields__ if getattr(there, name) != getattr(asked, name)]
-        if other:
-            raise ConfigError(
-                f"{self.path} holds another audit: its {' and '.join(other)} differ{'s' if len(other) == 1 else ''}",
-                "choose another --out, or ask for the same to go on",
-            )
+
+
+class _Format(Struct):
+    format: int = 0
+
+
+def _worded(value: object) -> str:
+    return "not set" if value in (None, "") else str(value)
 
 
 def _require_space(path: Path) -> None:

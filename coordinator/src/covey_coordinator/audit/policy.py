@@ -18,7 +18,7 @@ from covey_coordinator.inversion.verdict import LABELS, LINKABILITY, PSNR, Decib
 from covey_edge.config import read_toml
 from covey_protocol.errors import ConfigError
 
-MEMBERSHIP, RESOLVED, IDENTIFIED = "membership_auc", "resolved_share", "identified"
+MEMBERSHIP, RESOLVED, IDENTIFIED, PROPERTY = "membership_auc", "resolved_share", "identified", "property_auc"
 BY_ATTACKS = (PSNR, LABELS, IDENTIFIED)
 # what is measured -> in words
 WORDS = {
@@ -28,6 +28,7 @@ WORDS = {
     MEMBERSHIP: "how well the finished model tells who was trained on (AUC)",
     RESOLVED: "share of an update's examples that it determines (Tarantola)",
     IDENTIFIED: "share of examples whose copy picks them out of all others",
+    PROPERTY: "how well updates tell whether a device's data have a property (AUC)",
 }
 
 
@@ -44,6 +45,7 @@ class Policy(Struct, frozen=True, forbid_unknown_fields=True):
     max_membership_auc: Share | bool = 0.6
     max_resolved_share: Share | bool = False
     max_identified: Share | bool = 0.5
+    max_property_auc: Share | bool = False
 
     def limits(self, guess_db: float | None) -> dict[str, float]:
         """By what is measured. guess_db: None where it is not known; then a limit above it cannot be kept."""
@@ -54,6 +56,7 @@ class Policy(Struct, frozen=True, forbid_unknown_fields=True):
             MEMBERSHIP: self.max_membership_auc,
             RESOLVED: self.max_resolved_share,
             IDENTIFIED: self.max_identified,
+            PROPERTY: self.max_property_auc,
         }
         return {name: float(limit) for name, limit in told.items() if limit is not False}
 

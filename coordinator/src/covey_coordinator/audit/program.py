@@ -6,7 +6,9 @@ import hashlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -15,6 +17,7 @@ from covey_coordinator.audit.budget import Budget, Clock
 from covey_coordinator.audit.data import AuditData, read_data
 from covey_coordinator.audit.folder import Asked, AuditFolder
 from covey_coordinator.audit.policy import Policy
+from covey_coordinator.audit.property import check_property
 from covey_coordinator.audit.results import Result
 from covey_coordinator.audit.settings import PlanSettings, check_bundle_fits
 from covey_coordinator.audit.suite import Level, Piece, pieces
@@ -51,6 +54,7 @@ def audit(request: Request, display: Display, check: Check = lambda: None, now: 
     bundle, budget = read_bundle(raw), Budget(60 * request.minutes, now)
     check_bundle_fits(request.settings, bundle.manifest)
     data = read_data(request.settings, bundle.manifest, request.seed, request.data_dir)
+    check_property(request.settings.property, data)
     folder, asked = AuditFolder(request.out), _asked(request, raw, data)
     with folder.held(asked), TrainingChild(bundle) as child:
         bench = Bench(bundle, request.settings, data, child, request.seed)
@@ -70,14 +74,22 @@ def _asked(request: Request, bundle: bytes, data: AuditData) -> Asked:
     held = hashlib.sha256()
     for part in (*data.devices, data.test):
         held.update(part.x.tobytes() + part.y.tobytes())
-    settings = _without_place(request.settings)
-    plan = hashlib.sha256(msgspec.json.encode(settings)).hexdigest()
-    return Asked(hashlib.sha256(bundle).hexdigest(), held.hexdigest(), plan, request.seed, request.level.name)
+    digest = hashlib.sha256(bundle).hexdigest()
+    return Asked(digest, held.hexdigest(), _facts(request.settings), request.seed, request.level.name, _versions())
 
 
-def _without_place(settings: PlanSettings) -> PlanSettings:
-    """Without where the data lie: what they are is asked by their own hash."""
-    return msgspec.structs.replace(settings, data=msgspec.structs.replace(settings.data, set="", path=""))
+def _facts(settings: PlanSettings) -> dict[str, Any]:
+    """ "table.key" -> value as JSON has it. Without where the data lie: what they are is asked by their own hash."""
+    tables = msgspec.json.decode(msgspec.json.encode(settings))
+    for name in ("set", "path"):
+        del tables["data"][name]
+    return {f"{table}.{key}": value for table, keys in tables.items() for key, value in keys.items()}
+
+
+def _versions() -> str:
+    import tensorflow as tf
+
+    return f"{version('covey-coordinator')} with TensorFlow {tf.__version__}"
 
 
 def _introduce(request: Request, bench: Bench, planned: Sequence[Piece], display: Display) -> None:
@@ -137,6 +149,7 @@ def _said(result: Result) -> str:
         "accuracy": "accuracy {:.1%}",
         "membership_auc": "AUC {:.2f}",
         "linkability_auc": "AUC {:.2f}",
+        "property_auc": "AUC {:.2f}",
         "resolved_share": "{:.0%} resolved",
     }
     found = [form.format(result.metrics[name]) for name, form in told.items() if name in result.metrics]

@@ -18,7 +18,7 @@ from markupsafe import Markup
 
 from covey_coordinator.audit import drawings
 from covey_coordinator.audit.bench import Bench
-from covey_coordinator.audit.policy import RESOLVED
+from covey_coordinator.audit.policy import PROPERTY, RESOLVED
 from covey_coordinator.audit.results import BARE, CURVES, MALICIOUS, ONE_EXAMPLE, PLAN, Pictures, Result, largest
 from covey_coordinator.audit.verdict import Outcome
 from covey_coordinator.report import plots
@@ -36,12 +36,14 @@ SETTINGS = {
     "clip_norm": "clip norm, as a share of the updates' own length",
     "examples": "examples of a device in one pass",
     "epochs": "passes over the device's examples",
+    "rounds": "rounds whose updates an attacker joins",
 }
 CURVE_CASES = {
     "noise_multiplier": "Attacked: one step on one example.",
     "clip_norm": "Attacked: one step on one example. A shorter update points the same way, and that is what tells.",
     "examples": "Attacked: one pass over so many examples; up to the model's batch size that is one step.",
     "epochs": "Attacked: so many passes over four examples.",
+    "rounds": "Attacked: one step on the same example in so many rounds, each with new noise.",
 }
 MEANING = {
     "exposed": "almost exactly",
@@ -64,6 +66,7 @@ def report_html(bench: Bench, request: Any, outcome: Outcome, pictures: Read) ->
         cases=[_case(name, results, bench, pictures) for name in CASES if _of(results, name)],
         rows=[row for name in CASES for row in _rows(results, name)],
         after=_after(results),
+        properties=[one for one in _of(results, PLAN) if PROPERTY in one.metrics],
         guarantee=_guarantee(bench, _after(results).get("accuracy")),
         curves=[shown for name in SETTINGS if (shown := _curve(results, name)) is not None],
         trade_off=_trade_off(outcome),
@@ -125,6 +128,12 @@ def _sentences(outcome: Outcome) -> Iterator[str]:
             f"Whoever holds the finished model and an example can tell whether it was trained on with an AUC of "
             f"{member.metrics['membership_auc']:.2f}; guessing has 0.5."
         )
+    told = largest(_of(results, PLAN), PROPERTY)
+    if told is not None:
+        yield (
+            f"Whether a device's data have something in common that has nothing to do with the task can be told from "
+            f"its updates with an AUC of {told.metrics[PROPERTY]:.2f}; guessing has 0.5."
+        )
     if outcome.left_out:
         left = len(outcome.left_out)
         yield f"{left} measurements did not fit the time and are named below. Not measured is not safe."
@@ -185,7 +194,12 @@ def _numbers(pictures: Pictures) -> list[tuple[int, float, float]]:
 # ---- tables
 
 
-OVER_ROUNDS = ("accuracy", "linkability", "membership")  # how the names begin of what has a section of its own
+OVER_ROUNDS = (
+    "accuracy",
+    "linkability",
+    "membership",
+    "property",
+)  # how the names begin of what has a section of its own
 
 
 def _rows(results: Sequence[Result], case: str) -> list[dict[str, Any]]:
@@ -257,7 +271,7 @@ def _refused(results: Sequence[Result]) -> list[tuple[str, str]]:
 
 def _settings(bench: Bench, request: Any) -> Iterator[tuple[str, str]]:
     told = bench.settings
-    for table in ("training", "privacy", "fleet"):
+    for table in ("training", "privacy", "fleet", "property"):
         for name, value in msgspec.to_builtins(getattr(told, table)).items():
             yield f"{table}.{name}", str(value)
     if told.wire.compression != "none":
@@ -290,6 +304,7 @@ def _curve(results: Sequence[Result], name: str) -> dict[str, Any] | None:
         drawings.Line(1, "accuracy of the model", _values(points, "accuracy")),
         drawings.Line(4, "labels read", _values(points, "label_recovery")),
         drawings.Line(3, "resolved (Tarantola)", _values(points, RESOLVED)),
+        drawings.Line(5, "a property told (AUC, 50% is guessing)", _values(points, PROPERTY)),
     ]
     return {
         "title": SETTINGS[name],
@@ -309,7 +324,7 @@ def _values(points: dict[float, list[Result]], metric: str) -> list[float | None
 
 def _trade_off(outcome: Outcome) -> Any:
     groups = []
-    for number, name in ((2, "noise_multiplier"), (1, "examples"), (4, "epochs")):
+    for number, name in ((2, "noise_multiplier"), (1, "examples"), (4, "epochs"), (3, "rounds")):
         points = _points(outcome.results, name)
         both = zip(points, _values(points, "accuracy"), _values(points, "psnr_db"))
         group = [(at, accuracy, leak) for at, accuracy, leak in both if accuracy is not None and leak is not None]

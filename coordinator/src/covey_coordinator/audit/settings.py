@@ -41,13 +41,25 @@ class CurveSettings(Struct, frozen=True, forbid_unknown_fields=True):
     """At which values the trade-offs are drawn, beside the plan's own; an empty list draws none.
 
     clip_norm: as shares of the length of the plan's own update before clipping. examples: in one step. epochs: passes
-    over the device's examples.
+    over the device's examples. rounds: that an attacker joins, at most the fleet's.
     """
 
     noise_multiplier: tuple[NotNegative, ...] = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0)
     clip_norm: tuple[Positive, ...] = (0.1, 0.3, 1.0)
     examples: tuple[AtLeastOne, ...] = (1, 2, 4, 8, 16)
     epochs: tuple[Epochs, ...] = (1, 2, 5)
+    rounds: tuple[AtLeastOne, ...] = (1, 3, 10)
+
+
+class PropertySettings(Struct, frozen=True, forbid_unknown_fields=True):
+    """What an attacker wants to know of a device's data beside the task: whether they are high in one thing.
+
+    of: a feature by its name, or the number of one of an example's numbers; "" for the direction in which examples of
+    one class differ most. share: of the examples that have it, on a device that has it.
+    """
+
+    of: str | Annotated[int, Meta(ge=0)] = ""
+    share: Annotated[float, Meta(gt=0, le=1)] = 1.0
 
 
 class PlanSettings(Struct, frozen=True, forbid_unknown_fields=True):
@@ -59,6 +71,7 @@ class PlanSettings(Struct, frozen=True, forbid_unknown_fields=True):
     fleet: FleetSettings = FleetSettings()
     data: DataSettings = DataSettings()
     curves: CurveSettings = CurveSettings()
+    property: PropertySettings = PropertySettings()
 
     def plan(self, number: int) -> TrainingPlan:
         """What devices are asked in round `number`."""
@@ -104,7 +117,12 @@ def _check(settings: PlanSettings, where: str) -> None:
 
 
 def check_bundle_fits(settings: PlanSettings, manifest: Manifest) -> None:
-    """ConfigError where the bundle cannot do what the plan asks, or its noise would break it."""
+    """ConfigError where the bundle cannot do what the plan asks, its noise would break it, or it has no classes."""
+    if manifest.num_classes is None:
+        raise ConfigError(
+            f"{manifest.name} has no classes (its loss is {manifest.loss}): labels that are numbers are not audited",
+            "audit a classifier of the same inputs, or state the classes of a loss of your own (export --classes)",
+        )
     try:
         check_plan(manifest, settings.plan(1))
     except TrainingError as exc:

@@ -14,11 +14,15 @@ import msgspec
 import numpy as np
 
 from covey_coordinator.aggregation.accounting import epsilon_spent
+from covey_coordinator.audit import curves
 from covey_coordinator.audit.bench import Bench, Case, chosen, one_step
+from covey_coordinator.audit.curves import FEW
+from covey_coordinator.audit.property import PropertyAudit
 from covey_coordinator.audit.results import BARE, CURVES, MALICIOUS, ONE_EXAMPLE, PLAN, Pictures, Result, finite
-from covey_coordinator.audit.updates import Fleet, Floats, Protection
+from covey_coordinator.audit.updates import Floats, Protection
 from covey_coordinator.inversion.contract import Attack, Stop
 from covey_coordinator.inversion.registry import make_attack
+from covey_coordinator.inversion.several_rounds import OnTheMean
 from covey_coordinator.simulation.settings import PrivacySettings
 from covey_edge.model_screening import suspicions
 from covey_protocol.errors import UsageError
@@ -26,10 +30,9 @@ from covey_protocol.gaussian import epsilon_of, mu_of
 
 Found = tuple[Result, Pictures | None]
 MEMBERS = 200  # of each device that are asked about
-FEW = 4  # examples of one update that exact attacks are tried on
 ATTACKS = ("labels", "units", "inverting-gradients", "deep-leakage", "tarantola", "local-steps")
 SWIFT = ("labels", "units", "inverting-gradients", "deep-leakage")  # about a second each
-NOISE, CLIP, EXAMPLES, EPOCHS = "noise_multiplier", "clip_norm", "examples", "epochs"
+OF_SEVERAL = ("tarantola",)  # that take updates of several rounds as they are; others take their mean
 SERVER_SEES = "What a coordinator reads out of one step's update that chose the parameters it sent to be read."
 AFTERWARDS = "The finished model, and examples with their labels."
 
@@ -41,7 +44,8 @@ class Level:
 
     samples: updates of each kind. curve: iterations of attacks at a curve's points. resolved: how many numbers the
     examples of an update may have for its resolution to be computed. attacks, on_curves: on updates and at the
-    points of curves, of ATTACKS.
+    points of curves, of ATTACKS. played: updates of devices that the attacker on a property plays; played_against: that
+    it judges.
     """
 
     name: str
@@ -56,6 +60,8 @@ class Level:
     resolved: int
     attacks: tuple[str, ...] = ATTACKS
     on_curves: tuple[str, ...] = ATTACKS
+    played: int = 60
+    played_against: int = 80
 
 
 QUICK = Level(
@@ -82,6 +88,8 @@ FULL = Level(
     curve=1000,
     samples=10,
     resolved=50_000,
+    played=200,
+    played_against=200,
 )
 
 
@@ -132,8 +140,16 @@ def weapons(level: Level, iterations: int, names: Sequence[str]) -> tuple[Weapon
 
 def pieces(bench: Bench, level: Level) -> list[Piece]:
     """All of them, none twice."""
-    first = [*_on_updates(bench, level, range(1)), *_of_the_fleet(bench), *_malicious(bench)]
-    return [*first, *_curves(bench, level), *_on_updates(bench, level, range(1, level.samples))]
+    of_property = PropertyAudit(bench, level.played, level.played_against)
+    first = [
+        *_on_updates(bench, level, range(1)),
+        *_of_the_fleet(bench),
+        *_joined(bench, level),
+        *_properties(bench, of_property),
+        *_malicious(bench),
+    ]
+    points = _curves(bench, level, of_property)
+    return [*first, *points, *_on_updates(bench, level, range(1, level.samples))]
 
 
 # ---- attacks on single updates
@@ -162,12 +178,13 @@ def _attacks_on(
 ) -> Iterator[Piece]:
     size, steps = _size(bench, case), _steps(bench, case)
     for weapon in weapons(level, iterations, names):
-        if (weapon.most and size > weapon.most) or (weapon.several_steps and steps == 1):
+        if (weapon.most and size > weapon.most) or (weapon.several_steps and (steps == 1 or case.rounds > 1)):
             continue
         key = _key(place, weapon.name)
+        joined = f"/{case.rounds}" if case.rounds > 1 and weapon.name in OF_SEVERAL else ""
         yield Piece(
             key,
-            f"{weapon.name}/{case.name}/{iterations}/{_bucket(size)}",
+            f"{weapon.name}/{case.name}/{iterations}/{_bucket(size)}{joined}",
             f"{weapon.name} on {place}",
             _attack_work(bench, key, case, weapon),
             needed=case.name == PLAN and place.endswith("-0"),
@@ -175,30 +192,41 @@ def _attacks_on(
 
 
 def _attack_work(bench: Bench, key: str, case: Case, weapon: Weapon) -> Callable[[Stop], Found]:
-    return lambda stop: bench.attack(key, case, weapon.name, weapon.made, stop, exact=weapon.exact)
+    def made() -> Attack:
+        return OnTheMean(weapon.made()) if case.rounds > 1 and weapon.name not in OF_SEVERAL else weapon.made()
+
+    name = _named(weapon.name, case)
+    return lambda stop: bench.attack(key, case, name, made, stop, exact=weapon.exact)
+
+
+def _named(name: str, case: Case) -> str:
+    """As the report calls it. Of a curve every point is another number of rounds."""
+    return f"{name}, {case.rounds} rounds joined" if case.rounds > 1 and case.name != CURVES else name
 
 
 def _resolution(bench: Bench, case: Case, place: str, level: Level) -> Iterator[Piece]:
     key, size = _key(place, "resolution"), _size(bench, case)
     if size * bench.data.average.size > level.resolved:
         return
-    kind = f"resolution/{case.name}/{_bucket(size)}"
+    kind = f"resolution/{case.name}/{_bucket(size)}/{case.rounds}"
     yield Piece(key, kind, f"resolution of {place}", lambda stop: _resolved(bench, key, case, stop))
 
 
 def _resolved(bench: Bench, key: str, case: Case, stop: Stop) -> Found:
-    from covey_coordinator.inversion.resolution import leakage_number
-
-    update, sees = bench.update(case), "The update, its labels and the settings of its noise; no attack is run."
+    sees, name = "The update, its labels and the settings of its noise; no attack is run.", _named("resolution", case)
     try:
-        found = leakage_number(
-            bench.exact_model, update.seen, update.truth.x, update.truth.y, seed=bench.seed, stop=stop
-        )
+        found = curves.resolution(bench, case, stop)
     except UsageError as exc:
-        return bench.result(key, case, "resolution", sees=sees, refused=str(exc)), None
+        return _without(bench, key, case, name, sees, exc, stop), None
     metrics = {"resolved_share": found.share, "expected_psnr_db": found.here_psnr_db, "bits": found.bits}
-    told = bench.result(key, case, "resolution", sees=sees, metrics=finite(metrics), seconds=found.seconds, cut=stop())
+    told = bench.result(key, case, name, sees=sees, metrics=finite(metrics), seconds=found.seconds, cut=stop())
     return told, None
+
+
+def _without(bench: Bench, key: str, case: Case, name: str, sees: str, exc: UsageError, stop: Stop) -> Result:
+    """What gave no number: it does not apply here, or the time was up."""
+    late = stop()
+    return bench.result(key, case, name, sees=sees, refused="" if late else str(exc), cut=late)
 
 
 def _size(bench: Bench, case: Case) -> int:
@@ -290,6 +318,41 @@ def _members(bench: Bench, case: Case) -> Found:
     return told, None
 
 
+# ---- what the rounds of one device tell together, and what it has in common
+
+
+def _joined(bench: Bench, level: Level) -> Iterator[Piece]:
+    """The plan's own updates of all rounds of the device with the fewest examples."""
+    rounds = bench.settings.fleet.rounds
+    case = Case(PLAN, bench.smallest_first[0], 0, bench.settings.plan(1), bench.protection, rounds=rounds)
+    yield from _attacks_on(bench, case, "rounds-0", level, level.iterations, level.attacks)
+    yield from _resolution(bench, case, "rounds-0", level)
+
+
+def _properties(bench: Bench, audit: PropertyAudit) -> Iterator[Piece]:
+    case = Case(PLAN, 0, 0, bench.settings.plan(1), bench.protection)
+    rounds = bench.settings.fleet.rounds
+    for count in (1, rounds) if bench.protection.noise_std else (1,):
+        yield _property(bench, audit, replace(case, rounds=count), "fleet")
+
+
+def _property(bench: Bench, audit: PropertyAudit, case: Case, place: str) -> Piece:
+    key, name = _key(place, f"property-{case.rounds}"), _named("property", case)
+    share = bench.settings.property.share
+
+    def work(stop: Stop) -> Found:
+        try:
+            found = audit.under(case.protection, case.rounds, stop)
+        except UsageError as exc:
+            return _without(bench, key, case, name, audit.sees, exc, stop), None
+        metrics = {"property_auc": found.auc, "property_auc_error": found.error}
+        notes = (f"The property: {share:.0%} of a device's {found.examples} examples are {found.told}.",)
+        told = bench.result(key, case, name, sees=audit.sees, metrics=finite(metrics), notes=notes, cut=stop())
+        return told, None
+
+    return Piece(key, "property", f"{name} of {place}", work)
+
+
 # ---- what a malicious server would get
 
 
@@ -333,70 +396,26 @@ def _screened(bench: Bench, case: Case, parameters: Floats) -> str:
 # ---- curves: what leaks, and what is left of accuracy
 
 
-def _curves(bench: Bench, level: Level) -> Iterator[Piece]:
+def _curves(bench: Bench, level: Level, of_property: PropertyAudit) -> Iterator[Piece]:
     """Curve after curve would leave the last without a point: the first values of all, then the second ones."""
-    points = {name: list(_points(bench, name)) for name in (NOISE, EPOCHS, EXAMPLES, CLIP)}
-    for place in range(max(map(len, points.values()), default=0)):
+    points = {name: curves.values(bench, name) for name in curves.NAMES}
+    for place in range(max(map(len, points.values()))):
         for name, values in points.items():
             if place < len(values):
-                yield from _point(bench, level, name, values[place])
+                yield from _point(bench, level, name, values[place], of_property)
 
 
-def _points(bench: Bench, name: str) -> Iterator[float]:
-    """The ends first, then between; the plan's own value is among them."""
-    told = getattr(bench.settings.curves, name)
-    if not told:
-        return
-    own = {NOISE: bench.settings.privacy.noise_multiplier, EPOCHS: bench.settings.training.epochs}.get(name)
-    values = sorted({float(value) for value in (*told, *([] if own is None else [own]))})
-    yield from dict.fromkeys([values[0], values[-1], *values])
-
-
-def _point(bench: Bench, level: Level, name: str, at: float) -> Iterator[Piece]:
+def _point(bench: Bench, level: Level, name: str, at: float, of_property: PropertyAudit) -> Iterator[Piece]:
     place = f"{name} {at:g}"
     key = _key(f"curve-{place}", "accuracy")
     yield Piece(key, f"fleet/{name}", f"accuracy at {place}", lambda _: _accuracy_at(bench, key, name, at))
-    case = _case_at(bench, name, at)
+    case = curves.case_at(bench, name, at)
     yield from _attacks_on(bench, case, f"curve-{place}", level, level.curve, level.on_curves)
     yield from _resolution(bench, case, f"curve-{place}", level)
-
-
-def _case_at(bench: Bench, name: str, at: float) -> Case:
-    """One step on one example where noise or clipping vary; so many examples in one pass; FEW in so many passes."""
-    device, plan = bench.smallest_first[-1], bench.settings.plan(1)
-    protection, examples = _protection_at(bench, name, at), 1
-    if name == EXAMPLES:
-        examples = int(at)
-    elif name == EPOCHS:
-        examples = FEW
-    passes = int(at) if name == EPOCHS else 1
-    plan = msgspec.structs.replace(plan, epochs=passes)
-    return Case(CURVES, device, examples, plan, protection, curve=name, at=at)
-
-
-def _protection_at(bench: Bench, name: str, at: float) -> Protection:
-    told = bench.settings.privacy
-    if name == NOISE:
-        return Protection(PrivacySettings(bench.clip_norm, at, told.by, told.delta))
-    if name == CLIP:
-        norm = float(f"{at * bench.own_length:.2g}")
-        return Protection(PrivacySettings(norm, told.noise_multiplier, told.by, told.delta))
-    return bench.protection
+    if name in (curves.NOISE, curves.ROUNDS):
+        yield _property(bench, of_property, case, f"curve-{place}")
 
 
 def _accuracy_at(bench: Bench, key: str, name: str, at: float) -> Found:
-    """After the fleet's rounds under the plan with this one change."""
-    data, settings = bench.data, bench.settings
-    if name == EXAMPLES:
-        data = replace(data, devices=tuple(part.first(int(at)) for part in data.devices))
-
-    def plan_of(number: int) -> Any:
-        plan = settings.plan(number)
-        return msgspec.structs.replace(plan, epochs=int(at)) if name == EPOCHS else plan
-
-    fleet = Fleet(bench.child, data, _protection_at(bench, name, at), bench.seed)
-    last: Floats = np.zeros(0, np.float32)
-    for one in fleet.rounds(plan_of, settings.fleet.rounds):
-        last = one.parameters
-    case = _case_at(bench, name, at)
-    return bench.result(key, case, "accuracy", metrics=finite({"accuracy": bench.accuracy(last)})), None
+    metrics = finite({"accuracy": curves.accuracy_at(bench, name, at)})
+    return bench.result(key, curves.case_at(bench, name, at), "accuracy", metrics=metrics), None

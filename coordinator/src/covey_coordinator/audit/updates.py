@@ -7,6 +7,7 @@ device takes its from the operating system, and an audit is to be repeatable.
 from __future__ import annotations
 
 import hashlib
+import io
 import queue
 import tempfile
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ import numpy.typing as npt
 from covey_coordinator.audit.data import AuditData, Part
 from covey_coordinator.inversion.contract import Seen
 from covey_coordinator.simulation.settings import PrivacySettings
-from covey_edge.files import write_atomic
+from covey_edge.files import DISK, write_atomic
 from covey_edge.frames import Done, Frame, Open, Problem, Run
 from covey_edge.runtime import Model
 from covey_edge.trainer import keep_variances
@@ -79,8 +80,9 @@ class TrainingChild:
     def _open(self, part: Part) -> Open:
         path = self._root / f"{hashlib.sha256(part.x.tobytes() + part.y.tobytes()).hexdigest()}.npz"
         if not path.exists():
-            with path.open("wb") as file:
-                np.savez(file, x=part.x, y=part.y)
+            buffer = io.BytesIO()
+            np.savez(buffer, x=part.x, y=part.y)
+            DISK.write_scratch(path, buffer.getvalue())
         return Open(str(self._path), self._sha256, self._key.public.hex(), "npz", str(path))
 
     def _asked(self, frame: Frame) -> Done:

@@ -19,7 +19,6 @@ from covey_coordinator.inversion.matching import (
     SEES,
     Bend,
     Distance,
-    Simulate,
     Work,
     bend,
     in_the_bundles_form,
@@ -52,7 +51,7 @@ class DeepLeakage:
     def run(
         self, model: AttackedModel, seen: Seen, *, seed: int, stop: Stop | None = None, progress: Progress | None = None
     ) -> Finding:
-        problem = problem_of(model, seen, seen.examples, whole_batch(model, seen), self.distance)
+        problem = problem_of(model, seen, seen.examples, WholeBatch(model), self.distance)
         sought = isinstance(self.labels, str) and self.labels == "sought" and soft_labels_possible(model)
         labels = (
             None if sought else labels_for(model, seen, None if isinstance(self.labels, str) else self.labels, seed)
@@ -65,9 +64,11 @@ class DeepLeakage:
         return Finding(self.name, self.sees, best.inputs, found, best.score, work.seconds, best.evaluations)
 
 
-def whole_batch(model: AttackedModel, seen: Seen) -> Simulate:
+@dataclass(frozen=True)
+class WholeBatch:
     """All examples in one step at the parameters sent out: exact for an update of one step, else an approximation."""
-    import tensorflow as tf
 
-    parameters = tf.constant(seen.parameters, model.dtype)
-    return lambda x, y: model.gradient(parameters, x, y)
+    model: AttackedModel
+
+    def __call__(self, parameters: Any, x: Any, y: Any) -> Any:
+        return self.model.gradient(parameters, x, y)

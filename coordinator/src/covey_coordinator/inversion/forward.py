@@ -180,14 +180,25 @@ def local_training(
 
     like = tf.convert_to_tensor(labels)
     key: Any = model
+    size = batch_size or model.manifest.batch_size
+    batches = tuple(_rows(len(labels), size, plan, device_id))
     plan = msgspec.structs.replace(plan, compression=NONE, kept_fraction=0.0)  # comes after training
-    return _kept(key, plan, device_id, batch_size or model.manifest.batch_size, like.dtype, tuple(like.shape))
+    if "seed" not in model.manifest.train_inputs:
+        plan = msgspec.structs.replace(plan, shuffle_seed=0)  # is in the batches: rounds share a graph where these do
+    return _kept(key, plan, batches, size, like.dtype, tuple(like.shape))
+
+
+def _rows(count: int, size: int, plan: TrainingPlan, device_id: str) -> Iterator[tuple[int, ...]]:
+    """Of each step; in their own order where a step takes all of them, which is the same mean."""
+    for rows in passes(count, size, plan.epochs, order_of(plan.shuffle_seed, device_id)):
+        yield tuple(range(count)) if len(rows) == count else tuple(int(row) for row in rows)
 
 
 @lru_cache(maxsize=8)  # of traced graphs, with the models they hold
-def _kept(model: Any, plan: TrainingPlan, device: str, size: int, dtype: Any, shape: tuple[int, ...]) -> LocalTraining:
-    batches = list(passes(shape[0], size, plan.epochs, order_of(plan.shuffle_seed, device)))
-    return LocalTraining(model, plan, batches, size, (dtype, shape))
+def _kept(
+    model: Any, plan: TrainingPlan, batches: tuple[tuple[int, ...], ...], size: int, dtype: Any, shape: tuple[int, ...]
+) -> LocalTraining:
+    return LocalTraining(model, plan, [np.array(rows, np.int64) for rows in batches], size, (dtype, shape))
 
 
 def _update(model: Any, plan: TrainingPlan, batches: Sequence[Any], size: int, start: Any, x: Any, y: Any) -> Any:

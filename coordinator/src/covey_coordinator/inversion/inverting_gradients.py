@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from covey_coordinator.inversion.contract import AttackedModel, Finding, Progress, Seen, Stop
-from covey_coordinator.inversion.deep_leakage import whole_batch
+from covey_coordinator.inversion.deep_leakage import WholeBatch
 from covey_coordinator.inversion.labels import labels_for
 from covey_coordinator.inversion.matching import (
     DIRECTION,
@@ -53,7 +53,7 @@ class InvertingGradients:
     def run(
         self, model: AttackedModel, seen: Seen, *, seed: int, stop: Stop | None = None, progress: Progress | None = None
     ) -> Finding:
-        problem = problem_of(model, seen, seen.examples, whole_batch(model, seen), self.distance)
+        problem = problem_of(model, seen, seen.examples, WholeBatch(model), self.distance)
         labels = labels_for(model, seen, self.labels, seed)
         work = Work(self.iterations * self.restarts, stop, progress)
         settings = faded(self.settings, seen)

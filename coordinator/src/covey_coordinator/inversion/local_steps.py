@@ -114,12 +114,12 @@ def unrolled(model: AttackedModel, seen: Seen, batches: list[Rows]) -> Simulate:
     """
     import tensorflow as tf
 
-    parameters, size = tf.constant(seen.parameters, model.dtype), model.manifest.batch_size
+    size = model.manifest.batch_size
     scale = -1.0 / (seen.plan.learning_rate * len(batches))
     filled = [np.resize(rows, size) for rows in batches]
     weights = [(np.arange(size) < len(rows)).astype(np.float64) for rows in batches]
 
-    def simulate(x: Any, y: Any) -> Any:
+    def simulate(parameters: Any, x: Any, y: Any) -> Any:
         picked = [
             (tf.gather(x, rows), tf.gather(y, rows), tf.constant(weight, model.dtype))
             for rows, weight in zip(filled, weights)

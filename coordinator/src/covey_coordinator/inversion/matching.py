@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -29,11 +30,13 @@ Rows = npt.NDArray[np.int64]
 
 # what the attacks on one batch need
 SEES = "The update, the parameters sent out, the model, the plan and how many examples the device has."
-# dummy inputs (m, *input shape) and labels (integers, or (m, classes) soft) -> (d,), on the scale of what was seen
-Simulate = Callable[[Any, Any], Any]
+# parameters sent out (d,), dummy inputs (m, *input shape) and labels (integers, or (m, classes) soft) -> (d,), on the
+# scale of what was seen. Two that are equal compute alike: graphs are kept by it
+Simulate = Callable[[Any, Any, Any], Any]
 
 CHUNK_S = 0.5  # how long the attack computes between two questions whether to stop
 UNBOUNDED = (-3.0, 3.0)  # where an input has no declared range: three deviations of standardised features
+KEPT = 8  # traced graphs, with the models they hold
 TINY = 1e-30  # keeps a norm's derivative finite at 0
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # Adam's own defaults (Kingma and Ba 2015), which Geiping et al. use
 
@@ -62,17 +65,16 @@ DIRECTION = Distance(cosine=1.0, total_variation=0.01)  # of inverting gradients
 
 
 @dataclass(frozen=True)
-class Problem:
-    """simulate: what a device with these inputs would have sent. seen: (d,), the same scale; 0 where not trained.
+class Shape:
+    """What the graph of an objective depends on; all else goes in as numbers, so that updates share one graph.
 
-    shape: (m, *input shape) of the dummy inputs. bounds: lowest and highest value of an input. boxed: whether the
-    inputs are known to lie there. length_known: False for a clipped update; then the simulated gradient is stretched to
-    fit best before it is compared.
+    simulate: what a device with these inputs would have sent. inputs: (m, *input shape) of the dummy inputs. bounds:
+    lowest and highest value of an input. boxed: whether the inputs are known to lie there. length_known: False for a
+    clipped update; then the simulated gradient is stretched to fit best before it is compared.
     """
 
     simulate: Simulate
-    seen: Floats
-    shape: tuple[int, ...]
+    inputs: tuple[int, ...]
     bounds: tuple[float, float]
     boxed: bool
     distance: Distance
@@ -83,18 +85,58 @@ class Problem:
     def span(self) -> float:
         return self.bounds[1] - self.bounds[0]
 
-    def objective(self, x: Any, y: Any, smoothing: Any = 1.0) -> Any:
-        """(). smoothing: multiplies the total variation's weight."""
+    def objective(self, known: Any, x: Any, y: Any, smoothing: Any = 1.0) -> Any:
+        """(). known: as `Problem.known`. smoothing: multiplies the total variation's weight."""
         import tensorflow as tf
 
-        simulated, seen = self.simulate(x, y), tf.constant(self.seen, self.dtype)
+        seen, parameters, mask = known
+        simulated = mask * self.simulate(parameters, x, y)
         if not self.length_known:
             along = tf.nn.relu(tf.reduce_sum(simulated * seen))
             simulated *= along / (tf.reduce_sum(simulated**2) + TINY)
         value = _distance(simulated, seen, self.distance)
-        if self.distance.total_variation and len(self.shape) == 4:
+        if self.distance.total_variation and len(self.inputs) == 4:
             value += smoothing * self.distance.total_variation * _total_variation(x) / self.span
         return value
+
+
+@dataclass(frozen=True)
+class Problem:
+    """seen: (d,), on the scale of what is simulated; 0 where not trained. parameters: (d,) that were sent out. mask:
+    (d,), 1 where a parameter is trained.
+    """
+
+    graph: Shape
+    seen: Floats
+    parameters: Numbers
+    mask: Floats
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.graph.inputs
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        return self.graph.bounds
+
+    @property
+    def boxed(self) -> bool:
+        return self.graph.boxed
+
+    @property
+    def dtype(self) -> Any:
+        return self.graph.dtype
+
+    @property
+    def span(self) -> float:
+        return self.graph.span
+
+    @property
+    def known(self) -> tuple[Any, ...]:
+        """As tensors: seen, parameters and mask."""
+        import tensorflow as tf
+
+        return tuple(tf.constant(one, self.dtype) for one in (self.seen, self.parameters, self.mask))
 
     def starts(self, rng: np.random.Generator, count: int) -> Floats:
         """(count, *shape): normal around the middle of the range, a quarter of it wide, within the box."""
@@ -151,10 +193,9 @@ def problem_of(model: AttackedModel, seen: Seen, count: int, simulate: Simulate,
     gradient = mean_gradient(model, seen)
     if not np.any(gradient):
         raise UsageError("the update changes nothing that is trained", "there is nothing to match")
-    shape, mask = (count, *model.input.shape), trained_mask(model)
-    return Problem(
-        lambda x, y: mask * simulate(x, y), gradient, shape, bounds, boxed, distance, model.dtype, not was_clipped(seen)
-    )
+    shape, length_known = (count, *model.input.shape), not was_clipped(seen)
+    graph = Shape(simulate, shape, bounds, boxed, distance, model.dtype, length_known)
+    return Problem(graph, gradient, seen.parameters, trained_mask(model))
 
 
 def mean_gradient(model: AttackedModel, seen: Seen) -> Floats:
@@ -253,34 +294,9 @@ def descend(problem: Problem, labels: Numbers, starts: Floats, settings: Descent
     """
     import tensorflow as tf
 
-    trials, iterations = len(starts), work.left // len(starts)
-    y = tf.constant(labels)
-    boundaries = [share * iterations for share in (3 / 8, 5 / 8, 7 / 8)]
-
-    def decayed(number: Any, wanted: bool) -> Any:
-        passed = tf.add_n([tf.cast(number >= math.ceil(bound), problem.dtype) for bound in boundaries])
-        return tf.pow(tf.constant(0.1, problem.dtype), passed) if wanted else tf.ones((), problem.dtype)
-
-    def iterate(number: Any, x: Any, first: Any, second: Any, best: Any, best_score: Any) -> tuple[Any, ...]:
-        scores, slopes = _scores_and_slopes(problem, x, y, decayed(number, settings.fade))
-        better = scores < best_score
-        best = tf.where(tf.reshape(better, [-1] + [1] * len(problem.shape)), x, best)
-        best_score = tf.where(better, scores, best_score)
-        slopes = tf.where(tf.math.is_finite(slopes), slopes, tf.zeros_like(slopes))
-        slopes = tf.sign(slopes) if settings.signed else slopes
-        first = BETAS[0] * first + (1 - BETAS[0]) * slopes
-        second = BETAS[1] * second + (1 - BETAS[1]) * slopes**2
-        count = tf.cast(number + 1, problem.dtype)
-        corrected = tf.sqrt(second / (1 - tf.pow(tf.constant(BETAS[1], problem.dtype), count)))
-        mean = first / (1 - tf.pow(tf.constant(BETAS[0], problem.dtype), count))
-        x -= problem.span * settings.step * decayed(number, settings.decay) * mean / (corrected + EPSILON)
-        x = tf.clip_by_value(x, *problem.bounds) if problem.boxed else x
-        return number + 1, x, first, second, best, best_score
-
-    @tf.function(autograph=False)  # type: ignore[untyped-decorator]
-    def run(number: Any, until: Any, *state: Any) -> Any:
-        return tf.while_loop(lambda current, *_: current < until, iterate, (number, *state))
-
+    trials, iterations, given = len(starts), work.left // len(starts), tf.constant(labels)
+    run, last = _descent(problem.graph, settings, len(problem.seen), tuple(given.shape), given.dtype)
+    fixed = (*problem.known, given, tf.constant(iterations, problem.dtype))
     x = tf.constant(starts, problem.dtype)
     zeros, nothing = tf.zeros_like(x), tf.fill([trials], tf.constant(math.inf, problem.dtype))
     state: tuple[Any, ...] = (tf.constant(0), x, zeros, zeros, x, nothing)
@@ -288,24 +304,84 @@ def descend(problem: Problem, labels: Numbers, starts: Floats, settings: Descent
     while done < iterations and not work.over:
         began = time.monotonic()
         until = min(done + piece, iterations)
-        state = run(state[0], tf.constant(until), *state[1:])
+        state = run(*fixed, tf.constant(until), *state)
         work.add((until - done) * trials)
         took = time.monotonic() - began
-        if done:  # the first piece holds the tracing
+        if done:  # the first piece warms up
             piece = max(1, min(4 * piece, int(piece * CHUNK_S / max(took, 1e-6))))
         done = until
-    final, _ = _scores_and_slopes(problem, state[1], y, decayed(state[0], settings.fade))
+    final = last(*fixed, state[0], state[1])
     return [
         Best(np.asarray(point, np.float64), float(score), None, done)
         for point, score in _better(zip(state[1], final), zip(state[4], state[5]))
     ]
 
 
+@lru_cache(maxsize=KEPT)
+def _descent(graph: Shape, settings: Descent, d: int, labels: tuple[int, ...], label: Any) -> tuple[Any, Any]:
+    """(steps of Adam, the scores at a point) as traced graphs, for labels (t, m, ...) of the type `label`.
+
+    Their first arguments: what is known, the labels, and of how many iterations the rates are.
+    """
+    import tensorflow as tf
+
+    floats = [tf.TensorSpec(shape, graph.dtype) for shape in ([d], [], [labels[0]], [labels[0], *graph.inputs])]
+    number, scores, points = tf.TensorSpec([], tf.int32), floats[2], floats[3]
+    fixed = [floats[0]] * 3 + [tf.TensorSpec(labels, label), floats[1]]
+
+    def decayed(number: Any, iterations: Any, wanted: bool) -> Any:
+        if not wanted:
+            return tf.ones((), graph.dtype)
+        at = tf.cast(number, graph.dtype)
+        passed = tf.add_n(
+            [tf.cast(at >= tf.math.ceil(share * iterations), graph.dtype) for share in (3 / 8, 5 / 8, 7 / 8)]
+        )
+        return tf.pow(tf.constant(0.1, graph.dtype), passed)
+
+    def step(fixed: Any, number: Any, x: Any, first: Any, second: Any, best: Any, best_score: Any) -> tuple[Any, ...]:
+        *known, y, iterations = fixed
+        scores, slopes = _scores_and_slopes(graph, known, x, y, decayed(number, iterations, settings.fade))
+        better = scores < best_score
+        best = tf.where(tf.reshape(better, [-1] + [1] * len(graph.inputs)), x, best)
+        best_score = tf.where(better, scores, best_score)
+        slopes = tf.where(tf.math.is_finite(slopes), slopes, tf.zeros_like(slopes))
+        slopes = tf.sign(slopes) if settings.signed else slopes
+        first = BETAS[0] * first + (1 - BETAS[0]) * slopes
+        second = BETAS[1] * second + (1 - BETAS[1]) * slopes**2
+        count = tf.cast(number + 1, graph.dtype)
+        corrected = tf.sqrt(second / (1 - tf.pow(tf.constant(BETAS[1], graph.dtype), count)))
+        mean = first / (1 - tf.pow(tf.constant(BETAS[0], graph.dtype), count))
+        x -= graph.span * settings.step * decayed(number, iterations, settings.decay) * mean / (corrected + EPSILON)
+        x = tf.clip_by_value(x, *graph.bounds) if graph.boxed else x
+        return number + 1, x, first, second, best, best_score
+
+    def run(*arguments: Any) -> Any:
+        told, (until, *state) = arguments[: len(fixed)], arguments[len(fixed) :]
+        return tf.while_loop(lambda current, *_: current < until, lambda *now: step(told, *now), state)
+
+    def last(*arguments: Any) -> Any:
+        *known, y, iterations, current, x = arguments
+        smoothing = decayed(current, iterations, settings.fade)
+        return tf.stack([graph.objective(known, x[one], y[one], smoothing) for one in range(labels[0])])
+
+    return (
+        _traced(run, [*fixed, number, number, points, points, points, points, scores]),
+        _traced(last, [*fixed, number, points]),
+    )
+
+
+def _traced(function: Any, signature: Sequence[Any]) -> Any:
+    """Not for TensorFlow to trace when it is called: it would warn that many functions of one name are traced."""
+    import tensorflow as tf
+
+    return tf.function(function, input_signature=signature, autograph=False).get_concrete_function()
+
+
 def _better(last: Any, best: Any) -> list[tuple[Any, Any]]:
     return [one if float(one[1]) < float(other[1]) else other for one, other in zip(last, best)]
 
 
-def _scores_and_slopes(problem: Problem, x: Any, y: Any, smoothing: Any) -> tuple[Any, Any]:
+def _scores_and_slopes(graph: Shape, known: Any, x: Any, y: Any, smoothing: Any) -> tuple[Any, Any]:
     """(t,) and (t, *shape). The trials stand side by side in one graph, so that TensorFlow can run them in parallel."""
     import tensorflow as tf
 
@@ -314,7 +390,7 @@ def _scores_and_slopes(problem: Problem, x: Any, y: Any, smoothing: Any) -> tupl
         with tf.GradientTape() as tape:
             one = x[trial]
             tape.watch(one)
-            score = problem.objective(one, y[trial], smoothing)
+            score = graph.objective(known, one, y[trial], smoothing)
         pairs.append((score, tape.gradient(score, one, unconnected_gradients="zero")))
     return tf.stack([score for score, _ in pairs]), tf.stack([slope for _, slope in pairs])
 
@@ -346,12 +422,15 @@ def bend(
     """
     import tensorflow as tf
 
-    m, size = problem.shape[0], math.prod(problem.shape)
-    compiled = tf.function(
-        lambda flat: _joint(problem, flat, labels, classes),
-        input_signature=[tf.TensorSpec([size + (m * classes if labels is None else 0)], problem.dtype)],
-        autograph=False,
-    )
+    m, fixed = problem.shape[0], problem.known
+    if labels is not None:
+        fixed = (*fixed, tf.constant(labels))
+    given = tuple((tuple(one.shape), one.dtype) for one in fixed)
+    traced = _joint(problem.graph, classes, given)
+
+    def compiled(flat: Floats) -> Any:
+        return traced(*fixed, tf.constant(flat, problem.dtype))
+
     best = Best(problem.starts(rng, 1)[0])
     while not work.over and not best.score <= settings.good_enough:
         start = (problem.starts(rng, 1)[0] - problem.bounds[0]).ravel() / problem.span
@@ -361,17 +440,28 @@ def bend(
     return best
 
 
-def _joint(problem: Problem, flat: Any, labels: Any | None, classes: int) -> tuple[Any, Any]:
-    """The objective and its slope in the unknowns of L-BFGS: inputs from 0 to 1 over their range, then label logits."""
+@lru_cache(maxsize=KEPT)
+def _joint(graph: Shape, classes: int, given: tuple[tuple[tuple[int, ...], Any], ...]) -> Any:
+    """The objective and its slope in the unknowns of L-BFGS: inputs from 0 to 1 over their range, then label logits
+    where no labels are given. A traced graph of what is known (and labels), then the unknowns.
+
+    given: shape and type of each of its arguments but the last.
+    """
     import tensorflow as tf
 
-    m, size = problem.shape[0], math.prod(problem.shape)
-    with tf.GradientTape() as tape:
-        tape.watch(flat)
-        x = problem.bounds[0] + problem.span * tf.reshape(flat[:size], problem.shape)
-        y = tf.nn.softmax(tf.reshape(flat[size:], [m, classes])) if labels is None else tf.constant(labels)
-        score = problem.objective(x, y)
-    return score, tape.gradient(score, flat)
+    m, size, sought = graph.inputs[0], math.prod(graph.inputs), len(given) == 3
+
+    def joint(*arguments: Any) -> tuple[Any, Any]:
+        *known, flat = arguments
+        with tf.GradientTape() as tape:
+            tape.watch(flat)
+            x = graph.bounds[0] + graph.span * tf.reshape(flat[:size], graph.inputs)
+            y = tf.nn.softmax(tf.reshape(flat[size:], [m, classes])) if sought else known[3]
+            score = graph.objective(known[:3], x, y)
+        return score, tape.gradient(score, flat)
+
+    unknowns = tf.TensorSpec([size + (m * classes if sought else 0)], graph.dtype)
+    return _traced(joint, [*(tf.TensorSpec(*one) for one in given), unknowns])
 
 
 def _one_start(
@@ -384,7 +474,7 @@ def _one_start(
 
     def evaluate(flat: Floats) -> tuple[float, Floats]:
         nonlocal lowest, since
-        score, slope = (np.asarray(part, np.float64) for part in compiled(flat.astype(problem.dtype.as_numpy_dtype)))
+        score, slope = (np.asarray(part, np.float64) for part in compiled(flat))
         going = work.add(1)
         best.evaluations += 1
         if score < best.score:

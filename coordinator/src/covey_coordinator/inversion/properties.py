@@ -17,15 +17,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from covey_coordinator.inversion.contract import Stop
 from covey_coordinator.inversion.linkability import sketch
 from covey_edge.runtime import Model
-from covey_edge.trainer import protect, train
+from covey_edge.trainer import train
 from covey_protocol.errors import UsageError
 from covey_protocol.messages import TrainingPlan
 
 Array = npt.NDArray[Any]
 Examples = tuple[Array, Array]  # x (n, ...), y (n, ...)
 SIZE = 65536  # numbers kept of an update: a larger one is sketched
+LEAST = 4  # played updates
 STEADY = 0.1  # of the mean deviation of a number over the updates is added to its own, before it is divided by that
 RIDGE = 0.1  # of the mean eigenvalue
 
@@ -36,6 +38,43 @@ class Auxiliary:
 
     with_property: Examples
     without: Examples
+
+
+@dataclass(frozen=True)
+class Played:
+    """Updates of devices that were played, before clipping and noise; large ones sketched.
+
+    rows: (n, min(d, SIZE)). norms: (n,), of the updates themselves. has: (n,) bool. dimension: d. seed: of the sketch.
+    """
+
+    rows: npt.NDArray[np.float64]
+    norms: npt.NDArray[np.float64]
+    has: npt.NDArray[np.bool_]
+    dimension: int
+    seed: int
+
+    def protected(
+        self, clip_norm: float, noise_multiplier: float = 0.0, rng: np.random.Generator | None = None
+    ) -> npt.NDArray[np.float64]:
+        """(n, min(d, SIZE)): as devices send them, 0 for no clipping. A sketch is linear, so clipping and noise go
+        through it."""
+        shorter = np.minimum(1.0, clip_norm / np.maximum(self.norms, 1e-30)) if clip_norm else np.ones(len(self.norms))
+        rows = self.rows * shorter[:, None]
+        if rng is None or not noise_multiplier:
+            return rows
+        return np.asarray(
+            rows + noise_of(clip_norm, noise_multiplier, self.dimension) * rng.standard_normal(rows.shape)
+        )
+
+    def classifier(self, clip_norm: float = 0.0, noise_multiplier: float = 0.0) -> Classifier:
+        """Made for devices with this clipping and noise: the adaptive attacker of both."""
+        noise = noise_of(clip_norm, noise_multiplier, self.dimension) ** 2
+        return _fitted(self.protected(clip_norm), np.where(self.has, 1.0, -1.0), self.seed, noise)
+
+
+def noise_of(clip_norm: float, noise_multiplier: float, dimension: int) -> float:
+    """Standard deviation of the noise in each number of a sketch, or of an update that is none."""
+    return float(clip_norm * noise_multiplier * max(1.0, dimension / SIZE) ** 0.5)
 
 
 @dataclass(frozen=True)
@@ -58,18 +97,37 @@ class PropertyInference:
         self, model: Model, parameters: npt.NDArray[np.float32], plan: TrainingPlan, auxiliary: Auxiliary, *, seed: int
     ) -> Classifier:
         """model: the bundle's, in this process; its parameters are overwritten. Takes `updates` local trainings."""
-        if self.updates < 4:
-            raise UsageError(f"{self.updates} played updates", "play at least four")
-        rng = np.random.default_rng(seed)
-        rows, labels = [], []
+        played = self.play(model, parameters, plan, auxiliary, seed=seed)
+        return played.classifier(self.clip_norm, self.noise_multiplier)
+
+    def play(
+        self,
+        model: Model,
+        parameters: npt.NDArray[np.float32],
+        plan: TrainingPlan,
+        auxiliary: Auxiliary,
+        *,
+        seed: int,
+        draw: int = 0,
+        stop: Stop | None = None,
+    ) -> Played:
+        """The updates alone. draw: of the devices' examples, beside the seed; those of another draw have the same
+        sketch. stop: asked before each; fewer are played then, UsageError where they are too few."""
+        if self.updates < LEAST:
+            raise UsageError(f"{self.updates} played updates", f"play at least {LEAST}")
+        rng = np.random.default_rng([seed, draw] if draw else seed)
+        rows, norms, has = [], [], []
         for number in range(self.updates):
-            has = number % 2 == 0
-            x, y = self._drawn(auxiliary, has, rng)
-            update = trained(model, parameters, (x, y), plan, f"played-{number}")
-            rows.append(sketch(protect(update, self.clip_norm, 0.0), seed, SIZE))
-            labels.append(1.0 if has else -1.0)
-        noise = (self.clip_norm * self.noise_multiplier) ** 2 * max(1.0, len(parameters) / SIZE)
-        return _fitted(np.stack(rows).astype(np.float64), np.array(labels), seed, noise)
+            if stop is not None and stop():
+                break
+            has.append(number % 2 == 0)
+            x, y = self._drawn(auxiliary, has[-1], rng)
+            update = trained(model, parameters, (x, y), plan, f"played-{draw}-{number}" if draw else f"played-{number}")
+            rows.append(sketch(update, seed, SIZE))
+            norms.append(float(np.linalg.norm(update.astype(np.float64))))
+        if len(rows) < LEAST:
+            raise UsageError("the time was up before devices could be played", "give more time")
+        return Played(np.stack(rows).astype(np.float64), np.array(norms), np.array(has), len(parameters), seed)
 
     def _drawn(self, auxiliary: Auxiliary, has: bool, rng: np.random.Generator) -> Examples:
         count = round(self.share * self.examples) if has else 0
@@ -87,7 +145,10 @@ class Classifier:
 
     def scores(self, updates: Sequence[npt.NDArray[Any]]) -> npt.NDArray[np.float64]:
         """(n,): of updates (d,)."""
-        rows = np.stack([sketch(update, self.seed, SIZE) for update in updates]).astype(np.float64)
+        return self.scored(np.stack([sketch(update, self.seed, SIZE) for update in updates]).astype(np.float64))
+
+    def scored(self, rows: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """(n,): of rows as in `Played`."""
         return np.asarray(rows @ self.direction - self.offset)
 
 
