@@ -129,6 +129,18 @@ def test_a_device_that_waits_to_join_looks_once_a_minute(bench: Bench) -> None:
     assert bench.watch.may_join(0.0)
 
 
+def test_between_rounds_it_computes_for_its_owner_only_while_conditions_hold(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, unmetered=True)
+    bench.network = "u 1"
+    assert "metered network" in bench.watch.refusal()
+    assert bench.watch.allows(busy=False)  # what needs no network
+    bench.battery("Discharging")
+    bench.now += 9.0
+    assert bench.watch.allows(busy=True)  # looked a moment ago
+    bench.now += 1.0
+    assert not bench.watch.allows(busy=True)
+
+
 def test_the_coordinator_hears_kinds_and_no_numbers(tmp_path: Path) -> None:
     bench = Bench(tmp_path, min_battery=50, quiet_hours=("00:00-12:00", "12:00-24:00"))
     bench.write("sys/class/power_supply/BAT0/capacity", "12")

@@ -178,7 +178,7 @@ class AgentProgram:
                 self._look_after_ourselves()
                 if not self._debugs:
                     self._child.rest()
-                self._personal.tick(idle=self._machine.state is device.State.IDLE)
+                self._personal.tick(idle=self._machine.state is device.State.IDLE and self._allows_own_work())
                 continue
             if item is not None:
                 self._take(item)
@@ -511,6 +511,15 @@ class AgentProgram:
         elif self._watch.paused:  # what was to be paused had just been done
             self._watch.over()
             self._child.go_on()
+
+    def _allows_own_work(self) -> bool:
+        """Between rounds. Conditions that do not hold also end what is under way; it is taken up again."""
+        if not self._personal.wants:
+            return False
+        allows = self._watch.allows(busy=self._personal.busy)
+        if not allows:
+            self._personal.interrupt("the owner's conditions do not hold, the personal model waits")
+        return allows
 
     def _obey(self, order: Order) -> None:
         round_id = self._machine.round_id

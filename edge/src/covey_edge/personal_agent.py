@@ -44,7 +44,7 @@ class Personal:
 
     def __init__(self, agent: Agent, cache: BlobCache, on_answer: Callable[[object, Frame], None]) -> None:
         self._agent, self._cache = agent, cache
-        self._child = TrainingProcess(on_answer, agent.config.training.memory_mb)
+        self._child = TrainingProcess(on_answer, agent.config.training.memory_mb, agent.config.training.nice)
         self._waiting: dict[str, Invitation] = {}  # task -> the newest round this device has worked in
         self._job: Optional[_Job] = None
 
@@ -63,6 +63,15 @@ class Personal:
         except StorageError as exc:
             log.error("%s", exc)
 
+    @property
+    def busy(self) -> bool:
+        return self._job is not None
+
+    @property
+    def wants(self) -> bool:
+        """Whether there is work, under way or waiting."""
+        return self._job is not None or bool(self._waiting)
+
     def takes(self, token: object, frame: Frame) -> bool:
         """Whether this is an answer to what was asked here, which is then dealt with."""
         if not isinstance(token, _Job):
@@ -77,10 +86,10 @@ class Personal:
                 self._child.stop()
         return True
 
-    def interrupt(self) -> None:
-        """A round's training begins: it has the processor and the memory."""
+    def interrupt(self, why: str = "a round begins, the personal model waits for a later one") -> None:
+        """A round's training begins, which has the processor and the memory; or the owner's conditions do not hold."""
         if self._job is not None:
-            log.info("task %r: a round begins, the personal model waits for a later one", self._task(self._job))
+            log.info("task %r: %s", self._task(self._job), why)
             self._waiting.setdefault(self._task(self._job), self._job.invitation)
         self.close()
 

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable
 from enum import Enum
 
-from covey_edge.conditions import BEFORE, BY_SETTING, Conditions, Found, Situation
+from covey_edge.conditions import BEFORE, BY_SETTING, TRAINING, Conditions, Found, Situation
 
 log = logging.getLogger("covey.agent")
 
@@ -74,6 +74,14 @@ class Watch:
         if self._clock() - self._last_look < max(JOIN_LOOK_S, self._settings.check_every_s):
             return False
         return not self.refusal(need_mb)
+
+    def allows(self, *, busy: bool) -> bool:
+        """Whether the device may compute between rounds, for its owner. What was looked at lately counts. busy: whether
+        it does already."""
+        if self._clock() - self._last_look >= self._settings.check_every_s:
+            self._count_load(busy)
+            self._look(TRAINING)
+        return not any(BY_SETTING[one.setting].training for one in self._against)
 
     def holds_back(self) -> bool:
         """Whether an update waits for another network. Looks at that alone."""
