@@ -13,7 +13,7 @@ from covey_protocol.errors import ConfigError
 PAGE = (Path(__file__).parent.parent.parent / "docs" / "agent.md").read_text()
 SECTIONS = every_setting(AgentConfig)
 # tables of a section, or settings whose meaning is that of another section of the same page
-SAME = {"data.tasks.NAME": "data"}
+SAME = {"data.tasks.NAME": "data", "personal.tasks.NAME": "personal"}
 
 
 def described(section: str) -> str:
