@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 import venv
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -219,15 +219,45 @@ def measured(row: Row, images: int, evaluations: int, peer: Breaching | None, fo
     return found
 
 
-def shown(row: Row, found: dict[str, Any]) -> list[str]:
+ATTACKS = {"deepleakage": "DLG", "invertinggradients": "inverting gradients"}
+PEERS = ("breaching", "breaching, our total variation")
+HEAD = (
+    "| gradient of | batch | attack | ours | breaching, as published | breaching, our total variation "
+    "| time, ours to theirs |"
+    "\n|---|---|---|---|---|---|---|"
+)
+
+
+def shown(row: Row, found: dict[str, Any], evaluations: int) -> list[str]:
+    """A line of the table for each attack: mean PSNR and seconds; evaluations where the budget was not spent.
+
+    The ratio is of wall seconds per evaluation, to breaching's faster form.
+    """
     lines = []
-    for column, values in found.items():
-        if column == "pictures":
-            continue
-        psnr, seconds, cpu, used = (np.mean([value[part] for value in values]) for part in range(4))
-        name = f"{row.data}, {row.model}, {row.state}, batch {row.examples}"
-        lines.append(f"| {name} | {column} | {psnr:.1f} | {seconds:.1f} | {cpu:.1f} | {used:.0f} |")
+    for attack, name in ATTACKS.items():
+        means = {
+            column: np.mean(found[key], axis=0)
+            for column in ("ours", *PEERS)
+            if (key := f"{attack}, {column}") in found
+        }
+        cells = [cell(means[column], evaluations) if column in means else "" for column in ("ours", *PEERS)]
+        paces = {column: mean[1] / max(mean[3], 1) for column, mean in means.items()}
+        theirs = [pace for column, pace in paces.items() if column != "ours"]
+        ratio = f"{paces['ours'] / min(theirs):.2f}" if theirs else ""
+        what = f"{row.data}, {row.model}, {row.state}"
+        lines.append(f"| {what} | {row.examples} | {name} | {' | '.join([*cells, ratio])} |")
     return lines
+
+
+def as_numbers(row: Row, found: dict[str, Any]) -> dict[str, Any]:
+    """column -> for every gradient [PSNR dB, seconds, CPU seconds, evaluations]."""
+    return {**asdict(row), "found": {name: some for name, some in found.items() if name != "pictures"}}
+
+
+def cell(mean: np.ndarray, evaluations: int) -> str:
+    psnr, seconds, _, used = mean
+    early = f", {used:.0f} evaluations" if used < 0.95 * evaluations else ""
+    return f"{psnr:.1f} dB, {seconds:.1f} s{early}"
 
 
 def picture(path: Path, all_found: list[tuple[Row, dict[str, Any]]]) -> None:
@@ -260,8 +290,9 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=3, help="gradients of each row, each of another model")
     parser.add_argument("--evaluations", type=int, default=1000)
     parser.add_argument("--quick", action="store_true", help="digits, one image, 200 evaluations")
-    parser.add_argument("--rows", default="", help='only rows whose name holds this, such as "mnist lenet"')
+    parser.add_argument("--rows", default="", help='only rows with all of these words, such as "mnist lenet 4"')
     parser.add_argument("--picture", type=Path, help="a PNG of the first gradient of each row, written after every row")
+    parser.add_argument("--json", type=Path, help="every gradient's numbers, written after every row")
     options = parser.parse_args()
     if options.setup:
         set_up(options.setup)
@@ -272,18 +303,21 @@ def main() -> None:
     tf.config.threading.set_inter_op_parallelism_threads(1)
     folder = Path(options.data) if options.data else None
     names = ["digits"] if options.quick or folder is None else ["mnist", "digits"]
-    rows = [Row(data, model, state, 1) for data in names for model in MODELS for state in ("untrained", "trained")]
-    rows += [Row(data, "lenet", "untrained", 4) for data in names]
-    rows = [row for row in rows if options.rows in f"{row.data} {row.model} {row.state} {row.examples}"]
+    rows = [
+        Row(data, model, state, examples)
+        for examples in (1, 4)
+        for data in names
+        for model in MODELS
+        for state in ("untrained", "trained")
+    ]
+    wanted = set(options.rows.split())
+    rows = [row for row in rows if wanted <= {row.data, row.model, row.state, str(row.examples)}]
     images, evaluations = (1, 200) if options.quick else (options.images, options.evaluations)
     peer = Breaching(options.breaching) if (options.breaching / "bin" / "python").exists() else None
     if peer is None:
         print("breaching is not installed (--setup): ours alone", file=sys.stderr)
     print(f"{images} gradients a row, {evaluations} evaluations\n", flush=True)
-    print(
-        "| gradient of | attack | PSNR dB | seconds | CPU seconds | evaluations |\n|---|---|---|---|---|---|",
-        flush=True,
-    )
+    print(HEAD, flush=True)
     all_found = []
     try:
         for number, row in enumerate(rows, 1):
@@ -291,7 +325,9 @@ def main() -> None:
             all_found.append((row, found))
             if options.picture:
                 picture(options.picture, all_found)
-            print("\n".join(shown(row, found)), flush=True)
+            print("\n".join(shown(row, found, evaluations)), flush=True)
+            if options.json:
+                options.json.write_text(json.dumps([as_numbers(*one) for one in all_found], indent=1))
             print(f"{number} of {len(rows)} rows", file=sys.stderr, flush=True)
     finally:
         if peer is not None:

@@ -53,7 +53,7 @@ def test_all_doors_give_the_same_bits(name: str, d: int) -> None:
     rule = make_rule(name, ALL_RULES[name])
     process = RuleFactory(rule).create(vector(d), FLOAT)
     state = process.initialize()
-    for seed, n in enumerate((7, 8, 33)):
+    for seed, n in enumerate((7, 8, 33)[d == 4099 :]):  # an even and an odd number; a small odd one with the slow sizes
         updates, counts = hostile_inputs(seed, n, d)
         output = process.next(state, list(updates), list(counts))
         for door in (judge, judge_in_tensorflow, with_static_shapes)[: 3 if n == 8 else 2]:  # tracing takes long

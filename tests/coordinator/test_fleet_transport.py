@@ -241,6 +241,20 @@ def test_a_thief_of_the_old_key_cannot_hold_the_device_offline_under_its_new_one
     assert fleet.online() == ["a"]
 
 
+def test_the_operator_hears_once_of_a_devices_trouble(
+    coordinator_key: SealingKey, caplog: pytest.LogCaptureFixture
+) -> None:
+    fleet = Fleet(parse_broker("mqtt://127.0.0.1:1"), "home", coordinator_key, {"a": OLD_KEY.public})
+    for session, trouble in enumerate(("release 0.2.0 ended with code 1",) * 2 + ("another",), start=7):
+        said = Presence(True, session, trouble=trouble)
+        data = codec.encode(said, topic=TOPICS.presence("a"), sender="a", sequence=session, key=OLD_KEY)
+        fleet._verified(Incoming(TOPICS.presence("a"), data))
+    assert [record.getMessage() for record in caplog.records] == [
+        "a says: release 0.2.0 ended with code 1",
+        "a says: another",
+    ]
+
+
 def test_a_device_that_is_no_longer_in_the_roster_is_not_online(coordinator_key: SealingKey) -> None:
     fleet = Fleet(parse_broker("mqtt://127.0.0.1:1"), "home", coordinator_key, {"a": OLD_KEY.public})
     assert fleet._verified(presence(OLD_KEY, True, 8)) is not None

@@ -162,6 +162,8 @@ def test_an_agent_whose_disk_is_full_says_so_and_takes_part_again_when_it_is_not
     """It neither offers what it could not keep nor ends. First its update does not fit, then not even the model."""
     disk = small_disk("ward-2/state")
     clinic.before["ward-2"] = disk.before
+    with (clinic.folder / "ward-2" / "agent.toml").open("a") as file:
+        file.write("[conditions]\nmin_free_disk_mb = 0\n")  # or it would decline in time
     clinic.configure(5, duration_s=600, answer_s=200, grace_s=100, epochs=25)
     for name in ("broker", *IDS, "serve"):
         clinic.start(name)

@@ -11,6 +11,7 @@ import pytest
 from covey_edge.config import Agent, load_agent
 from covey_edge.frames import Done, Open, Problem, Run
 from covey_edge.policy import DataPlace, data_for, places, unwilling
+from covey_edge.reading import Reading
 from covey_edge.runtime import Model
 from covey_edge.trainer import Trainer
 from covey_protocol.blobs import blob_ref
@@ -35,6 +36,7 @@ TASKS = HEAD + '[data.tasks.faces]\npath = "faces.npz"\nevaluation_path = "faces
 TASKS += 'path = "bells"\nsource = "folder"\n'
 BOTH = ONE + TASKS.removeprefix(HEAD)
 NOISE = "[privacy]\nclip_norm = 1.0\nnoise_multiplier = 0.5\n"
+THREADS = "[training]\nthreads = 2\n"
 
 
 def agent(folder: Path, text: str) -> Agent:
@@ -70,7 +72,8 @@ WHERE = {
 @pytest.mark.parametrize("what", WHERE)
 def test_the_data_of_a_round_are(what: str, tmp_path: Path) -> None:
     text, asked, place = WHERE[what]
-    assert data_for(agent(tmp_path, text).config.data, asked) == place
+    found = data_for(agent(tmp_path, text).config.data, asked)
+    assert (found and found._replace(reading=Reading())) == place
 
 
 def test_all_data_are_looked_at_before_the_device_connects(tmp_path: Path) -> None:
@@ -140,6 +143,7 @@ def test_a_device_is_asked_for(what: str, tmp_path: Path) -> None:
 BAD = {
     "debugging without trusted instances": (ONE + 'debug = "mend"\n', "debug = 'mend' without trusted_path"),
     "debugging that is none": (TRUSTED + 'debug = "repair"\n', "Invalid enum value 'repair'"),
+    "shards, with threads": (SHARDS + THREADS, "shard = 'north' with training.threads above 1"),
     "shards, with noise": (SHARDS + NOISE, "shard = 'north' with noise_multiplier: a noised update equals nobody's"),
     "a shard whose name is none": (HEAD + '[data.shards]\n"a b" = "x"\n', "shard 'a b'"),
     "no data at all": (HEAD + "[data]\n", "has no path"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import queue
 import signal
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 from patience import PATIENCE_S
 
+from covey_edge import training_process
 from covey_edge.frames import Done, Open, Probe, Problem, Run
 from covey_edge.runtime import Model
 from covey_edge.trainer import Trainer, check_sendable, protect
@@ -201,7 +203,10 @@ def test_a_parameter_vector_of_the_wrong_length_is_refused(digits_bundle: bytes)
 # --- the child as a process
 
 
-PROBED = Done(num_examples=40, runtime="tflite_runtime 2.14.0")
+def check_probed(expected: str, token: object, answer: object) -> None:
+    assert token == expected
+    assert isinstance(answer, Done), answer
+    assert (answer.num_examples, answer.runtime) == (40, "tflite_runtime 2.14.0")
 
 
 @pytest.fixture
@@ -218,7 +223,7 @@ def test_a_killed_child_is_a_problem_and_the_next_request_starts_a_new_one(
     process, answers = child
     probe = Probe("npz", str(device / "data.npz"))
     process.request("first", probe, PATIENCE_S)
-    assert answers.get(timeout=PATIENCE_S) == ("first", PROBED)
+    check_probed("first", *answers.get(timeout=PATIENCE_S))
     first = process.pid
     assert first is not None
     os.kill(first, signal.SIGSTOP)  # as a training that hangs
@@ -229,8 +234,34 @@ def test_a_killed_child_is_a_problem_and_the_next_request_starts_a_new_one(
     assert isinstance(problem, Problem)
     assert "SIGKILL" in problem.what
     process.request("third", probe, PATIENCE_S)
-    assert answers.get(timeout=PATIENCE_S) == ("third", PROBED)
+    check_probed("third", *answers.get(timeout=PATIENCE_S))
     assert process.pid != first
+
+
+def test_a_child_that_has_long_had_nothing_to_do_ends_and_the_next_request_starts_a_new_one(
+    child: tuple[TrainingProcess, queue.Queue[tuple[object, Any]]], device: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process, answers = child
+    probe = Probe("npz", str(device / "data.npz"))
+    process.rest()
+    process.request("first", probe, PATIENCE_S)
+    check_probed("first", *answers.get(timeout=PATIENCE_S))
+    first = process.pid
+    assert first is not None
+    process.rest()
+    assert process.pid == first  # it answered a moment ago
+    monkeypatch.setattr(training_process, "IDLE_S", 0.0)
+    os.kill(first, signal.SIGSTOP)
+    process.request("second", probe, PATIENCE_S)
+    process.rest()
+    assert process.pid == first  # it is at work
+    os.kill(first, signal.SIGCONT)
+    check_probed("second", *answers.get(timeout=PATIENCE_S))
+    process.rest()
+    assert process.pid is None
+    process.request("third", probe, PATIENCE_S)
+    check_probed("third", *answers.get(timeout=PATIENCE_S))
+    assert process.pid not in (None, first)
 
 
 def test_a_training_that_takes_too_long_is_ended(
@@ -277,6 +308,30 @@ sys.stdin.read()
     pytest.fail("the training child outlived its agent")
 
 
+FORKED = """
+import hashlib, json, sys
+from pathlib import Path
+from covey_edge.frames import Open, Problem
+from covey_edge.trainer import Trainer
+path, data, right, wrong = sys.argv[1:]
+sha256 = hashlib.sha256(Path(path).read_bytes()).digest()
+answers = [Trainer().answer(Open(path, sha256, key, "npz", data)) for key in (wrong, right)]
+print(json.dumps([[getattr(answer, "what", "") for answer in answers], "cryptography" in sys.modules]))
+"""
+
+
+def test_a_training_child_checks_the_seal_without_loading_what_checks_it(
+    device: Path, coordinator_key: SealingKey
+) -> None:
+    keys = [coordinator_key.public.hex(), SealingKey.from_seed(bytes([5]) * 32).public.hex()]
+    command = [sys.executable, "-c", FORKED, str(device / "bundle"), str(device / "data.npz"), *keys]
+    ended = subprocess.run(command, check=True, capture_output=True, text=True)
+    (refused, accepted), loaded = json.loads(ended.stdout)
+    assert "seal is not the expected coordinator's" in refused
+    assert accepted == ""
+    assert not loaded
+
+
 def test_nothing_the_edge_imports_is_tensorflow(device: Path, coordinator_key: SealingKey) -> None:
     script = """
 import sys
@@ -289,7 +344,7 @@ heavy = {"tensorflow", "keras", "sklearn", "matplotlib", "tensorflow_federated",
 print(sorted(heavy))
 """
     request = open_request(device, coordinator_key)
-    (device / "tests_request.py").write_text(f"from covey_edge.frames import Open\nrequest = {request!r}\n")
+    (device / "tests_request.py").write_text(f"from covey_edge.frames import Open, Reading\nrequest = {request!r}\n")
     environment = {**os.environ, "PYTHONPATH": str(device)}
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=environment)
     assert ended.stdout.strip() == "[]"

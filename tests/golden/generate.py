@@ -186,6 +186,10 @@ FROM_DEVICE: dict[str, tuple[str, Message]] = {
     "chunk": (TOPICS.up(DEVICE), Chunk("run.1.abc", HASH, 2, b"\x00\x01\x02\xff")),
     "failure": (TOPICS.up(DEVICE), Failure("run.1.abc", "the training process died (SIGSEGV)")),
     "seen": (TOPICS.up(DEVICE), Seen("run.1.abc")),
+    "presence-trouble": (
+        TOPICS.presence(DEVICE),
+        Presence(True, 1_700_000_000_000_000, "0.1.0", trouble="release 0.2.0 ended with code 1"),
+    ),
 }
 
 

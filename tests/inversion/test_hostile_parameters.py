@@ -160,7 +160,7 @@ def test_a_model_without_a_dense_layer_on_the_input_needs_another_bundle_first(d
 @pytest.mark.slow
 def test_a_hostile_bundle_reads_examples_out_of_twenty_local_steps(digits: Any) -> None:
     """Sparse imprint of 128 bins in front of a convolutional model, 64 examples, 5 epochs in batches of 16: (1 - 1/128)
-    ^ 63 = 0.61 would be alone; measured 0.42 at 30 dB."""
+    ^ 63 = 0.61 would be alone; measured 0.37 at 30 dB. At a rate of 0.3 three of these five trainings diverge."""
     import covey_models
     from covey_models import zoo
 
@@ -171,6 +171,7 @@ def test_a_hostile_bundle_reads_examples_out_of_twenty_local_steps(digits: Any) 
     for seed in range(SEEDS):
         own, x, y = split(digits, seed, 64)
         parameters = imprinted(bundle.manifest.parameters, start, own, seed=seed, sparse=True)
-        seen = trained(device, parameters, x, y, epochs=5, rate=0.3)
+        seen = trained(device, parameters, x, y, epochs=5, rate=0.1)
+        assert np.isfinite(seen.update).all()
         found.append(recovered_share(x, Imprint(sparse=True).run(model, seen, seed=0).inputs, RANGE, 30.0))
     assert np.mean(found) > 0.3

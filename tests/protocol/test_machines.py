@@ -158,6 +158,65 @@ def test_an_invitation_requires_what_an_old_device_would_pass_over_in_silence() 
     assert answer.message.reason.startswith("this device cannot seed, clip_norm, proximal, reset_optimizer")
 
 
+FOR_NOW = device.ConditionsChecked("run.1", False, "not charging", for_now=True)
+YES = device.ConditionsChecked("run.1", True)
+
+
+def test_a_device_that_declined_for_now_joins_the_same_round_when_it_can() -> None:
+    machine = DeviceMachine("a")
+    walk(machine, device.Invited(invitation()), FOR_NOW)
+    assert machine.postponed == invitation()
+    assert walk(machine, device.Connected())[0] == device.Send(Answer("run.1", False, "not charging"))
+    assert walk(machine, device.Reconsidered(), now=59.0) == [device.CheckConditions(invitation())]
+    effects = walk(machine, YES, now=59.0)
+    assert effects == [device.Send(Answer("run.1", True)), device.Fetch(invitation().blobs)]
+    assert (machine.postponed, machine.state) == (None, State.FETCHING)
+    late = walk(machine, device.Tick(), now=60.0)  # the deadline is the invitation's, not a new one
+    assert isinstance(late[0], device.Send)
+    assert isinstance(late[0].message, Failure)
+
+
+def test_it_may_decline_again_and_again() -> None:
+    machine = DeviceMachine("a")
+    walk(machine, device.Invited(invitation()), FOR_NOW)
+    for _ in range(3):
+        effects = walk(machine, device.Reconsidered(), FOR_NOW)
+        assert effects[0] == device.Send(Answer("run.1", False, "not charging"))
+        assert machine.postponed == invitation()
+
+
+NOT_POSTPONED: dict[str, tuple[device.Event, ...]] = {
+    "it declined for good": (device.ConditionsChecked("run.1", False, "no data"),),
+    "the round is closed": (FOR_NOW, device.Closed(RoundClosed("run.1", "published"))),
+    "another round begins": (FOR_NOW, device.Invited(invitation("run.2")), device.TrainingFailed("run.2", "")),
+    "another round begins without it": (FOR_NOW, device.Invited(invitation("run.2", devices=("b",)))),
+}
+
+
+@pytest.mark.parametrize("why", NOT_POSTPONED)
+def test_nothing_is_joined_where(why: str) -> None:
+    machine = DeviceMachine("a")
+    walk(machine, device.Invited(invitation()), *NOT_POSTPONED[why])
+    state = machine.state
+    assert machine.postponed is None
+    assert walk(machine, device.Reconsidered()) == []
+    assert machine.state is state
+
+
+def test_nothing_is_joined_after_the_rounds_time() -> None:
+    machine = DeviceMachine("a")
+    walk(machine, device.Invited(invitation()), FOR_NOW)
+    walk(machine, device.Tick(), now=60.0)
+    assert walk(machine, device.Reconsidered(), now=60.0) == []
+
+
+def test_the_invitation_of_a_postponed_round_that_comes_again_is_answered_with_no() -> None:
+    machine = DeviceMachine("a")
+    walk(machine, device.Invited(invitation()), FOR_NOW)
+    assert walk(machine, device.Invited(invitation())) == [device.Send(Answer("run.1", False, "not charging"))]
+    assert machine.postponed == invitation()
+
+
 def test_a_condition_that_fails_is_declined_with_its_reason() -> None:
     machine = DeviceMachine("a")
     effects = walk(machine, device.Invited(invitation()), device.ConditionsChecked("run.1", False, "on battery"))
@@ -537,6 +596,40 @@ def test_an_offer_for_a_round_that_is_over_is_answered_from_the_store() -> None:
     assert machine.handle(rounds.Offered("a", OFFER), 3.0) == [rounds.Recall("a", OFFER)]
 
 
+def test_a_device_that_declined_may_join_later_by_a_yes_or_by_its_update() -> None:
+    for later in (rounds.Answered("a", Answer("run.1", True)), rounds.Offered("a", OFFER)):
+        machine = opened()
+        machine.handle(rounds.Answered("a", Answer("run.1", False, "not charging")), 0.0)
+        effects = machine.handle(later, 5.0)
+        assert effects[0] == rounds.Record("a", Progress.ACCEPTED)
+        deliver(machine, "a")
+        assert machine.progress()["a"] is Progress.STORED
+
+
+def test_a_late_no_does_not_keep_out_an_update_that_comes_all_the_same() -> None:
+    """Messages may overtake each other where a connection breaks."""
+    machine = opened()
+    machine.handle(rounds.Answered("a", Answer("run.1", True)), 0.0)
+    machine.handle(rounds.Answered("a", Answer("run.1", False, "not charging")), 1.0)
+    deliver(machine, "a")
+    assert machine.progress()["a"] is Progress.STORED
+
+
+def test_nobody_waits_for_who_declined_and_everybody_for_who_joined() -> None:
+    machine = opened()
+    for name in ("b", "c"):
+        deliver(machine, name)
+    assert machine.phase is Phase.INVITING
+    machine.handle(rounds.Answered("a", Answer("run.1", False, "not charging")), 1.0)
+    assert machine.phase is Phase.AGGREGATING
+    other = opened()
+    other.handle(rounds.Answered("a", Answer("run.1", False, "not charging")), 1.0)
+    other.handle(rounds.Answered("a", Answer("run.1", True)), 2.0)
+    for name in ("b", "c"):
+        deliver(other, name)
+    assert other.phase is Phase.COLLECTING
+
+
 def test_what_a_device_said_is_recorded_before_anything_follows_from_it() -> None:
     machine = opened()
     assert machine.handle(rounds.Answered("a", Answer("run.1", True)), 0.0) == [rounds.Record("a", Progress.ACCEPTED)]
@@ -731,13 +824,20 @@ def test_an_update_that_is_being_made_durable_when_its_device_is_revoked_is_not_
     assert machine.handle(rounds.Stored("a"), 2.0) == [record]  # over the row that says stored
 
 
-def test_who_had_declined_or_was_refused_stays_so() -> None:
+def test_who_was_refused_stays_so() -> None:
     """What was refused on arrival counts against f; a revocation later takes nothing back."""
     machine = opened()
-    machine.handle(rounds.Answered("a", Answer("run.1", False, "busy")), 1.0)
     machine.handle(rounds.Offered("b", Offer("run.1", blob_ref(b"short"), 5)), 1.0)
-    assert (revoke(machine, "a"), revoke(machine, "b"), revoke(machine, "stranger")) == ([], [], [])
+    assert (revoke(machine, "b"), revoke(machine, "stranger")) == ([], [])
     assert machine.progress()["b"] is Progress.REFUSED
+
+
+def test_who_had_declined_cannot_join_any_more_once_it_is_revoked() -> None:
+    machine = opened()
+    machine.handle(rounds.Answered("a", Answer("run.1", False, "busy")), 1.0)
+    assert revoke(machine, "a") == [rounds.Record("a", Progress.REVOKED, WHY)]
+    assert machine.handle(rounds.Answered("a", Answer("run.1", True)), 2.0) == []
+    assert machine.progress()["a"] is Progress.REVOKED
 
 
 def test_a_readmitted_device_delivers_again_only_in_the_next_round() -> None:

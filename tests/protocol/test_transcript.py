@@ -52,6 +52,7 @@ def _recording() -> ModuleType:
 
 MADE = _recording()
 GOOD: list[Record] = MADE.read(FOLDER / "good.jsonl")
+RELEASES = Path(__file__).parent.parent / "golden" / "releases-v1.json"
 KEY = PublicKey.from_hex(MADE.COORDINATOR.public.hex())
 
 
@@ -75,6 +76,18 @@ def test_a_real_encrypted_round_breaks_nothing() -> None:
     assert judge(records) == []
     assert MADE.message_of(records[MADE.first(records, Invitation)]).encryption_key
     assert MADE.message_of(records[MADE.first(records, Offer)]).update.size == 36 + 560
+
+
+def test_a_release_beside_the_rounds_breaks_nothing_unless_it_is_none() -> None:
+    sealed = bytes.fromhex(json.loads(RELEASES.read_text())["vectors"]["one wheel for everybody"]["sealed"])
+    topic = "covey/1/golden/fleet/release"
+
+    def with_release(payload: bytes) -> list[Violation]:
+        record = msgspec.structs.replace(GOOD[-1], topic=topic, payload=payload, retained=True)
+        return judge([*GOOD, record])
+
+    assert with_release(sealed) == with_release(b"") == []
+    assert [violation.section for violation in with_release(sealed[:-1])] == [12]
 
 
 def test_a_device_may_say_that_it_has_seen_its_verdict() -> None:
@@ -339,6 +352,21 @@ def test_an_excuse_may_be_said_again(excuse: Any) -> None:
     first, again = (MADE.resealed(GOOD[index], excuse, extra=extra) for extra in (0, 500))
     assert judge([*GOOD[:index], first, again]) == []
     assert [one.section for one in judge([*GOOD[:index], first, again, *GOOD[index + 1 : at(Offer) + 1]])] == [5]
+
+
+def test_a_device_whose_owner_withdraws_a_stored_update_still_answers_the_verdict() -> None:
+    index = at(Verdict)
+    offer = msgspec.structs.replace(GOOD[at(Offer)], time_s=GOOD[index].time_s)
+    withdrawn = MADE.resealed(offer, Failure(ROUND.round_id, "the owner has opted out"), extra=300)
+    seen = MADE.resealed(offer, Seen(ROUND.round_id), extra=500)
+    assert judge([*GOOD[:index], withdrawn, GOOD[index], seen]) == []
+    assert [one.section for one in judge([*GOOD[:index], withdrawn, seen])] == [5]  # no verdict yet
+
+
+def test_a_device_that_declined_may_join_the_round_later() -> None:
+    index = at(Answer)
+    no = MADE.resealed(GOOD[index], Answer(ROUND.round_id, False, "not charging"), extra=-1)
+    assert judge([*GOOD[:index], no, *GOOD[index:]]) == []
 
 
 def test_an_agent_that_starts_again_after_its_answer_may_offer_at_once() -> None:

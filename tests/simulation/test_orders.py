@@ -148,7 +148,11 @@ def test_nothing_of_a_revoked_device_is_used_and_what_it_delivered_is_judged() -
     assert seen["revoked between decision and rule"] > 5
 
 
+# seeds before these are in vain
+RARE = {"a revocation is not durable": 210, "what a revoked device has delivered enters the model": 170}
+
+
 @pytest.mark.parametrize("what", REVOKED_MUTATIONS)
 def test_the_simulation_finds_of_revocations_that(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     REVOKED_MUTATIONS[what](monkeypatch)
-    assert any(breaks(RevokedWorld, seed) for seed in range(15 * SEEDS))
+    assert any(breaks(RevokedWorld, seed) for seed in range(RARE.get(what, 0), 15 * SEEDS))

@@ -38,6 +38,7 @@ from covey_edge.files import Disk
 from covey_edge.ledger import UNCOUNTED, Counts
 from covey_edge.outbox import Outbox
 from covey_edge.performer import Performer
+from covey_edge.sent_log import UNLOGGED, Sent
 from covey_protocol import device
 from covey_protocol.blobs import blob_ref, chunks
 from covey_protocol.bundle import write_bundle
@@ -147,6 +148,7 @@ class SimulatedDisk(Disk):
         self.files: dict[str, bytes] = {}
         self.scratch: set[str] = set()
         self.removed: dict[str, bytes] = {}  # the removal is not durable
+        self.unsynced: dict[str, int] = {}  # how long the file was when all of it was durable
         self.full = False
 
     def write(self, path: Path, data: bytes, mode: int = 0o644) -> None:
@@ -181,6 +183,23 @@ class SimulatedDisk(Disk):
         self.files[str(path)] = data
         self.scratch.add(str(path))
 
+    def append(self, path: Path, data: bytes, *, durable: bool) -> int:
+        name = str(path)
+        self._step(f"append {name}")
+        self._require_space(name)
+        old = self.files.get(name, b"")
+        self.files[name] = old + data
+        self.unsynced.setdefault(name, len(old))
+        if durable:
+            self._step(f"appended {name}")
+            del self.unsynced[name]
+        return len(self.files[name])
+
+    def durable_part(self, path: Path) -> bytes:
+        """What a power cut now would leave of a file that grows."""
+        data = self.files.get(str(path), b"")
+        return data[: self.unsynced.get(str(path), len(data))]
+
     def read(self, path: Path) -> bytes | None:
         return self.files.get(str(path))
 
@@ -205,15 +224,20 @@ class SimulatedDisk(Disk):
         data = self.read(path)
         self.remove(path)
         self._put(str(new), data)
+        if str(path) in self.unsynced:
+            self.unsynced[str(new)] = self.unsynced.pop(str(path))
 
     def crash(self) -> None:
         rng = self._world.rng
+        for name, length in self.unsynced.items():
+            if name in self.files:
+                self.files[name] = self.files[name][: rng.randint(length, len(self.files[name]))]
         for name in sorted(self.scratch):
             self._put(name, rng.choice([None, self.files[name], self.files[name][:-1]]))
         for name, data in self.removed.items():
             if name not in self.files and rng.random() < 0.5:
                 self.files[name] = data
-        self.scratch, self.removed = set(), {}
+        self.scratch, self.removed, self.unsynced = set(), {}, {}
 
     def _put(self, name: str, data: bytes | None) -> None:
         if data is None:
@@ -414,7 +438,8 @@ class SimulatedDevice:
         self.on = True
         machine = device.DeviceMachine(self.name)
         ledger = self.world.privacy_ledger(self)
-        self.performer = Performer(machine, CheckedOutbox(self), self, lambda: self.world.now, ledger)
+        sent = self.world.sent_log(self)
+        self.performer = Performer(machine, CheckedOutbox(self), self, lambda: self.world.now, ledger, sent)
         self.run(self.performer.start)
         self.later(0.1, self.connect)
         self.later(1.0, self.tick)
@@ -610,6 +635,10 @@ class World:
     def privacy_ledger(self, owner: SimulatedDevice) -> Counts:
         """What counts the updates of this device, new for every start of it."""
         return UNCOUNTED
+
+    def sent_log(self, owner: SimulatedDevice) -> Sent:
+        """What writes down what leaves this device, new for every start of it."""
+        return UNLOGGED
 
     def own_training(self) -> OwnTraining:
         """What makes the coordinator's own updates, new for every start of it."""
@@ -858,6 +887,8 @@ class World:
         declines = isinstance(message, Answer) and not message.accept
         if name in self.devices and (declines or isinstance(message, Failure)):
             self.excused[name] = (message.round_id, self.devices[name].starts)
+        elif isinstance(message, Answer):
+            self.excused.pop(name, None)  # it joins, perhaps later than it declined
         if self.broker_up:
             self._fly(lambda: self._to_coordinator(name, message))
 
@@ -890,7 +921,8 @@ class World:
             return
 
         def look() -> None:
-            if one.on and one.starts == starts and self.fleet is fleet:
+            still = self.excused.get(name) == (message.round_id, starts)
+            if still and one.on and one.starts == starts and self.fleet is fleet:
                 self.seen["excuses itself again"] += 1
                 query = "SELECT d.progress, r.phase FROM devices d JOIN rounds r ON r.id = d.round"
                 progress, phase = self._one(f"{query} WHERE d.round = ? AND d.id = ?", message.round_id, name)

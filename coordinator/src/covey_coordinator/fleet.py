@@ -343,9 +343,11 @@ class Fleet:
         if isinstance(message, Presence) != (place.channel == "presence"):
             raise PeerError(f"{place.device_id} sent {type(message).__name__} on {place.channel}")
         if isinstance(message, Presence):
-            known, sealed_by = self._presence.get(place.device_id, (message, taken.key))
+            known, sealed_by = self._presence.get(place.device_id, (Presence(False, message.session), taken.key))
             if sealed_by == taken.key and message.session < known.session:
                 return None  # an older start's last will, or a replay
+            if message.trouble and message.trouble != known.trouble:
+                log.warning("%s says: %s", place.device_id, message.trouble)
             self._presence[place.device_id] = (message, taken.key)
         elif not ring.is_new(taken):
             return None

@@ -16,6 +16,7 @@ from typing import Any, Optional
 import click
 
 from covey_edge import __version__
+from covey_edge.service import error_prefix
 from covey_protocol.errors import EXIT_BUG, EXIT_INTERRUPTED, EXIT_MACHINE, CoveyError
 
 GROUP = "covey.commands"
@@ -81,7 +82,7 @@ def main(argv: Optional[list[str]] = None) -> None:
     except CoveyError as exc:
         if os.environ.get("COVEY_TRACEBACK"):
             raise
-        click.echo(f"covey: error: {exc}", err=True)
+        click.echo(f"{error_prefix()}covey: error: {exc}", err=True)
         code = exc.exit_code
     except BrokenPipeError:
         sys.stderr.close()

@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 from msgspec import UNSET
 
-from covey_edge.data_sources import Examples, check_examples, load_examples
+from covey_edge.data_sources import Examples
+from covey_edge.examples import other_examples
 from covey_edge.frames import Done, Run
 from covey_edge.runtime import Floats, Model
 from covey_protocol.bundle import check_plan
@@ -59,7 +60,7 @@ def _shard(model: Model, request: Run, name: str) -> Examples:
     if name not in request.shards:
         raise TrainingError(f"this device holds no shard {name!r}", "name it in [data.shards] of its agent.toml")
     path = Path(request.shards[name])
-    x, y = check_examples(*load_examples(request.data_source, path), model.manifest, path)
+    x, y = other_examples(request.data_source, path, request.reading, model.manifest, "shard")
     most = request.plan.max_examples or len(x)
     if min(most, len(x)) < request.min_examples:
         raise TrainingError(f"the examples of shard {name!r} are fewer than this device's policy asks")

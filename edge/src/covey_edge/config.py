@@ -7,12 +7,14 @@ import difflib
 import re
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal, Optional, TypeVar, Union, get_args
+from typing import Annotated, Any, Literal, Optional, TypeVar, Union, get_args, get_origin
 
 import msgspec
 from msgspec import Meta, Struct
 
+from covey_edge.hours import window_of
 from covey_edge.mqtt import Broker, parse_broker
+from covey_edge.source_options import OPTIONS, check_together
 from covey_protocol.errors import ConfigError
 from covey_protocol.forms import COMPRESSIONS
 from covey_protocol.keys import keys_from
@@ -26,6 +28,7 @@ else:
 
 T = TypeVar("T", bound=Struct)
 Positive = Annotated[float, Meta(gt=0)]
+Share = Annotated[float, Meta(ge=0, lt=1)]
 NotNegative = Annotated[float, Meta(ge=0)]
 Roster = dict[str, Union[str, tuple[str, ...]]]  # device -> hex digits of its key, or of the current and the next
 
@@ -64,6 +67,10 @@ class TaskData(Struct, frozen=True, forbid_unknown_fields=True):
     replica: str = ""
     shards: dict[str, str] = {}
     debug: Debug = ""
+    options: dict[str, Any] = {}
+    holdout: Share = 0.0
+    normalise: Literal["", "standard", "range"] = ""
+    bad_rows: Literal["refuse", "drop"] = "refuse"
 
 
 class DataSettings(Struct, frozen=True, forbid_unknown_fields=True):
@@ -74,6 +81,8 @@ class DataSettings(Struct, frozen=True, forbid_unknown_fields=True):
     debug: what becomes of examples whose labels the trusted ones speak against: "" for not looking, "report", "drop"
     or "mend".
     shards: name -> path of the shards of a cyclic code that this device holds; others hold each of them, too.
+    options: the source's own (source_options). holdout: the share of the examples that are never trained on. normalise:
+    how inputs are scaled by this device's statistics, "" for not. bad_rows: what becomes of rows that are no examples.
     """
 
     path: str = ""
@@ -84,14 +93,21 @@ class DataSettings(Struct, frozen=True, forbid_unknown_fields=True):
     shards: dict[str, str] = {}
     debug: Debug = ""
     tasks: dict[str, TaskData] = {}  # msgspec copies empty defaults
+    options: dict[str, Any] = {}
+    holdout: Share = 0.0
+    normalise: Literal["", "standard", "range"] = ""
+    bad_rows: Literal["refuse", "drop"] = "refuse"
 
 
 class TrainingSettings(Struct, frozen=True, forbid_unknown_fields=True):
-    """timeout_s: a training that takes longer is killed. memory_mb: the child's address space, 0 for no limit."""
+    """timeout_s: a training that takes longer is killed. memory_mb: the child's address space, 0 for no limit.
+    nice: how far the child steps back for other programs. threads: of the TFLite runtime."""
 
     timeout_s: Positive = 3600.0
     memory_mb: Annotated[int, Meta(ge=0)] = 0
     max_epochs: Annotated[int, Meta(ge=1)] = 100
+    nice: Annotated[int, Meta(ge=0, le=19)] = 10
+    threads: Annotated[int, Meta(ge=1, le=64)] = 1
 
 
 class PrivacySettings(Struct, frozen=True, forbid_unknown_fields=True):
@@ -144,6 +160,65 @@ class CaptureSettings(Struct, frozen=True, forbid_unknown_fields=True):
     keep_records: Annotated[int, Meta(ge=0, le=1000)] = 0
 
 
+class ConditionSettings(Struct, frozen=True, forbid_unknown_fields=True):
+    """When this device works (covey_edge.conditions, docs/conditions.md). 0, false and empty switch each off.
+
+    quiet_hours: windows in which it does not; hours: those in which it does, empty for all day. max_load: of other
+    programs, per core. when_lost: what becomes of work under way. unknown: what a condition is taken for that cannot be
+    read. tell: whether the coordinator hears which condition it was.
+    """
+
+    charging: bool = False
+    min_battery: Annotated[int, Meta(ge=0, le=100)] = 0
+    max_temperature_c: Annotated[float, Meta(ge=0, le=120)] = 0.0
+    unthrottled: bool = False
+    unmetered: bool = False
+    quiet_hours: tuple[str, ...] = ()
+    hours: tuple[str, ...] = ()
+    min_free_disk_mb: Annotated[int, Meta(ge=0)] = 16
+    min_free_memory_mb: Annotated[int, Meta(ge=0)] = 0
+    max_load: NotNegative = 0.0
+    when_lost: Literal["pause", "abort"] = "pause"
+    unknown: Literal["allow", "decline"] = "allow"
+    check_every_s: Annotated[float, Meta(ge=1, le=3600)] = 10.0
+    tell: bool = True
+
+
+class UpdateSettings(Struct, frozen=True, forbid_unknown_fields=True):
+    """release_key: whose releases this device installs, 64 hex digits; "" for nobody's. from_fleet: also those that
+    come over the broker, else only those that its owner gives it."""
+
+    release_key: str = ""
+    from_fleet: bool = True
+
+
+class TaskPersonal(Struct, frozen=True, forbid_unknown_fields=True):
+    """The models that the owner uses, see docs/personal-models.md.
+
+    keep: the newest model is kept for `covey infer`. finetune_epochs: passes over this device's data that make a
+    personal copy of it, 0 for none. finetune_learning_rate: 0 for the round's. finetune_layers: names of the layers in
+    which alone the copy differs, () for all. use: which one applications get. measure, min_gain: by what, and by how
+    much beside one standard error, a model must be better to be taken for better.
+    """
+
+    keep: bool = False
+    finetune_epochs: Annotated[int, Meta(ge=0, le=1000)] = 0
+    finetune_learning_rate: Annotated[float, Meta(ge=0, le=1000)] = 0.0
+    finetune_layers: tuple[str, ...] = ()
+    use: Literal["better", "federated", "personal"] = "better"
+    measure: Literal["loss", "accuracy"] = "loss"
+    min_gain: NotNegative = 0.0
+
+
+class PersonalSettings(TaskPersonal, frozen=True, forbid_unknown_fields=True):
+    """tasks: of tasks by name; one that is named takes nothing from the rest."""
+
+    tasks: dict[str, TaskPersonal] = {}
+
+    def of(self, task: str) -> TaskPersonal:
+        return self.tasks.get(task, self)
+
+
 class AgentConfig(Struct, frozen=True, forbid_unknown_fields=True):
     device_id: str
     fleet: str
@@ -156,6 +231,9 @@ class AgentConfig(Struct, frozen=True, forbid_unknown_fields=True):
     policy: PolicySettings = PolicySettings()
     capture: CaptureSettings = CaptureSettings()
     state_dir: str = "state"
+    conditions: ConditionSettings = ConditionSettings()
+    update: UpdateSettings = UpdateSettings()
+    personal: PersonalSettings = PersonalSettings()
 
 
 class Agent(Struct, frozen=True):
@@ -181,6 +259,9 @@ def load_agent(path: Path) -> Agent:
         raise ConfigError(f"{path}: noise_multiplier needs clip_norm", "set privacy.clip_norm; noise is measured in it")
     _check_epsilon(path, config.privacy)
     _check_replicas(path, config)
+    _check_personal(path, config)
+    _check_reading(path, config.data)
+    _check_hours(path, config.conditions)
     for name in (*config.data.tasks, *(config.policy.tasks or ()), *config.policy.refuse_tasks):
         check_name(name, "task")
     if not (config.data.path or config.data.shards or config.data.tasks):
@@ -188,6 +269,7 @@ def load_agent(path: Path) -> Agent:
     for name, task in config.data.tasks.items():
         if not (task.path or task.shards):
             raise ConfigError(f"{path}: [data.tasks.{name}] has no path", "say where this task's data are")
+    _check_release_key(path, config)
     for name in config.wire.compression:
         if name not in COMPRESSIONS:
             raise ConfigError(f"{path}: there is no compression {name!r}", f"use {', '.join(COMPRESSIONS)}")
@@ -212,6 +294,51 @@ def _check_epsilon(path: Path, privacy: PrivacySettings) -> None:
         )
 
 
+def _check_personal(path: Path, config: AgentConfig) -> None:
+    tables = {"personal": config.personal, **{f"personal.tasks.{k}": v for k, v in config.personal.tasks.items()}}
+    for name in config.personal.tasks:
+        check_name(name, "task")
+    for where, personal in tables.items():
+        if personal.finetune_epochs and not personal.keep:
+            raise ConfigError(f"{path}: [{where}] finetune_epochs without keep", "set keep = true in the same table")
+        tuned = bool(personal.finetune_epochs)
+        if not tuned and (personal.use == "personal" or personal.finetune_layers or personal.finetune_learning_rate):
+            raise ConfigError(f"{path}: [{where}] is for a personal model that nothing makes", "set finetune_epochs")
+
+
+def _check_reading(path: Path, data: DataSettings) -> None:
+    """Of sources that other distributions add, the options are checked where the data are first read."""
+    named: list[tuple[str, DataSettings | TaskData]] = [
+        ("[data", data),
+        *((f"[data.tasks.{name}", task) for name, task in data.tasks.items()),
+    ]
+    for name, own in named:
+        if own.source in OPTIONS:
+            where = f"{path}: {name}.options]"
+            check_together(as_struct(own.options, OPTIONS[own.source], where), where)
+        if own.holdout and own.evaluation_path:
+            raise ConfigError(
+                f"{path}: holdout with evaluation_path: the data for evaluations are named already",
+                "leave one of them out",
+            )
+        equal = "replica" if own.replica else "shards" if own.shards else ""
+        for setting in ("holdout", "normalise"):
+            if equal and getattr(own, setting):
+                raise ConfigError(
+                    f"{path}: {setting} with {equal}: it is this device's own, and the data are to be everybody's",
+                    "leave one of them out",
+                )
+
+
+def _check_release_key(path: Path, config: AgentConfig) -> None:
+    """Who coordinates must not be able to replace the agent."""
+    if not config.update.release_key:
+        return
+    key = PublicKey.from_hex(config.update.release_key)
+    if key in keys_from(config.identity.coordinator_key, "the coordinator"):
+        raise ConfigError(f"{path}: update.release_key is the coordinator's key", "pin the key of the releases' maker")
+
+
 def _check_replicas(path: Path, config: AgentConfig) -> None:
     every: list[DataSettings | TaskData] = [config.data, *config.data.tasks.values()]
     for data in every:
@@ -225,8 +352,19 @@ def _check_replicas(path: Path, config: AgentConfig) -> None:
                     f"{path}: {what} = {name!r} with noise_multiplier: a noised update equals nobody's",
                     "leave one of them out",
                 )
+            if (name or what == "shard") and config.training.threads > 1:
+                raise ConfigError(
+                    f"{path}: {what} = {name!r} with training.threads above 1, which may change an update's last bits",
+                    "leave one of them out",
+                )
             if name or what == "shard":
                 check_name(name, what)
+
+
+def _check_hours(path: Path, conditions: ConditionSettings) -> None:
+    for setting in ("quiet_hours", "hours"):
+        for text in getattr(conditions, setting):
+            window_of(text, f"{path}: conditions.{setting}")
 
 
 def read_broker(settings: BrokerSettings, folder: Path) -> Broker:
@@ -284,16 +422,32 @@ def as_struct(content: object, kind: type[T], where: str) -> T:
         raise ConfigError(f"{where}: {exc}", _nearest(str(exc), kind)) from exc
 
 
-def _nearest(error: str, kind: Any) -> str:
+def _nearest(error: str, kind: type[Struct]) -> str:
     unknown = re.search(r"unknown field `([^`]*)`(?: - at `\$\.?([^`]*)`)?", error)
     if not unknown:
         return "correct that setting"
-    for part in filter(None, (unknown[2] or "").split(".")):
-        kind = next((f.type for f in msgspec.structs.fields(kind) if f.name == part), kind)
-        kind = next((one for one in get_args(kind) if isinstance(one, type) and issubclass(one, Struct)), kind)
-    names = [f.name for f in msgspec.structs.fields(kind)]
-    close = difflib.get_close_matches(unknown[1], names, n=1, cutoff=0.0)
+    name, known = unknown[1], every_setting(kind)
+    here = known.get((unknown[2] or "").replace("[...]", ".NAME"), ())
+    close = difflib.get_close_matches(name, here, n=1, cutoff=0.6)
+    others = [section or "the file's top" for section, names in known.items() if name in names]
+    if others and not close:
+        return f"it belongs in {' or '.join(f'[{one}]' if one in known else one for one in others)}"
+    close = close or difflib.get_close_matches(name, here, n=1, cutoff=0.0)
     return f"did you mean `{close[0]}`?" if close else "remove it"
+
+
+def every_setting(kind: type[Struct], section: str = "") -> dict[str, tuple[str, ...]]:
+    """Section as TOML writes it ("" for the top, NAME where its owner chooses one) -> names of what may be in it."""
+    fields = msgspec.structs.fields(kind)
+    found = {section: tuple(field.encode_name for field in fields)}
+    for field in fields:
+        of_names = get_origin(field.type) is dict
+        inner = [field.type, *get_args(field.type)]
+        for one in inner:
+            if isinstance(one, type) and issubclass(one, Struct):
+                path = ".".join(filter(None, (section, field.encode_name, "NAME" if of_names else "")))
+                found.update(every_setting(one, path))
+    return found
 
 
 def read_file(path: Path) -> bytes:

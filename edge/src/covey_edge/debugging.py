@@ -15,7 +15,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from covey_edge.data_sources import Examples, check_examples, load_examples
+from covey_edge.data_sources import Examples
+from covey_edge.examples import other_examples
 from covey_edge.frames import Run
 from covey_edge.runtime import Model
 from covey_edge.teaching import seen
@@ -65,7 +66,7 @@ def debugged(model: Model, examples: Examples, request: Run) -> Debugged:
             f"{OFF}; it knows {', '.join(LEARNERS)}",
         )
     path = Path(request.trusted_path)
-    trusted = check_examples(*load_examples(request.data_source, path), model.manifest, path)
+    trusted = other_examples(request.data_source, path, request.reading, model.manifest, "trusted")
     if examples[1].size != len(examples[0]) and LEARNERS[model.manifest.loss] != RIDGE:
         raise TrainingError("examples with several labels each cannot be debugged", OFF)
     _check_size(len(examples[0]), features_seen(model))

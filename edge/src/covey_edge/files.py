@@ -53,6 +53,36 @@ def write_all_atomic(files: Mapping[Path, bytes], mode: int = 0o644) -> None:
         ) from exc
 
 
+def append_to(path: Path, data: bytes, *, durable: bool) -> int:
+    """Add to the end of a file (mode 600 where it is new) and return its size then.
+
+    durable: synced, with all that was added before. Otherwise a power cut may take it, or a part of it. Where this
+    raises StorageError (a full disk), the file is as it was.
+    """
+    try:
+        make_folder(path.parent)
+        new = not path.exists()
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        try:
+            size = os.fstat(descriptor).st_size
+            try:
+                left = memoryview(data)
+                while left:
+                    left = left[os.write(descriptor, left) :]
+                if durable:
+                    os.fsync(descriptor)
+            except OSError:
+                os.ftruncate(descriptor, size)
+                raise
+        finally:
+            os.close(descriptor)
+        if new:
+            sync_folder(path.parent)
+    except OSError as exc:
+        raise StorageError(f"cannot write {path} ({exc.strerror or exc})", "free some space") from exc
+    return size + len(data)
+
+
 class Disk:
     """The files of this machine. Errors of writing are StorageErrors; unreadable is None."""
 
@@ -72,6 +102,10 @@ class Disk:
                 pass
         except OSError as exc:
             raise StorageError(f"cannot write {path} ({exc.strerror or exc})", "free some space") from exc
+
+    def append(self, path: Path, data: bytes, *, durable: bool) -> int:
+        """Add to the end of a file of mode 600; its size then. See `append_to`."""
+        return append_to(path, data, durable=durable)
 
     def read(self, path: Path) -> Optional[bytes]:
         """None where there is no readable file."""

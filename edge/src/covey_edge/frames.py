@@ -7,6 +7,9 @@ from typing import IO, Annotated, Any, Optional, Union
 
 import msgspec
 
+from covey_edge.data_report import DataReport
+from covey_edge.model_rules import Score
+from covey_edge.reading import Reading
 from covey_protocol.messages import TrainingPlan
 
 MAX_FRAME_BYTES = 2 * 1024 * 1024 * 1024
@@ -23,7 +26,8 @@ SUSPECTED_TOLD = "this device takes the model for one made to read its data; the
 
 class Open(msgspec.Struct, frozen=True, tag="open"):
     """Load this bundle (already in the cache) and these data, or none where data_path is "". sealed_by: the
-    coordinator's public key, hex; or by one of or_by, while it has two."""
+    coordinator's public key, hex; or by one of or_by, while it has two. reading: how the data are read. threads: of
+    the runtime."""
 
     bundle_path: str
     bundle_sha256: bytes
@@ -31,6 +35,8 @@ class Open(msgspec.Struct, frozen=True, tag="open"):
     data_source: str
     data_path: str
     or_by: tuple[str, ...] = ()
+    reading: Reading = Reading()
+    threads: int = 1
 
 
 class Run(msgspec.Struct, frozen=True, tag="run"):
@@ -47,6 +53,7 @@ class Run(msgspec.Struct, frozen=True, tag="run"):
     shards: name -> path of those that this device holds of a code.
     max_psnr_db, max_label_recovery: the owner's, of `leak_gate`; 0 for no limit.
     screen_models: the owner's, of `model_screening`.
+    reading: of the data that were opened; instances and shards beside them are read likewise.
     """
 
     round_id: str
@@ -70,6 +77,7 @@ class Run(msgspec.Struct, frozen=True, tag="run"):
     max_label_recovery: float = 0.0
     screen_models: str = "refuse"
     debug: str = ""
+    reading: Reading = Reading()
 
     @property
     def order_name(self) -> str:
@@ -78,10 +86,15 @@ class Run(msgspec.Struct, frozen=True, tag="run"):
 
 
 class Probe(msgspec.Struct, frozen=True, tag="probe"):
-    """Only look whether the data can be read, and which runtime there is."""
+    """Only look whether the data can be read, and which runtime there is.
+
+    bundle_path: of a bundle that the data are to fit; "" for none. Nobody's seal is asked for: it is not loaded.
+    """
 
     data_source: str
     data_path: str
+    reading: Reading = Reading()
+    bundle_path: str = ""
 
 
 class Done(msgspec.Struct, frozen=True, tag="done"):
@@ -89,7 +102,8 @@ class Done(msgspec.Struct, frozen=True, tag="done"):
 
     withheld: what is to be kept for later rounds: what this update leaves out or SCAFFOLD's control, float32, or a
     teacher's state. found: files for the device's owner, by name; they are never sent. record: an encoded
-    `captures.Work`, never sent either. warnings: for the owner's log.
+    `captures.Work`, never sent either. warnings: for the owner's log. report: on the data, where they were read;
+    for the owner, too.
     """
 
     update: bytes = b""
@@ -100,6 +114,7 @@ class Done(msgspec.Struct, frozen=True, tag="done"):
     found: dict[FileName, bytes] = {}
     record: bytes = b""
     warnings: tuple[str, ...] = ()
+    report: Optional[DataReport] = None
 
 
 class Problem(msgspec.Struct, frozen=True, tag="problem"):
@@ -112,7 +127,47 @@ class Problem(msgspec.Struct, frozen=True, tag="problem"):
     found: dict[FileName, bytes] = {}
 
 
-Frame = Union[Open, Run, Probe, Done, Problem]
+class Tune(msgspec.Struct, frozen=True):
+    """Fine-tune the first of the parameters on these data by this plan. layers: whose parameters may move, () for all;
+    name: as Run.order_name."""
+
+    data_source: str
+    data_path: str
+    plan: TrainingPlan
+    layers: tuple[str, ...]
+    name: str
+    reading: Reading = Reading()
+
+
+class Personalise(msgspec.Struct, frozen=True, tag="personalise"):
+    """Score these parameters, all on the same held-out data ("" for none), and with `tune` also a fine-tuned first one.
+
+    parameters: (path, sha256 in hex). sealed_by: keys of which one sealed the bundle.
+    """
+
+    bundle_path: str
+    bundle_sha256: str
+    sealed_by: tuple[str, ...]
+    parameters: tuple[tuple[str, str], ...]
+    data_source: str
+    data_path: str
+    tune: Optional[Tune] = None
+    reading: Reading = Reading()
+    threads: int = 1
+
+
+class Personalised(msgspec.Struct, frozen=True, tag="personalised"):
+    """counts: examples of each group of the held-out data. scores: in the order of the parameters, the fine-tuned ones'
+    last. Both empty without held-out data. parameters: the fine-tuned ones, float32 little-endian. has_classes: whether
+    accuracy means anything."""
+
+    counts: tuple[int, ...]
+    scores: tuple[Score, ...]
+    has_classes: bool
+    parameters: bytes = b""
+
+
+Frame = Union[Open, Run, Probe, Done, Problem, Personalise, Personalised]
 _decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(Frame)
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Optional
 
 import numpy as np
@@ -121,7 +121,7 @@ def suspicions(
     if wild:
         return wild
     rng = np.random.default_rng(zlib.crc32(parameters.tobytes()))
-    layers = _layers(manifest.parameters, parameters)
+    layers = list(_layers(manifest.parameters, parameters))
     found: list[Suspicion] = []
     for place, layer in enumerate(layers):
         inner = place + 1 < len(layers)  # the last one's units are the model's outputs
@@ -136,16 +136,16 @@ def suspicions(
     return list(dict.fromkeys(found))
 
 
-def _layers(specs: Sequence[ParameterSpec], flat: npt.NDArray[Any]) -> list[Layer]:
-    places, layers = offsets(specs), []
+def _layers(specs: Sequence[ParameterSpec], flat: npt.NDArray[Any]) -> Iterator[Layer]:
+    """One after the other: in float64 a large layer takes twice the memory of its parameters."""
+    places = offsets(specs)
     for spec, after in zip(specs, [*specs[1:], None]):
         if not spec.trainable or len(spec.shape) < 2 or not spec.size:
             continue
         weights = flat[places[spec.name]].astype(np.float64).reshape(-1, spec.shape[-1])
         follows = after is not None and after.trainable and after.shape == spec.shape[-1:]
         bias = flat[places[after.name]].astype(np.float64) if after is not None and follows else None
-        layers.append(Layer(spec.name, weights, bias))
-    return layers
+        yield Layer(spec.name, weights, bias)
 
 
 def _not_finite(specs: Sequence[ParameterSpec], parameters: npt.NDArray[Any]) -> list[Suspicion]:
@@ -189,8 +189,9 @@ def _alike(layer: Layer, x: Optional[Matrix], rng: Generator) -> list[Suspicion]
 
 def _largest_group(columns: Matrix, cosine: float) -> int:
     """How many columns point the way of one of them, or the opposite one, at most over all of them."""
-    norms = np.linalg.norm(columns, axis=0)
-    unit = columns[:, norms > 0] / norms[norms > 0]
+    norms = _lengths(columns)
+    unit = columns[:, norms > 0]
+    unit /= norms[norms > 0]
     return int(np.max(np.sum(np.abs(unit.T @ unit) > cosine, axis=0), initial=0))
 
 
@@ -251,7 +252,7 @@ def _on_examples(layer: Layer, examples: Optional[npt.NDArray[Any]], rng: Genera
 
 
 def _huge(layer: Layer) -> list[Suspicion]:
-    norm = float(np.median(np.linalg.norm(layer.weights, axis=0)))
+    norm = float(np.median(_lengths(layer.weights)))
     if norm <= HUGE_UNIT:
         return []
     return [Suspicion("huge weights", layer.name, f"half of its units have weights of norm {norm:.3g} or more")]
@@ -259,7 +260,7 @@ def _huge(layer: Layer) -> list[Suspicion]:
 
 def _dominating(layer: Layer) -> list[Suspicion]:
     """Class and feature fishing (Wen et al. 2022, arXiv:2202.00580): one output alone lets a gradient through."""
-    norms = np.linalg.norm(layer.weights, axis=0)
+    norms = _lengths(layer.weights)
     ratio = norms.max() / max(float(np.median(norms)), 1e-300) if norms.max() > 0 else 0.0
     if ratio > DOMINATING:
         told = f"the weights of output {int(norms.argmax())} are {min(ratio, 1e9):.3g} times as long as the others'"
@@ -272,16 +273,26 @@ def _dominating(layer: Layer) -> list[Suspicion]:
     return []
 
 
-def _jumped(layers: Sequence[Layer], before: Sequence[Layer]) -> list[Suspicion]:
+def _jumped(layers: Sequence[Layer], before: Iterator[Layer]) -> list[Suspicion]:
     """Of the layers but the last, which starts small and soon is several times as long."""
     found = []
     for layer, old in zip(layers[:-1], before):
-        size = float(np.linalg.norm(old.weights))
-        change = float(np.linalg.norm(layer.weights - old.weights)) / size if size else 0.0
+        size = _length(old.weights)
+        old.weights[...] -= layer.weights
+        change = _length(old.weights) / size if size else 0.0
         if change > NEW_MODEL:
             told = f"it is {change:.2f} times its own length away from the round before: another model"
             found.append(Suspicion(JUMP, layer.name, told))
     return found
+
+
+def _length(values: Matrix) -> float:
+    """Without the copy that numpy's norm makes of what it squares; so is that of every column."""
+    return float(_lengths(values.reshape(-1, 1))[0])
+
+
+def _lengths(columns: Matrix) -> Matrix:
+    return np.asarray(np.sqrt(np.einsum("ij,ij->j", columns, columns)))
 
 
 def _drawn(count: int, most: int, rng: Generator) -> Any:

@@ -54,6 +54,7 @@ SESSION_EXPIRY_S = 300  # MQTT 5: how long the broker keeps what comes for us wh
 STEADY_S = 5.0  # a connection that lived so long lets the waiting times begin again
 LOOP_S = 1.0  # how often a network thread looks whether it is still wanted
 POLL_S, FLUSH_POLL_S = 0.05, 0.005
+STUCK_S = 120.0  # a thread that is so late hangs; a name server that does not answer keeps one for up to a minute
 GOODBYE_S = 2.0  # for what is still queued when we leave, and for the goodbye itself
 # of a PUBLISH beside topic and payload: 5 fixed header, 2 topic length, 2 packet id, 1 + 5 properties (expiry)
 PACKET_HEADER_BYTES = 15
@@ -188,7 +189,7 @@ class MqttTransport:
         self.broker = broker
         self._client_id = client_id
         self._inbox = inbox
-        _tls_context(broker)  # a wrong file is known now
+        tls_context(broker)  # a wrong file is known now
         self._rng = random.Random(client_id)  # noqa: S311 - only spreads the reconnections of a fleet
         self._will: Optional[tuple[str, bytes]] = None
         self._limit = broker.max_message_bytes or None
@@ -201,6 +202,7 @@ class MqttTransport:
         self._keeper = threading.Thread(target=self._run, name=f"keeper of {client_id}", daemon=True)
         self._timeout_s = CONNECT_TIMEOUT_S
         self._connected = False
+        self._keeper_due = self._network_due = math.inf  # by when each thread is to have looked around
         # the keeper's own from here
         self._closing = False
         self._window = SendWindow()
@@ -232,6 +234,12 @@ class MqttTransport:
     @property
     def connected(self) -> bool:
         return self._connected
+
+    @property
+    def alive(self) -> bool:
+        """Whether the threads go on: with or without a connection, neither ended nor stuck."""
+        latest = min(self._keeper_due, self._network_due) + STUCK_S
+        return self._keeper.is_alive() and time.monotonic() < latest
 
     @property
     def protocol(self) -> str:
@@ -343,6 +351,7 @@ class MqttTransport:
             self._take_command(left)
 
     def _take_command(self, timeout_s: float) -> None:
+        self._keeper_due = time.monotonic() + timeout_s
         try:
             self._commands.get(timeout=timeout_s)()
         except queue.Empty:
@@ -407,7 +416,7 @@ class MqttTransport:
         client.on_subscribe = self._on_subscribe
         if self.broker.username is not None:
             client.username_pw_set(self.broker.username, self.broker.password)
-        context = _tls_context(self.broker)  # read again for every connection: certificates are renewed
+        context = tls_context(self.broker)  # read again for every connection: certificates are renewed
         if context is not None:
             client.tls_set_context(context)
         if self._will is not None:
@@ -596,12 +605,14 @@ class MqttTransport:
         code, malformed, goodbyes = paho.MQTT_ERR_SUCCESS, False, 2
         try:
             while code == paho.MQTT_ERR_SUCCESS and goodbyes > 0:
+                self._network_due = time.monotonic() + LOOP_S
                 code = client.loop(LOOP_S)
                 goodbyes -= client is not self._client  # a moment for what is still to be written, not for ever
             reason = said[0] if said else paho.error_string(code).rstrip(".")
             malformed = code == paho.MQTT_ERR_PROTOCOL
         except Exception as exc:  # paho raises many kinds where the other side breaks MQTT
             reason, malformed = f"it broke MQTT: {exc or type(exc).__name__}", True
+        self._network_due = math.inf
         connection = client.socket()
         if connection is not None:
             connection.close()
@@ -643,7 +654,8 @@ def _lacking(properties: Properties) -> str:
     return ""
 
 
-def _tls_context(broker: Broker) -> Optional[ssl.SSLContext]:
+def tls_context(broker: Broker) -> Optional[ssl.SSLContext]:
+    """As every connection to this broker uses it; None without TLS. ConfigError where a file is wrong."""
     if not broker.tls:
         return None
     try:

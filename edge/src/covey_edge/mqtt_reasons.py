@@ -11,8 +11,6 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Optional
 
-from cryptography import x509
-
 from covey_protocol.errors import ConfigError
 
 RECONNECT_MIN_S, RECONNECT_MAX_S = 1.0, 60.0
@@ -102,6 +100,8 @@ def tls_remedy(error: Optional[BaseException], text: str = "") -> str:
 
 def check_certificate(path: Path) -> None:
     """ConfigError where the first certificate of a PEM file is not valid today, by this machine's clock."""
+    from cryptography import x509  # 1 MB and 25 ms, which an agent without client certificate does not need
+
     try:
         certificate = x509.load_pem_x509_certificate(path.read_bytes())
     except ValueError as exc:

@@ -46,6 +46,11 @@ class Outbox:
                 self._disk.rename(self._folder / name, self._damaged)
         return offers
 
+    def look(self) -> list[Offer]:
+        """The same, for a program beside the agent: nothing is swept or set aside."""
+        entries = [self._read(self._folder / name) for name in self._disk.names(self._folder)]
+        return [entry.offer for entry in entries if entry is not None]
+
     def update(self, offer: Offer) -> Optional[bytes]:
         """The offered bytes; None where they are not here as they were offered."""
         entry = self._read(self._path(offer.round_id))

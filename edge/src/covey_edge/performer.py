@@ -1,7 +1,8 @@
 """Does what the device machine wants, in order, and reports what came of it. Everything it uses is passed in.
 
 The agent gives it MQTT, a training child and the disk; the simulation in tests/simulation gives it others. Nothing is
-said about an update that is not in the outbox, and nothing is in the outbox that is not in the privacy ledger.
+said about an update that is not in the outbox, and nothing is in the outbox that is not in the privacy ledger and in
+the log of what leaves this device.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Protocol
 
 from covey_edge.ledger import UNCOUNTED, Counts, Overspent
 from covey_edge.outbox import Entry, Outbox
+from covey_edge.sent_log import UNLOGGED, Sent
 from covey_protocol import device
 from covey_protocol.blobs import chunk
 from covey_protocol.errors import StorageError
@@ -45,9 +47,11 @@ class Performer:
         surroundings: Surroundings,
         clock: Callable[[], float],
         ledger: Counts = UNCOUNTED,
+        sent: Sent = UNLOGGED,
     ) -> None:
         self.machine = machine
         self._ledger = ledger
+        self._sent = sent
         self._outbox = outbox
         self._surroundings = surroundings
         self._clock = clock
@@ -57,6 +61,7 @@ class Performer:
         self._perform(self.machine.restore(self._outbox.offers(), self._clock()))
 
     def handle(self, event: device.Event) -> None:
+        self._sent.heard(event, self.machine.owed)
         self._perform(self.machine.handle(event, self._clock()))
 
     def _perform(self, effects: list[device.Effect]) -> None:
@@ -64,7 +69,7 @@ class Performer:
         for effect in effects:
             if isinstance(effect, device.Send):
                 if not (isinstance(effect.message, Offer) and effect.message.round_id == lost):
-                    self._surroundings.say(effect.message)
+                    self._surroundings.say(self._sent.before(effect.message))
             elif isinstance(effect, device.CheckConditions):
                 self.handle(self._surroundings.conditions(effect.invitation))
             elif isinstance(effect, device.Fetch):
@@ -85,6 +90,7 @@ class Performer:
     def _keep(self, effect: device.Keep) -> bool:
         try:
             self._ledger.count(effect.offer.update.sha256, evaluates=effect.evaluates)
+            self._sent.keep(effect, self.machine.invitation)
             self._outbox.keep(Entry(effect.offer, effect.update))
         except (StorageError, Overspent) as exc:
             log.error("%s", exc)
@@ -100,7 +106,7 @@ class Performer:
             return
         for index in effect.indices:
             data = chunk(update, offer.update, index)
-            self._surroundings.say(Chunk(offer.round_id, offer.update.sha256, index, data))
+            self._surroundings.say(self._sent.before(Chunk(offer.round_id, offer.update.sha256, index, data)))
 
     def _forget(self, effect: device.Forget) -> None:
         try:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import NamedTuple, Optional
 
+import msgspec
 from msgspec import UNSET
 
 from covey_edge.config import AgentConfig, DataSettings, PolicySettings, TaskData
 from covey_edge.leak_told import JUDGED
+from covey_edge.reading import HELD_OUT, TRAINING, Reading, What
 from covey_protocol.bundle import METRICS
 from covey_protocol.messages import BlobRef, TrainingPlan
 from covey_protocol.works import CORRECT, FEATURES, WORKS
@@ -16,6 +19,7 @@ from covey_protocol.works import CORRECT, FEATURES, WORKS
 class DataPlace(NamedTuple):
     """path, replica, debug: as in agent.toml. held_out: the owner keeps these data for evaluations. trusted: where the
     instances are whose labels the owner vouches for, "" for none. shards: (name, path) of a code's; it has no path.
+    reading: how the source reads them.
     """
 
     source: str
@@ -25,6 +29,15 @@ class DataPlace(NamedTuple):
     replica: str = ""
     shards: tuple[tuple[str, str], ...] = ()
     debug: str = ""
+    reading: Reading = Reading()
+
+    def kept_in(self, state_dir: Path) -> Reading:
+        """With the folder where the split, the statistics and the report lie."""
+        return msgspec.structs.replace(self.reading, state_dir=str(state_dir))
+
+    def looked_at(self, state_dir: Path) -> Reading:
+        """The same, without a change of anything there."""
+        return msgspec.structs.replace(self.kept_in(state_dir), keeps=False)
 
 
 def data_for(data: DataSettings, plan: TrainingPlan) -> Optional[DataPlace]:
@@ -33,27 +46,41 @@ def data_for(data: DataSettings, plan: TrainingPlan) -> Optional[DataPlace]:
     A device that names the data of tasks has others only for a round without a task: data of one task would train
     another one's model to nonsense, where their shapes happen to agree.
     """
-    own = data.tasks.get(plan.task) if data.tasks and plan.task else data
+    task = plan.task if data.tasks else ""
+    own = data.tasks.get(task) if task else data
     if own is None:
         return None
+    reading = _reading(own, task)
     if plan.coding is not UNSET:
-        return DataPlace(own.source, "", shards=tuple(own.shards.items())) if own.shards else None
+        return DataPlace(own.source, "", shards=tuple(own.shards.items()), reading=reading) if own.shards else None
     if plan.evaluate and own.evaluation_path:
-        return DataPlace(own.source, own.evaluation_path, held_out=True)
+        return DataPlace(own.source, own.evaluation_path, True, reading=reading.beside("evaluation"))
     if not own.path:
         return None
-    return DataPlace(own.source, own.path, trusted=own.trusted_path, replica=own.replica, debug=own.debug)
+    if plan.evaluate and own.holdout:
+        return DataPlace(own.source, own.path, True, reading=msgspec.structs.replace(reading, part=HELD_OUT))
+    return DataPlace(
+        own.source, own.path, trusted=own.trusted_path, replica=own.replica, debug=own.debug, reading=reading
+    )
 
 
 def places(data: DataSettings) -> list[DataPlace]:
-    """All data of this device, each once."""
-    settings: list[DataSettings | TaskData] = [data, *data.tasks.values()]
-    paths = [(one.source, path) for one in settings for path in _paths(one)]
-    return list(dict.fromkeys(DataPlace(source, path) for source, path in paths if path))
+    """All data of this device, each once for each way in which it is read; those to train on come first."""
+    settings: list[tuple[str, DataSettings | TaskData]] = [("", data), *data.tasks.items()]
+    found = [place for task, own in settings for place in _places(own, _reading(own, task)) if place.path]
+    return [place for number, place in enumerate(found) if place not in found[:number]]
 
 
-def _paths(own: DataSettings | TaskData) -> tuple[str, ...]:
-    return (own.path, own.evaluation_path, own.trusted_path, *own.shards.values())
+def _places(own: DataSettings | TaskData, reading: Reading) -> list[DataPlace]:
+    beside: list[tuple[What, str]] = [("evaluation", own.evaluation_path), ("trusted", own.trusted_path)]
+    beside += [("shard", path) for path in own.shards.values()]
+    others = [DataPlace(own.source, path, reading=reading.beside(what)) for what, path in beside]
+    return [DataPlace(own.source, own.path, reading=reading), *others]
+
+
+def _reading(own: DataSettings | TaskData, task: str) -> Reading:
+    reading = Reading(own.options, own.bad_rows, own.normalise, own.holdout, task=task)
+    return msgspec.structs.replace(reading, part=TRAINING) if own.holdout else reading
 
 
 def unwilling(config: AgentConfig, plan: TrainingPlan) -> str:

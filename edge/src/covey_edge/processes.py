@@ -10,6 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 PR_SET_PDEATHSIG = 1
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # malloc.h
+KEPT_BYTES = 128 * 1024  # glibc's own default, which setting it keeps
 PATIENCE = 3  # signals after which nobody is patient any more
 
 
@@ -24,6 +26,18 @@ def die_with_parent(parent: int) -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(0)
+
+
+def frugal_memory() -> None:
+    """Have the C library give memory back (glibc; elsewhere this does nothing). Before the first thread is started.
+
+    By default glibc learns from large blocks that come and go, model weights for instance, to keep them: 7 MB in a
+    training child; and it makes a heap for each thread, which are 4 MB in an agent.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        for parameter, value in ((M_MMAP_THRESHOLD, KEPT_BYTES), (M_TRIM_THRESHOLD, KEPT_BYTES), (M_ARENA_MAX, 1)):
+            mallopt(parameter, value)
 
 
 def interrupted_by_signals(*, at_once: bool = True) -> Callable[[], None]:

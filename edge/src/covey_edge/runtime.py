@@ -1,12 +1,11 @@
 """The TFLite adapter: a training bundle's entry points as methods on numpy arrays.
 
-Runs in the training child: tflite_runtime 2.14 may crash on a hostile file even after all checks. One thread, so that a
-step's bits do not depend on how busy the machine is.
+Runs in the training child: tflite_runtime 2.14 may crash on a hostile file even after all checks. One thread unless the
+owner wants more; docs/conditions.md has what that does to bits and time.
 """
 
 from __future__ import annotations
 
-from importlib.metadata import version
 from typing import Any, Optional
 
 import numpy as np
@@ -30,12 +29,15 @@ def installed() -> tuple[Any, str]:
     tflite_runtime where both are: it is what the edge distribution asks for on the Pythons it exists for (to 3.11).
     """
     try:
+        from tflite_runtime import __version__ as version
         from tflite_runtime.interpreter import Interpreter
 
-        return Interpreter, f"tflite_runtime {version('tflite-runtime')}"
+        return Interpreter, f"tflite_runtime {version}"
     except ImportError:
         pass
     try:
+        from importlib.metadata import version  # 3 MB, which the package's own number saves above
+
         from ai_edge_litert.interpreter import Interpreter
 
         return Interpreter, f"ai_edge_litert {version('ai-edge-litert')}"
@@ -52,11 +54,11 @@ class Model:
     Whatever the runtime raises over a model becomes a BundleError; what it crashes over ends the process.
     """
 
-    def __init__(self, bundle: Bundle) -> None:
+    def __init__(self, bundle: Bundle, threads: int = 1) -> None:
         interpreter_class, self.runtime = installed()
         self.manifest = bundle.manifest
         try:
-            self._interpreter = interpreter_class(model_content=bundle.model, num_threads=1)
+            self._interpreter = interpreter_class(model_content=bundle.model, num_threads=threads)
             names = self.manifest.signatures
             self._run = {name: self._interpreter.get_signature_runner(name) for name in names}
         except _REFUSALS as exc:
@@ -135,6 +137,20 @@ class Model:
             totals += [float(self._checked("evaluate", result, name, 1)[0]) for name in EVALUATION]
         loss_sum, correct, count = totals.tolist()
         return loss_sum / count, correct / count
+
+    def infer(self, x: Numbers) -> Floats:
+        """The model's answers: (n, ...) -> (n, ...) float32; probabilities for the cross entropies (docs/bundle.md)."""
+        size, rows = self.manifest.batch_size, []
+        for start in range(0, len(x), size):
+            part = x[start : start + size]
+            padded, _, _ = self._padded(part, part)
+            output = self._call("infer", x=padded).get("output")
+            if output is None or output.dtype != np.float32 or output.ndim < 1 or len(output) != size:
+                raise BundleError(
+                    f"infer of bundle {self.manifest.name!r} does not give {size} rows of float32", "export it again"
+                )
+            rows.append(output[: len(part)].copy())
+        return np.concatenate(rows)
 
     def _shared_inputs(
         self, clip_norm: float, proximal_weight: float, centre: Optional[Floats], correction: Optional[Floats]

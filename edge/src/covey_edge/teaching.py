@@ -14,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 from msgspec import UNSET
 
-from covey_edge.data_sources import Examples, check_examples, load_examples
+from covey_edge.data_sources import Examples
+from covey_edge.examples import other_examples
 from covey_edge.frames import Run
 from covey_edge.runtime import Floats, Model
 from covey_edge.teaching_report import Judged, Report, class_report, files, regression_report
@@ -68,7 +69,7 @@ def _trusted(model: Model, request: Run) -> tuple[Array, Array]:
     if not request.trusted_path:
         raise TrainingError("this device has no trusted instances", "set data.trusted_path in its agent.toml")
     path = Path(request.trusted_path)
-    held = check_examples(*load_examples(request.data_source, path), model.manifest, path)
+    held = other_examples(request.data_source, path, request.reading, model.manifest, "trusted")
     return instances(model, held)
 
 

@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO, Optional
 
@@ -20,19 +21,23 @@ import msgspec
 import numpy as np
 
 from covey_edge.coded import coded
-from covey_edge.data_sources import Examples, check_examples, load_examples
+from covey_edge.data_report import DataReport
+from covey_edge.data_sources import Examples, state_of
 from covey_edge.debugging import Debugged, debugged, is_debugged
-from covey_edge.frames import Done, Frame, Open, Probe, Problem, Run, read_frame, write_frame
+from covey_edge.examples import Prepared, examine, prepared
+from covey_edge.frames import Done, Frame, Open, Personalise, Probe, Problem, Run, read_frame, write_frame
 from covey_edge.leak_gate import STOPPED, Stopped, judge
 from covey_edge.model_screening import Screen
-from covey_edge.processes import die_with_parent
+from covey_edge.opening import opened
+from covey_edge.processes import die_with_parent, frugal_memory
+from covey_edge.reading import ALL
 from covey_edge.runtime import Floats, Model, Numbers, installed
 from covey_edge.withheld import NO_WITHHELD_NOISE
 from covey_edge.works import Made, counted, made
 from covey_protocol.bundle import METRICS, Manifest, check_plan, read_bundle
 from covey_protocol.captures import Array, Work
 from covey_protocol.compression import decode, encode
-from covey_protocol.errors import BundleError, CoveyError, DataError, TrainingError
+from covey_protocol.errors import BundleError, CoveyError, TrainingError
 from covey_protocol.forms import WITHHOLDING, compression_of, update_seed
 from covey_protocol.messages import TRAIN, TrainingPlan
 from covey_protocol.parameters import MAX_UPDATE_NORM, offsets
@@ -49,7 +54,7 @@ class Trainer:
         self._model: Optional[Model] = None
         self._bundle_sha256 = b""
         self._data_state: tuple[object, ...] = ()
-        self._raw: Optional[Examples] = None
+        self._prepared: Optional[Prepared] = None
         self._examples: Optional[Examples] = None
         self._screen = Screen()
         self._debugged: Optional[Debugged] = None
@@ -59,12 +64,15 @@ class Trainer:
     def answer(self, request: Frame) -> Frame:
         try:
             if isinstance(request, Probe):
-                x, _ = load_examples(request.data_source, Path(request.data_path))
-                return Done(num_examples=len(x), runtime=installed()[1])
+                return _probed(request)
             if isinstance(request, Open):
                 return self._open(request)
             if isinstance(request, Run):
                 return self._run(request)
+            if isinstance(request, Personalise):
+                from covey_edge.personal import personalised  # in a child of its own, which does nothing else
+
+                return personalised(request)
         except Stopped as exc:
             return Problem(STOPPED, exc.what, exc.remedy, dict(exc.found))
         except CoveyError as exc:
@@ -79,23 +87,23 @@ class Trainer:
             if hashlib.sha256(data).digest() != request.bundle_sha256:
                 raise BundleError(f"{request.bundle_path} does not have the announced hash", "it is fetched again")
             keys = [PublicKey.from_hex(text) for text in (request.sealed_by, *request.or_by)]
-            self._model = Model(read_bundle(data, keys))
-            self._bundle_sha256, self._examples = request.bundle_sha256, None
-        if request.data_path:
-            self._load_data(request.data_source, Path(request.data_path))
-        return Done(runtime=self._model.runtime)
+            self._model = Model(opened(data, keys), request.threads)
+            self._bundle_sha256, self._prepared = request.bundle_sha256, None
+        report = self._load_data(self._model.manifest, request) if request.data_path else None
+        return Done(runtime=self._model.runtime, report=report)
 
-    def _load_data(self, source: str, path: Path) -> None:
-        assert self._model is not None
-        try:
-            stat = path.stat()
-        except OSError as exc:
-            raise DataError(f"{path} cannot be read ({exc.strerror})", "check data.path in agent.toml") from exc
-        state = (source, path, stat.st_mtime_ns, stat.st_size)
-        if self._raw is None or state != self._data_state:
-            self._raw, self._data_state, self._examples = load_examples(source, path), state, None
-        if self._examples is None:
-            self._examples = check_examples(*self._raw, self._model.manifest, path)
+    def _load_data(self, manifest: Manifest, request: Open) -> Optional[DataReport]:
+        """The part of the data that is asked for; the report, where they had to be read for it."""
+        source, path = request.data_source, Path(request.data_path)
+        whole = msgspec.structs.replace(request.reading, part=ALL)
+        state = (source, path, whole, state_of(source, path, request.reading.options))
+        report = None
+        if self._prepared is None or state != self._data_state:
+            self._prepared = self._examples = None  # before others are read: there may not be room for both
+            self._prepared, self._data_state = prepared(source, path, whole, manifest), state
+            report = self._prepared.report
+        self._examples = self._prepared.part(request.reading.part)
+        return report
 
     def _run(self, request: Run) -> Done:
         if self._model is not None and request.plan.work == CYCLIC:
@@ -170,6 +178,12 @@ class Trainer:
         return self._debugged.used(examples, request.debug)
 
 
+def _probed(request: Probe) -> Done:
+    manifest = read_bundle(Path(request.bundle_path).read_bytes()).manifest if request.bundle_path else None
+    report = examine(request.data_source, Path(request.data_path), request.reading, manifest)
+    return Done(num_examples=report.examples, runtime=installed()[1], report=report)
+
+
 def shard_update(model: Model, examples: Examples, request: Run, name: str, received: Floats) -> tuple[Floats, float]:
     """What one shard of a code gives: its update, clipped and fit to be sent, and its training loss.
 
@@ -225,7 +239,9 @@ def check_sendable(update: Floats, *, may_be_zero: bool = False) -> None:
         raise TrainingError("training changed nothing: the update is all zeros", "raise the learning rate")
 
 
-def train(model: Model, examples: Examples, plan: TrainingPlan, order_name: str) -> float:
+def train(
+    model: Model, examples: Examples, plan: TrainingPlan, order_name: str, after_step: Callable[[], None] = lambda: None
+) -> float:
     """plan.epochs passes in an order fixed by the plan's seed and the name; the mean loss of the last pass.
 
     FedProx's centre is the parameters the model holds at the start.
@@ -242,6 +258,7 @@ def train(model: Model, examples: Examples, plan: TrainingPlan, order_name: str)
         for rows in (order[start : start + size] for start in range(0, len(x), size)):
             seed = step_seed(plan.shuffle_seed, order_name, step) if draws else 0
             loss_sum += model.train_batch(x[rows], y[rows], plan.learning_rate, seed) * len(rows)
+            after_step()
             step += 1
         mean_loss = loss_sum / len(x)
     return mean_loss
@@ -328,6 +345,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the agent decides
     if len(sys.argv) > 1:
         die_with_parent(int(sys.argv[1]))  # where this does nothing, the closed pipe ends us
+    frugal_memory()
     output, trainer = _private_stdout(), Trainer()
     while (request := read_frame(sys.stdin.buffer)) is not None:
         write_frame(output, trainer.answer(request))

@@ -104,11 +104,20 @@ class Invited:
 
 @dataclass(frozen=True)
 class ConditionsChecked:
-    """The agent's answer to CheckConditions: whether the device's own policy and state allow this round."""
+    """The agent's answer to CheckConditions: whether the device's own policy and state allow this round.
+
+    for_now: a no that may become a yes before the round is over (a battery that is being charged).
+    """
 
     round_id: str
     ok: bool
     reason: str = ""
+    for_now: bool = False
+
+
+@dataclass(frozen=True)
+class Reconsidered:
+    """What stood against the round that was declined for now is over."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +166,7 @@ class Closed:
 
 @dataclass(frozen=True)
 class Lost:
-    """The update could not be written to the outbox, or cannot be read from it any more."""
+    """The update could not be written to the outbox, cannot be read from it any more, or its owner withdraws it."""
 
     round_id: str
     reason: str
@@ -176,6 +185,7 @@ class Tick:
 Event = Union[
     Invited,
     ConditionsChecked,
+    Reconsidered,
     BlobReady,
     Trained,
     TrainingFailed,
@@ -282,6 +292,7 @@ class DeviceMachine:
         self.state = State.IDLE
         self.invitation: Optional[Invitation] = None
         self._waiting: Optional[Invitation] = None  # to be taken up when the training in progress is over
+        self._postponed: Optional[Invitation] = None  # declined for now, and not over: the settled round
         self._awaited: set[bytes] = set()
         self._owed: dict[str, _Owed] = {}  # round id -> what is in the outbox, the oldest first
         self._deadline = 0.0
@@ -291,6 +302,16 @@ class DeviceMachine:
     @property
     def round_id(self) -> str:
         return self.invitation.round_id if self.invitation else ""
+
+    @property
+    def postponed(self) -> Optional[Invitation]:
+        """The round that this device declined for now, as long as it may still join it."""
+        return self._postponed
+
+    @property
+    def deadline(self) -> float:
+        """When the current or the postponed round is over, on the clock that `handle` is given."""
+        return self._deadline
 
     @property
     def owed(self) -> tuple[str, ...]:
@@ -316,6 +337,7 @@ class DeviceMachine:
         invitation = event.invitation
         if invitation.round_id in (self._settled_round, self.round_id):
             return self._answer_again()  # a coordinator that started again says it again, and may have missed us
+        self._postponed = None
         if invitation.round_id in self._owed:
             return []
         wanted = [self._owed[name] for name in invitation.earlier if name in self._owed]
@@ -342,10 +364,18 @@ class DeviceMachine:
         if invitation is None or event.round_id != invitation.round_id:
             return []
         if not event.ok:
-            return self._decline(event.reason)
+            return self._decline(event.reason, for_now=event.for_now)
         self.state = State.FETCHING
         self._awaited = {ref.sha256 for ref in invitation.blobs}
         return [Send(Answer(invitation.round_id, True)), Fetch(invitation.blobs)]
+
+    def _reconsidered(self, event: Reconsidered, now: float) -> list[Effect]:
+        invitation = self._postponed
+        if invitation is None:
+            return []
+        self._reset(settled="")
+        self.invitation, self.state = invitation, State.INVITED
+        return [CheckConditions(invitation)]
 
     def _blob_ready(self, event: BlobReady, now: float) -> list[Effect]:
         self._awaited.discard(event.sha256)
@@ -401,7 +431,7 @@ class DeviceMachine:
     def _over(self, event: Closed, now: float) -> list[Effect]:
         """Nobody waits for our excuse any more."""
         if event.closed.round_id == self._settled_round:
-            self._excuse = None
+            self._excuse = self._postponed = None
         return []
 
     def _closed(self, event: Closed, now: float) -> list[Effect]:
@@ -435,6 +465,8 @@ class DeviceMachine:
         if self.invitation is not None and now >= self._deadline:
             late = "the round's time was over before this device was done"
             effects = self._settle(late) if self.state is State.REPORTING else self._give_up(late)
+        if now >= self._deadline:
+            self._postponed = None
         due = [owed for owed in self._owed.values() if now - owed.last_sent >= self._patience_s(owed)]
         for owed in due:
             owed.repeats += 1
@@ -474,9 +506,10 @@ class DeviceMachine:
             return [Send(Answer(self.round_id, True))]
         return [Send(self._excuse)] if self._excuse is not None else []
 
-    def _decline(self, reason: str) -> list[Effect]:
-        round_id = self.round_id
+    def _decline(self, reason: str, *, for_now: bool = False) -> list[Effect]:
+        round_id, invitation = self.round_id, self.invitation
         self._reset(settled=round_id)
+        self._postponed = invitation if for_now else None
         self._excuse = Answer(round_id, False, reason_text(reason))
         return [Send(self._excuse), Note(f"round {round_id}: declined, {reason}")]
 
@@ -494,7 +527,7 @@ class DeviceMachine:
     def _reset(self, settled: Optional[str] = None) -> None:
         self.state = State.IDLE
         self.invitation = None
-        self._excuse = None
+        self._excuse = self._postponed = None
         self._awaited = set()
         if settled is not None:
             self._settled_round = settled
@@ -516,6 +549,7 @@ TABLE: dict[tuple[State, type], Action] = {
     **{(state, Closed): _M._closed for state in _BUSY},
     (State.IDLE, Closed): _M._over,
     (State.INVITED, ConditionsChecked): _M._conditions_checked,
+    (State.IDLE, Reconsidered): _M._reconsidered,
     (State.FETCHING, BlobReady): _M._blob_ready,
     (State.FETCHING, TrainingFailed): _M._training_failed,  # the blobs could not be fetched or stored
     (State.TRAINING, Trained): _M._trained,
@@ -525,6 +559,7 @@ TABLE: dict[tuple[State, type], Action] = {
 # Pairs that may happen and mean nothing: late answers of a round already over, repeats.
 IGNORED: frozenset[tuple[State, type]] = frozenset(
     [(state, ConditionsChecked) for state in State if state is not State.INVITED]
+    + [(state, Reconsidered) for state in State if state is not State.IDLE]
     + [(state, BlobReady) for state in State if state is not State.FETCHING]
     + [(state, Trained) for state in State if state is not State.TRAINING]
     + [(state, TrainingFailed) for state in (State.IDLE, State.INVITED, State.REPORTING)]

@@ -2,7 +2,8 @@
 
 docs/protocol.md, section 8.2: X25519 with a fresh key pair of the round and a fresh one of the update, HKDF-SHA256,
 ChaCha20-Poly1305. Nothing here proves who encrypted: the sealed Offer does, which names the hash of the bytes.
-Where keys are kept is the coordinator's matter; this file reads and writes no files.
+Where keys are kept is the coordinator's matter; this file reads and writes no files. The cryptography package (9 MB of
+memory) is loaded where it is first needed.
 """
 
 from __future__ import annotations
@@ -12,11 +13,6 @@ from collections.abc import Callable, Mapping
 from typing import Annotated, NamedTuple
 
 import msgspec
-from cryptography.exceptions import InvalidTag
-from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
-from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
-from cryptography.hazmat.primitives.hashes import SHA256
-from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from msgspec import Meta, Struct
 
 from covey_protocol import PROTOCOL_VERSION
@@ -56,6 +52,8 @@ class KeyPair(NamedTuple):
     @classmethod
     def of(cls, private: bytes) -> KeyPair:
         """ValueError for anything but 32 bytes."""
+        from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+
         return cls(private, X25519PrivateKey.from_private_bytes(private).public_key().public_bytes_raw())
 
     def __repr__(self) -> str:
@@ -91,6 +89,8 @@ def encrypted(
 
     PeerError where the round has no usable key, ConfigError for metrics that do not fit into the header.
     """
+    from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
+
     public, ephemeral = invitation.encryption_key, KeyPair.made(entropy)
     if not public:
         raise PeerError(f"round {invitation.round_id} brings no key to encrypt with")
@@ -102,6 +102,9 @@ def encrypted(
 def decrypted(private: bytes, round_id: str, device_id: str, data: bytes) -> tuple[Header, bytes]:
     """What a device said beside its update, and the update. PeerError where it is not encrypted for this round by
     this device, or says what an Offer must not."""
+    from cryptography.exceptions import InvalidTag
+    from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
+
     if len(data) < ENCRYPTION_BYTES:
         raise PeerError(f"an encrypted update of {len(data)} bytes", section=8)
     pair, ephemeral = KeyPair.of(private), data[:KEY_BYTES]
@@ -115,6 +118,8 @@ def decrypted(private: bytes, round_id: str, device_id: str, data: bytes) -> tup
 
 def _shared(own: KeyPair, public: bytes) -> bytes:
     """PeerError for a point of low order: with it everybody would know the secret."""
+    from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+
     try:
         return X25519PrivateKey.from_private_bytes(own.private).exchange(X25519PublicKey.from_public_bytes(public))
     except ValueError as exc:
@@ -122,6 +127,9 @@ def _shared(own: KeyPair, public: bytes) -> bytes:
 
 
 def _key(shared: bytes, round_public: bytes, ephemeral: bytes, round_id: str, device_id: str) -> bytes:
+    from cryptography.hazmat.primitives.hashes import SHA256
+    from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
     # msgpack of a list is unambiguous where plain concatenation would not be
     bound = msgspec.msgpack.encode([PROTOCOL_VERSION, round_public, ephemeral, round_id, device_id])
     return HKDF(SHA256(), KEY_BYTES, salt=None, info=CONTEXT + bound).derive(shared)

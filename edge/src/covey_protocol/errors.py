@@ -81,6 +81,12 @@ class BundleError(CoveyError):
     exit_code = EXIT_BUNDLE
 
 
+class ReleaseError(CoveyError):
+    """A release of the agent is damaged, not sealed by its maker, or not for this device."""
+
+    exit_code = EXIT_BUNDLE
+
+
 class RuleError(CoveyError):
     """An aggregation rule's precondition does not hold (for example Krum with n <= 2f + 2): the round is refused."""
 

@@ -247,6 +247,7 @@ class Presence(Struct, frozen=True, tag="presence"):
     """Retained on `device/ID/presence`; the offline form is also the last will.
 
     session: grows with every start of the agent, so that an old presence cannot be replayed over a newer one.
+    trouble: what the operator should hear of this agent's own software: a release that failed.
     """
 
     online: bool
@@ -254,6 +255,7 @@ class Presence(Struct, frozen=True, tag="presence"):
     agent_version: Name = ""
     runtime: Name = ""
     capabilities: Capabilities = ()
+    trouble: Union[Reason, UnsetType] = UNSET
 
 
 class Answer(Struct, frozen=True, tag="answer"):

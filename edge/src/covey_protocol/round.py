@@ -45,7 +45,8 @@ class Phase(Enum):
 
 
 class Progress(Enum):
-    """How far one invited device is. Those in FINAL stay for the round; a device that is GONE may return.
+    """How far one invited device is. Those in FINAL stay for the round, but for a device that declined and joins later;
+    a device that is GONE may return.
 
     LOST: its update was stored and acknowledged, but the disk did not keep it; the device still has it.
     REVOKED: the operator wants nothing of it any more; what was stored of it does not enter the model.
@@ -69,7 +70,7 @@ FINAL = frozenset({Progress.STORED, Progress.DECLINED, Progress.FAILED, Progress
 
 def is_revocable(progress: Progress) -> bool:
     """Whether there is something of the device that a revocation takes away: an update, or one that may come."""
-    return progress is Progress.STORED or progress not in FINAL
+    return progress in (Progress.STORED, Progress.DECLINED) or progress not in FINAL
 
 
 @dataclass(frozen=True)
@@ -467,8 +468,10 @@ class RoundMachine:
         return another and peer.progress is Progress.UPLOADING
 
     def _comes_all_the_same(self, peer: _Participant, offer: Offer) -> bool:
-        """An earlier round's update, of a device that does not work for this one."""
-        return offer.round_id != self.invitation.round_id and peer.progress in (Progress.DECLINED, Progress.FAILED)
+        """An update of a device that declined and may have joined later; or an earlier round's, of one that does not
+        work for this one."""
+        earlier = offer.round_id != self.invitation.round_id
+        return peer.progress is Progress.DECLINED or (earlier and peer.progress is Progress.FAILED)
 
     # --- transitions while updates come in
 
@@ -478,14 +481,15 @@ class RoundMachine:
 
     def _answered(self, event: Answered, now: float) -> list[Effect]:
         peer = self._peer(event.device_id, event.answer.round_id)
-        if peer is None or peer.progress in FINAL:
+        joins = peer is not None and peer.progress is Progress.DECLINED and event.answer.accept
+        if peer is None or (peer.progress in FINAL and not joins):
             return []
         peer.gone = False
         if self._sends_an_earlier_one(peer):
             return []
         if not event.answer.accept and not peer.acknowledged:
             return self._settle(event.device_id, Progress.DECLINED, f"declined: {event.answer.reason}", now)
-        if peer.progress is Progress.INVITED:
+        if joins or peer.progress is Progress.INVITED:
             return self._settle(event.device_id, Progress.ACCEPTED, "", now)
         return self._advance(now)
 
@@ -513,7 +517,10 @@ class RoundMachine:
             return self._refuse(event.device_id, peer, offer, reason, now)
         if peer.assembly is None or peer.offer is None or peer.offer.update != offer.update:
             peer.assembly = peer.begin(offer.update)
-        accepted = [Record(event.device_id, Progress.ACCEPTED)] if peer.progress is Progress.INVITED else []
+        said_yes = peer.progress is Progress.INVITED or (
+            peer.progress is Progress.DECLINED and offer.round_id == self.invitation.round_id
+        )
+        accepted = [Record(event.device_id, Progress.ACCEPTED)] if said_yes else []
         peer.offer, peer.progress = offer, Progress.UPLOADING
         need = Need(offer.round_id, offer.update.sha256, peer.assembly.missing())
         return [*accepted, SendTo(event.device_id, need)]

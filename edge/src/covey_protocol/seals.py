@@ -1,16 +1,19 @@
 """Seals: Ed25519 signatures and the keys that make and check them.
 
 Called *seals* because *signature* is TFLite's word for an entry point. Keys travel as 64 hex digits (public) and lie
-on disk as PKCS #8 PEM (private). This file does not read or write files and knows nothing of messages.
+on disk as PKCS #8 PEM (private). This file does not read or write files and knows nothing of messages. The
+cryptography package (9 MB of memory) is loaded where a seal is first made or checked.
 """
 
 from __future__ import annotations
 
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric import ed25519
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 from covey_protocol.errors import ConfigError
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric import ed25519
 
 SEAL_BYTES = 64
 KEY_BYTES = 32
@@ -23,7 +26,12 @@ class PublicKey:
         if len(raw) != KEY_BYTES:
             raise ConfigError(f"a public key has {KEY_BYTES} bytes, not {len(raw)}", "copy the key again")
         self.raw = raw
-        self._key = ed25519.Ed25519PublicKey.from_public_bytes(raw)
+
+    @cached_property
+    def _key(self) -> ed25519.Ed25519PublicKey:
+        from cryptography.hazmat.primitives.asymmetric import ed25519
+
+        return ed25519.Ed25519PublicKey.from_public_bytes(self.raw)
 
     @classmethod
     def from_hex(cls, text: str) -> PublicKey:
@@ -37,6 +45,8 @@ class PublicKey:
 
     def verifies(self, seal: bytes, data: bytes) -> bool:
         """Whether `seal` was made over exactly `data` by this key's owner."""
+        from cryptography.exceptions import InvalidSignature
+
         try:
             self._key.verify(seal, data)
         except InvalidSignature:
@@ -62,15 +72,22 @@ class SealingKey:
 
     @classmethod
     def generate(cls) -> SealingKey:
+        from cryptography.hazmat.primitives.asymmetric import ed25519
+
         return cls(ed25519.Ed25519PrivateKey.generate())
 
     @classmethod
     def from_seed(cls, seed: bytes) -> SealingKey:
         """A key from 32 given bytes: for tests and golden vectors only."""
+        from cryptography.hazmat.primitives.asymmetric import ed25519
+
         return cls(ed25519.Ed25519PrivateKey.from_private_bytes(seed))
 
     @classmethod
     def from_pem(cls, pem: bytes, name: str = "key") -> SealingKey:
+        from cryptography.hazmat.primitives import serialization
+        from cryptography.hazmat.primitives.asymmetric import ed25519
+
         try:
             key = serialization.load_pem_private_key(pem, password=None)
         except (ValueError, TypeError) as exc:
@@ -80,6 +97,8 @@ class SealingKey:
         return cls(key)
 
     def pem(self) -> bytes:
+        from cryptography.hazmat.primitives import serialization
+
         return self._key.private_bytes(
             serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
         )

@@ -52,6 +52,7 @@ class Topics:
         self.fleet = check_name(fleet, "fleet name")
         self.root = f"covey/{PROTOCOL_VERSION}/{fleet}"
         self.round = f"{self.root}/fleet/round"
+        self.release = f"{self.root}/fleet/release"
         self.all_presence = f"{self.root}/device/+/presence"
         self.all_up = f"{self.root}/device/+/up"
 

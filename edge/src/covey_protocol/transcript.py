@@ -18,7 +18,7 @@ from msgspec import Meta, Struct
 
 from covey_protocol import codec
 from covey_protocol.codec import COORDINATOR, ReplayGuard
-from covey_protocol.errors import PeerError
+from covey_protocol.errors import PeerError, ReleaseError
 from covey_protocol.forms import offered_sizes
 from covey_protocol.keys import KeyRing, Keys
 from covey_protocol.messages import (
@@ -36,6 +36,7 @@ from covey_protocol.messages import (
     Seen,
     Verdict,
 )
+from covey_protocol.releases import described_unverified
 from covey_protocol.seals import PublicKey
 from covey_protocol.topics import DeviceTopic, Topics
 
@@ -133,6 +134,8 @@ class Judge:
             self._from_coordinator(record, None)
         elif (place := self._topics.parse_device(record.topic)) is not None:
             self._at_device(place, record)
+        elif record.topic == self._topics.release:
+            _check_release(record.payload)
         else:
             raise PeerError(f"{record.topic[:120]!r} is no topic of the protocol", section=2)
 
@@ -300,8 +303,9 @@ class Judge:
         _require(here, 5, f"{device_id} was not invited to round {known.invitation.round_id}")
         device = known.device(device_id)
         over = device.failed or device.answer is False
-        declined_again = isinstance(message, Answer) and not message.accept and device.answer is False
-        again = declined_again or (isinstance(message, Failure) and device.failed)
+        answers_again = isinstance(message, Answer) and not device.failed  # no again, or it joins later
+        again = answers_again or (isinstance(message, Failure) and device.failed)
+        again = again or (isinstance(message, Seen) and device.verdict is not None)  # withdrawn when it was taken
         what = type(message).__name__
         _require(again or not over, 5, f"{device_id} sends {what} for a round that it declined or gave up")
         if isinstance(message, Answer):
@@ -378,6 +382,15 @@ class Judge:
 
 def _digest(chunks: Mapping[int, bytes], ref: BlobRef) -> bytes:
     return hashlib.sha256(b"".join(chunks[index] for index in range(ref.num_chunks))).digest()
+
+
+def _check_release(payload: bytes) -> None:
+    """Whose seal it must have, only devices know."""
+    try:
+        if payload:
+            described_unverified(payload)
+    except ReleaseError as exc:
+        raise PeerError(str(exc), section=12) from exc
 
 
 def _require(holds: bool, section: int, otherwise: str) -> None:

@@ -1,0 +1,224 @@
+"""Bugs to plant in the agent, each by a sentence: tests/life must find every one. See tests/simulation/mutations.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from covey_edge import agent, files
+from covey_edge.cache import BlobCache
+from covey_edge.ledger import Ledger
+from covey_edge.outbox import Entry, NumberFile, Outbox
+from covey_edge.performer import Performer
+from covey_edge.retired import RetiredKeys
+from covey_protocol import device
+from covey_protocol.keys import KeyRing
+from covey_protocol.messages import Failure, Offer, Receipt
+
+Patch = Any  # pytest.MonkeyPatch
+BUGS: dict[str, Callable[[Patch], None]] = {}
+
+
+def bug(sentence: str) -> Callable[[Callable[[Patch], None]], Callable[[Patch], None]]:
+    def keep(plant: Callable[[Patch], None]) -> Callable[[Patch], None]:
+        BUGS[sentence] = plant
+        return plant
+
+    return keep
+
+
+def wrapped(patch: Patch, owner: Any, name: str, change: Callable[..., Any]) -> None:
+    """Replace owner.name by change(original, self, *arguments)."""
+    original = getattr(owner, name)
+    patch.setattr(owner, name, lambda *arguments, **named: change(original, *arguments, **named))
+
+
+# --- files
+
+
+@bug("the content of a file is not synced")
+def _(patch: Patch) -> None:
+    def write(path: Path, data: bytes, mode: int = 0o644) -> None:
+        files.make_folder(path.parent)
+        with files._written(path.with_suffix(".tmp"), data, mode):
+            pass
+        files.os.replace(path.with_suffix(".tmp"), path)
+        files.sync_folder(path.parent)
+
+    patch.setattr(files, "write_atomic", write)
+
+
+@bug("a folder is not synced after a rename")
+def _(patch: Patch) -> None:
+    patch.setattr(files, "sync_folder", lambda folder: None)
+
+
+@bug("a file is written in place")
+def _(patch: Patch) -> None:
+    def write(path: Path, data: bytes, mode: int = 0o644) -> None:
+        files.make_folder(path.parent)
+        with files._written(path, data, mode) as descriptor:
+            files.os.fsync(descriptor)
+        files.sync_folder(path.parent)
+
+    patch.setattr(files, "write_atomic", write)
+
+
+@bug("a file is written around the layer that is watched")
+def _(patch: Patch) -> None:
+    def write(path: Path, data: bytes, mode: int = 0o644) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+
+    patch.setattr(files, "write_atomic", write)
+
+
+@bug("what a crash left of unfinished writes stays")
+def _(patch: Patch) -> None:
+    patch.setattr(files.Disk, "sweep", lambda self, folder: None)
+
+
+# --- what is said, and what it stands on
+
+
+@bug("an update is offered before it is in the outbox")
+def _(patch: Patch) -> None:
+    def perform(original: Any, self: Performer, effects: list[device.Effect]) -> None:
+        original(self, sorted(effects, key=lambda effect: isinstance(effect, device.Keep)))
+
+    wrapped(patch, Performer, "_perform", perform)
+
+
+@bug("an update is offered before it is counted")
+def _(patch: Patch) -> None:
+    patch.setattr(Ledger, "count", lambda self, sha256, *, evaluates: None)
+
+
+@bug("message numbers are not reserved")
+def _(patch: Patch) -> None:
+    patch.setattr(NumberFile, "store", lambda self, number: None)
+
+
+@bug("message numbers begin with the clock alone")
+def _(patch: Patch) -> None:
+    patch.setattr(NumberFile, "load", lambda self: 0)
+
+
+@bug("an update is forgotten when it is delivered")
+def _(patch: Patch) -> None:
+    def received(original: Any, self: Performer, event: device.Event) -> None:
+        original(self, event)
+        if isinstance(event, device.Received) and isinstance(event.receipt, Receipt) and event.receipt.kept:
+            self._outbox.forget(event.receipt.round_id)
+            self.machine._owed.pop(event.receipt.round_id, None)
+            self.machine.state = device.State.IDLE
+
+    wrapped(patch, Performer, "handle", received)
+
+
+@bug("the outbox is emptied at the start")
+def _(patch: Patch) -> None:
+    def offers(original: Any, self: Outbox) -> list[Offer]:
+        for offer in original(self):
+            self.forget(offer.round_id)
+        return []
+
+    wrapped(patch, Outbox, "offers", offers)
+
+
+@bug("an update is trained again after a restart although one was offered")
+def _(patch: Patch) -> None:
+    patch.setattr(Outbox, "offers", lambda self: [])
+
+
+@bug("a damaged update is offered")
+def _(patch: Patch) -> None:
+    def update(self: Outbox, offer: Offer) -> bytes:
+        data = self._disk.read(self._path(offer.round_id))
+        return msgspec.msgpack.decode(data, type=Entry).update[::-1] if data is not None else b""
+
+    patch.setattr(Outbox, "update", update)
+
+
+# --- growth
+
+
+@bug("the outbox forgets nothing")
+def _(patch: Patch) -> None:
+    patch.setattr(Outbox, "forget", lambda self, round_id: None)
+
+
+@bug("old models stay on the disk")
+def _(patch: Patch) -> None:
+    patch.setattr(BlobCache, "prune", lambda self, keep: None)
+
+
+@bug("topics of blobs that have come stay subscribed")
+def _(patch: Patch) -> None:
+    def stop(self: agent.AgentProgram, sha256: bytes) -> None:
+        self._assemblies.pop(sha256, None)
+
+    patch.setattr(agent.AgentProgram, "_stop_fetching", stop)
+    wrapped(patch, agent.AgentProgram, "_take_chunk", _unforgetting)
+
+
+def _unforgetting(original: Any, self: agent.AgentProgram, *chunk: Any) -> None:
+    forget, self._transport.forget = self._transport.forget, lambda topics: None
+    original(self, *chunk)
+    self._transport.forget = forget
+
+
+@bug("every message number heard is remembered for ever")
+def _(patch: Patch) -> None:
+    def is_new(original: Any, self: KeyRing[Any], taken: Any) -> bool:
+        self.__dict__.setdefault("_all", []).append(taken.sequence)
+        return bool(original(self, taken))
+
+    wrapped(patch, KeyRing, "is_new", is_new)
+
+
+# --- leaks
+
+
+@bug("a failure tells what is in the data")
+def _(patch: Patch) -> None:
+    def say(original: Any, self: agent.AgentProgram, message: Any) -> None:
+        if isinstance(message, Failure):
+            data = Path(self._agent.folder / "data.npz").read_bytes()[:100].decode()
+            message = msgspec.structs.replace(message, reason=data)
+        original(self, message)
+
+    wrapped(patch, agent.AgentProgram, "say", say)
+
+
+@bug("the key is in a topic for debugging")
+def _(patch: Patch) -> None:
+    def start(original: Any, self: agent.AgentProgram) -> None:
+        original(self)
+        self._transport.publish("covey/1/home/debug", self._agent.key.pem())
+
+    wrapped(patch, agent.AgentProgram, "start", start)
+
+
+@bug("an update leaves as it was before the child protected it")
+def _(patch: Patch) -> None:
+    def take(original: Any, self: agent.AgentProgram, round_id: str, frame: Any) -> None:
+        original(self, round_id, msgspec.structs.replace(frame, update=frame.update[::-1]))
+
+    wrapped(patch, agent.AgentProgram, "_take_update", take)
+
+
+# --- keys
+
+
+@bug("which keys are retired is not kept")
+def _(patch: Patch) -> None:
+    patch.setattr(RetiredKeys, "retire", lambda self, name: lambda keys: None)
+
+
+@bug("a retired key is taken")
+def _(patch: Patch) -> None:
+    patch.setattr(KeyRing, "_heard", lambda self, key: None)

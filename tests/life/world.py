@@ -1,0 +1,827 @@
+"""Days of one agent's life on a virtual clock: the production agent, its state in real files, the rest made up.
+
+Real: `AgentProgram` with its loop, machine, performer, outbox, ledger, logs and every file it writes (below them
+`power.PoweredDisk`, which knows what would survive a power cut); the codec, seals and message numbers of both sides;
+in `real_training` also the Trainer, in this process. Made up, and driven by one seed: time, the broker, the
+coordinator's script, the training child's process, and when which misfortune comes.
+
+Every message that leaves the agent is looked at when it leaves (`Inspector`): what it stands on must be sure by then.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import heapq
+import logging
+import os
+import random
+import sys
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Optional
+
+import msgspec
+import numpy as np
+
+from covey_edge import agent
+from covey_edge.config import load_agent
+from covey_edge.frames import Done, Frame, Problem, Run
+from covey_edge.inbox import Inbox, waiting_bytes
+from covey_edge.ledger import Book
+from covey_edge.mqtt import ConnectionDown, ConnectionUp, Incoming
+from covey_edge.outbox import Entry
+from covey_protocol import codec
+from covey_protocol.blobs import blob_ref, chunk, chunks
+from covey_protocol.codec import COORDINATOR, Sequence
+from covey_protocol.errors import CoveyError, PeerError, StorageError, TransportError
+from covey_protocol.messages import (
+    Answer,
+    BlobRef,
+    Chunk,
+    Failure,
+    Invitation,
+    Need,
+    Offer,
+    Presence,
+    Receipt,
+    RoundClosed,
+    Seen,
+    TrainingPlan,
+    Verdict,
+)
+from covey_protocol.seals import SealingKey
+from covey_protocol.topics import Topics
+from life.power import PowerCut, PoweredDisk
+
+FLEET, DEVICE = "home", "pi"
+D, CHUNK_BYTES, NUM_EXAMPLES = 200, 320, 5
+START_S = 1_800_000_000
+HOUR_S = 3600.0
+EVIL = "evil.1.a"  # a round that only somebody else can have made
+CANARY = b"examples of the owner's; " * 40
+TOPICS = Topics(FLEET)
+
+
+class Broken(AssertionError):
+    """What must never happen."""
+
+
+class Clock:
+    """Stands where the module `time` does. monotonic never jumps; the wall clock is off by `offset_s`."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.offset_s = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def time(self) -> float:
+        return START_S + self.now + self.offset_s
+
+    def time_ns(self) -> int:
+        return int(self.time() * 1e9)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(time, name)
+
+
+@dataclass
+class Trouble:
+    """How often what happens: means, in seconds between two of a kind; 0 is never."""
+
+    outage: float = 1800.0
+    restart: float = 5400.0
+    power_cut: float = 2700.0
+    full: float = 3600.0
+    jump: float = 4000.0
+    drop: float = 0.02
+    repeat: float = 0.02
+
+
+QUIET = Trouble(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+
+
+@dataclass
+class Round:
+    """As the coordinator knows it. offered: hashes it has heard of, the first that it kept is `kept`."""
+
+    invitation: Invitation
+    ends_at: float
+    key: SealingKey
+    offered: list[bytes] = field(default_factory=list)
+    excused: bool = False
+    pieces: dict[int, bytes] = field(default_factory=dict)
+    kept: bytes = b""
+    verdict: Optional[Verdict] = None
+    seen: bool = False
+
+
+class WaitingInbox(Inbox):
+    """The production inbox; while it waits, the world goes on."""
+
+    def __init__(self, world: Life) -> None:
+        super().__init__()
+        self._world = world
+
+    def get(self, timeout: Optional[float] = None) -> Any:
+        self._world.pass_time(timeout, lambda: not self._items.empty())
+        return super().get(timeout=0)
+
+
+class Wire:
+    """In the place of MqttTransport: what the broker and the network do to one connection."""
+
+    max_message_bytes: Optional[int] = None
+    protocol = "5"
+    alive = True
+
+    def __init__(self, world: Life, inbox: Inbox) -> None:
+        self._world, self._inbox = world, inbox
+        self.connected = False
+        self.subscriptions: set[str] = set()
+        self._will: Optional[tuple[str, bytes]] = None
+        self._queue: list[tuple[str, bytes, bool]] = []
+        self._numbers = 0
+
+    def set_will(self, topic: str, payload: bytes) -> None:
+        self._world.inspector.look(topic, payload)
+        self._will = (topic, payload)
+
+    def connect(self, timeout_s: float = 0.0) -> None:
+        if not self._world.broker_up:
+            raise TransportError("mqtt://made-up cannot be reached", "start it")
+        self._up()
+
+    def _up(self) -> None:
+        self.connected = True
+        self._inbox.put(ConnectionUp())
+        queue, self._queue = self._queue, []
+        for topic, payload, retain in queue:
+            self._world.carry(topic, payload, retain)
+        self.subscribe(list(self.subscriptions))
+
+    def lose(self, *, said: bool = True) -> None:
+        """The connection breaks; the broker says the last will."""
+        if not self.connected:
+            return
+        self.connected = False
+        if self._will is not None:
+            self._world.carry(*self._will, True)
+        if said:
+            self._inbox.put(ConnectionDown("made up"))
+            self._world.at(self._world.rng.uniform(0.5, 60.0), self._try_again)
+
+    def _try_again(self) -> None:
+        if self._world.wire is not self or self.connected:
+            return
+        if self._world.broker_up:
+            self._up()
+        else:
+            self._world.at(self._world.rng.uniform(0.5, 60.0), self._try_again)
+
+    def publish(self, topic: str, payload: bytes, *, retain: bool = False, expiry_s: Optional[float] = None) -> int:
+        self._world.inspector.look(topic, payload)
+        if self.connected:
+            self._world.carry(topic, payload, retain)
+        else:
+            self._queue.append((topic, payload, retain))
+        self._numbers += 1
+        return self._numbers
+
+    def flush(self, sent: Iterable[int], timeout_s: float) -> bool:
+        return self.connected
+
+    def subscribe(self, topics: Iterable[str]) -> None:
+        wanted = list(topics)
+        self.subscriptions.update(wanted)
+        for topic in wanted:
+            if self.connected and topic in self._world.retained:
+                self._world.deliver(topic, self._world.retained[topic])
+
+    def unsubscribe(self, topics: Iterable[str]) -> None:
+        self.subscriptions.difference_update(topics)
+
+    forget = unsubscribe
+
+    def close(self) -> None:
+        self.connected = False
+
+    def hears(self, topic: str, payload: bytes) -> None:
+        if self.connected and self._world.wire is self:
+            item = Incoming(topic, payload)
+            self._inbox.put_message(item, waiting_bytes(payload), lambda: None)
+
+
+class NoSocket:
+    """In the place of LocalSocket, whose thread has no part in a made-up time."""
+
+    def __init__(self, *given: object) -> None:
+        pass
+
+    def open(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class Child:
+    """In the place of TrainingProcess: makes updates up, and notes which may leave."""
+
+    pid = None
+
+    def __init__(self, world: Life, on_answer: Callable[[object, Frame], None]) -> None:
+        self._world, self._on_answer = world, on_answer
+        self._pending: Optional[object] = None
+        self._work = 0
+
+    @property
+    def busy(self) -> bool:
+        return self._pending is not None
+
+    def request(self, token: object, frame: Frame, timeout_s: float) -> None:
+        if self.busy:
+            raise Broken("two requests at once")
+        self._pending = token
+        self._work += 1
+        work, answer = self._work, self._world.work(frame)
+        seconds = self._world.rng.uniform(1.0, 60.0) if isinstance(frame, Run) else 0.2
+
+        def done() -> None:
+            if work == self._work and self.busy:
+                self._pending = None
+                self._on_answer(token, answer)
+
+        self._world.at(seconds, done)
+
+    def stop(self) -> None:
+        self._pending = None
+        self._work += 1
+
+    def rest(self) -> None:
+        pass
+
+    def pause(self) -> None:
+        pass
+
+    def go_on(self) -> None:
+        pass
+
+
+class Inspector:
+    """Looks at every message when the agent hands it over to be sent."""
+
+    def __init__(self, world: Life) -> None:
+        self._world = world
+        self._last = -1
+        self.allowed: dict[bytes, tuple[str, bytes, dict[str, float]]] = {}  # sha256 -> round, update, metrics
+        self.secrets: list[bytes] = [CANARY[:16], CANARY[5:21]]
+
+    def look(self, topic: str, payload: bytes) -> None:
+        world, require = self._world, self._world.require
+        require(topic in (TOPICS.up(DEVICE), TOPICS.presence(DEVICE)), "speaks on a topic that is not its own", topic)
+        for secret in self.secrets:
+            require(secret not in payload, "a secret leaves the device", topic)
+        try:
+            message, number = codec.decode_from_device(payload, topic=topic, sender=DEVICE, key=world.device_key.public)
+        except PeerError as exc:
+            raise Broken(f"sends what is no message: {exc}") from exc
+        require(number > self._last, "a message number is used twice or goes back", number, self._last)
+        self._last = number
+        reserved = world.disk.sure(world.state / "sequence")
+        require(reserved is not None and int(reserved) >= number, "a message number that is not reserved", number)
+        self._look_at(message)
+
+    def _look_at(self, message: Any) -> None:
+        require = self._world.require
+        gone = isinstance(message, (Offer, Chunk)) and self._world.left
+        require(not gone, "tells of the data after its owner has opted out", message)
+        if isinstance(message, Offer):
+            self._look_at_offer(message)
+        elif isinstance(message, Chunk):
+            made = self.allowed.get(message.sha256)
+            require(made is not None, "sends pieces of what was never trained", message.round_id)
+            assert made is not None
+            ref = blob_ref(made[1], CHUNK_BYTES)
+            require(message.data == chunk(made[1], ref, message.index), "a piece is not the update's", message.index)
+        else:
+            require(isinstance(message, (Presence, Answer, Failure, Seen)), "an unknown kind of message", message)
+
+    def _look_at_offer(self, offer: Offer) -> None:
+        world, require = self._world, self._world.require
+        made = self.allowed.get(offer.update.sha256)
+        require(made is not None and made[0] == offer.round_id, "offers what was not trained for it", offer.round_id)
+        assert made is not None
+        require(offer.metrics == made[2], "other metrics than the training gave", offer.metrics)
+        data = world.disk.sure(world.state / "outbox" / f"{offer.round_id}.msgpack")
+        require(data is not None, "offers what is not surely in its outbox", offer.round_id)
+        assert data is not None
+        require(msgspec.msgpack.decode(data, type=Entry) == Entry(offer, made[1]), "the outbox holds another update")
+        book = world.disk.sure(world.state / "ledger.json")
+        counted = book is not None and offer.update.sha256.hex() in msgspec.json.decode(book, type=Book).last
+        require(counted, "offers what is not surely in the ledger", offer.round_id)
+        written = any(offer.update.sha256.hex().encode() in world.disk.at_least(path) for path in world.sent_logs())
+        require(written, "offers what is not surely in the log of what leaves", offer.round_id)
+
+
+class Coordinator:
+    """Follows a script: a round every few minutes, everything acknowledged and judged as docs/protocol.md says.
+
+    It forgets nothing. `every_s` is the mean time between two rounds.
+    """
+
+    def __init__(self, world: Life, every_s: float) -> None:
+        self._world, self._every_s = world, every_s
+        self.keys = [SealingKey.from_seed(bytes([number]) * 32) for number in (1, 2)]
+        self.key = self.keys[0]
+        self._sequence = Sequence(1)
+        self.rounds: dict[str, Round] = {}
+        self._blobs: list[list[str]] = []
+        self.excuses: Counter[str] = Counter()
+        self._forging = False
+
+    def start(self) -> None:
+        self._world.at(5.0, self._new_round)
+
+    def rotate(self) -> None:
+        """The next key speaks from now on; the old one is somebody else's."""
+        self.key = self.keys[1]
+
+    def _forge(self) -> None:
+        """An invitation under the key that is no longer the coordinator's; again and again, since its owner has it."""
+        fake = msgspec.structs.replace(next(iter(self.rounds.values())).invitation, round_id=EVIL)
+        payload = codec.encode(fake, topic=TOPICS.round, sender=COORDINATOR, sequence=2**40, key=self.keys[0])
+        self._world.deliver(TOPICS.round, payload)
+        if not self._world.over:
+            self._world.at(300.0, self._forge)
+
+    def _say(self, topic: str, message: Any, *, retain: bool = False) -> None:
+        payload = codec.encode(message, topic=topic, sender=COORDINATOR, sequence=self._sequence.next(), key=self.key)
+        if retain:
+            self._world.retained[topic] = payload
+        self._world.deliver(topic, payload)
+
+    def tell(self, message: Any) -> None:
+        self._say(TOPICS.down(DEVICE), message)
+
+    def _new_round(self) -> None:
+        world, number = self._world, len(self.rounds) + 1
+        if world.over:
+            return
+        refs = [self._publish(world.bundle), self._publish(world.parameters(number))]
+        duration_s = world.rng.uniform(60.0, 300.0)
+        invitation = Invitation(
+            f"run.{number}.{number}",
+            number,
+            0,
+            int(1000 * duration_s),
+            refs[0],
+            refs[1],
+            world.plan(number),
+            (DEVICE,),
+            ("train", "float32"),
+        )
+        one = self.rounds[invitation.round_id] = Round(invitation, world.clock.now + duration_s, self.key)
+        self._say(TOPICS.round, invitation, retain=True)
+        world.at(duration_s, lambda: self._close(one))
+        world.at(duration_s + world.rng.uniform(0.2, 1.8) * self._every_s, self._new_round)
+
+    def _publish(self, data: bytes) -> BlobRef:
+        ref = blob_ref(data, CHUNK_BYTES)
+        for index, piece in chunks(data, ref):
+            self._world.retained[TOPICS.blob(ref.sha256, index)] = piece
+        return ref
+
+    def _close(self, one: Round) -> None:
+        for ref in one.invitation.blobs:
+            for index in range(ref.num_chunks):
+                self._world.retained.pop(TOPICS.blob(ref.sha256, index), None)
+        if one.kept:
+            one.verdict = Verdict(one.invitation.round_id, "accepted")
+            self._repeat(one)
+        self._say(
+            TOPICS.round, RoundClosed(one.invitation.round_id, "published" if one.kept else "abandoned"), retain=True
+        )
+
+    def _repeat(self, one: Round) -> None:
+        if one.verdict is not None and not one.seen:
+            self.tell(one.verdict)
+            self._world.at(30.0, lambda: self._repeat(one))
+
+    def hear(self, topic: str, payload: bytes) -> None:
+        message, _ = codec.decode_from_device(payload, topic=topic, sender=DEVICE, key=self._world.device_key.public)
+        one = self.rounds.get(getattr(message, "round_id", ""))
+        if one is not None and one.key is self.keys[1] and not self._forging:
+            self._forging = True  # the agent has heard the new key: from here on the old one is nothing to it
+            self._forge()
+        if one is None:
+            self._world.require(isinstance(message, Presence), "answers a round that there is not", message)
+        elif isinstance(message, Offer):
+            self._offered(one, message)
+        elif isinstance(message, Chunk) and not one.kept:
+            self._piece(one, message)
+        elif isinstance(message, Failure) or (isinstance(message, Answer) and not message.accept):
+            one.excused = True
+            self.excuses[message.reason.split(" (")[0][:40]] += 1
+        elif isinstance(message, Seen):
+            one.seen = True
+
+    def _offered(self, one: Round, offer: Offer) -> None:
+        sha256 = offer.update.sha256
+        if sha256 not in one.offered:
+            self._world.require(not one.kept, "another update for a round after one was acknowledged", offer.round_id)
+            one.offered.append(sha256)
+            one.pieces = {}
+        if one.verdict is not None:
+            self.tell(one.verdict)
+        elif one.kept:
+            self.tell(Receipt(offer.round_id, sha256, True))
+        elif self._world.clock.now > one.ends_at:
+            self.tell(Receipt(offer.round_id, sha256, False, "that round is over"))
+            one.excused = True
+        else:
+            missing = [index for index in range(offer.update.num_chunks) if index not in one.pieces]
+            self.tell(Need(offer.round_id, sha256, tuple(missing)))
+
+    def _piece(self, one: Round, piece: Chunk) -> None:
+        made = self._world.inspector.allowed[piece.sha256][1]
+        if not one.offered or piece.sha256 != one.offered[-1]:
+            return
+        one.pieces[piece.index] = piece.data
+        if len(one.pieces) < blob_ref(made, CHUNK_BYTES).num_chunks:
+            return
+        whole = b"".join(data for _, data in sorted(one.pieces.items()))
+        self._world.require(hashlib.sha256(whole).digest() == piece.sha256, "an update that is not what was offered")
+        one.kept = piece.sha256
+        self.tell(Receipt(one.invitation.round_id, piece.sha256, True))
+
+
+AGENT = """
+device_id = "{device}"
+fleet = "{fleet}"
+state_dir = "state"
+
+[broker]
+url = "mqtt://made-up"
+
+[identity]
+key_file = "device.pem"
+coordinator_key = ["{first}", "{second}"]
+
+[data]
+path = "data.npz"
+{more}
+"""
+NOISED = "[privacy]\nclip_norm = 1.0\nnoise_multiplier = 0.5\nepsilon_limit = 1e6\n"
+
+
+def held(thing: object, known: set[int]) -> int:
+    """How many things the objects of covey's classes hold in their containers, from this one on."""
+    if id(thing) in known or isinstance(thing, (str, bytes, int, float, Life)):
+        return 0
+    known.add(id(thing))
+    if isinstance(thing, dict):
+        return len(thing) + sum(held(one, known) for one in thing.values())
+    if isinstance(thing, (list, tuple, set, frozenset, deque)):
+        return len(thing) + sum(held(one, known) for one in thing)
+    ours = type(thing).__module__.split(".")[0] in ("covey_edge", "covey_protocol")
+    return sum(held(one, known) for one in vars(thing).values()) if ours and hasattr(thing, "__dict__") else 0
+
+
+class Life:
+    """One agent's life in `folder`. `run` raises Broken, with the seed and the end of the story.
+
+    cut_at: the power goes before that step of the disk, once, and the files are then in `state`; otherwise misfortunes
+    come as `trouble` says. full_at: from that step on the disk is full for a minute.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        seed: int,
+        trouble: Trouble = QUIET,
+        *,
+        every_s: float = 240.0,
+        cut_at: int = -1,
+        state: str = "least",
+        full_at: int = -1,
+        work: Optional[Callable[[Life, Frame], Frame]] = None,
+        bundle: bytes = b"",
+    ) -> None:
+        self.rng, self.seed, self.trouble = random.Random(seed), seed, trouble
+        self.clock, self.over, self.left = Clock(), False, False
+        self.noised = seed % 2 == 1
+        self.device_key = SealingKey.from_seed(bytes([9]) * 32)
+        self.state = folder / "device" / "state"
+        self.trace: list[tuple[float, str]] = []
+        self.seen: Counter[str] = Counter()
+        self.steps = 0
+        self.measured: list[tuple[float, dict[str, int]]] = []
+        self.retained: dict[str, bytes] = {}
+        self.broker_up = True
+        self.wire: Optional[Wire] = None
+        self.program: Optional[agent.AgentProgram] = None
+        self.inspector = Inspector(self)
+        self.coordinator = Coordinator(self, every_s)
+        self.bundle = bundle or self.rng.randbytes(700)
+        self._work = work
+        self._events: list[tuple[float, int, Callable[[], None]]] = []
+        self._counter = 0
+        self._cut_at, self._full_at, self._state, self._full_until = cut_at, full_at, state, -1.0
+        self._write_files(folder / "device")
+        self.disk = PoweredDisk(folder / "device")
+        self.disk.on_step, self.disk.full = self._step, lambda: self.clock.now < self._full_until
+
+    def _write_files(self, folder: Path) -> None:
+        folder.mkdir(parents=True)
+        pem = self.device_key.pem()
+        (folder / "device.pem").write_bytes(pem)
+        first, second = (key.public.hex() for key in self.coordinator.keys)
+        more = NOISED if self.noised else ""
+        text = AGENT.format(device=DEVICE, fleet=FLEET, first=first, second=second, more=more)
+        (folder / "agent.toml").write_text(text)
+        if not (folder / "data.npz").exists():
+            (folder / "data.npz").write_bytes(CANARY)
+        self.inspector.secrets += [bytes([9]) * 16, pem.splitlines()[1][-20:]]
+
+    # --- what the coordinator and the child ask
+
+    def plan(self, number: int) -> TrainingPlan:
+        compression = "top-k" if not self.noised and number % 3 == 0 else "none"
+        return TrainingPlan(1, 0.1, compression=compression)
+
+    def parameters(self, number: int) -> bytes:
+        return np.random.default_rng((self.seed, number)).standard_normal(D).astype("<f4").tobytes()
+
+    def work(self, frame: Frame) -> Frame:
+        """What the training child would answer. What it gives for an update may leave, and nothing else."""
+        answer = self._work(self, frame) if self._work is not None else self._made_up(frame)
+        if isinstance(frame, Run) and isinstance(answer, Done):
+            sha256 = hashlib.sha256(answer.update).digest()
+            self.inspector.allowed[sha256] = (frame.round_id, answer.update, answer.metrics)
+        return answer
+
+    def _made_up(self, frame: Frame) -> Frame:
+        if not isinstance(frame, Run):
+            return Done(num_examples=NUM_EXAMPLES, runtime="made up")
+        if self.rng.random() < 0.05:
+            return Problem("TrainingError", "the training process died (SIGSEGV)")
+        update = self.rng.randbytes(4 * D)
+        withheld = self.rng.randbytes(4 * D) if frame.plan.compression == "top-k" else b""
+        metrics = {} if self.noised else {"loss_before": self.rng.random()}
+        return Done(update, NUM_EXAMPLES, metrics, "made up", withheld)
+
+    # --- time
+
+    def at(self, delay_s: float, action: Callable[[], None]) -> None:
+        self._counter += 1
+        heapq.heappush(self._events, (self.clock.now + delay_s, self._counter, action))
+
+    def pass_time(self, timeout: Optional[float], ready: Callable[[], bool]) -> None:
+        end = float("inf") if timeout is None else self.clock.now + timeout
+        while not ready() and self._events and self._events[0][0] <= end:
+            self.clock.now, _, action = heapq.heappop(self._events)
+            action()
+        if not ready():
+            if end == float("inf"):
+                raise Broken("waits for ever")
+            self.clock.now = max(self.clock.now, end)
+
+    def _sometimes(self, mean_s: float, action: Callable[[], None]) -> None:
+        """At times drawn from an exponential distribution, until the end."""
+        if not mean_s:
+            return
+
+        def once() -> None:
+            if not self.over:
+                self.at(self.rng.expovariate(1 / mean_s), once)
+                action()
+
+        self.at(self.rng.expovariate(1 / mean_s), once)
+
+    # --- misfortunes
+
+    def _step(self, what: str) -> None:
+        self.steps += 1
+        if self.steps == self._full_at:
+            self._full_until = self.clock.now + 60.0
+            self.log(f"the disk is full at {what}")
+        if self.steps == self._cut_at:
+            self.log(f"power cut at {what}")
+            self.seen[f"power cut at {what.split('.')[0]}"] += 1
+            raise PowerCut
+
+    def _outage(self) -> None:
+        if not self.broker_up:
+            return
+        self.seen["outage"] += 1
+        self.broker_up = False
+        if self.wire is not None:
+            self.wire.lose()
+
+        def back() -> None:
+            self.broker_up = True
+
+        self.at(self.rng.choice([5.0, 60.0, 900.0]), back)
+
+    def _restart(self) -> None:
+        if self.program is not None:
+            self.seen["restart"] += 1
+            self.program.stop()
+
+    def _cut(self) -> None:
+        """At one of the next steps of the disk, or at once."""
+        if self.program is None:
+            return
+        self._state = self.rng.choice(["least", "most", "mixed", "mixed"])
+        if self.rng.random() < 0.3:
+            self.seen["power cut between steps"] += 1
+            raise PowerCut
+        self._cut_at = self.steps + self.rng.randrange(1, 60)
+
+    def _fill(self) -> None:
+        self.seen["full disk"] += 1
+        self._full_until = self.clock.now + self.rng.choice([10.0, 120.0, 900.0])
+
+    def leave(self) -> None:
+        """The owner opts out; tried again where the agent is off or its disk is full."""
+        try:
+            if self.program is None:
+                raise StorageError("the agent is off")
+            self.program.leave()
+            self.left = True
+        except StorageError:
+            self.at(30.0, self.leave)
+
+    def sent_logs(self) -> list[Path]:
+        return sorted(self.state.glob("sent*.jsonl"))
+
+    def _jump(self) -> None:
+        year_s = 365 * 86400.0
+        self.seen["clock jump"] += 1
+        self.clock.offset_s += self.rng.choice([-year_s, -5000.0, -1.0, 1.0, 5000.0, year_s])
+
+    # --- the broker
+
+    def carry(self, topic: str, payload: bytes, retain: bool) -> None:
+        """From the agent to the coordinator."""
+        for _ in range(self._copies()):
+            self.at(self.rng.uniform(0.01, 0.5), lambda: self.coordinator.hear(topic, payload))
+
+    def deliver(self, topic: str, payload: bytes) -> None:
+        """To the agent, where it has subscribed."""
+        wire = self.wire
+        if wire is None or not wire.connected or topic not in wire.subscriptions:
+            return
+        for _ in range(self._copies()):
+            self.at(self.rng.uniform(0.01, 0.5), lambda: wire.hears(topic, payload))
+
+    def _copies(self) -> int:
+        drawn = self.rng.random()
+        return 0 if drawn < self.trouble.drop else 2 if drawn > 1 - self.trouble.repeat else 1
+
+    # --- the whole life
+
+    def run(self, hours: float, calm_s: float = 1200.0) -> Life:
+        """calm_s: how long at the end everything works, so that all can come to its end."""
+        with self._instead_of_the_world():
+            for mean_s, misfortune in (
+                (self.trouble.outage, self._outage),
+                (self.trouble.restart, self._restart),
+                (self.trouble.power_cut, self._cut),
+                (self.trouble.full, self._fill),
+                (self.trouble.jump, self._jump),
+            ):
+                self._sometimes(mean_s, misfortune)
+            self.at(0.0, self.coordinator.start)
+            self.at(hours * HOUR_S / 2, self.coordinator.rotate)
+            for hour in range(1, int(hours) + 1):
+                self.at(hour * HOUR_S - 1.0, self._measure)
+            self.at(hours * HOUR_S, self._calm)
+            self.at(hours * HOUR_S + calm_s, self._restart)
+            while not (self._one_start() and self.clock.now >= hours * HOUR_S + calm_s):
+                if self.clock.now >= hours * HOUR_S + calm_s:
+                    self.at(calm_s, self._restart)
+        self.check_end()
+        return self
+
+    def _calm(self) -> None:
+        """From here on everything works: all must come to a good end."""
+        self.over = True
+        if self.trouble is not QUIET:
+            self.trouble, self._full_until, self._cut_at = QUIET, -1.0, -1
+
+    def _one_start(self) -> bool:
+        """Whether the agent ran until it was asked to end."""
+        good = False
+        self.log("starts")
+        self.seen["start"] += 1
+        try:
+            with self.disk.watched():
+                self.program = agent.AgentProgram(load_agent(self.state.parent / "agent.toml"))
+                try:
+                    self.program.start()
+                    self.program.run()
+                finally:
+                    if not isinstance(sys.exc_info()[1], PowerCut):
+                        self.program.close()
+            self.disk.check_complete()
+            good = True
+        except PowerCut:
+            self._lose_power()
+        except CoveyError as exc:  # as the command does: an exit code, and systemd starts it again
+            self.log(f"ends: {exc}")
+            self.seen[f"ends: {type(exc).__name__}"] += 1
+        finally:
+            self.program, self.wire = None, None
+        self.pass_time(self.rng.choice([1.0, 10.0, 60.0]), lambda: False)
+        return good
+
+    def _lose_power(self) -> None:
+        self.log("the power is gone")
+        if self.wire is not None:
+            self.wire.lose(said=False)
+        self.disk.lose_power(self._state, self.rng)  # type: ignore[arg-type]
+
+    @contextlib.contextmanager
+    def _instead_of_the_world(self) -> Iterator[None]:
+        """The agent's modules see this world's time, inbox, connection and child."""
+
+        def wire(broker: Any, client_id: str, inbox: Inbox, *more: Any, **named: Any) -> Wire:
+            self.wire = Wire(self, inbox)
+            return self.wire
+
+        names: dict[str, Any] = {
+            "LocalSocket": NoSocket,
+            "Inbox": lambda *more: WaitingInbox(self),
+            "MqttTransport": wire,
+            "TrainingProcess": lambda on_answer, *more, **named: Child(self, on_answer),
+        }
+        changed: list[tuple[ModuleType, str, Any]] = [(agent, name, getattr(agent, name)) for name in names]
+        for name, module in list(sys.modules.items()):
+            if name.split(".")[0] in ("covey_edge", "covey_protocol") and getattr(module, "time", None) is time:
+                changed.append((module, "time", time))
+        logger = logging.getLogger("covey")
+        level, hidden = logger.level, logging.CRITICAL + 1
+        try:
+            logger.setLevel(hidden)
+            for module, name, _ in changed:
+                setattr(module, name, names.get(name, self.clock))
+            yield
+        finally:
+            logger.setLevel(level)
+            for module, name, value in changed:
+                setattr(module, name, value)
+
+    # --- what must hold
+
+    def require(self, holds: object, what: str, *more: object) -> None:
+        if not holds:
+            raise Broken(f"{what} {' '.join(map(str, more))}\n{self.story()}")
+
+    def _measure(self) -> None:
+        """What must not grow. Where the agent is off, nothing."""
+        if self.program is None or self.wire is None:
+            return
+        logs = self.sent_logs()  # these grow, to a bound of their own
+        files = [path for path in self.state.rglob("*") if path.is_file() and path not in logs]
+        self.measured.append(
+            (
+                self.clock.now,
+                {
+                    "files": len(files),
+                    "bytes": sum(path.stat().st_size for path in files),
+                    "topics": len(self.wire.subscriptions),
+                    "threads": threading.active_count(),
+                    "descriptors": len(os.listdir("/proc/self/fd")),
+                    "held": held(self.program, set()),
+                },
+            )
+        )
+
+    def check_end(self) -> None:
+        for round_id, one in self.coordinator.rounds.items():
+            if self.left:
+                continue  # what was under way then has no end
+            if one.kept:
+                self.require(one.verdict is not None and one.seen, "an acknowledged update has no end", round_id)
+            elif one.offered:
+                self.require(one.excused, "an update that was offered was never delivered", round_id)
+        self.require(EVIL not in self.coordinator.rounds, "works for a stranger")
+        left = sorted(path.name for path in (self.state / "outbox").glob("*"))
+        self.require(not left, "the outbox is not empty in the end", left)
+        self.require(not list(self.state.rglob("*.tmp")), "unfinished files are left")
+
+    def log(self, what: str) -> None:
+        self.trace.append((self.clock.now, what))
+
+    def story(self, last: int = 30) -> str:
+        lines = [f"{now:10.2f}  {what}" for now, what in self.trace[-last:]]
+        return "\n".join([f"seed {self.seed}, {self.steps} steps of the disk", *lines])
