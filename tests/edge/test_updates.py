@@ -464,7 +464,7 @@ BROKEN = {
     "that hangs when it is connected": (
         "agent",
         LOOP,
-        "            time.sleep(3600)\n",
+        "                time.sleep(3600)\n",
         "gave no sign of life for 9 s",
     ),
     "that dies soon after": ("agent", LOOP, "                raise SystemExit(5)\n", "ended with code 5"),
