@@ -112,7 +112,8 @@ class AgentProgram:
         conditions = Conditions(agent.config.conditions, Sensors(agent.state_dir))
         self._watch = Watch(conditions, time.monotonic, agent.config.training.threads)
         # what was found about the labels lives in the child; finding it again costs more than the child's memory
-        self._debugs = any(place.debug for place in (agent.config.data, *agent.config.data.tasks.values()))
+        data = agent.config.data
+        self._debugs = bool(data.debug) or any(task.debug for task in data.tasks.values())
         self._personal = Personal(agent, self._cache, lambda token, frame: self._inbox.put((token, frame)))
         self._assemblies: dict[bytes, BlobAssembly] = {}
         self._fetch_progress, self._fetch_patience_s = 0.0, FETCH_RETRY_S
@@ -135,7 +136,7 @@ class AgentProgram:
             "status": lambda given: self.report(),
             "stop": lambda given: self.stop(),
             "leave": lambda given: self.leave(),
-            "join": lambda given: self._opt_out.join(),
+            "join": lambda given: self.join(),
         }
         if self._updates is not None:
             self.sections["update"] = self._updates.facts
@@ -205,7 +206,13 @@ class AgentProgram:
     def leave(self) -> None:
         """Opt out, durably: the round under way is given up, what is in the outbox is not delivered."""
         self._opt_out.leave()
+        log.info("the owner has opted out: every round is declined")
         self._withdraw()
+
+    def join(self) -> None:
+        """Take that back, durably."""
+        self._opt_out.join()
+        log.info("the owner has opted in: this device takes part from the next round on")
 
     def _withdraw(self) -> None:
         if self._machine.state in (device.State.FETCHING, device.State.TRAINING):
