@@ -172,17 +172,21 @@ class AgentProgram:
             try:
                 item = self._inbox.get(timeout=max(0.0, next_tick - time.monotonic()))
             except queue.Empty:
-                next_tick = time.monotonic() + TICK_S
-                self._handle(device.Tick())
-                self._watch_conditions()
-                self._retry_fetch()
-                self._look_after_ourselves()
-                if not self._debugs:
-                    self._child.rest()
-                self._personal.tick(idle=self._machine.state is device.State.IDLE and self._machine.postponed is None)
-                continue
+                item = None
             if item is not None:
                 self._take(item)
+            if time.monotonic() >= next_tick:  # also while messages come without a pause
+                next_tick = time.monotonic() + TICK_S
+                self._tick()
+
+    def _tick(self) -> None:
+        self._handle(device.Tick())
+        self._watch_conditions()
+        self._retry_fetch()
+        self._look_after_ourselves()
+        if not self._debugs:
+            self._child.rest()
+        self._personal.tick(idle=self._machine.state is device.State.IDLE and self._machine.postponed is None)
 
     def stop(self) -> None:
         """Ask `run` to return (safe from a signal handler)."""
