@@ -197,13 +197,13 @@ class AgentProgram:
         """Say goodbye to the broker and end the child."""
         if not self.starts_anew:
             self.service.stopping()
+        self._socket.close()  # nobody answers any more
         if self._connected:
             with contextlib.suppress(errors.TransportError):  # then the last will says it for us
                 self._transport.flush([self._publish_presence(online=False)], timeout_s=2.0)
             self._transport.close()
         self._child.stop()
         self._personal.close()
-        self._socket.close()
         if self._lock is not None:
             self._lock.close()
 
