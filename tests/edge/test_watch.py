@@ -124,9 +124,16 @@ def test_a_device_that_waits_to_join_looks_once_a_minute(bench: Bench) -> None:
     assert "not charging" in bench.watch.refusal()
     bench.battery("Charging")
     bench.now += 59.0
-    assert not bench.watch.may_join(0.0)
+    asked: list[str] = []
+
+    def need_mb() -> float:
+        asked.append("the disk")
+        return 0.0
+
+    assert not bench.watch.may_join(need_mb)
+    assert asked == []
     bench.now += 1.0
-    assert bench.watch.may_join(0.0)
+    assert bench.watch.may_join(need_mb)
 
 
 def test_the_coordinator_hears_kinds_and_no_numbers(tmp_path: Path) -> None:
