@@ -180,7 +180,7 @@ def test_a_device_does_not_flap_over_the_load_that_it_makes_itself(tmp_path: Pat
 
     bench = Bench(tmp_path, charging=False, max_load=0.4 / host.cores())
     orders, load, training = [], 0.2, True  # others: 0.2
-    for _ in range(60):
+    for _ in range(24):
         kept = math.exp(-10 / 60)
         load = kept * load + (1 - kept) * (0.2 + training)
         bench.write("proc/loadavg", f"{load:.2f} 0 0 1/2 3")
@@ -188,7 +188,7 @@ def test_a_device_does_not_flap_over_the_load_that_it_makes_itself(tmp_path: Pat
         training = not bench.watch.paused
     assert set(orders) == {NOTHING}
     for others in (1.0, 0.2):  # others come, then go: paused once, and once it goes on
-        for _ in range(40):
+        for _ in range(20):
             load = kept * load + (1 - kept) * (others + training)
             bench.write("proc/loadavg", f"{load:.2f} 0 0 1/2 3")
             orders.append(bench.look())
