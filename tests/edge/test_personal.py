@@ -16,6 +16,7 @@ from models_kept import digits, parameters_of
 from patience import PATIENCE_S
 
 from covey_edge.cache import BlobCache
+from covey_edge.conditions import Sensors
 from covey_edge.config import load_agent
 from covey_edge.frames import Frame, Personalise, Personalised, Problem, Tune
 from covey_edge.inference import Predictor
@@ -149,10 +150,28 @@ class Device:
         self.agent = load_agent(folder / "agent.toml")
         self.cache = BlobCache(self.agent.state_dir / "blobs")
         self.answers: queue.Queue[tuple[object, Frame]] = queue.Queue()
-        self.personal = Personal(self.agent, self.cache, lambda token, frame: self.answers.put((token, frame)))
+        self.now, self.root = 0.0, folder / "root"
+        self.battery("Charging")
+        self.personal = Personal(
+            self.agent,
+            self.cache,
+            lambda token, frame: self.answers.put((token, frame)),
+            Sensors(self.agent.state_dir, self.root, {}),
+            lambda: self.now,
+        )
         self.store = ModelStore(self.agent.state_dir)
         self._bundle = bundle
         self.numbers = iter(range(1, 100))
+
+    def battery(self, status: str) -> None:
+        for name, text in (("type", "Battery"), ("status", status)):
+            path = self.root / "sys/class/power_supply/BAT0" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+
+    def look(self, after_s: float = 10.0) -> None:
+        self.now += after_s
+        self.personal.tick(idle=True)
 
     def round(self, parameters: np.ndarray, task: str = "") -> Invitation:
         """This device has worked in a round with these parameters."""
@@ -243,6 +262,34 @@ def test_a_round_that_begins_stops_the_copy_at_once_and_it_is_made_later(made: A
     owner.personal.tick(idle=False)
     assert not owner.personal._child.busy
     owner.personal.tick(idle=True)
+    assert owner.personal._child.busy
+
+
+def test_a_copy_is_made_under_the_conditions_of_a_round_and_pauses_when_they_do_not_hold(
+    made: Any, digits_bundle: bytes
+) -> None:
+    owner = made("keep = true\nfinetune_epochs = 1000\n[conditions]\ncharging = true")
+    owner.battery("Discharging")
+    owner.round(parameters_of(digits_bundle))
+    owner.look()
+    owner.battery("Charging")
+    owner.look()
+    assert owner.personal._child.pid is None  # it is not looked again so soon
+    owner.look(after_s=60.0)
+    assert owner.answer()  # scored; the copy is being made
+    pid = owner.personal._child.pid
+    state = Path(f"/proc/{pid}/stat")
+    owner.battery("Discharging")
+    owner.look()
+    end = time.monotonic() + PATIENCE_S
+    while state.read_text().rsplit(")", 1)[1].split()[0] != "T":
+        assert time.monotonic() < end
+    owner.battery("Charging")
+    owner.look()
+    owner.look()
+    while state.read_text().rsplit(")", 1)[1].split()[0] == "T":
+        assert time.monotonic() < end
+    assert owner.personal._child.pid == pid
     assert owner.personal._child.busy
 
 

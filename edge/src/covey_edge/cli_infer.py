@@ -95,11 +95,12 @@ def serve(
     """Answer POST /predict, GET /model and GET /health until Ctrl-C or SIGTERM. See docs/personal-models.md."""
     from covey_edge.inference import Predictor
     from covey_edge.inference_server import LOOPBACK, InferenceServer
-    from covey_edge.processes import interrupted_by_signals
+    from covey_edge.processes import frugal_memory, interrupted_by_signals
     from covey_protocol.errors import ConfigError
 
     if (socket_path is None) == (port is None):
         raise ConfigError("a local endpoint needs one of --socket and --port", "give one of them")
+    frugal_memory()
     token = _token(token_file)
     if port is not None and not token and host not in LOOPBACK:
         raise ConfigError(f"--host {host} without a token", "give --token-file: others on the network reach this port")

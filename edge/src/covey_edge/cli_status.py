@@ -11,6 +11,8 @@ import click
 
 from covey_edge.cli_agent import config_option
 
+STARTING_S = 30.0  # for an agent that has its lock, and does not listen yet or any more
+
 
 @click.command(short_help="What the agent is doing.")
 @config_option
@@ -103,13 +105,19 @@ def join(config_path: Path) -> None:
 
 def _opt(config_path: Path, which: str) -> None:
     from covey_edge.config import load_agent
-    from covey_edge.local_socket import NotRunning, StateLock, ask
+    from covey_edge.local_socket import NotRunning, StateLock, ask, lock_holder
     from covey_edge.opting_out import OptOut
 
     folder = load_agent(config_path).state_dir
-    try:
-        ask(folder, which)
-    except NotRunning:
-        lock = StateLock(folder)  # an agent that is just starting would not hear of it
-        getattr(OptOut(folder), which)()
-        lock.close()
+    end = time.monotonic() + STARTING_S
+    while True:
+        try:
+            ask(folder, which)
+            return
+        except NotRunning:
+            if lock_holder(folder) is None or time.monotonic() > end:
+                break
+            time.sleep(0.1)  # an agent that starts or ends
+    lock = StateLock(folder)
+    getattr(OptOut(folder), which)()
+    lock.close()

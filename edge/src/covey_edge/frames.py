@@ -153,6 +153,7 @@ class Personalise(msgspec.Struct, frozen=True, tag="personalise"):
     data_path: str
     tune: Optional[Tune] = None
     reading: Reading = Reading()
+    threads: int = 1
 
 
 class Personalised(msgspec.Struct, frozen=True, tag="personalised"):

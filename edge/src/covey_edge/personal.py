@@ -19,10 +19,11 @@ from covey_edge.data_sources import Examples
 from covey_edge.examples import prepared
 from covey_edge.frames import Personalise, Personalised, Tune
 from covey_edge.model_rules import Score
+from covey_edge.opening import opened
 from covey_edge.reading import Reading
 from covey_edge.runtime import Floats, Model
 from covey_edge.trainer import train
-from covey_protocol.bundle import Manifest, read_bundle
+from covey_protocol.bundle import Manifest
 from covey_protocol.errors import BundleError, DataError, TrainingError
 from covey_protocol.parameters import offsets
 from covey_protocol.seals import PublicKey
@@ -33,7 +34,7 @@ GROUPS = 30  # of held-out examples: enough for a standard error, and each costs
 def personalised(request: Personalise) -> Personalised:
     """Raises DataError, BundleError, TrainingError."""
     keys = [PublicKey.from_hex(text) for text in request.sealed_by]
-    model = Model(read_bundle(_read(request.bundle_path, request.bundle_sha256), keys))
+    model = Model(opened(_read(request.bundle_path, request.bundle_sha256), keys), request.threads)
     every = [np.frombuffer(_read(*one), "<f4").astype(np.float32) for one in request.parameters]
     made = fine_tuned(model, every[0], request.tune) if request.tune is not None else None
     if made is not None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Optional
@@ -17,6 +18,7 @@ from typing import NamedTuple, Optional
 import msgspec
 
 from covey_edge.cache import BlobCache
+from covey_edge.conditions import TRAINING, Conditions, Sensors
 from covey_edge.config import Agent, TaskPersonal
 from covey_edge.frames import Frame, Personalise, Personalised, Problem, Tune
 from covey_edge.model_choice import Scores, comparable, measure_of, with_federated, with_personal
@@ -24,10 +26,13 @@ from covey_edge.model_store import Kept, ModelStore, Scale, Version
 from covey_edge.policy import DataPlace, data_for
 from covey_edge.reading import Reading
 from covey_edge.training_process import TrainingProcess
+from covey_edge.watch import Order, Watch
 from covey_protocol.errors import StorageError
 from covey_protocol.messages import Invitation, TrainingPlan
 
 log = logging.getLogger("covey.agent")
+
+LOOK_AGAIN_S = 60.0  # at conditions that keep a copy from being made; nobody waits for it
 
 
 class _Job(NamedTuple):
@@ -40,13 +45,23 @@ class _Job(NamedTuple):
 
 
 class Personal:
-    """Called from the agent's loop alone. Does nothing for tasks without `keep`."""
+    """Called from the agent's loop alone. Does nothing for tasks without `keep`. clock: seconds, never backwards."""
 
-    def __init__(self, agent: Agent, cache: BlobCache, on_answer: Callable[[object, Frame], None]) -> None:
-        self._agent, self._cache = agent, cache
-        self._child = TrainingProcess(on_answer, agent.config.training.memory_mb)
+    def __init__(
+        self,
+        agent: Agent,
+        cache: BlobCache,
+        on_answer: Callable[[object, Frame], None],
+        sensors: Optional[Sensors] = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._agent, self._cache, training = agent, cache, agent.config.training
+        self._child = TrainingProcess(on_answer, training.memory_mb, training.nice)
+        conditions = Conditions(agent.config.conditions, sensors or Sensors(agent.state_dir))
+        self._clock, self._watch = clock, Watch(conditions, clock, training.threads)
         self._waiting: dict[str, Invitation] = {}  # task -> the newest round this device has worked in
         self._job: Optional[_Job] = None
+        self._look_again = -math.inf  # when conditions did not hold
 
     def worked(self, invitation: Optional[Invitation]) -> None:
         """The child has trained or evaluated this round's model, so it loads and passed the screening of its work."""
@@ -54,8 +69,11 @@ class Personal:
             self._waiting[invitation.plan.task] = invitation
 
     def tick(self, *, idle: bool) -> None:
-        """Once a second. idle: the device works for no round."""
-        if not idle or self._job is not None or not self._waiting:
+        """Once a second. idle: the device works for no round, and waits for none."""
+        if self._job is not None:
+            self._obey(self._watch.order(TRAINING, math.inf, 0.0, busy=self._child.busy))
+            return
+        if not idle or not self._waiting or not self._may_begin():
             return
         _, invitation = self._waiting.popitem()
         try:
@@ -74,32 +92,44 @@ class Personal:
             except StorageError as exc:
                 log.error("%s", exc)
             if self._job is None:
-                self._child.stop()
+                self.close()
         return True
 
-    def interrupt(self) -> None:
+    def interrupt(self, why: str = "a round begins") -> None:
         """A round's training begins: it has the processor and the memory."""
         if self._job is not None:
-            log.info("task %r: a round begins, the personal model waits for a later one", self._task(self._job))
+            log.info("task %r: %s, the personal model waits", self._task(self._job), why)
             self._waiting.setdefault(self._task(self._job), self._job.invitation)
         self.close()
 
     def close(self) -> None:
         self._job = None
+        self._watch.over()
         self._child.stop()
 
     def section(self) -> dict[str, str]:
         """For `covey agent status`: task -> which model its applications get, and how it came to that."""
-        settings = self._agent.config.personal
-        tasks = [name for name in ("", *settings.tasks) if settings.of(name).keep]
-        stores = {
-            name: ModelStore(self._agent.state_dir, name).load() for name in [*tasks, *self._agent.config.data.tasks]
-        }
-        return {
-            name: f"{kept.used}; newest: {kept.history[-1].decision if kept.history else 'none'}"
-            for name, kept in stores.items()
-            if kept is not None
-        }
+        config = self._agent.config
+        names = dict.fromkeys(("", *config.data.tasks, *config.personal.tasks))
+        return {name: _told(ModelStore(self._agent.state_dir, name)) for name in names if config.personal.of(name).keep}
+
+    # --- conditions: the same as for a round
+
+    def _may_begin(self) -> bool:
+        if self._clock() < self._look_again:
+            return False
+        if self._watch.refusal():
+            self._look_again = self._clock() + max(LOOK_AGAIN_S, self._agent.config.conditions.check_every_s)
+            return False
+        return True
+
+    def _obey(self, order: Order) -> None:
+        if order is Order.PAUSE:
+            self._child.pause()
+        elif order is Order.GO_ON:
+            self._child.go_on()
+        elif order is Order.GIVE_UP:
+            self.interrupt("the conditions do not hold any more")
 
     # --- steps
 
@@ -155,9 +185,12 @@ class Personal:
             str(self._agent.folder / place.path) if place is not None else "",
             tune,
             place.kept_in(self._agent.state_dir) if place is not None else Reading(),
+            self._agent.config.training.threads,
         )
         self._job = job
         self._child.request(job, request, self._agent.config.training.timeout_s)
+        if self._watch.paused:
+            self._child.pause()
 
     def _take(self, job: _Job, frame: Frame) -> None:
         if isinstance(frame, Problem):
@@ -224,6 +257,16 @@ class Personal:
 
     def _task(self, job: _Job) -> str:
         return job.invitation.plan.task
+
+
+def _told(store: ModelStore) -> str:
+    try:
+        kept = store.load()
+    except StorageError as exc:
+        return str(exc)
+    if kept is None:
+        return "none yet"
+    return f"{kept.used}; newest: {kept.history[-1].decision}" if kept.history else str(kept.used)
 
 
 def _now_ms() -> int:

@@ -43,7 +43,7 @@ log = logging.getLogger("covey.agent")
 
 NAME, SUMMARY = "sent.jsonl", "sent-summary.json"  # in state_dir
 _OLDER = re.compile(r"\Asent-(\d{6})\.jsonl\Z")
-MAX_FILE_BYTES = 2**20  # some 800 rounds; read whole when it is summed up, which must not show in the agent's memory
+MAX_FILE_BYTES = 2**20  # some 1,100 rounds; read whole when it is summed up, which must not show in the agent's memory
 KEPT_FILES = 16  # older ones, beside the current
 REMEMBERED = 256  # messages that are not written again when they are said again
 WAITING = 64  # lines that a full disk has kept out, until there is space again
@@ -193,8 +193,8 @@ class SentLog:
         if isinstance(message, Seen):
             return self._line("seen", "has read the verdict", message.round_id)
         assert isinstance(message, Presence)
-        online = f"online, covey {message.agent_version}, {message.runtime or 'no runtime yet'}"
-        return self._line("presence", online if message.online else "offline")
+        said = f"online, covey {message.agent_version}, {message.runtime}" if message.online else "offline"
+        return self._line("presence", f"{said}; {message.trouble}" if message.trouble else said)
 
     def _put_off(self, line: Line) -> None:
         if len(self._waiting) < WAITING:

@@ -81,7 +81,8 @@ class Updates:
         if self.told:
             log.error("%s; it is not tried again, %s goes on", self.told, __version__)
         if not self.on_trial:
-            self._folder.remove_others([self._boot.current, self._boot.previous, self._folder.staged().version])
+            boot = self._boot
+            self._folder.remove_others([boot.current, boot.previous, boot.trial, self._folder.staged().version])
 
     @property
     def on_trial(self) -> bool:
