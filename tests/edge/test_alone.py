@@ -65,6 +65,40 @@ def device(tmp_path_factory: pytest.TempPathFactory, digits_bundle: bytes) -> Pa
     return folder
 
 
+# fine-tune, keep, and answer: what an owner does
+KEEP = """
+import hashlib, json, sys, tempfile
+from pathlib import Path
+import numpy as np
+from covey_edge.frames import Personalise, Personalised, Tune
+from covey_edge.inference import Predictor
+from covey_edge.model_store import Kept, ModelStore, Version
+from covey_edge.runtime import Model
+from covey_edge.trainer import Trainer
+from covey_protocol.bundle import read_bundle
+from covey_protocol.messages import TrainingPlan
+folder, key, state = Path(sys.argv[1]), sys.argv[2], Path(tempfile.mkdtemp())
+bundle, store = (folder / "bundle").read_bytes(), ModelStore(state)
+received = Model(read_bundle(bundle)).parameters().astype("<f4").tobytes()
+names = [hashlib.sha256(one).hexdigest() for one in (bundle, received)]
+version = Version("federated", names[0], names[1], (key,), 1, "r", 0)
+with store.changing():
+    store.commit(Kept(version, version), dict(zip(version.files, (bundle, received))))
+files, data = [str(store.path(name)) for name in version.files], str(folder / "data.npz")
+tune = Tune("npz", data, TrainingPlan(3, 0.1, shuffle_seed=1), (), "pi")
+made = Trainer().answer(Personalise(files[0], names[0], (key,), ((files[1], names[1]),), "npz", data, tune))
+assert isinstance(made, Personalised), made
+names[1] = hashlib.sha256(made.parameters).hexdigest()
+own = Version("personal", names[0], names[1], (key,), 1, "r", 0)
+predictor = Predictor.open(state)
+with np.load(data) as examples:
+    x, y = examples["x"], examples["y"]
+right = [float((predictor.predict(x).argmax(axis=1) == y).mean())]
+with store.changing():
+    store.commit(store.load().using(own), {own.files[1]: made.parameters})
+right.append(float((predictor.predict(x).argmax(axis=1) == y).mean()))
+print(json.dumps({"right": right, "model": str(predictor.version)}))
+"""
 UPDATES: dict[str, np.ndarray] = {}
 
 
@@ -95,6 +129,13 @@ def test_the_edge_alone_installs_trains_and_reports(
     assert "agent" in helped.stdout
     assert "demo" not in helped.stdout
     print(f"\nPython {version}: {result['runtime']}, loss {result['before']:.4f} -> {result['after']:.4f}")
+    kept = subprocess.run(
+        [python, "-c", KEEP, str(device), coordinator_key.public.hex()], check=False, capture_output=True, text=True
+    )
+    assert kept.returncode == 0, kept.stderr[-2000:]
+    answers = json.loads(kept.stdout)
+    assert answers["model"].startswith("personal model")
+    assert answers["right"][1] > answers["right"][0] + 0.2
     update = np.frombuffer((device / "update").read_bytes(), "<f4")
     for other, known in UPDATES.items():
         np.testing.assert_allclose(update, known, atol=1e-5, err_msg=f"{version} against {other}")

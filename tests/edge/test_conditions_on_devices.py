@@ -169,7 +169,7 @@ def test_a_phone_whose_owner_wants_no_pause_says_why_it_does_not_deliver(phone: 
 @pytest.mark.fleet
 @pytest.mark.slow
 def test_a_paused_phone_gives_up_before_the_rounds_end(phone: Phone) -> None:
-    phone.start(epochs=LONG, duration_s=30.0)
+    phone.start(epochs=LONG, duration_s=90.0)
     phone.until(phone.trains)
     phone.battery(*ON_BATTERY)
     phone.until(lambda: "failed: this device's conditions do not hold: not charging" in phone.log("serve"))

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from brokers import RunningBroker
+from environments import FROM_LOCK, found_python, install, make_environment
 from patience import PATIENCE_S
 from release_helpers import MAKER, agent_files, as_file, released, small_wheel, wheel, write_device
 
@@ -235,6 +236,16 @@ def test_one_that_failed_before_is_not_fetched_and_the_operator_hears_why(device
     assert device.fetching() == set()
 
 
+def test_one_that_the_launcher_could_not_take_up_is_not_fetched_again_and_again(device: Device) -> None:
+    """A full disk, say: else device and launcher would start each other for ever."""
+    device.hears(released(SMALL))
+    device.fetches(SMALL[1])
+    device.start()  # and staged.json is still there
+    device.hears(released(SMALL))
+    assert device.fetching() == set()
+    assert not device.updates.tick(idle=True)
+
+
 def test_its_owner_may_have_it_tried_again(device: Device) -> None:
     Folder(device.releases).save(failed(Boot(trial="9.0"), "9.0 ended with code 1"))
     device.start()
@@ -312,14 +323,15 @@ def test_the_coordinators_key_is_no_release_key(device: Device) -> None:
 class Running:
     """A device under its launcher, as a service would be: started again when it ends badly."""
 
-    def __init__(self, folder: Path, url: str, coordinator_key: SealingKey) -> None:
+    def __init__(self, folder: Path, url: str, coordinator_key: SealingKey, python: str = sys.executable) -> None:
+        self.python = python
         self.config = write_device(folder, url, coordinator_key)
         self.state = folder / "state"
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         limits = ("--ready-within", "40", "--healthy-for", "0.5", "--watchdog", "9", "--pause", "0.1")
-        command = [sys.executable, "-m", "covey_edge.launcher", "--state", str(self.state), *limits, "--"]
+        command = [self.python, "-m", "covey_edge.launcher", "--state", str(self.state), *limits, "--"]
         self.process = subprocess.Popen([*command, "--config", str(self.config)], cwd=self.config.parent)
 
     def keep_running(self) -> None:
@@ -369,7 +381,7 @@ def running(mosquitto: RunningBroker, coordinator_key: SealingKey, tmp_path: Pat
 def give(running: Running, file: bytes) -> subprocess.CompletedProcess[str]:
     path = running.config.with_name("given.covey-release")
     path.write_bytes(file)
-    command = [*COVEY, "agent", "update", "--config", str(running.config), str(path)]
+    command = [running.python, "-m", "covey_edge", "agent", "update", "--config", str(running.config), str(path)]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE_S)
 
 
@@ -509,3 +521,32 @@ def test_the_real_wheel_becomes_a_release_and_a_larger_share_of_it(tmp_path: Pat
     facts = json.loads(shown)
     assert (facts["version"], facts["share"], facts["requires_python"]) == (__version__, 1.0, ">=3.9")
     assert facts["wheels"][0]["name"] == file.name
+
+
+@pytest.mark.slow
+@pytest.mark.broker
+@pytest.mark.fleet
+@pytest.mark.parametrize("version", ["3.9", "3.13"])
+def test_an_installed_agent_alone_renews_itself(
+    version: str, mosquitto: RunningBroker, coordinator_key: SealingKey, tmp_path: Path
+) -> None:
+    """From its wheel, in an environment that holds the edge's dependencies and nothing else."""
+    found = found_python(version)
+    if found is None:
+        pytest.skip(f"there is no Python {version} on this machine")
+    python = make_environment(found, tmp_path / "environment")
+    name, data = wheel(agent_files(__version__), __version__)
+    (tmp_path / name).write_bytes(data)
+    problem = install(python, *FROM_LOCK) or install(python, "--no-deps", "--no-index", str(tmp_path / name))
+    if problem:
+        pytest.skip(f"pip cannot install the agent: {problem}")
+    running = Running(tmp_path / "device", mosquitto.url, coordinator_key, python)
+    running.start()
+    try:
+        running.until(lambda: running.runs(__version__))
+        made = wheel(agent_files("0.2.0"), "0.2.0")
+        given = give(running, as_file(released(made), made))
+        assert given.returncode == 0, given.stderr
+        running.until(lambda: running.runs("0.2.0"))
+    finally:
+        running.stop()

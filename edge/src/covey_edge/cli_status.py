@@ -44,6 +44,9 @@ def facts_of(agent: Any) -> dict[str, Any]:
 def lines_of(facts: dict[str, Any]) -> list[str]:
     """For people."""
     lines = [f"{facts['device_id']} of {facts['fleet']}: {facts['state']}, {facts['doing']}"]
+    if facts["left_ms"] is not None:
+        since = time.strftime("%Y-%m-%d %H:%M", time.gmtime(facts["left_ms"] / 1000))
+        lines.append(f"owner      opted out on {since} UTC; `covey agent join` takes that back")
     if facts["round_id"]:
         task = f", task {facts['task']}" if facts["task"] else ""
         lines.append(f"round      {facts['round_id']}{task}, ends in {_span(facts['ends_in_s'])}")
@@ -57,7 +60,7 @@ def lines_of(facts: dict[str, Any]) -> list[str]:
     lines.append(f"outbox     without a verdict: {owed}" if owed else "outbox     empty")
     lines += _privacy_lines(facts["privacy"])
     for name, section in sorted(facts["sections"].items()):
-        lines.append(f"{name:<10} {section if isinstance(section, str) else json.dumps(section)}")
+        lines.append(f"{name:<10} {_section(section)}")
     if facts["pid"] is not None:
         lines.append(
             f"process    {facts['pid']}, {_mb(facts['memory_mb'])}, up {_span(facts['uptime_s'])}, "
@@ -66,6 +69,15 @@ def lines_of(facts: dict[str, Any]) -> list[str]:
     for line in facts["rounds"]:
         lines.append(f"  {line['at']} {line['kind']:<10} {line.get('round', '')}: {line['words']}")
     return lines
+
+
+def _section(section: Any) -> str:
+    """A value of another part, in one line."""
+    if isinstance(section, dict):
+        return "; ".join(f"{key}: {_section(value)}" if key else _section(value) for key, value in section.items())
+    if isinstance(section, list):
+        return ", ".join(_section(value) for value in section)
+    return str(section)
 
 
 def _privacy_lines(privacy: dict[str, Any]) -> list[str]:

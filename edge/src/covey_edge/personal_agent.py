@@ -107,11 +107,16 @@ class Personal:
         self._watch.over()
         self._child.stop()
 
-    def section(self) -> dict[str, str]:
-        """For `covey agent status`: task -> which model its applications get, and how it came to that."""
+    def section(self) -> str:
+        """For `covey agent status`: which model applications get, and how it came to that, of each task."""
         config = self._agent.config
         names = dict.fromkeys(("", *config.data.tasks, *config.personal.tasks))
-        return {name: _told(ModelStore(self._agent.state_dir, name)) for name in names if config.personal.of(name).keep}
+        told = [
+            f"{name}: {text}" if name else text
+            for name in names
+            if config.personal.of(name).keep and (text := _told(ModelStore(self._agent.state_dir, name)))
+        ]
+        return "; ".join(told) or "none are kept"
 
     # --- conditions: the same as for a round
 
@@ -265,8 +270,8 @@ def _told(store: ModelStore) -> str:
     except StorageError as exc:
         return str(exc)
     if kept is None:
-        return "none yet"
-    return f"{kept.used}; newest: {kept.history[-1].decision}" if kept.history else str(kept.used)
+        return ""
+    return f"{kept.used} (newest decision: {kept.history[-1].decision})" if kept.history else str(kept.used)
 
 
 def _now_ms() -> int:

@@ -74,7 +74,8 @@ class Tally(Struct, frozen=True):
 
 
 class Summary(Struct, frozen=True):
-    """through: number of the newest file that is in it. months: "2026-11" -> kind -> Tally. unreadable: lines."""
+    """through: number of the newest file that is in it. months: "2026-11" -> kind -> Tally; verdicts by what they are,
+    as "verdict: accepted". unreadable: lines."""
 
     through: int = 0
     months: dict[str, dict[str, Tally]] = {}
@@ -189,7 +190,8 @@ class SentLog:
         if isinstance(message, Failure):
             return self._line(FAILURE, message.reason, message.round_id)
         if isinstance(message, Answer):
-            return self._line("answer", "takes part" if message.accept else message.reason, message.round_id)
+            said = "takes part" if message.accept else f"declines: {message.reason}"
+            return self._line("answer", said, message.round_id)
         if isinstance(message, Seen):
             return self._line("seen", "has read the verdict", message.round_id)
         assert isinstance(message, Presence)
@@ -317,6 +319,7 @@ def _summed(summary: Summary, number: int, lines: list[Line], unreadable: int) -
     months = {month: dict(kinds) for month, kinds in summary.months.items()}
     for line in lines:
         kinds = months.setdefault(line.at[:7], {})
-        old = kinds.get(line.kind, Tally(0, 0, line.at, line.at))
-        kinds[line.kind] = Tally(old.lines + 1, old.bytes + line.bytes, min(old.first, line.at), max(old.last, line.at))
+        kind = f"{VERDICT}: {line.words.partition(':')[0]}" if line.kind == VERDICT else line.kind
+        old = kinds.get(kind, Tally(0, 0, line.at, line.at))
+        kinds[kind] = Tally(old.lines + 1, old.bytes + line.bytes, min(old.first, line.at), max(old.last, line.at))
     return Summary(number, months, summary.unreadable + unreadable)

@@ -96,7 +96,7 @@ FULL = Level(
 @dataclass(frozen=True)
 class Piece:
     """kind: pieces of one kind cost alike. said: for the progress. needed: without it nothing can be said of what the
-    plan's updates tell: an attack on the first of them.
+    plan's updates tell: an attack on the first of them, or on what devices have in common.
     """
 
     key: str
@@ -350,7 +350,7 @@ def _property(bench: Bench, audit: PropertyAudit, case: Case, place: str) -> Pie
         told = bench.result(key, case, name, sees=audit.sees, metrics=finite(metrics), notes=notes, cut=stop())
         return told, None
 
-    return Piece(key, "property", f"{name} of {place}", work)
+    return Piece(key, f"property/{case.name}", f"{name} of {place}", work, needed=case.name == PLAN)
 
 
 # ---- what a malicious server would get
