@@ -131,9 +131,7 @@ class RealTraining:
         return answer
 
 
-def test_real_training_lets_no_data_out(
-    tmp_path: Path, digits_bundle: bytes, coordinator_key: Any
-) -> None:
+def test_real_training_lets_no_data_out(tmp_path: Path, digits_bundle: bytes, coordinator_key: Any) -> None:
     from sklearn.datasets import load_digits
 
     x, y = load_digits(return_X_y=True)
