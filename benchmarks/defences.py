@@ -3,13 +3,15 @@
     .venv/bin/python benchmarks/defences.py [--part NAME]... [--draws 3] [--json FILE] [--pictures FOLDER] [--quick]
 
 Handwritten digits (scikit-learn's, 8 x 8), a small convolution net with sigmoids as in the papers on deep leakage (two
-convolutions, one dense layer, 2,500 numbers), freshly initialised, in float64. Three parts:
+convolutions, one dense layer, 2,500 numbers), freshly initialised, in float64. Four parts:
 
   resolution  one digit, nine noises: the resolution number and the PSNR it expects beside the PSNR that two attacks
               reach, Tarantola's most probable batch (also with a prior learned of 1,000 other digits) and inverting
               gradients (cosine distance). Rank correlation
   defences    for each defence the PSNR of inverting gradients, of the most probable batch for somebody who takes the
               update for undefended, and of the one who knows the defence
+  imprint     the same defences against a malicious server, which sends parameters made to read a batch (a net of 64
+              ReLUs): the share of examples that comes out for who takes the update for undefended, and for who knows
   trade-off   the curves of `covey audit` (`audit.curves`) without its attacks: what an update resolves per example and
               the accuracy of ten devices after 20 rounds, over noise, clip norm, examples, passes and joined rounds
 
@@ -51,7 +53,10 @@ from covey_coordinator.inversion.adaptive import (
     leakage_of,
 )
 from covey_coordinator.inversion.contract import Finding, Seen
+from covey_coordinator.inversion.extraction import nearest_errors, recovered_share
 from covey_coordinator.inversion.grading import grade
+from covey_coordinator.inversion.imprint import Imprint, imprinted
+from covey_coordinator.inversion.imprint_defended import read_imprint
 from covey_coordinator.inversion.inverting_gradients import InvertingGradients
 from covey_coordinator.inversion.keras_model import KerasModel
 from covey_coordinator.inversion.metrics import mse, psnr
@@ -176,7 +181,7 @@ def cases(quick: bool) -> list[tuple[str, Defence, int, int, int]]:
         ("broken", Soteria(KERNEL, no_features, 0.4), 1, 1, 1),
         ("local steps", none, 2, 1, 2),
         ("batch", none, 4, 4, 1),
-        ("central noise", CentralNoise(0.5, 0.1, devices=4), 4, 4, 1),
+        ("central noise", CentralNoise(1.0, 0.1, devices=4), 4, 4, 1),
     ]
     return found[:3] if quick else found
 
@@ -231,6 +236,61 @@ COLUMNS = ("group", "defence", "cosine", "unaware", "adaptive", "expected", "res
 
 def as_row(values: Sequence[Any]) -> str:
     return "| " + " | ".join(f"{value:.1f}" if isinstance(value, float) else str(value) for value in values) + " |"
+
+
+# --- imprint
+
+UNITS, LEAST_DB = 64, 20.0
+
+
+def imprint_cases() -> list[tuple[Defence, int]]:
+    """(defence, examples of one step). Central noise: the mean alone is seen, as if by somebody who gets it."""
+    noises = [ClippingAndNoise(0.2, noise) for noise in (0.003, 0.01, 0.03, 0.1)]
+    some: list[Defence] = [Nothing(), ClippingAndNoise(0.05), *noises]
+    more = [Compressed("rotated-8bit"), Compressed("rotated-4bit"), Compressed("top-k", 0.1), Pruned(0.7)]
+    rows = [(one, examples) for one in [*some, *more] for examples in (1, 8)]
+    return [*rows, (CentralNoise(1.0, 0.1, devices=4), 8), (Nothing(), 32), (Nothing(), 128)]
+
+
+def imprint(draws: int, say: Callable[[str], None]) -> list[dict[str, Any]]:
+    import tensorflow as tf
+
+    x, y = load()
+    tf.keras.utils.set_random_seed(0)
+    layers = tf.keras.layers
+    keras = tf.keras.Sequential(
+        [tf.keras.Input((8, 8, 1)), layers.Flatten(), layers.Dense(UNITS, "relu"), layers.Dense(10)]
+    )
+    own, rows, models = x[500:1500], [], {}
+    say(as_row(IMPRINT_COLUMNS))
+    for defence, examples in imprint_cases():
+        model = models.setdefault(examples, KerasModel(keras, batch_size=examples, dtype="float64"))
+        prior = learned_prior(model.input, own)
+        shares: dict[str, list[float]] = {"unaware": [], "known": []}
+        errors: dict[str, list[float]] = {"unaware": [], "known": []}
+        for draw in range(draws):
+            part = slice(draw * examples, (draw + 1) * examples)
+            some, labels = x[part], y[part]
+            hostile = imprinted(model.specs, model.parameters(), own, seed=draw)
+            clean = planned(model, Seen(hostile, hostile, plan(), examples), some, labels)
+            sent = defence.sent(model, clean, some, labels, np.random.default_rng([draw, 7]))
+            found = {"unaware": Imprint().run(model, sent.unaware, seed=0), "known": read_imprint(model, sent, prior)}
+            for name, finding in found.items():
+                guess = own.mean(0)[None] if finding.inputs is None else finding.inputs
+                shares[name].append(recovered_share(some, finding.inputs, RANGE, LEAST_DB))
+                errors[name].append(float(np.mean(nearest_errors(some, guess))))
+        row = {
+            "defence": defence.name,
+            "examples": examples,
+            **{f"{name}_share": float(np.mean(some)) for name, some in shares.items()},
+            **{f"{name}_db": decibel(some) for name, some in errors.items()},
+        }
+        rows.append(row)
+        say(as_row([f"{value:.2f}" if "share" in name else value for name, value in row.items()]))
+    return rows
+
+
+IMPRINT_COLUMNS = ("defence", "examples", "unaware, share", "known, share", "unaware, dB", "known, dB")
 
 
 # --- trade-off
@@ -377,7 +437,7 @@ def saved(figure: Any, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = ("resolution", "defences", "trade-off")
+    parts = ("resolution", "defences", "imprint", "trade-off")
     parser.add_argument("--part", action="append", choices=parts, help="only this part; may be given again")
     parser.add_argument("--draws", type=int, default=3)
     parser.add_argument("--iterations", type=int, default=1200, help="of inverting gradients")
@@ -402,6 +462,8 @@ def main() -> None:
         elif part == "defences":
             say(as_row(COLUMNS))
             found[part] = defences(draws, iterations, given.quick, say, lambda rows: keep({**found, "defences": rows}))
+        elif part == "imprint":
+            found[part] = imprint(draws, say)
         else:
             found[part] = tradeoff(given.quick, say)
         keep(found)

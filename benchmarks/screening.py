@@ -14,17 +14,18 @@ docs/malicious-models.md has the tables.
 
 from __future__ import annotations
 
-import os
-
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-
 import argparse
 import json
+import os
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from covey_coordinator.libraries import prepare
+
+prepare()
 
 import numpy as np
 from malicious import Victim
@@ -518,12 +519,14 @@ HOSTILE: dict[str, tuple[Callable[..., Array], Any]] = {
 }  # fmt: skip
 
 
-def hostile(half: int, seeds: int, keep: Callable[[str, Any], None]) -> None:
+def hostile(half: int, seeds: int, only: str, keep: Callable[[str, Any], None]) -> None:
     names = ["digits", "breast-cancer"] + (["mnist"] if os.environ.get("COVEY_DATA") else [])
     victims = [(name, units, Victim.of(load(name), units, 16)) for name in names for units in (64, 256)]
     rows: list[dict[str, Any]] = []
     print("| parameters | recovered at 20 dB or better | refused | patterns |\n|---|---|---|---|", flush=True)
     for name, (make, attack) in HOSTILE.items():
+        if only not in name:
+            continue
         if name.startswith("imprint of") and name.endswith("directions"):
             attack = Several()
         for data, units, victim in victims:
@@ -595,6 +598,7 @@ def main() -> None:
     parser.add_argument("--half", choices=HALVES, default="final")
     parser.add_argument("--models", type=int, default=60, help="honest ones")
     parser.add_argument("--seeds", type=int, default=2, help="of each hostile one, on each data set and width")
+    parser.add_argument("--only", default="", help="hostile ones whose name holds this")
     parser.add_argument("--json", type=Path, help="every look, written as they come")
     given = parser.parse_args()
     results: dict[str, Any] = {}
@@ -608,7 +612,7 @@ def main() -> None:
         if part == "honest":
             honest(HALVES[given.half], given.models, keep)
         elif part == "hostile":
-            hostile(HALVES[given.half], given.seeds, keep)
+            hostile(HALVES[given.half], given.seeds, given.only, keep)
         else:
             parser.error(f"there is no part {part!r}")
 

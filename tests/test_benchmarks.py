@@ -179,3 +179,19 @@ def test_the_benchmark_of_several_workers_finds_equal_results() -> None:
     rows = [line.split(" | ") for line in ended.stdout.splitlines() if line.startswith(("| mean", "| multi-krum"))]
     assert len(rows) == 15
     assert all(float(row[-1].strip(" |")) <= 1e-6 for row in rows)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_benchmark_of_defences_draws_the_trade_off_of_audits(tmp_path: Path) -> None:
+    written = tmp_path / "found.json"
+    command = [sys.executable, "benchmarks/defences.py", "--part", "trade-off", "--quick", "--json", str(written)]
+    ended = subprocess.run(
+        [*command, "--pictures", str(tmp_path)], cwd=ROOT, check=False, capture_output=True, text=True
+    )
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    rows = {(row["curve"], row["at"]): row for row in json.loads(written.read_text())["trade-off"]}
+    assert {curve for curve, _ in rows} == {"noise_multiplier", "epochs", "examples", "clip_norm", "rounds"}
+    assert rows["rounds", 3.0]["resolved_per_example"] > rows["rounds", 1.0]["resolved_per_example"]
+    assert all(0.0 <= row["accuracy_percent"] <= 100.0 for row in rows.values())
+    assert (tmp_path / "trade-off.png").read_bytes().startswith(b"\x89PNG")

@@ -123,9 +123,11 @@ def test_limits_on_what_attacks_find_are_not_kept_before_all_attacks_ran() -> No
         "label_recovery": (0.1, "b"),
         "identified": (0.0, "a"),
         "membership_auc": (0.5, "m"),
+        "property_auc": (0.6, "p"),
     }
-    assert all(one.kept for one in judged(Policy(), found, 8.0))
-    half = {one.name: one for one in judged(Policy(), found, 8.0, attacked=False)}
+    policy = Policy(max_property_auc=0.7)
+    assert all(one.kept for one in judged(policy, found, 8.0))
+    half = {one.name: one for one in judged(policy, found, 8.0, attacked=False)}
     assert [name for name, one in half.items() if one.kept] == ["membership_auc"]
     assert half["psnr_db"].said.startswith("not measured to the end")
     beyond = judged(Policy(), {**found, "psnr_db": (30.0, "a")}, 8.0, attacked=False)[0]

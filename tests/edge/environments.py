@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Optional
 
@@ -27,6 +28,14 @@ def make_environment(python: str, folder: Path) -> str:
     """A fresh environment; its Python."""
     subprocess.run([python, "-m", "venv", str(folder)], check=True)
     return str(folder / "bin" / "python")
+
+
+def built_wheel(folder: Path) -> Path:
+    """The edge distribution's wheel, built into this folder."""
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(ROOT / "edge")]
+    subprocess.run(command, check=True, capture_output=True)
+    (path,) = folder.glob("*.whl")
+    return path
 
 
 def install(python: str, *arguments: str) -> str:

@@ -32,6 +32,7 @@ from covey_protocol.seals import SealingKey  # noqa: E402
 UNIT = "covey-agent.service"
 COVEY = [sys.executable, "-m", "covey_edge"]
 COORDINATOR = SealingKey.from_seed(b"coordinator".ljust(32, b"."))
+FIRST = "from __future__ import annotations\n"
 FACTS: dict[str, object] = {}
 PATIENCE_S = 120.0
 
@@ -111,9 +112,10 @@ def main() -> None:
     FACTS["installed"] = run(*COVEY, *arguments)
     launcher = next(line for line in Path(f"/etc/systemd/system/{UNIT}").read_text().splitlines() if "launcher" in line)
     quick = launcher.replace("--state", "--healthy-for 3 --pause 0.5 --state").partition("=")[2]
-    drop_in("WatchdogSec=9", "RestartSec=1", "ExecStart=", f"ExecStart={quick}")
+    drop_in("WatchdogSec=20", "RestartSec=1", "ExecStart=", f"ExecStart={quick}")
 
     run("systemctl", "start", UNIT)  # returns when it is ready
+    until(lambda: bool(shown("StatusText")), "a word of how it is")
     FACTS["started"] = [shown("ActiveState"), shown("StatusText")[:24], shown("User")]
     process = Path("/proc") / shown("MainPID")
     status = dict(line.split(":", 1) for line in (process / "status").read_text().splitlines())
@@ -125,7 +127,7 @@ def main() -> None:
     until(lambda: shown("NRestarts") == "1" and shown("ActiveState") == "active", "a restart of a hung agent")
     FACTS["watchdog"] = "Watchdog timeout" in run("journalctl", "-u", UNIT, "--no-pager")
 
-    broken = wheel(agent_files("0.2.0", {"covey_edge/agent.py": (r"\A", "raise SystemExit(2)\n")}), "0.2.0")
+    broken = wheel(agent_files("0.2.0", {"covey_edge/agent.py": (FIRST, f"{FIRST}raise SystemExit(2)\n")}), "0.2.0")
     mended = wheel(agent_files("0.2.1"), "0.2.1")
     for made, serial, then in ((broken, 1, "0.1.0"), (mended, 2, "0.2.1")):
         file = folder / f"{serial}.covey-release"

@@ -1,4 +1,4 @@
-"""The edge distribution alone, from its wheel and its lock, on every Python it promises: it installs and it trains.
+"""The edge distribution alone, from its wheel and its lock, on every Python it promises: it installs, trains, reports.
 
 Slow: builds a wheel and makes an environment for each Python found on this machine; needs a package index.
 """
@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from environments import FROM_LOCK, ROOT, found_python, install, make_environment
+from brokers import RunningBroker
+from environments import FROM_LOCK, built_wheel, found_python, install, make_environment
+from reporting import one_round
 from runtime_set import check_set
 
+from covey_coordinator.demo.devices import Shard
 from covey_protocol.seals import SealingKey
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -49,11 +51,7 @@ print(json.dumps({"runtime": done.runtime, "heavy": heavy, "before": done.metric
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(ROOT / "edge")]
-    subprocess.run(command, check=True, capture_output=True)
-    (path,) = folder.glob("*.whl")
-    return path
+    return built_wheel(tmp_path_factory.mktemp("wheel"))
 
 
 @pytest.fixture(scope="module")
@@ -105,8 +103,14 @@ UPDATES: dict[str, np.ndarray] = {}
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_the_edge_alone_installs_and_trains(
-    version: str, wheel: Path, device: Path, bundle_set: Path, coordinator_key: SealingKey, tmp_path: Path
+def test_the_edge_alone_installs_trains_and_reports(
+    version: str,
+    wheel: Path,
+    device: Path,
+    bundle_set: Path,
+    coordinator_key: SealingKey,
+    mosquitto: RunningBroker,
+    tmp_path: Path,
 ) -> None:
     found = found_python(version)
     if found is None:
@@ -138,3 +142,11 @@ def test_the_edge_alone_installs_and_trains(
     UPDATES[version] = update
     assert check_set(python, bundle_set) == result["runtime"]
     assert result["runtime"].startswith("tflite_runtime" if version in ("3.9", "3.10", "3.11") else "ai_edge_litert")
+    with np.load(device / "data.npz") as data:
+        shard = Shard(data["x"].astype(np.float32), data["y"])
+    covey = str(tmp_path / "env" / "bin" / "covey")
+    reported = one_round([covey], tmp_path, mosquitto, (device / "bundle").read_bytes(), coordinator_key, shard)
+    assert reported.outcome == "published"
+    assert reported.change > 0.001
+    assert f"with {result['runtime']} on Python {version}." in reported.log
+    print(f"Python {version}: reported after {reported.seconds:.1f} s")

@@ -76,7 +76,7 @@ class Phone:
         rng = np.random.default_rng(0)
         shard = Shard(rng.random((EXAMPLES, 8, 8, 1), np.float32), rng.integers(0, 10, EXAMPLES).astype(np.int32))
         asked = {"charging": True, "check_every_s": 1.0, **conditions}
-        tables: Any = {"conditions": asked, "training": {"max_epochs": LONG}}
+        tables: Any = {"conditions": asked, "training": {"max_epochs": LONG, "nice": 0}}
         files = make_device("phone", self.folder / "phone", "home", {"url": self.url}, self.key.public, shard, **tables)
         text = COORDINATOR.format(
             url=self.url, duration_s=duration_s, epochs=epochs, key=files.public.hex(), round=round
@@ -136,7 +136,7 @@ def phone(
 @pytest.mark.fleet
 @pytest.mark.slow
 def test_a_phone_that_is_unplugged_pauses_its_training_and_delivers_when_it_is_plugged_in_again(phone: Phone) -> None:
-    phone.start(epochs=100)
+    phone.start(epochs=60)
     phone.until(phone.trains)
     phone.battery(*ON_BATTERY)
     phone.until(lambda: "paused" in phone.log())
@@ -169,7 +169,7 @@ def test_a_phone_whose_owner_wants_no_pause_says_why_it_does_not_deliver(phone: 
 @pytest.mark.fleet
 @pytest.mark.slow
 def test_a_paused_phone_gives_up_before_the_rounds_end(phone: Phone) -> None:
-    phone.start(epochs=LONG, duration_s=30.0)
+    phone.start(epochs=LONG, duration_s=90.0)
     phone.until(phone.trains)
     phone.battery(*ON_BATTERY)
     phone.until(lambda: "failed: this device's conditions do not hold: not charging" in phone.log("serve"))

@@ -175,6 +175,7 @@ def test_an_owner_sees_what_left_and_has_it_end_and_forgotten(home: Home) -> Non
     assert refused.exit_code == 1  # asked, and not wanted
     assert home.process.wait(PATIENCE_S) == 0
     assert any((home.folder / "state" / "blobs").iterdir())
+    assert unknown(home.folder / "state") == []  # every file that an agent makes is in a table
     told_plan = home.says("forget", "--yes")
     assert "gone    3 updates and 1 evaluations left this device between" in told_plan
     assert "blobs" in told_plan

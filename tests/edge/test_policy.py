@@ -36,6 +36,7 @@ TASKS = HEAD + '[data.tasks.faces]\npath = "faces.npz"\nevaluation_path = "faces
 TASKS += 'path = "bells"\nsource = "folder"\n'
 BOTH = ONE + TASKS.removeprefix(HEAD)
 NOISE = "[privacy]\nclip_norm = 1.0\nnoise_multiplier = 0.5\n"
+THREADS = "[training]\nthreads = 2\n"
 
 
 def agent(folder: Path, text: str) -> Agent:
@@ -142,6 +143,7 @@ def test_a_device_is_asked_for(what: str, tmp_path: Path) -> None:
 BAD = {
     "debugging without trusted instances": (ONE + 'debug = "mend"\n', "debug = 'mend' without trusted_path"),
     "debugging that is none": (TRUSTED + 'debug = "repair"\n', "Invalid enum value 'repair'"),
+    "shards, with threads": (SHARDS + THREADS, "shard = 'north' with training.threads above 1"),
     "shards, with noise": (SHARDS + NOISE, "shard = 'north' with noise_multiplier: a noised update equals nobody's"),
     "a shard whose name is none": (HEAD + '[data.shards]\n"a b" = "x"\n', "shard 'a b'"),
     "no data at all": (HEAD + "[data]\n", "has no path"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -18,11 +19,14 @@ from covey_protocol.errors import StorageError
 from covey_protocol.messages import (
     Answer,
     BlobRef,
+    Chunk,
     Failure,
+    FromDevice,
     Invitation,
     Offer,
     Presence,
     Receipt,
+    Seen,
     TrainingPlan,
     Verdict,
 )
@@ -67,6 +71,25 @@ def test_words_say_what_an_update_is_and_what_was_done_to_it() -> None:
     assert evaluation == "evaluation: loss, accuracy of the model, exact, not encrypted"
     assert contents(120, {"b": 0.5, "a": 1.0}) == "120 examples; a 1, b 0.5"
     assert contents(1, {}) == "1 example"
+
+
+def test_trouble_with_the_agents_own_software_is_in_the_log(tmp_path: Path) -> None:
+    SentLog(tmp_path, PRIVATE).before(Presence(True, 1, "0.2.0", "tflite 2.14", (), "release 0.3.0 failed"))
+    assert lines(tmp_path)[0].words == "online, covey 0.2.0, tflite 2.14; release 0.3.0 failed"
+
+
+def test_every_message_of_a_device_has_a_line() -> None:
+    log, keep = SentLog(Path(), PRIVATE), kept()
+    said: list[FromDevice] = [
+        Presence(True, 1),
+        Answer("r.1", True),
+        keep.offer,
+        Chunk("r.1", bytes(32), 0, b"x"),
+        Failure("r.1", "no"),
+        Seen("r.1"),
+    ]
+    assert {type(message) for message in said} == set(get_args(FromDevice))
+    assert len({log._line_of(message).kind for message in said}) == len(said)
 
 
 def test_a_round_is_five_lines_in_the_order_of_what_happened(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from release_helpers import write_device
 
 from covey_edge.inbox import Inbox
 from covey_edge.mqtt import MqttTransport, parse_broker
-from covey_edge.service import JournalFormatter, Notifier, watchdog_s
+from covey_edge.service import JournalFormatter, Notifier, error_prefix, watchdog_s
 from covey_protocol.seals import SealingKey
 
 
@@ -107,27 +107,29 @@ def test_every_line_for_the_journal_has_its_priority_and_no_time() -> None:
     assert line(logging.ERROR, "no") == "<3>no"
 
 
-def journaled(*arguments: str, to_journal: bool) -> str:
-    """What a covey command writes to a standard error that is the journal's, or only looks so."""
+def test_the_last_line_of_a_failing_agent_is_an_error_in_the_journal() -> None:
     reading, writing = os.pipe()
     file = os.fstat(writing)
-    stream = f"{file.st_dev}:{file.st_ino if to_journal else file.st_ino + 1}"
     with os.fdopen(reading) as lines:
         subprocess.run(
-            [sys.executable, "-m", "covey_edge", *arguments],
+            [sys.executable, "-m", "covey_edge", "agent", "--config", "/nonexistent.toml"],
             stderr=writing,
-            env={**os.environ, "JOURNAL_STREAM": stream},
+            env={**os.environ, "JOURNAL_STREAM": f"{file.st_dev}:{file.st_ino}"},
             check=False,
             timeout=PATIENCE_S,
         )
         os.close(writing)
-        return lines.read()
+        assert lines.read().startswith("<3>covey: error: /nonexistent.toml cannot be read")
 
 
-def test_the_last_line_of_a_failing_agent_is_an_error_in_the_journal() -> None:
-    line = "covey: error: /nonexistent.toml cannot be read"
-    assert journaled("agent", "--config", "/nonexistent.toml", to_journal=True).startswith(f"<3>{line}")
-    assert journaled("agent", "--config", "/nonexistent.toml", to_journal=False).startswith(line)
+def test_a_stream_that_is_not_the_journals_has_no_priorities(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with (tmp_path / "log").open("w") as log:
+        monkeypatch.setattr(sys, "stderr", log)
+        file = os.fstat(log.fileno())
+        monkeypatch.setenv("JOURNAL_STREAM", f"{file.st_dev}:{file.st_ino + 1}")
+        assert error_prefix() == ""
+        monkeypatch.setenv("JOURNAL_STREAM", f"{file.st_dev}:{file.st_ino}")
+        assert error_prefix() == "<3>"
 
 
 # --- who is petted
@@ -211,6 +213,7 @@ def test_an_agent_says_that_it_is_ready_and_lives_until_its_loop_hangs(
         assert agent.wait(PATIENCE_S) == -signal.SIGABRT
 
 
+@pytest.mark.slow
 @pytest.mark.broker
 @pytest.mark.fleet
 def test_an_agent_that_is_asked_to_end_says_so_and_shows_its_release_state(

@@ -8,9 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from patience import PATIENCE_S
 from release_helpers import write_device
 
+from covey_edge.cli import covey
 from covey_edge.config import load_agent
 from covey_edge.unit import UNIT, install, unit_text
 from covey_protocol.errors import ConfigError, MachineError
@@ -58,6 +60,13 @@ def test_systemd_makes_the_state_where_it_may_and_opens_it_elsewhere(config: Pat
     assert "StateDirectory=covey\nStateDirectoryMode=0700\n" in text_of(config, "/var/lib/covey")
 
 
+def test_folders_of_databases_are_writable(config: Path) -> None:
+    """In a read-only folder SQLite cannot open a database in WAL mode that nobody else has open."""
+    text = config.read_text().replace('path = "data.npz"', 'source = "sqlite"\npath = "/srv/readings/room.sqlite"')
+    config.write_text(f"{text}\n[data.options]\ntable = 'readings'\nlabel = 'y'\n")
+    assert "ReadWritePaths=-/srv/readings\n" in text_of(config, "/var/lib/covey")
+
+
 def test_homes_are_hidden_unless_something_of_the_agent_lies_there(config: Path) -> None:
     hidden = "ProtectHome=yes\n" in text_of(config, "/var/lib/covey", "/usr/bin/python3")
     of_this_python = any(
@@ -84,7 +93,8 @@ def test_it_is_installed_for_a_user_who_exists(config: Path, tmp_path: Path) -> 
 
 
 def test_the_command_prints_it(config: Path) -> None:
-    command = [sys.executable, "-m", "covey_edge", "agent", "--config", str(config), "unit", "--user", "pi"]
-    printed = subprocess.check_output(command, text=True, timeout=PATIENCE_S)
-    assert "User=pi\n" in printed
-    assert f"--config {config}\n" in printed
+    printed = CliRunner().invoke(
+        covey, ["agent", "--config", str(config), "unit", "--user", "pi"], catch_exceptions=False
+    )
+    assert "User=pi\n" in printed.output
+    assert f"--config {config}\n" in printed.output

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from brokers import RunningBroker
+from environments import FROM_LOCK, found_python, install, make_environment
 from patience import PATIENCE_S
 from release_helpers import MAKER, agent_files, as_file, released, small_wheel, wheel, write_device
 
@@ -74,10 +75,11 @@ def test_the_newest_that_is_there_is_run() -> None:
 
 def test_a_damaged_memory_runs_what_is_installed(tmp_path: Path) -> None:
     folder = Folder(tmp_path)
-    for content in (b"", b"[]", b'{"current": 1, "more": 2}', b"\xff"):
+    wrong = (b'{"current": 1}', b'{"more": 2}', b'{"attempts": "1", "trial": "9.0"}', b'{"bad": [1]}', b'{"bad": 1}')
+    for content in (b"", b"[]", b"\xff", *wrong):
         (tmp_path / "boot.json").write_bytes(content)
         (tmp_path / "staged.json").write_bytes(content)
-        assert best(folder.boot(), ["9.0"], "0.1.0") == ""
+        assert folder.boot() == Boot()
         assert folder.staged().version == ""
 
 
@@ -234,6 +236,16 @@ def test_one_that_failed_before_is_not_fetched_and_the_operator_hears_why(device
     assert device.fetching() == set()
 
 
+def test_one_that_the_launcher_could_not_take_up_is_not_fetched_again_and_again(device: Device) -> None:
+    """A full disk, say: else device and launcher would start each other for ever."""
+    device.hears(released(SMALL))
+    device.fetches(SMALL[1])
+    device.start()  # and staged.json is still there
+    device.hears(released(SMALL))
+    assert device.fetching() == set()
+    assert not device.updates.tick(idle=True)
+
+
 def test_its_owner_may_have_it_tried_again(device: Device) -> None:
     Folder(device.releases).save(failed(Boot(trial="9.0"), "9.0 ended with code 1"))
     device.start()
@@ -311,14 +323,15 @@ def test_the_coordinators_key_is_no_release_key(device: Device) -> None:
 class Running:
     """A device under its launcher, as a service would be: started again when it ends badly."""
 
-    def __init__(self, folder: Path, url: str, coordinator_key: SealingKey) -> None:
+    def __init__(self, folder: Path, url: str, coordinator_key: SealingKey, python: str = sys.executable) -> None:
+        self.python = python
         self.config = write_device(folder, url, coordinator_key)
         self.state = folder / "state"
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        limits = ("--ready-within", "40", "--healthy-for", "1", "--watchdog", "9", "--pause", "0.1")
-        command = [sys.executable, "-m", "covey_edge.launcher", "--state", str(self.state), *limits, "--"]
+        limits = ("--ready-within", "40", "--healthy-for", "0.5", "--watchdog", "9", "--pause", "0.1")
+        command = [self.python, "-m", "covey_edge.launcher", "--state", str(self.state), *limits, "--"]
         self.process = subprocess.Popen([*command, "--config", str(self.config)], cwd=self.config.parent)
 
     def keep_running(self) -> None:
@@ -326,8 +339,10 @@ class Running:
             self.start()
 
     def facts(self) -> dict[str, object]:
+        """What the agent says of its releases, and which process it is."""
         try:
-            return dict(ask(self.state, "status")["sections"]["update"])
+            said = ask(self.state, "status")
+            return {**said["sections"]["update"], "pid": said["pid"]}
         except (CoveyError, OSError, KeyError):
             return {}
 
@@ -342,8 +357,10 @@ class Running:
             time.sleep(0.1)
 
     def runs(self, version: str) -> bool:
+        """In the launcher's place: not on trial, nor about to be started anew."""
         facts = self.facts()
-        return facts.get("version") == version and not facts["on_trial"]
+        assert self.process is not None
+        return facts.get("version") == version and facts["pid"] == self.process.pid
 
     def stop(self) -> int:
         if self.process is None:
@@ -364,7 +381,7 @@ def running(mosquitto: RunningBroker, coordinator_key: SealingKey, tmp_path: Pat
 def give(running: Running, file: bytes) -> subprocess.CompletedProcess[str]:
     path = running.config.with_name("given.covey-release")
     path.write_bytes(file)
-    command = [*COVEY, "agent", "update", "--config", str(running.config), str(path)]
+    command = [running.python, "-m", "covey_edge", "agent", "update", "--config", str(running.config), str(path)]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE_S)
 
 
@@ -383,25 +400,34 @@ def test_a_release_comes_over_the_broker_is_tried_and_stays_and_the_outbox_with_
     )
     running.start()
     started = running.process
-    running.until(lambda: running.runs("0.2.0") and running.facts()["release"] == "0.2.0")
-    running.until(lambda: running.boot().current == "0.2.0")
+    running.until(lambda: running.runs("0.2.0"))
+    assert running.facts()["release"] == "0.2.0"
+    assert running.boot() == Boot("0.2.0")
+    assert running.process is started  # and never ended
     assert Outbox(running.state).offers() == [owed.offer]
-    assert running.process is started  # never ended
     assert running.stop() == 0
 
 
+FIRST, LOOP = "from __future__ import annotations\n", "        if self._transport.alive:\n"
+# the file that is changed, where, what comes there, and what becomes of it
 BROKEN = {
-    "that ends at once": {"covey_edge/cli_agent.py": (r"\A", "raise SystemExit(1)\n")},
-    "that does not understand the configuration": {"covey_edge/cli_agent.py": (r"\A", "raise SystemExit(2)\n")},
-    "that dies": {"covey_edge/agent.py": (r"\A", "import os\nos.abort()\n")},
-    "that cannot be imported": {"covey_edge/agent.py": (r"\A", "import no_such_thing\n")},
-    "that hangs when it is connected": {
-        "covey_edge/agent.py": ("        if self._transport.alive:\n", "        time.sleep(3600)\n        if True:\n")
-    },
-    "that dies soon after": {
-        "covey_edge/agent.py": ("        if self._transport.alive:\n", "        sys_exit()\n        if True:\n")
-    },
+    "that ends at once": ("cli_agent", FIRST, "raise SystemExit(0)\n", "ended with code 0"),
+    "that does not understand the configuration": ("cli_agent", FIRST, "raise SystemExit(2)\n", "ended with code 2"),
+    "that dies": ("agent", FIRST, "import os\nos.abort()\n", "was ended by signal 6"),
+    "that cannot be imported": ("agent", FIRST, "import no_such_thing\n", "ended with code 1"),
+    "that hangs when it is connected": (
+        "agent",
+        LOOP,
+        "            time.sleep(3600)\n",
+        "gave no sign of life for 9 s",
+    ),
+    "that dies soon after": ("agent", LOOP, "            raise SystemExit(5)\n", "ended with code 5"),
 }
+
+
+def broken_wheel(what: str, version: str) -> tuple[str, bytes]:
+    name, place, more, _ = BROKEN[what]
+    return wheel(agent_files(version, {f"covey_edge/{name}.py": (place, place + more)}), version)
 
 
 @pytest.mark.slow
@@ -410,14 +436,14 @@ BROKEN = {
 @pytest.mark.parametrize("what", BROKEN)
 def test_a_release(what: str, running: Running) -> None:
     """...is given up after its attempts; the one before goes on, and says so."""
-    broken = wheel(agent_files("0.2.0", BROKEN[what]), "0.2.0")
+    broken = broken_wheel(what, "0.2.0")
     running.start()
     running.until(lambda: running.runs(__version__))
     given = give(running, as_file(released(broken), broken))
     assert given.returncode == 0, given.stderr
     running.until(lambda: "0.2.0" in running.boot().bad)
     running.until(lambda: running.runs(__version__))
-    assert "release 0.2.0" in str(running.facts()["failed"])
+    assert running.facts()["failed"] == f"release 0.2.0 {BROKEN[what][3]}"
     mended = wheel(agent_files("0.2.1"), "0.2.1")
     assert give(running, as_file(released(mended, serial=2), mended)).returncode == 0
     running.until(lambda: running.runs("0.2.1"))
@@ -495,3 +521,32 @@ def test_the_real_wheel_becomes_a_release_and_a_larger_share_of_it(tmp_path: Pat
     facts = json.loads(shown)
     assert (facts["version"], facts["share"], facts["requires_python"]) == (__version__, 1.0, ">=3.9")
     assert facts["wheels"][0]["name"] == file.name
+
+
+@pytest.mark.slow
+@pytest.mark.broker
+@pytest.mark.fleet
+@pytest.mark.parametrize("version", ["3.9", "3.13"])
+def test_an_installed_agent_alone_renews_itself(
+    version: str, mosquitto: RunningBroker, coordinator_key: SealingKey, tmp_path: Path
+) -> None:
+    """From its wheel, in an environment that holds the edge's dependencies and nothing else."""
+    found = found_python(version)
+    if found is None:
+        pytest.skip(f"there is no Python {version} on this machine")
+    python = make_environment(found, tmp_path / "environment")
+    name, data = wheel(agent_files(__version__), __version__)
+    (tmp_path / name).write_bytes(data)
+    problem = install(python, *FROM_LOCK) or install(python, "--no-deps", "--no-index", str(tmp_path / name))
+    if problem:
+        pytest.skip(f"pip cannot install the agent: {problem}")
+    running = Running(tmp_path / "device", mosquitto.url, coordinator_key, python)
+    running.start()
+    try:
+        running.until(lambda: running.runs(__version__))
+        made = wheel(agent_files("0.2.0"), "0.2.0")
+        given = give(running, as_file(released(made), made))
+        assert given.returncode == 0, given.stderr
+        running.until(lambda: running.runs("0.2.0"))
+    finally:
+        running.stop()

@@ -20,7 +20,12 @@ from covey_coordinator.inversion.adaptive import (
     leakage_of,
 )
 from covey_coordinator.inversion.contract import Seen
+from covey_coordinator.inversion.extraction import nearest_errors, recovered_share
+from covey_coordinator.inversion.imprint import Imprint, imprinted
+from covey_coordinator.inversion.imprint_defended import read_imprint
+from covey_coordinator.inversion.keras_model import KerasModel
 from covey_coordinator.inversion.metrics import mse, psnr
+from covey_coordinator.inversion.priors import learned_prior
 from covey_coordinator.inversion.resolution import planned
 from covey_protocol.errors import UsageError
 from covey_protocol.messages import TrainingPlan
@@ -99,3 +104,62 @@ def test_the_mean_of_a_fleet_tells_less_of_each_with_noise_and_is_refused_where_
 def test_soteria_on_a_layer_that_is_not_there_is_refused(net: Any, example: Any) -> None:
     with pytest.raises(UsageError, match="last/kernel"):
         sent_with(net, Soteria("first/kernel", hidden_of(net)), *example)
+
+
+@pytest.fixture(scope="module")
+def imprint_of(pictures: Any) -> Any:
+    """defence -> (model, what a device with four examples sends of imprinted parameters, its examples, a prior)."""
+    import tensorflow as tf
+
+    tf.keras.utils.set_random_seed(0)
+    layers = tf.keras.layers
+    keras = tf.keras.Sequential(
+        [tf.keras.Input((4, 4, 1)), layers.Flatten(), layers.Dense(48, "relu"), layers.Dense(10)]
+    )
+    model, own = KerasModel(keras, batch_size=4, dtype="float64"), pictures[0][500:1000]
+    hostile, x, y = imprinted(model.specs, model.parameters(), own, seed=0), pictures[0][40:44], pictures[1][40:44]
+    clean = planned(model, Seen(hostile, hostile, TrainingPlan(1, 0.1), 4), x, y)
+
+    def made(defence: Defence) -> Any:
+        return model, defence.sent(model, clean, x, y, np.random.default_rng(0)), x, learned_prior(model.input, own)
+
+    return made
+
+
+def test_an_imprint_in_an_undefended_update_is_read_as_exactly_with_a_prior_as_without(imprint_of: Any) -> None:
+    model, sent, x, prior = imprint_of(ClippingAndNoise(0.01))
+    plain, known = Imprint().run(model, sent.unaware, seed=0), read_imprint(model, sent, prior)
+    assert recovered_share(x, plain.inputs, (0, 1), 50.0) == recovered_share(x, known.inputs, (0, 1), 50.0) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("defence", "gain_db"),
+    [
+        (ClippingAndNoise(0.2, 0.001), 1),
+        (Compressed("rotated-8bit"), 4),
+        (Compressed("top-k", 0.2), 4),
+        (Pruned(0.5), 7),
+    ],
+    ids=repr,
+)
+def test_what_hides_an_imprint_from_who_divides_differences_hides_less_from_who_knows(
+    imprint_of: Any, defence: Defence, gain_db: float
+) -> None:
+    """Over four examples; who reads nothing guesses the mean picture."""
+    model, sent, x, prior = imprint_of(defence)
+    plain, known = Imprint().run(model, sent.unaware, seed=0), read_imprint(model, sent, prior)
+    errors = [
+        np.mean(nearest_errors(x, prior.mean[None] if one.inputs is None else one.inputs)) for one in (plain, known)
+    ]
+    assert 10 * np.log10(errors[0] / errors[1]) > gain_db
+
+
+def test_noise_of_a_tenth_of_the_clip_norm_hides_an_imprint_also_from_who_knows(imprint_of: Any) -> None:
+    model, sent, x, prior = imprint_of(ClippingAndNoise(0.05, 0.1))
+    assert recovered_share(x, read_imprint(model, sent, prior).inputs, (0, 1), 16.0) == 0.0
+
+
+def test_an_imprint_of_several_rounds_is_refused(imprint_of: Any) -> None:
+    model, sent, _, prior = imprint_of(ClippingAndNoise(0.05, 0.1, rounds=2))
+    with pytest.raises(UsageError, match="2 rounds"):
+        read_imprint(model, sent, prior)

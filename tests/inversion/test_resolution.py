@@ -15,7 +15,7 @@ from covey_coordinator.inversion.keras_model import KerasModel
 from covey_coordinator.inversion.lanczos import lanczos
 from covey_coordinator.inversion.metrics import mse, psnr
 from covey_coordinator.inversion.priors import Prior, learned_prior, plain_prior, smooth_prior
-from covey_coordinator.inversion.resolution import data_weights, leakage_number, planned
+from covey_coordinator.inversion.resolution import OutOfTime, data_weights, leakage_number, planned
 from covey_coordinator.inversion.tarantola import Tarantola
 from covey_protocol.bundle import TensorSpec
 from covey_protocol.errors import UsageError
@@ -153,6 +153,24 @@ def test_the_noise_of_quantisation_is_measured(net: KerasModel, pictures: Any) -
     fine = replace(seen, plan=TrainingPlan(1, 0.1, compression="rotated-8bit"))
     ratio = data_weights(fine).mean() / data_weights(coarse).mean()
     assert 8 < ratio < 32  # 255 steps in place of 15
+
+
+def test_the_time_may_end_between_products_and_what_was_drawn_counts(net: KerasModel, pictures: Any) -> None:
+    x, y = pictures[0][:2], pictures[1][:2]
+    seen, asked = seen_of(net, x, y), []
+
+    def after(count: int) -> Any:
+        asked.clear()
+        return lambda: asked.append(True) or len(asked) > count
+
+    with pytest.raises(OutOfTime, match="give more time"):
+        leakage_number(net, seen, x, y, stop=after(0))
+    with pytest.raises(OutOfTime):  # in the middle of the first vector
+        leakage_number(net, seen, x, y, exact=False, probes=4, steps=8, stop=after(20))
+    drawn = leakage_number(net, seen, x, y, exact=False, probes=4, steps=8, stop=after(60))
+    assert 60 < len(asked) < 65  # two products for each of 8 steps of the distance, and of 2 of the 4 vectors
+    two = leakage_number(net, seen, x, y, exact=False, probes=2, steps=8)
+    assert drawn.resolved == pytest.approx(two.resolved)
 
 
 def test_lanczos_bounds_hold_the_true_number() -> None:

@@ -208,6 +208,11 @@ class PoweredDisk:
             return None
         return node.synced
 
+    def at_least(self, path: Path) -> bytes:
+        """What a file that only grows begins with, whatever happens now; b"" where it may be missing."""
+        node = self._sure.get(str(path))
+        return node.synced if node is not None and node is self._names.get(str(path)) else b""
+
     def lose_power(self, state: State, rng: random.Random) -> None:
         """The folder as it is found afterwards. least: nothing that was not synced is there; most: all is."""
         names = dict(self._sure)
@@ -246,5 +251,7 @@ def _found(node: Node, state: State, rng: random.Random) -> bytes:
         return node.synced
     if state == "most" or node.synced == node.written:
         return node.written
-    torn = node.written[: rng.randrange(len(node.written) + 1)]
-    return rng.choice([node.synced, node.written, torn, bytes(len(node.written))])
+    sure = len(node.synced) if node.written.startswith(node.synced) else 0  # of a file that only grows
+    torn = node.written[: rng.randrange(sure, len(node.written) + 1)]
+    zeros = node.written[:sure] + bytes(len(node.written) - sure)
+    return rng.choice([node.synced, node.written, torn, zeros])

@@ -39,7 +39,7 @@ from covey_edge.outbox import Entry
 from covey_protocol import codec
 from covey_protocol.blobs import blob_ref, chunk, chunks
 from covey_protocol.codec import COORDINATOR, Sequence
-from covey_protocol.errors import CoveyError, PeerError, TransportError
+from covey_protocol.errors import CoveyError, PeerError, StorageError, TransportError
 from covey_protocol.messages import (
     Answer,
     BlobRef,
@@ -140,6 +140,7 @@ class Wire:
 
     max_message_bytes: Optional[int] = None
     protocol = "5"
+    alive = True
 
     def __init__(self, world: Life, inbox: Inbox) -> None:
         self._world, self._inbox = world, inbox
@@ -218,6 +219,19 @@ class Wire:
             self._inbox.put_message(item, waiting_bytes(payload), lambda: None)
 
 
+class NoSocket:
+    """In the place of LocalSocket, whose thread has no part in a made-up time."""
+
+    def __init__(self, *given: object) -> None:
+        pass
+
+    def open(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 class Child:
     """In the place of TrainingProcess: makes updates up, and notes which may leave."""
 
@@ -287,6 +301,8 @@ class Inspector:
 
     def _look_at(self, message: Any) -> None:
         require = self._world.require
+        gone = isinstance(message, (Offer, Chunk)) and self._world.left
+        require(not gone, "tells of the data after its owner has opted out", message)
         if isinstance(message, Offer):
             self._look_at_offer(message)
         elif isinstance(message, Chunk):
@@ -311,6 +327,8 @@ class Inspector:
         book = world.disk.sure(world.state / "ledger.json")
         counted = book is not None and offer.update.sha256.hex() in msgspec.json.decode(book, type=Book).last
         require(counted, "offers what is not surely in the ledger", offer.round_id)
+        written = any(offer.update.sha256.hex().encode() in world.disk.at_least(path) for path in world.sent_logs())
+        require(written, "offers what is not surely in the log of what leaves", offer.round_id)
 
 
 class Coordinator:
@@ -498,7 +516,7 @@ class Life:
         bundle: bytes = b"",
     ) -> None:
         self.rng, self.seed, self.trouble = random.Random(seed), seed, trouble
-        self.clock, self.over = Clock(), False
+        self.clock, self.over, self.left = Clock(), False, False
         self.noised = seed % 2 == 1
         self.device_key = SealingKey.from_seed(bytes([9]) * 32)
         self.state = folder / "device" / "state"
@@ -632,6 +650,19 @@ class Life:
         self.seen["full disk"] += 1
         self._full_until = self.clock.now + self.rng.choice([10.0, 120.0, 900.0])
 
+    def leave(self) -> None:
+        """The owner opts out; tried again where the agent is off or its disk is full."""
+        try:
+            if self.program is None:
+                raise StorageError("the agent is off")
+            self.program.leave()
+            self.left = True
+        except StorageError:
+            self.at(30.0, self.leave)
+
+    def sent_logs(self) -> list[Path]:
+        return sorted(self.state.glob("sent*.jsonl"))
+
     def _jump(self) -> None:
         year_s = 365 * 86400.0
         self.seen["clock jump"] += 1
@@ -728,6 +759,7 @@ class Life:
             return self.wire
 
         names: dict[str, Any] = {
+            "LocalSocket": NoSocket,
             "Inbox": lambda *more: WaitingInbox(self),
             "MqttTransport": wire,
             "TrainingProcess": lambda on_answer, *more, **named: Child(self, on_answer),
@@ -758,7 +790,8 @@ class Life:
         """What must not grow. Where the agent is off, nothing."""
         if self.program is None or self.wire is None:
             return
-        files = [path for path in self.state.rglob("*") if path.is_file()]
+        logs = self.sent_logs()  # these grow, to a bound of their own
+        files = [path for path in self.state.rglob("*") if path.is_file() and path not in logs]
         self.measured.append(
             (
                 self.clock.now,
@@ -775,6 +808,8 @@ class Life:
 
     def check_end(self) -> None:
         for round_id, one in self.coordinator.rounds.items():
+            if self.left:
+                continue  # what was under way then has no end
             if one.kept:
                 self.require(one.verdict is not None and one.seen, "an acknowledged update has no end", round_id)
             elif one.offered:

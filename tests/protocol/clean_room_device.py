@@ -343,6 +343,7 @@ FROM_DEVICE: dict[str, Fields] = {
         "agent_version": (NAME, ""),
         "runtime": (NAME, ""),
         "capabilities": (CAPABILITIES, []),
+        "trouble": (REASON, None),
     },
     "answer": {"round_id": (ROUND_ID, REQUIRED), "accept": (flag, REQUIRED), "reason": (REASON, "")},
     "offer": {
@@ -361,7 +362,7 @@ FROM_DEVICE: dict[str, Fields] = {
     "seen": {"round_id": (ROUND_ID, REQUIRED)},
 }
 ON_ROUND, ON_DOWN = ("invitation", "closed"), ("need", "receipt", "verdict")
-LEFT_OUT_AT_DEFAULT = ("max_staleness", "earlier", "encryption_key", "vectors")
+LEFT_OUT_AT_DEFAULT = ("max_staleness", "earlier", "encryption_key", "vectors", "trouble")
 
 
 def decode_body(body: bytes, kinds: dict[str, Fields]) -> Message:

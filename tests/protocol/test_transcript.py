@@ -354,6 +354,15 @@ def test_an_excuse_may_be_said_again(excuse: Any) -> None:
     assert [one.section for one in judge([*GOOD[:index], first, again, *GOOD[index + 1 : at(Offer) + 1]])] == [5]
 
 
+def test_a_device_whose_owner_withdraws_a_stored_update_still_answers_the_verdict() -> None:
+    index = at(Verdict)
+    offer = msgspec.structs.replace(GOOD[at(Offer)], time_s=GOOD[index].time_s)
+    withdrawn = MADE.resealed(offer, Failure(ROUND.round_id, "the owner has opted out"), extra=300)
+    seen = MADE.resealed(offer, Seen(ROUND.round_id), extra=500)
+    assert judge([*GOOD[:index], withdrawn, GOOD[index], seen]) == []
+    assert [one.section for one in judge([*GOOD[:index], withdrawn, seen])] == [5]  # no verdict yet
+
+
 def test_a_device_that_declined_may_join_the_round_later() -> None:
     index = at(Answer)
     no = MADE.resealed(GOOD[index], Answer(ROUND.round_id, False, "not charging"), extra=-1)

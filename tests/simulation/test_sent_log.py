@@ -24,7 +24,7 @@ from covey_protocol.messages import Chunk, Failure, FromDevice, Offer
 from simulation.mutations import Patch, wrapped
 from simulation.world import SimulatedDevice, SimulatedDisk, World, breaks
 
-SEEDS, MANY = 25, 20_000
+SEEDS, MANY = 20, 20_000
 
 
 class SentWorld(World):
@@ -66,7 +66,7 @@ def _files(disk: SimulatedDisk, name: str) -> list[Path]:
 
 @pytest.fixture(autouse=True)
 def small_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sent_log, "MAX_FILE_BYTES", 4000)
+    monkeypatch.setattr(sent_log, "MAX_FILE_BYTES", 2500)
 
 
 def run(seed: int) -> World:

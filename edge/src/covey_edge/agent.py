@@ -171,17 +171,21 @@ class AgentProgram:
             try:
                 item = self._inbox.get(timeout=max(0.0, next_tick - time.monotonic()))
             except queue.Empty:
-                next_tick = time.monotonic() + TICK_S
-                self._handle(device.Tick())
-                self._watch_conditions()
-                self._retry_fetch()
-                self._look_after_ourselves()
-                if not self._debugs:
-                    self._child.rest()
-                self._personal.tick(idle=self._machine.state is device.State.IDLE and self._machine.postponed is None)
-                continue
+                item = None
             if item is not None:
                 self._take(item)
+            if time.monotonic() >= next_tick:  # also while messages come without a pause
+                next_tick = time.monotonic() + TICK_S
+                self._tick()
+
+    def _tick(self) -> None:
+        self._handle(device.Tick())
+        self._watch_conditions()
+        self._retry_fetch()
+        self._look_after_ourselves()
+        if not self._debugs:
+            self._child.rest()
+        self._personal.tick(idle=self._machine.state is device.State.IDLE and self._machine.postponed is None)
 
     def stop(self) -> None:
         """Ask `run` to return (safe from a signal handler)."""
@@ -508,8 +512,9 @@ class AgentProgram:
         elif machine.invitation is not None and machine.state in STEPS:
             left_s, duration_s = machine.deadline - now, machine.invitation.duration_ms / 1000
             self._obey(self._watch.order(STEPS[machine.state], left_s, duration_s, busy=self._child.busy))
-        elif self._watch.paused:  # what was paused had just been done
-            self._obey(Order.GO_ON)
+        elif self._watch.paused:  # what was to be paused had just been done
+            self._watch.over()
+            self._child.go_on()
 
     def _obey(self, order: Order) -> None:
         round_id = self._machine.round_id

@@ -107,11 +107,12 @@ class Folder:
     def boot(self) -> Boot:
         """What cannot be read is as if nothing was ever installed."""
         content = _json(self.path / "boot.json")
-        content["bad"] = tuple(content.get("bad", ()))
-        try:
-            return Boot(**content)
-        except TypeError:
+        bad = content.pop("bad", [])
+        default = asdict(Boot())
+        right = all(type(value) is type(default.get(name)) for name, value in content.items())
+        if not right or not isinstance(bad, list) or not all(isinstance(one, str) for one in bad):
             return Boot()
+        return Boot(**content, bad=tuple(bad))
 
     def save(self, boot: Boot) -> None:
         write_atomic(self.path / "boot.json", (json.dumps(asdict(boot), indent=1) + "\n").encode(), mode=0o600)

@@ -42,7 +42,7 @@ def forget(config_path: Path, data: bool, everything: bool, stop: bool, yes: boo
         if left.updates or left.evaluations:
             click.echo(
                 f"gone    {left.updates} updates and {left.evaluations} evaluations left this device between "
-                f"{left.first} and {left.last}; {left.accepted} were taken into a model. Nobody can call them back"
+                f"{left.first} and {left.last}; {left.accepted} of them were accepted there. Nobody can call them back"
             )
         if not doomed:
             click.echo("there is nothing to delete")

@@ -11,6 +11,8 @@ import click
 
 from covey_edge.cli_agent import config_option
 
+STARTING_S = 30.0  # for an agent that has its lock, and does not listen yet or any more
+
 
 @click.command(short_help="What the agent is doing.")
 @config_option
@@ -42,6 +44,9 @@ def facts_of(agent: Any) -> dict[str, Any]:
 def lines_of(facts: dict[str, Any]) -> list[str]:
     """For people."""
     lines = [f"{facts['device_id']} of {facts['fleet']}: {facts['state']}, {facts['doing']}"]
+    if facts["left_ms"] is not None:
+        since = time.strftime("%Y-%m-%d %H:%M", time.gmtime(facts["left_ms"] / 1000))
+        lines.append(f"owner      opted out on {since} UTC; `covey agent join` takes that back")
     if facts["round_id"]:
         task = f", task {facts['task']}" if facts["task"] else ""
         lines.append(f"round      {facts['round_id']}{task}, ends in {_span(facts['ends_in_s'])}")
@@ -55,7 +60,7 @@ def lines_of(facts: dict[str, Any]) -> list[str]:
     lines.append(f"outbox     without a verdict: {owed}" if owed else "outbox     empty")
     lines += _privacy_lines(facts["privacy"])
     for name, section in sorted(facts["sections"].items()):
-        lines.append(f"{name:<10} {section if isinstance(section, str) else json.dumps(section)}")
+        lines.append(f"{name:<10} {_section(section)}")
     if facts["pid"] is not None:
         lines.append(
             f"process    {facts['pid']}, {_mb(facts['memory_mb'])}, up {_span(facts['uptime_s'])}, "
@@ -64,6 +69,15 @@ def lines_of(facts: dict[str, Any]) -> list[str]:
     for line in facts["rounds"]:
         lines.append(f"  {line['at']} {line['kind']:<10} {line.get('round', '')}: {line['words']}")
     return lines
+
+
+def _section(section: Any) -> str:
+    """A value of another part, in one line."""
+    if isinstance(section, dict):
+        return "; ".join(f"{key}: {_section(value)}" if key else _section(value) for key, value in section.items())
+    if isinstance(section, list):
+        return ", ".join(_section(value) for value in section)
+    return str(section)
 
 
 def _privacy_lines(privacy: dict[str, Any]) -> list[str]:
@@ -103,13 +117,19 @@ def join(config_path: Path) -> None:
 
 def _opt(config_path: Path, which: str) -> None:
     from covey_edge.config import load_agent
-    from covey_edge.local_socket import NotRunning, StateLock, ask
+    from covey_edge.local_socket import NotRunning, StateLock, ask, lock_holder
     from covey_edge.opting_out import OptOut
 
     folder = load_agent(config_path).state_dir
-    try:
-        ask(folder, which)
-    except NotRunning:
-        lock = StateLock(folder)  # an agent that is just starting would not hear of it
-        getattr(OptOut(folder), which)()
-        lock.close()
+    end = time.monotonic() + STARTING_S
+    while True:
+        try:
+            ask(folder, which)
+            return
+        except NotRunning:
+            if lock_holder(folder) is None or time.monotonic() > end:
+                break
+            time.sleep(0.1)  # an agent that starts or ends
+    lock = StateLock(folder)
+    getattr(OptOut(folder), which)()
+    lock.close()

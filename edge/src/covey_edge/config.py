@@ -352,6 +352,11 @@ def _check_replicas(path: Path, config: AgentConfig) -> None:
                     f"{path}: {what} = {name!r} with noise_multiplier: a noised update equals nobody's",
                     "leave one of them out",
                 )
+            if (name or what == "shard") and config.training.threads > 1:
+                raise ConfigError(
+                    f"{path}: {what} = {name!r} with training.threads above 1, which may change an update's last bits",
+                    "leave one of them out",
+                )
             if name or what == "shard":
                 check_name(name, what)
 

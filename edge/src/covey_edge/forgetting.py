@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from covey_edge.config import AgentConfig
-from covey_edge.files import sync_folder
+from covey_edge.files import DISK, sync_folder
 from covey_edge.policy import places
-from covey_edge.sent_log import EVALUATION, UPDATE, VERDICT, Line, entries
+from covey_edge.sent_log import EVALUATION, UPDATE, VERDICT, Line, entries, read_summary
 from covey_protocol.errors import StorageError
 
+ACCEPTED = "accepted"  # a verdict's status
+ACCEPTED_KIND = f"{VERDICT}: {ACCEPTED}"  # of a summary
 # pattern in state_dir -> what it is. A new file of the agent's that holds data or what was made of them belongs here.
 FORGOTTEN = {
     "blobs": "models that were fetched",
@@ -101,7 +103,7 @@ def delete(doomed: list[Doomed]) -> None:
 
 
 class Gone(NamedTuple):
-    """Updates that nobody can call back. accepted: those with the verdict that they are in a model."""
+    """What nobody can call back. accepted: of both kinds, those with this verdict."""
 
     updates: int
     evaluations: int
@@ -112,20 +114,19 @@ class Gone(NamedTuple):
 
 def gone(state_dir: Path) -> Gone:
     """From the log of what left; updates that were never offered do not count. Of months that are summed up, all do."""
-    from covey_edge.files import DISK
-    from covey_edge.sent_log import read_summary
-
     lines = [entry for entry in entries(state_dir) if isinstance(entry, Line)]
     left = {line.sha256 for line in lines if line.kind == "offer"}
     made = [line for line in lines if line.kind in (UPDATE, EVALUATION) and line.sha256 in left]
     counts = {kind: sum(line.kind == kind for line in made) for kind in (UPDATE, EVALUATION)}
-    accepted = sum(line.kind == VERDICT and line.words.startswith("accepted") for line in lines)
+    accepted = sum(line.kind == VERDICT and line.words.startswith(ACCEPTED) for line in lines)
     times = [line.at for line in made]
     for kinds in read_summary(DISK, state_dir).months.values():
         for kind in counts:
             if kind in kinds:
                 counts[kind] += kinds[kind].lines
                 times += [kinds[kind].first, kinds[kind].last]
+        if ACCEPTED_KIND in kinds:
+            accepted += kinds[ACCEPTED_KIND].lines
     return Gone(counts[UPDATE], counts[EVALUATION], accepted, min(times, default=""), max(times, default=""))
 
 

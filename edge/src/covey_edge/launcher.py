@@ -41,7 +41,7 @@ from covey_edge.boot import (
     failed,
     taken_up,
 )
-from covey_edge.service import Notifier, error_prefix, to_journal
+from covey_edge.service import Notifier, error_prefix, to_journal, watchdog_s
 from covey_protocol.errors import EXIT_TRANSPORT, StorageError
 
 AGAIN = 75  # an agent on trial that ends so wants to be started anew
@@ -50,8 +50,6 @@ OUTAGE_PAUSE_S = 120.0  # after a trial that found no broker
 WATCHDOG_S = 60.0  # of a release on trial
 LOOK_S = 0.5  # how often a trial is looked at
 STOP_S = 20.0  # for a trial that is to end
-
-# --- the program
 
 
 def say(text: str) -> None:
@@ -71,17 +69,15 @@ class Launcher:
             **{name: value for name, value in os.environ.items() if name not in (RELEASE, TRIAL, "PYTHONPATH")},
             **({"PYTHONPATH": base_path} if base_path else {}),
         }
-        self._stopping = 0
+        self._watchdog_s = min(options.watchdog, watchdog_s(self._notifier.inherited) or options.watchdog)
+        self._stopping = 0.0  # since when
 
     def run(self) -> int:
         """The exit code of a trial that ended; where nothing is tried this does not return."""
         while True:
             boot = self._next()
             if not boot.trial:
-                version = best(boot, self._folder.here(), __version__)
-                if boot.failed:
-                    say(f"release {boot.failed}, and is not tried again; {version or __version__} goes on")
-                self._become(version)
+                self._become(best(boot, self._folder.here(), __version__))
             code = self._try_out(boot)
             healthy = self._folder.boot().current == boot.trial
             if self._stopping or (healthy and code != AGAIN):
@@ -101,6 +97,8 @@ class Launcher:
         except (StorageError, OSError) as exc:  # an attempt that cannot be counted is not made
             say(f"{exc}; no release is tried")
             return replace(old, trial="")
+        if boot.failed != old.failed:
+            say(f"release {boot.failed}, and is not tried again")
         return boot
 
     def _command(self, *more: str) -> list[str]:
@@ -121,6 +119,7 @@ class Launcher:
         }
 
     def _become(self, version: str) -> None:
+        self._notifier.pet()  # the agent's first is to come in a full interval
         environment = {**self._with(version), **self._notifier.inherited}
         os.execve(sys.executable, self._command(), environment)  # noqa: S606 - our own program, no shell on purpose
 
@@ -137,7 +136,7 @@ class Launcher:
             signs.bind(address)
             signs.settimeout(LOOK_S)
             environment = {**self._with(boot.trial), TRIAL: "1", "NOTIFY_SOCKET": address}
-            environment["WATCHDOG_USEC"] = str(int(self._options.watchdog * 1e6))
+            environment["WATCHDOG_USEC"] = str(int(self._watchdog_s * 1e6))
             child = subprocess.Popen(self._command("--parent", str(os.getpid())), env=environment)
             previous = {
                 number: signal.signal(number, self._forward(child)) for number in (signal.SIGTERM, signal.SIGINT)
@@ -152,6 +151,7 @@ class Launcher:
             say(f"release {boot.trial} {why}")
             if boot.attempts >= ATTEMPTS:
                 self._folder.save(failed(boot, f"{boot.trial} {why}"))
+                say(f"release {boot.trial} is not tried again")
         elif self._stopping and self._folder.boot().trial:
             self._folder.save(replace(boot, attempts=boot.attempts - 1))  # it was not its fault
         return child.returncode if child.returncode >= 0 else 128 - child.returncode
@@ -168,11 +168,13 @@ class Launcher:
                 last_sign = now
             ready = now if "READY=1" in words and ready is None else ready
             if self._stopping:
+                if now - self._stopping > STOP_S:
+                    break
                 continue
             if ready is None and now - started > self._options.ready_within:
                 return f"did not connect within {self._options.ready_within:g} s"
-            if ready is not None and now - last_sign > self._options.watchdog:
-                return f"gave no sign of life for {self._options.watchdog:g} s"
+            if ready is not None and now - last_sign > self._watchdog_s:
+                return f"gave no sign of life for {self._watchdog_s:g} s"
             if ready is None:
                 self._notifier.pet()  # for us: of a release that is not there yet nothing else can be said
             elif not healthy and now - ready >= self._options.healthy_for:
@@ -197,7 +199,7 @@ class Launcher:
 
     def _forward(self, child: subprocess.Popen[bytes]) -> Any:
         def forward(number: int, frame: object) -> None:
-            self._stopping = number
+            self._stopping = time.monotonic()
             with contextlib.suppress(OSError):
                 child.send_signal(number)
 

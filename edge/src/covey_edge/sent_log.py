@@ -43,7 +43,7 @@ log = logging.getLogger("covey.agent")
 
 NAME, SUMMARY = "sent.jsonl", "sent-summary.json"  # in state_dir
 _OLDER = re.compile(r"\Asent-(\d{6})\.jsonl\Z")
-MAX_FILE_BYTES = 2**20  # some 800 rounds; read whole when it is summed up, which must not show in the agent's memory
+MAX_FILE_BYTES = 2**20  # some 1,100 rounds; read whole when it is summed up, which must not show in the agent's memory
 KEPT_FILES = 16  # older ones, beside the current
 REMEMBERED = 256  # messages that are not written again when they are said again
 WAITING = 64  # lines that a full disk has kept out, until there is space again
@@ -74,7 +74,8 @@ class Tally(Struct, frozen=True):
 
 
 class Summary(Struct, frozen=True):
-    """through: number of the newest file that is in it. months: "2026-11" -> kind -> Tally. unreadable: lines."""
+    """through: number of the newest file that is in it. months: "2026-11" -> kind -> Tally; verdicts by what they are,
+    as "verdict: accepted". unreadable: lines."""
 
     through: int = 0
     months: dict[str, dict[str, Tally]] = {}
@@ -189,12 +190,13 @@ class SentLog:
         if isinstance(message, Failure):
             return self._line(FAILURE, message.reason, message.round_id)
         if isinstance(message, Answer):
-            return self._line("answer", "takes part" if message.accept else message.reason, message.round_id)
+            said = "takes part" if message.accept else f"declines: {message.reason}"
+            return self._line("answer", said, message.round_id)
         if isinstance(message, Seen):
             return self._line("seen", "has read the verdict", message.round_id)
         assert isinstance(message, Presence)
-        online = f"online, covey {message.agent_version}, {message.runtime or 'no runtime yet'}"
-        return self._line("presence", online if message.online else "offline")
+        said = f"online, covey {message.agent_version}, {message.runtime}" if message.online else "offline"
+        return self._line("presence", f"{said}; {message.trouble}" if message.trouble else said)
 
     def _put_off(self, line: Line) -> None:
         if len(self._waiting) < WAITING:
@@ -317,6 +319,7 @@ def _summed(summary: Summary, number: int, lines: list[Line], unreadable: int) -
     months = {month: dict(kinds) for month, kinds in summary.months.items()}
     for line in lines:
         kinds = months.setdefault(line.at[:7], {})
-        old = kinds.get(line.kind, Tally(0, 0, line.at, line.at))
-        kinds[line.kind] = Tally(old.lines + 1, old.bytes + line.bytes, min(old.first, line.at), max(old.last, line.at))
+        kind = f"{VERDICT}: {line.words.partition(':')[0]}" if line.kind == VERDICT else line.kind
+        old = kinds.get(kind, Tally(0, 0, line.at, line.at))
+        kinds[kind] = Tally(old.lines + 1, old.bytes + line.bytes, min(old.first, line.at), max(old.last, line.at))
     return Summary(number, months, summary.unreadable + unreadable)

@@ -91,7 +91,7 @@ class Status(Struct, frozen=True, kw_only=True):
 def doing(state: State, left_ms: Optional[int], connected: bool) -> str:
     """In words, with what keeps the device from more."""
     if left_ms is not None:
-        return "declines every round: its owner has opted out (covey agent join)"
+        return "declines every round"
     return NEXT[state] if connected else f"{NEXT[state]}; tries to reach the broker"
 
 

@@ -46,7 +46,7 @@ RestartSteps=6
 RestartMaxDelaySec=10min
 RestartPreventExitStatus={hopeless}
 UMask=0077
-{state}
+{writable}
 # the training child is part of this: it reads this device's data and runs models that others made
 NoNewPrivileges=yes
 CapabilityBoundingSet=
@@ -95,7 +95,7 @@ def unit_text(agent: Agent, config_path: Path, user: str, python: Optional[str] 
         user=user,
         command=" ".join(command),
         hopeless=f"{EXIT_CONFIG} {EXIT_MACHINE}",
-        state=_state(state),
+        writable="\n".join([_state(state), *(f"ReadWritePaths=-{_check(str(path))}" for path in _databases(agent))]),
         home="read-only" if _in_homes([config, *_pythons(python), *_data(agent)]) else "yes",
     )
 
@@ -105,6 +105,12 @@ def _state(state: Path) -> str:
     if state.parent == Path("/var/lib"):
         return f"StateDirectory={state.name}\nStateDirectoryMode=0700"
     return f"ReadWritePaths={state}"
+
+
+def _databases(agent: Agent) -> list[Path]:
+    """Folders of SQLite files: who reads one while a recorder writes makes its -shm file (WAL)."""
+    found = [place for place in places(agent.config.data) if place.source == "sqlite"]
+    return sorted({(agent.folder / place.path).resolve().parent for place in found})
 
 
 def _pythons(python: str) -> list[Path]:
@@ -120,10 +126,11 @@ def _in_homes(paths: Iterable[Path]) -> bool:
     return any(home in (path, *path.parents) for path in paths for home in HIDDEN)
 
 
-def _check(part: str) -> None:
+def _check(part: str) -> str:
     # % and $ mean something to systemd, and quoting rules are not worth a wrong command
     if not re.fullmatch(r"[A-Za-z0-9/._+@:=-]+", part):
         raise ConfigError(f"{part!r} cannot stand in a unit", "use a path without spaces and special characters")
+    return part
 
 
 def install(text: str, user: str, folder: Path = FOLDER) -> Path:

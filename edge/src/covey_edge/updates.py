@@ -76,12 +76,15 @@ class Updates:
         self._progress = self._looked = clock()
         self._refused: set[int] = set()  # serials of what could not be installed: not fetched again in this run
         self._staged = ""
+        self._left = "" if self.on_trial else self._folder.staged().version  # the launcher could not take it up
         self._cannot_remove = False
         self.told = reason_text(f"release {self._boot.failed}") if self._boot.failed else ""
         if self.told:
             log.error("%s; it is not tried again, %s goes on", self.told, __version__)
+        if self._left:
+            log.error("release %s could not be tried; see what the launcher said, and start the agent anew", self._left)
         if not self.on_trial:
-            self._folder.remove_others([self._boot.current, self._boot.previous, self._folder.staged().version])
+            self._folder.remove_others([self._boot.current, self._boot.previous, self._boot.trial, self._left])
 
     @property
     def on_trial(self) -> bool:
@@ -156,7 +159,11 @@ class Updates:
         if release.serial > self._heard:
             _remember(self._folder.path / "heard.json", release.serial)
             self._heard = release.serial
-        if release.version in (__version__, self._staged) or release.serial in self._refused or self.on_trial:
+        if (
+            release.version in (__version__, self._staged, self._left)
+            or release.serial in self._refused
+            or self.on_trial
+        ):
             return False  # on trial: it comes again with the next start
         if release.version in self._boot.bad:
             log.warning("release %s failed on this device before and is not tried again", release.version)

@@ -166,7 +166,7 @@ class Closed:
 
 @dataclass(frozen=True)
 class Lost:
-    """The update could not be written to the outbox, or cannot be read from it any more."""
+    """The update could not be written to the outbox, cannot be read from it any more, or its owner withdraws it."""
 
     round_id: str
     reason: str

@@ -305,6 +305,7 @@ class Judge:
         over = device.failed or device.answer is False
         answers_again = isinstance(message, Answer) and not device.failed  # no again, or it joins later
         again = answers_again or (isinstance(message, Failure) and device.failed)
+        again = again or (isinstance(message, Seen) and device.verdict is not None)  # withdrawn when it was taken
         what = type(message).__name__
         _require(again or not over, 5, f"{device_id} sends {what} for a round that it declined or gave up")
         if isinstance(message, Answer):

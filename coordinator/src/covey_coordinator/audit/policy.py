@@ -19,7 +19,7 @@ from covey_edge.config import read_toml
 from covey_protocol.errors import ConfigError
 
 MEMBERSHIP, RESOLVED, IDENTIFIED, PROPERTY = "membership_auc", "resolved_share", "identified", "property_auc"
-BY_ATTACKS = (PSNR, LABELS, IDENTIFIED)
+BY_ATTACKS = (PSNR, LABELS, IDENTIFIED, PROPERTY)
 # what is measured -> in words
 WORDS = {
     PSNR: "the closest copy of one example, in dB",

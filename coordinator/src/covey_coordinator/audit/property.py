@@ -71,7 +71,7 @@ class PropertyAudit:
 
     def under(self, protection: Protection, rounds: int, stop: Stop) -> Inference:
         """rounds: in which a device repeats its training at the same parameters, with new noise; the attacker takes
-        the mean. UsageError where the data do not divide, or the time is up before enough was played."""
+        the mean. UsageError where the data do not divide, or the time is up before all are played."""
         attackers, devices = self._all_played(stop)
         clip_norm = protection.privacy.clip_norm
         noise = protection.noise_std / clip_norm / rounds**0.5 if protection.noise_std else 0.0

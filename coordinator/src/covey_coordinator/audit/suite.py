@@ -96,7 +96,7 @@ FULL = Level(
 @dataclass(frozen=True)
 class Piece:
     """kind: pieces of one kind cost alike. said: for the progress. needed: without it nothing can be said of what the
-    plan's updates tell: an attack on the first of them.
+    plan's updates tell: an attack on the first of them, or on what devices have in common.
     """
 
     key: str
@@ -217,10 +217,16 @@ def _resolved(bench: Bench, key: str, case: Case, stop: Stop) -> Found:
     try:
         found = curves.resolution(bench, case, stop)
     except UsageError as exc:
-        return bench.result(key, case, name, sees=sees, refused=str(exc)), None
+        return _without(bench, key, case, name, sees, exc, stop), None
     metrics = {"resolved_share": found.share, "expected_psnr_db": found.here_psnr_db, "bits": found.bits}
     told = bench.result(key, case, name, sees=sees, metrics=finite(metrics), seconds=found.seconds, cut=stop())
     return told, None
+
+
+def _without(bench: Bench, key: str, case: Case, name: str, sees: str, exc: UsageError, stop: Stop) -> Result:
+    """What gave no number: it does not apply here, or the time was up."""
+    late = stop()
+    return bench.result(key, case, name, sees=sees, refused="" if late else str(exc), cut=late)
 
 
 def _size(bench: Bench, case: Case) -> int:
@@ -338,14 +344,13 @@ def _property(bench: Bench, audit: PropertyAudit, case: Case, place: str) -> Pie
         try:
             found = audit.under(case.protection, case.rounds, stop)
         except UsageError as exc:
-            late = stop()
-            return bench.result(key, case, name, sees=audit.sees, refused="" if late else str(exc), cut=late), None
+            return _without(bench, key, case, name, audit.sees, exc, stop), None
         metrics = {"property_auc": found.auc, "property_auc_error": found.error}
         notes = (f"The property: {share:.0%} of a device's {found.examples} examples are {found.told}.",)
         told = bench.result(key, case, name, sees=audit.sees, metrics=finite(metrics), notes=notes, cut=stop())
         return told, None
 
-    return Piece(key, "property", f"{name} of {place}", work)
+    return Piece(key, f"property/{case.name}", f"{name} of {place}", work, needed=case.name == PLAN)
 
 
 # ---- what a malicious server would get

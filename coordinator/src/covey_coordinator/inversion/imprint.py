@@ -129,7 +129,7 @@ class Imprint:
         layer, behind = layer_on_input(model.specs, int(np.prod(model.input.shape)))
         kernel, bias = layer.gradients(seen.update)
         if not self.sparse:
-            order, gains = _order(seen.parameters, layer, behind)
+            order, gains = order_of_units(seen.parameters, layer, behind)
             kernel = _differences(kernel[:, order] / gains)
             bias = _differences(bias[order] / gains)
         candidates, strength = read_units(kernel, bias)
@@ -137,7 +137,7 @@ class Imprint:
         return found(self.name, self.sees, model, seen, inputs, started)
 
 
-def _order(parameters: npt.NDArray[Any], layer: DenseLayer, behind: DenseLayer | None) -> tuple[Any, Matrix]:
+def order_of_units(parameters: npt.NDArray[Any], layer: DenseLayer, behind: DenseLayer | None) -> tuple[Any, Matrix]:
     """The units by rising threshold, and the factor that each one's gradient has from the row behind it."""
     kernel, bias = layer.gradients(parameters)
     order = np.argsort(-bias / np.maximum(np.linalg.norm(kernel, axis=0), 1e-30), kind="stable")

@@ -112,21 +112,19 @@ class PropertyInference:
         stop: Stop | None = None,
     ) -> Played:
         """The updates alone. draw: of the devices' examples, beside the seed; those of another draw have the same
-        sketch. stop: asked before each; fewer are played then, UsageError where they are too few."""
+        sketch. stop: asked before each; UsageError where it ends the work before all are played."""
         if self.updates < LEAST:
             raise UsageError(f"{self.updates} played updates", f"play at least {LEAST}")
         rng = np.random.default_rng([seed, draw] if draw else seed)
         rows, norms, has = [], [], []
         for number in range(self.updates):
             if stop is not None and stop():
-                break
+                raise UsageError("the time was up before all devices were played", "give more time")
             has.append(number % 2 == 0)
             x, y = self._drawn(auxiliary, has[-1], rng)
             update = trained(model, parameters, (x, y), plan, f"played-{draw}-{number}" if draw else f"played-{number}")
             rows.append(sketch(update, seed, SIZE))
             norms.append(float(np.linalg.norm(update.astype(np.float64))))
-        if len(rows) < LEAST:
-            raise UsageError("the time was up before devices could be played", "give more time")
         return Played(np.stack(rows).astype(np.float64), np.array(norms), np.array(has), len(parameters), seed)
 
     def _drawn(self, auxiliary: Auxiliary, has: bool, rng: np.random.Generator) -> Examples:

@@ -30,6 +30,7 @@ import numpy as np
 import numpy.typing as npt
 
 from covey_coordinator.inversion.contract import AttackedModel, Progress, Seen, Stop
+from covey_coordinator.inversion.forward import AT_ONCE
 from covey_coordinator.inversion.lanczos import Krylov, lanczos
 from covey_coordinator.inversion.metrics import psnr
 from covey_coordinator.inversion.priors import Prior, flat_examples, plain_prior
@@ -80,6 +81,10 @@ class Leakage:
         return self.resolved / self.numbers
 
 
+class OutOfTime(UsageError):
+    """`stop` asked for the end before anything could be said."""
+
+
 def resolved_numbers(stretches: npt.NDArray[Any]) -> float:
     """trace R of the eigenvalues s of B: the squared ratios of signal to noise along B's directions."""
     return float(np.sum(stretches / (1.0 + stretches)))
@@ -88,13 +93,15 @@ def resolved_numbers(stretches: npt.NDArray[Any]) -> float:
 @dataclass(frozen=True)
 class Problem:
     """g linear around one point: B's products. weights: (d,), 1 over the standard deviation of each number of the data,
-    0 for numbers that the attacker leaves out. point: (N,), where the derivatives are taken."""
+    0 for numbers that the attacker leaves out. point: (N,), where the derivatives are taken. stop: asked before every
+    AT_ONCE products, which then raise OutOfTime."""
 
     forward: Any
     prior: Prior
     weights: Vector
     point: Vector
     products: list[int] = field(default_factory=lambda: [0])
+    stop: Optional[Stop] = None
 
     @property
     def inputs(self) -> int:
@@ -102,13 +109,25 @@ class Problem:
 
     def push(self, tangents: Matrix) -> Matrix:
         """A w of each row: (k, N) -> (k, d)."""
-        self.products[0] += len(tangents)
-        return np.asarray(self.forward.pushed(self.point, self.scaled(tangents)) * self.weights, np.float64)
+        return self._in_blocks(
+            lambda block: np.asarray(self.forward.pushed(self.point, self.scaled(block)) * self.weights, np.float64),
+            tangents,
+        )
 
     def pull(self, cotangents: Matrix) -> Matrix:
         """A' v of each row: (k, d) -> (k, N)."""
-        self.products[0] += len(cotangents)
-        return self.scaled(self.forward.pulled(self.point, cotangents * self.weights))
+        return self._in_blocks(
+            lambda block: self.scaled(self.forward.pulled(self.point, block * self.weights)), cotangents
+        )
+
+    def _in_blocks(self, function: Callable[[Matrix], Matrix], rows: Matrix) -> Matrix:
+        parts = []
+        for first in range(0, len(rows), AT_ONCE):
+            if self.stop is not None and self.stop():
+                raise OutOfTime("the time was up before the resolution was known", "give more time")
+            parts.append(function(rows[first : first + AT_ONCE]))
+        self.products[0] += len(rows)
+        return np.concatenate(parts)
 
     def square(self, tangent: Vector) -> Vector:
         """B w, (N,)."""
@@ -148,7 +167,7 @@ def leakage_number(
     Of their `update` only the size counts, for rounding and quantisation; a plan whose training nobody did yet can be
     judged with `planned`. prior: the plain one where None. exact: None chooses by size. ignored: (d,) of each update,
     numbers that the attacker leaves out, for example what a defence spoils. batch_size: of the local steps, see
-    `forward.Forward`. stop: between vectors; what was drawn until then counts, at least two.
+    `forward.Forward`. stop: between products. Vectors drawn until then count where there are two; else OutOfTime.
     """
     from covey_coordinator.inversion.forward import Forward
 
@@ -162,14 +181,14 @@ def leakage_number(
         raise UsageError(f"{len(truth)} examples and {len(y)} labels", "give one label for each example")
     forward = Forward(model, several, np.asarray(y), batch_size)
     weights = np.concatenate([data_weights(one, ignored) for one in several])
-    problem = Problem(forward, prior, weights, inside(truth, prior).ravel())
+    problem = Problem(forward, prior, weights, inside(truth, prior).ravel(), stop=stop)
     distance = problem.unscaled((truth - prior.center(truth)).reshape(1, -1))[0]
     if exact is None:
         exact = min(forward.inputs, forward.outputs) <= EXACT_UP_TO
     if exact:
         found = _exact(problem, distance)
     else:
-        found = _drawn(problem, distance, probes, steps, np.random.default_rng(seed), stop, progress)
+        found = _drawn(problem, distance, probes, steps, np.random.default_rng(seed), progress)
     return _leakage(problem, found, truth, time.monotonic() - started, "exact" if exact else "lanczos")
 
 
@@ -280,7 +299,6 @@ def _drawn(
     probes: int,
     steps: int,
     rng: np.random.Generator,
-    stop: Optional[Stop],
     progress: Optional[Progress],
 ) -> _Found:
     """Hutchinson's estimate with Lanczos' quadrature. Each random vector z also gives a draw C_M^(1/2) (I + B)^(-1/2) z
@@ -290,9 +308,12 @@ def _drawn(
     missing = lanczos(problem.square, distance, steps).times(_left)
     drawn: list[_Drawn] = []
     for probe in range(probes):
-        if stop is not None and stop() and len(drawn) > 1:
+        try:
+            krylov = lanczos(problem.square, rng.choice([-1.0, 1.0], problem.inputs), steps)
+        except OutOfTime:
+            if len(drawn) < 2:
+                raise
             break
-        krylov = lanczos(problem.square, rng.choice([-1.0, 1.0], problem.inputs), steps)
         drawn.append(_functions(problem, krylov))
         if progress is not None:
             progress(probe + 1, probes)
