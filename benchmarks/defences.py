@@ -239,52 +239,68 @@ UNITS, LEAST_DB = 64, 20.0
 
 def imprint_cases() -> list[tuple[Defence, int]]:
     """(defence, examples of one step). Central noise: the mean alone is seen, as if by somebody who gets it."""
-    noises = [ClippingAndNoise(0.2, noise) for noise in (0.003, 0.01, 0.03, 0.1)]
+    noises = [ClippingAndNoise(0.2, noise) for noise in (0.003, 0.01, 0.03, 0.1, 1.0)]
     some: list[Defence] = [Nothing(), ClippingAndNoise(0.05), *noises]
     more = [Compressed("rotated-8bit"), Compressed("rotated-4bit"), Compressed("top-k", 0.1), Pruned(0.7)]
     rows = [(one, examples) for one in [*some, *more] for examples in (1, 8)]
-    return [*rows, (CentralNoise(1.0, 0.1, devices=4), 8), (Nothing(), 32), (Nothing(), 128)]
+    return [*rows, (Nothing(), 32), (Nothing(), 128), (CentralNoise(2.0, 0.1, devices=4), 8)]
 
 
 def imprint(draws: int, say: Callable[[str], None]) -> list[dict[str, Any]]:
-    import tensorflow as tf
-
+    """unaware: differences divided by one another. known, sparse: both imprints, read by who knows the defence."""
     x, y = load()
-    tf.keras.utils.set_random_seed(0)
-    layers = tf.keras.layers
-    keras = tf.keras.Sequential(
-        [tf.keras.Input((8, 8, 1)), layers.Flatten(), layers.Dense(UNITS, "relu"), layers.Dense(10)]
-    )
-    own, rows, models = x[500:1500], [], {}
+    own, rows = x[500:1500], []
+    models: dict[tuple[bool, int], KerasModel] = {}
     say(as_row(IMPRINT_COLUMNS))
     for defence, examples in imprint_cases():
-        model = models.setdefault(examples, KerasModel(keras, batch_size=examples, dtype="float64"))
-        prior = learned_prior(model.input, own)
-        shares: dict[str, list[float]] = {"unaware": [], "known": []}
-        errors: dict[str, list[float]] = {"unaware": [], "known": []}
+        found: dict[str, list[tuple[float, float]]] = {"unaware": [], "known": [], "sparse": []}
         for draw in range(draws):
             part = slice(draw * examples, (draw + 1) * examples)
-            some, labels = x[part], y[part]
-            hostile = imprinted(model.specs, model.parameters(), own, seed=draw)
-            clean = planned(model, Seen(hostile, hostile, plan(), examples), some, labels)
-            sent = defence.sent(model, clean, some, labels, np.random.default_rng([draw, 7]))
-            found = {"unaware": Imprint().run(model, sent.unaware, seed=0), "known": read_imprint(model, sent, prior)}
-            for name, finding in found.items():
-                guess = own.mean(0)[None] if finding.inputs is None else finding.inputs
-                shares[name].append(recovered_share(some, finding.inputs, RANGE, LEAST_DB))
-                errors[name].append(float(np.mean(nearest_errors(some, guess))))
+            for name, some in found.items():
+                sparse = name == "sparse"
+                if (sparse, examples) not in models:
+                    models[sparse, examples] = dense_net("relu6" if sparse else "relu", examples)
+                some.append(read(models[sparse, examples], defence, own, x[part], y[part], draw, name))
+        means = {name: np.mean(some, axis=0) for name, some in found.items()}
         row = {
             "defence": defence.name,
             "examples": examples,
-            **{f"{name}_share": float(np.mean(some)) for name, some in shares.items()},
-            **{f"{name}_db": decibel(some) for name, some in errors.items()},
+            **{f"{name}, share": float(mean[0]) for name, mean in means.items()},
+            **{f"{name}, dB": psnr(float(mean[1]), RANGE) for name, mean in means.items()},
         }
         rows.append(row)
-        say(as_row([f"{value:.2f}" if "share" in name else value for name, value in row.items()]))
+        say(as_row([f"{row[name]:.2f}" if "share" in name else row[name] for name in IMPRINT_COLUMNS]))
     return rows
 
 
-IMPRINT_COLUMNS = ("defence", "examples", "unaware, share", "known, share", "unaware, dB", "known, dB")
+IMPRINT_COLUMNS = (
+    "defence", "examples", "unaware, share", "known, share", "sparse, share", "unaware, dB", "known, dB", "sparse, dB"
+)  # fmt: skip
+
+
+def dense_net(activation: str, batch_size: int) -> KerasModel:
+    import tensorflow as tf
+
+    tf.keras.utils.set_random_seed(0)
+    layers = tf.keras.layers
+    hidden = layers.Dense(UNITS, getattr(tf.nn, activation))
+    keras = tf.keras.Sequential([tf.keras.Input((8, 8, 1)), layers.Flatten(), hidden, layers.Dense(10)])
+    return KerasModel(keras, batch_size=batch_size, dtype="float64")
+
+
+def read(
+    model: KerasModel, defence: Defence, own: np.ndarray, x: np.ndarray, y: np.ndarray, draw: int, how: str
+) -> tuple[float, float]:
+    """(share of the examples at LEAST_DB or better, mean squared error; where nothing is read, of the mean digit)"""
+    hostile = imprinted(model.specs, model.parameters(), own, seed=draw, sparse=how == "sparse")
+    clean = planned(model, Seen(hostile, hostile, plan(), len(x)), x, y)
+    sent = defence.sent(model, clean, x, y, np.random.default_rng([draw, 7]))
+    if how == "unaware":
+        finding = Imprint().run(model, sent.unaware, seed=0)
+    else:
+        finding = read_imprint(model, sent, learned_prior(model.input, own), sparse=how == "sparse")
+    guess = own.mean(0)[None] if finding.inputs is None else finding.inputs
+    return recovered_share(x, finding.inputs, RANGE, LEAST_DB), float(np.mean(nearest_errors(x, guess)))
 
 
 # --- trade-off
