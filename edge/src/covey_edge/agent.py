@@ -111,6 +111,7 @@ class AgentProgram:
         )
         conditions = Conditions(agent.config.conditions, Sensors(agent.state_dir))
         self._watch = Watch(conditions, time.monotonic, agent.config.training.threads)
+        self._waits_for_network = ""  # the round whose update does
         # what was found about the labels lives in the child; finding it again costs more than the child's memory
         data = agent.config.data
         self._debugs = bool(data.debug) or any(task.debug for task in data.tasks.values())
@@ -513,8 +514,9 @@ class AgentProgram:
     def _watch_conditions(self) -> None:
         """Pause, go on or give up what is under way, and join a round that was declined for now."""
         machine, now = self._machine, time.monotonic()
-        if machine.postponed is not None:
-            if self._watch.may_join(self._need_mb(machine.postponed)):
+        postponed = machine.postponed
+        if postponed is not None:
+            if self._watch.may_join(lambda: self._need_mb(postponed)):
                 self._handle(device.Reconsidered())
         elif machine.invitation is not None and machine.state in STEPS:
             left_s, duration_s = machine.deadline - now, machine.invitation.duration_ms / 1000
@@ -544,7 +546,9 @@ class AgentProgram:
         in the outbox and is offered again."""
         if not isinstance(message, Need) or not self._watch.holds_back():
             return False
-        log.info("round %s: its update waits for a network that is not metered", message.round_id)
+        if self._waits_for_network != message.round_id:  # it is asked for again and again
+            self._waits_for_network = message.round_id
+            log.info("round %s: its update waits for a network that is not metered", message.round_id)
         return True
 
     # --- fetching and training
