@@ -66,7 +66,6 @@ class Facts(Struct):
     agent: Agent
     bundle: Optional[Path] = None
     invitation: Optional[Invitation] = None
-    connected: bool = False
 
 
 # module:function of Facts, in order; a function yields Findings, and what it raises as a CoveyError is one
