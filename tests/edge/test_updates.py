@@ -467,7 +467,7 @@ BROKEN = {
         "            time.sleep(3600)\n",
         "gave no sign of life for 9 s",
     ),
-    "that dies soon after": ("agent", LOOP, "            raise SystemExit(5)\n", "ended with code 5"),
+    "that dies soon after": ("agent", LOOP, "                raise SystemExit(5)\n", "ended with code 5"),
 }
 
 
