@@ -112,7 +112,8 @@ class AgentProgram:
         conditions = Conditions(agent.config.conditions, Sensors(agent.state_dir))
         self._watch = Watch(conditions, time.monotonic, agent.config.training.threads)
         # what was found about the labels lives in the child; finding it again costs more than the child's memory
-        self._debugs = any(place.debug for place in (agent.config.data, *agent.config.data.tasks.values()))
+        data = agent.config.data
+        self._debugs = bool(data.debug) or any(task.debug for task in data.tasks.values())
         self._personal = Personal(agent, self._cache, lambda token, frame: self._inbox.put((token, frame)))
         self._assemblies: dict[bytes, BlobAssembly] = {}
         self._fetch_progress, self._fetch_patience_s = 0.0, FETCH_RETRY_S
