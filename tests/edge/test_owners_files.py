@@ -121,7 +121,7 @@ def test_who_forgets_is_asked_and_told_what_cannot_be_called_back(config: Path, 
     assert (tmp_path / "records").exists()
     words = "2 updates and 0 evaluations left this device between 2023-11-14T22:13:20Z and 2023-11-15T22:13:20Z; 1 of"
     assert words in ended.output
-    assert "keep    ledger.json" in ended.output
+    assert "keep    sent*.json*: the log of what left" in ended.output
     assert run(config, "forget", "--yes").exit_code == 0
     assert not (tmp_path / "records").exists()
     assert "nothing to delete" in run(config, "forget", "--yes").output
