@@ -483,7 +483,7 @@ path = "data.npz"
 NOISED = "[privacy]\nclip_norm = 1.0\nnoise_multiplier = 0.5\nepsilon_limit = 1e6\n"
 
 
-BOUNDED = (ReplayGuard, SentLog)  # what these remember grows to a bound that their own tests hold
+BOUNDED = (ReplayGuard, SentLog)  # what these remember has bounds: 2 * ReplayGuard.WINDOW, sent_log.REMEMBERED
 
 
 def held(thing: object, known: set[int]) -> int:
