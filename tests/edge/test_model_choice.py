@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from covey_edge.config import TaskPersonal
 from covey_edge.model_choice import Scores, with_federated, with_personal
 from covey_edge.model_rules import Gain, Score, gain, is_preferred, is_worse
-from covey_edge.model_store import HISTORY, Kept, Version
+from covey_edge.model_store import HISTORY, Kept, ModelStore, Version
 from covey_protocol.errors import StorageError
 
 COUNTS = (10, 10, 10, 10)
@@ -60,6 +61,22 @@ def test_a_loss_that_is_not_finite_loses_and_two_of_them_tie() -> None:
     assert is_worse(gain(diverged, GOOD, COUNTS, "loss"), 100.0)
     assert not is_worse(gain(GOOD, diverged, COUNTS, "loss"), 0.0)
     assert gain(diverged, diverged, COUNTS, "loss") == Gain(0.0, 0.0)
+
+
+def test_a_model_that_has_diverged_is_kept_out_and_what_is_written_of_it_can_be_read(tmp_path: Path) -> None:
+    kept, _ = with_federated(None, version(1), None, BETTER, 0)
+    kept, let_in = with_federated(
+        kept, version(2), scores(federated=losses(1, math.nan, 1, 1), current=GOOD), BETTER, 0
+    )
+    assert not let_in
+    store = ModelStore(tmp_path)
+    for name in kept.files:
+        store.folder.mkdir(exist_ok=True)
+        store.path(name).touch()
+    with store.changing():
+        store.commit(kept, {})
+    assert store.load() == kept
+    assert kept.history[-1].scores["federated"][0] is None
 
 
 def test_one_group_says_nothing_so_nothing_is_kept_out_and_nothing_preferred() -> None:

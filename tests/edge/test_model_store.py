@@ -144,6 +144,21 @@ def test_a_bundle_takes_no_space_twice_and_no_links_mean_a_copy(
     assert used(store) == 2
 
 
+@pytest.mark.parametrize("linked", [True, False])
+def test_a_damaged_file_is_replaced_by_the_next_round_that_brings_it(tmp_path: Path, linked: bool) -> None:
+    store = ModelStore(tmp_path)
+    put(store, 1, tmp_path / "cache")
+    bundle = store.path(version(1, b"parameters 1").files[0])
+    if linked:
+        bundle.write_bytes(b"bundlf")  # and the cache's, which is the same file; it is fetched again
+        (tmp_path / "cache" / sha(b"bundle")).unlink()
+    else:
+        bundle.unlink()
+        bundle.write_bytes(b"bundlf")
+    put(store, 2, tmp_path / "cache")
+    assert used(store) == 2
+
+
 def test_a_damaged_model_is_named_with_the_way_back(tmp_path: Path) -> None:
     store = ModelStore(tmp_path)
     put(store, 1, tmp_path / "cache")

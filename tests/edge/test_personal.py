@@ -222,10 +222,16 @@ def test_the_models_of_a_device_over_rounds(made: Any, digits_bundle: bytes, dev
     assert told["tuned"][0] < told["federated"][0]
     assert owner.personal._child.pid is None  # the child has gone
 
+    assert kept.personal is not None
+    own = owner.store.path(kept.personal.files[1])
+    whole = own.read_bytes()
+    own.write_bytes(b"damaged")
     owner.round(start * 30)  # saturated nonsense
     kept = owner.settle()
     assert (kept.federated.number, kept.used.number) == (1, 1)
     assert kept.history[-1].decision.startswith("kept out, worse by loss")
+    assert kept.history[-1].scores["personal"][0] is None  # it loses, and stops nothing
+    own.write_bytes(whole)
 
     predictor = Predictor.open(owner.agent.state_dir)
     x, y = digits(0, 1797)

@@ -56,6 +56,8 @@ def predict(data: str, config_path: Path, task: str, as_json: bool) -> None:
     A row of a CSV file is one example, flat; where [data] has the source csv, it is read by [data.options]. Which model
     answered is said on standard error.
     """
+    import msgspec
+
     from covey_edge.inference import Predictor, labels
     from covey_edge.inference_input import read_inputs
 
@@ -68,7 +70,7 @@ def predict(data: str, config_path: Path, task: str, as_json: bool) -> None:
     if as_json:
         for row, values in enumerate(output.tolist()):
             said = {"row": row, **({"class": named[row]} if named is not None else {}), "output": values}
-            click.echo(json.dumps(said))
+            click.echo(msgspec.json.encode(said))  # null for what is no number
         return
     flat = output.reshape(len(output), -1)
     head = ["row", *(["class"] if named is not None else []), *(f"output_{place}" for place in range(flat.shape[1]))]
@@ -161,10 +163,14 @@ def _lines(facts: dict[str, Any]) -> list[str]:
     lines = [f"in use: {facts['in_use']}"]
     for one in facts["history"]:
         when = time.strftime("%Y-%m-%d %H:%M", time.gmtime(one["at_ms"] / 1000))
-        told = ", ".join(f"{name} {loss:.4g}/{accuracy:.1%}" for name, (loss, accuracy) in one["scores"].items())
+        told = ", ".join(f"{name} {_number(loss)}/{_number(right)}" for name, (loss, right) in one["scores"].items())
         on = f" [loss/accuracy on {one['examples']} examples: {told}]" if told else ""
         lines.append(f"{when} round {one['number']}: {one['decision']}{on}")
     return lines
+
+
+def _number(value: Optional[float]) -> str:
+    return "none" if value is None else f"{value:.4g}"
 
 
 def _quoted(text: str) -> str:

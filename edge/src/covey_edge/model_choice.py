@@ -5,6 +5,7 @@ No files, no clock: what is scored and when comes from `personal_agent`, the rul
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Optional
 
@@ -25,14 +26,18 @@ class Scores(msgspec.Struct, frozen=True):
     personal: Optional[Score] = None
     tuned: Optional[Score] = None  # the newest personal model
 
-    def told(self) -> dict[str, tuple[float, float]]:
-        """Name -> (mean loss, accuracy), for the history."""
+    def told(self) -> dict[str, tuple[Optional[float], Optional[float]]]:
+        """Name -> (mean loss, accuracy), for the history; JSON has no number that is not finite."""
         named = {"federated": self.federated, "current": self.current, "personal": self.personal, "tuned": self.tuned}
         return {
-            name: (one.mean("loss", self.counts), one.mean("accuracy", self.counts))
+            name: (_finite(one.mean("loss", self.counts)), _finite(one.mean("accuracy", self.counts)))
             for name, one in named.items()
             if one is not None
         }
+
+
+def _finite(value: float) -> Optional[float]:
+    return value if math.isfinite(value) else None
 
 
 def measure_of(settings: TaskPersonal, *, has_classes: bool) -> Measure:

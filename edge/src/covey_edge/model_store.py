@@ -68,12 +68,13 @@ class Version(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Scored(Struct, frozen=True, forbid_unknown_fields=True):
-    """One comparison on the held-out data. scores: model -> (mean loss, accuracy); decision: what came of it."""
+    """One comparison on the held-out data. scores: model -> (mean loss, accuracy), None for what is not finite;
+    decision: what came of it."""
 
     at_ms: int
     number: int
     examples: int
-    scores: dict[str, tuple[float, float]]
+    scores: dict[str, tuple[Optional[float], Optional[float]]]
     decision: str
 
 
@@ -168,11 +169,14 @@ class ModelStore:
     def stage(self, name: str, source: Path) -> Path:
         """The file `source`, which never changes, under `name` in the store; not durable until `commit`.
 
-        A second name for the same bytes where the file system has that (no copy, no space), else a copy.
+        A second name for the same bytes where the file system has that (no copy, no space), else a copy. A damaged file
+        of that name is replaced.
         """
         target = self.path(name)
         if target.exists():
-            return target
+            if os.path.samefile(source, target) or self._is_whole(name):
+                return target
+            self._disk.remove(target)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             os.link(source, target)
@@ -184,6 +188,9 @@ class ModelStore:
                 raise StorageError(f"{source} cannot be read", "the next round brings it again") from None
             self._disk.write(target, data, mode=0o600)
         return target
+
+    def _is_whole(self, name: str) -> bool:
+        return hashlib.sha256(self._disk.read(self.path(name)) or b"").hexdigest() == name.split(".")[0]
 
     def commit(self, kept: Kept, new: Mapping[str, bytes]) -> None:
         """Replace model.json, after what it names is durable, and drop what it does not name. Within `changing`.

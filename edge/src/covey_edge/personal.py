@@ -35,8 +35,9 @@ def personalised(request: Personalise) -> Personalised:
     """Raises DataError, BundleError, TrainingError."""
     keys = [PublicKey.from_hex(text) for text in request.sealed_by]
     model = Model(opened(_read(request.bundle_path, request.bundle_sha256), keys), request.threads)
-    every = [np.frombuffer(_read(*one), "<f4").astype(np.float32) for one in request.parameters]
-    made = fine_tuned(model, every[0], request.tune) if request.tune is not None else None
+    first = np.frombuffer(_read(*request.parameters[0]), "<f4").astype(np.float32)
+    every = [first, *(_or_nothing(model, *one) for one in request.parameters[1:])]
+    made = fine_tuned(model, first, request.tune) if request.tune is not None else None
     if made is not None:
         every.append(made)
     counts: tuple[int, ...] = ()
@@ -117,6 +118,15 @@ def moving_places(manifest: Manifest, layers: tuple[str, ...]) -> Optional[np.nd
         for place in own:
             moving[place] = True
     return moving
+
+
+def _or_nothing(model: Model, path: str, sha256: str) -> Floats:
+    """Parameters that are only compared with; numbers that are none, which lose to any others, where their file is
+    gone or damaged: then it is replaced."""
+    try:
+        return np.frombuffer(_read(path, sha256), "<f4").astype(np.float32)
+    except (DataError, BundleError):
+        return np.full(model.manifest.dimension, np.nan, np.float32)
 
 
 def _read(path: str, sha256: str) -> bytes:

@@ -150,11 +150,10 @@ class Personal:
                 self._tune(invitation, kept)
             return
         for name, ref in zip(new.files, (invitation.bundle, invitation.parameters)):
-            if store.path(name).exists():
-                continue
-            if not self._cache.has(ref):
+            if self._cache.has(ref):
+                store.stage(name, self._cache.path(ref.sha256))
+            elif not store.path(name).exists():
                 raise StorageError(f"task {task!r}: {name} is not in the cache any more", "the next round brings it")
-            store.stage(name, self._cache.path(ref.sha256))
         if place is None:
             self._let_in(_Job(invitation, new, kept, tunes=False), None)
             return
