@@ -31,8 +31,8 @@ def die_with_parent(parent: int) -> None:
 def frugal_memory() -> None:
     """Have the C library give memory back (glibc; elsewhere this does nothing). Before the first thread is started.
 
-    By default glibc learns from large blocks that come and go, model weights for instance, to keep them: 7 MB in a child
-    that trains the reference CNN. And it makes a heap for each thread.
+    By default glibc learns from large blocks that come and go, model weights for instance, to keep them: 7 MB in a
+    child that trains the reference CNN. And it makes a heap for each thread.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
