@@ -78,8 +78,8 @@ class Row:
 
     idle_mb: of all its processes together, at rest after the rounds. training_mb: largest resident memory of any one of
     them in a round; together_mb of all at once. pss_mb: proportional set sizes, idle and largest sum, which are smaller
-    the more other programs of the machine use the same libraries. start_cpu_s: processor time of all its processes until
-    it is connected, which a busy machine hardly changes.
+    the more other programs of the machine use the same libraries. start_cpu_s: processor time of all its processes
+    until it is connected, which a busy machine changes less.
     """
 
     name: str

@@ -195,3 +195,23 @@ def test_the_benchmark_of_defences_draws_the_trade_off_of_audits(tmp_path: Path)
     assert rows["rounds", 3.0]["resolved_per_example"] > rows["rounds", 1.0]["resolved_per_example"]
     assert all(0.0 <= row["accuracy_percent"] <= 100.0 for row in rows.values())
     assert (tmp_path / "trade-off.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+@pytest.mark.broker
+@pytest.mark.timeout(1800)
+def test_the_agent_alone_is_as_small_as_promised(tmp_path: Path) -> None:
+    """What does not depend on how busy the machine is; times are for `benchmarks/agent.py` on a quiet one."""
+    mosquitto_binary()
+    written = tmp_path / "agent.json"
+    command = [sys.executable, "benchmarks/agent.py", "--quick", "--idle", "20", "--json", str(written)]
+    ended = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    (row,) = json.loads(written.read_text())
+    assert row["idle_processes"] == 1  # the training child has ended
+    assert row["idle_mb"] < 45.0
+    assert row["training_mb"] < 85.0  # the bar is 70: edge/README.md says what it is made of
+    assert row["idle_cpu_percent"] < 0.2
+    for bytes_ in (row["up_bytes"], row["down_bytes"]):
+        assert 827_688 < bytes_ < 850_000  # 206,922 parameters, and what is said around them
+    assert "| idle (PSS), MB |" in ended.stdout

@@ -32,7 +32,7 @@ def frugal_memory() -> None:
     """Have the C library give memory back (glibc; elsewhere this does nothing). Before the first thread is started.
 
     By default glibc learns from large blocks that come and go, model weights for instance, to keep them: 7 MB in a
-    training child; and it makes a heap for each thread, which are 4 MB in an agent.
+    child that trains the reference CNN. And it makes a heap for each thread.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
