@@ -78,7 +78,8 @@ class Row:
 
     idle_mb: of all its processes together, at rest after the rounds. training_mb: largest resident memory of any one of
     them in a round; together_mb of all at once. pss_mb: proportional set sizes, idle and largest sum, which are smaller
-    the more other programs of the machine use the same libraries.
+    the more other programs of the machine use the same libraries. start_cpu_s: processor time of all its processes until
+    it is connected, which a busy machine hardly changes.
     """
 
     name: str
@@ -91,6 +92,7 @@ class Row:
     together_mb: float = 0.0
     pss_mb: tuple[float, float] = (0.0, 0.0)
     start_s: float = 0.0
+    start_cpu_s: float = 0.0
     idle_cpu_percent: float = 0.0
     round_s: float = 0.0
     up_bytes: int = 0
@@ -317,14 +319,15 @@ def measure_agent(made: Material, version: str, seconds: float, starts: int, rou
         fleet = Fleet(parse_broker(url), "bench", made.key, {"pi": device.public})
         try:
             fleet.connect()
-            times = []
+            row, times, cpu = Row("covey agent", version), [], []
             for _ in range(starts + 1):
                 started = time.monotonic()
-                with running_agent(folder, python, device.config):
+                with running_agent(folder, python, device.config) as process:
                     online(fleet, True)
                     times.append(time.monotonic() - started)
+                    cpu.append(cpu_s(tree(process.pid)))
                 online(fleet, False)
-            row = Row("covey agent", version, start_s=statistics.median(times[1:]))
+            row.start_s, row.start_cpu_s = statistics.median(times[1:]), statistics.median(cpu[1:])
             with running_agent(folder, python, device.config) as process:
                 online(fleet, True)
                 agent_rounds(row, made, fleet, folder, proxy, process.pid, rounds)
@@ -408,11 +411,12 @@ def measure_flower(name: str, made: Material, version: str, seconds: float, star
         folder = Path(temporary)
         np.savez(folder / "data.npz", x=made.shard.x, y=made.shard.y)
         with flower_superlink(folder, python) as port, contextlib.closing(Proxy(port)) as proxy:
-            times = []
+            times, cpu = [], []
             for _ in range(starts + 1):
-                with running_supernode(folder, python, proxy.port) as (_, started_s):
+                with running_supernode(folder, python, proxy.port) as (process, started_s):
                     times.append(started_s)
-            row.start_s = statistics.median(times[1:])
+                    cpu.append(cpu_s(tree(process.pid)))
+            row.start_s, row.start_cpu_s = statistics.median(times[1:]), statistics.median(cpu[1:])
             with running_supernode(folder, python, proxy.port) as (process, _):
                 flower_rounds(row, folder, python, proxy, process.pid, framework, rounds)
                 rest_of(row, process.pid, seconds, lambda: len(tree(process.pid)) <= 2)
@@ -550,7 +554,10 @@ COLUMNS: Mapping[str, tuple[str, Callable[[Row], str]]] = {
     "idle_mb": ("idle (PSS), MB", lambda row: f"{row.idle_mb:.1f} ({row.pss_mb[0]:.1f})"),
     "training_mb": ("training, largest process, MB", lambda row: f"{row.training_mb:.1f}"),
     "together_mb": ("all processes (PSS), MB", lambda row: f"{row.together_mb:.1f} ({row.pss_mb[1]:.1f})"),
-    "start_s": ("start to connected, s", lambda row: f"{row.start_s:.2f}"),
+    "start_s": (
+        "start to connected (processor time), s",
+        lambda row: f"{row.start_s:.2f} ({row.start_cpu_s:.2f})",
+    ),
     "idle_cpu_percent": ("idle CPU, %", lambda row: f"{row.idle_cpu_percent:.3f}"),
     "round_s": ("round, s", lambda row: f"{row.round_s:.2f}"),
     "up_bytes": ("bytes up", lambda row: f"{row.up_bytes:,}"),

@@ -182,6 +182,7 @@ def cases(quick: bool) -> list[tuple[str, Defence, int, int, int]]:
         ("local steps", none, 2, 1, 2),
         ("batch", none, 4, 4, 1),
         ("central noise", CentralNoise(1.0, 0.1, devices=4), 4, 4, 1),
+        ("local noise", ClippingAndNoise(1.0, 0.1), 4, 4, 1),
     ]
     return found[:3] if quick else found
 
@@ -215,10 +216,11 @@ def defences(
             told = leakage_of(model, sent, one, label)
             expected.append(10 ** (-told.here_psnr_db / 10))
             resolved.append(told.resolved / examples)
+        several = f", {examples} examples" if group == "local noise" and examples > 1 else ""
         steps = f"{examples} examples, {epochs * -(-examples // batch_size)} steps"
         row = {
             "group": group,
-            "defence": defence.name if group not in ("batch", "local steps") else steps,
+            "defence": steps if group in ("batch", "local steps") else defence.name + several,
             "knows": defence.knows,
             **{name: decibel(some) for name, some in errors.items()},
             "expected": decibel(expected),
@@ -244,53 +246,69 @@ UNITS, LEAST_DB = 64, 20.0
 
 
 def imprint_cases() -> list[tuple[Defence, int]]:
-    """(defence, examples of one step). Central noise: the mean alone is seen, as if by somebody who gets it."""
-    noises = [ClippingAndNoise(0.2, noise) for noise in (0.003, 0.01, 0.03, 0.1)]
+    """(defence, examples of one step). No central noise: who sends hostile parameters has every update before it."""
+    noises = [ClippingAndNoise(0.2, noise) for noise in (0.003, 0.01, 0.03, 0.1, 1.0)]
     some: list[Defence] = [Nothing(), ClippingAndNoise(0.05), *noises]
     more = [Compressed("rotated-8bit"), Compressed("rotated-4bit"), Compressed("top-k", 0.1), Pruned(0.7)]
     rows = [(one, examples) for one in [*some, *more] for examples in (1, 8)]
-    return [*rows, (CentralNoise(1.0, 0.1, devices=4), 8), (Nothing(), 32), (Nothing(), 128)]
+    return [*rows, (Nothing(), 32), (Nothing(), 128)]
 
 
 def imprint(draws: int, say: Callable[[str], None]) -> list[dict[str, Any]]:
-    import tensorflow as tf
-
+    """unaware: differences divided by one another. known, sparse: both imprints, read by who knows the defence."""
     x, y = load()
-    tf.keras.utils.set_random_seed(0)
-    layers = tf.keras.layers
-    keras = tf.keras.Sequential(
-        [tf.keras.Input((8, 8, 1)), layers.Flatten(), layers.Dense(UNITS, "relu"), layers.Dense(10)]
-    )
-    own, rows, models = x[500:1500], [], {}
+    own, rows = x[500:1500], []
+    models: dict[tuple[bool, int], KerasModel] = {}
     say(as_row(IMPRINT_COLUMNS))
     for defence, examples in imprint_cases():
-        model = models.setdefault(examples, KerasModel(keras, batch_size=examples, dtype="float64"))
-        prior = learned_prior(model.input, own)
-        shares: dict[str, list[float]] = {"unaware": [], "known": []}
-        errors: dict[str, list[float]] = {"unaware": [], "known": []}
+        found: dict[str, list[tuple[float, float]]] = {"unaware": [], "known": [], "sparse": []}
         for draw in range(draws):
             part = slice(draw * examples, (draw + 1) * examples)
-            some, labels = x[part], y[part]
-            hostile = imprinted(model.specs, model.parameters(), own, seed=draw)
-            clean = planned(model, Seen(hostile, hostile, plan(), examples), some, labels)
-            sent = defence.sent(model, clean, some, labels, np.random.default_rng([draw, 7]))
-            found = {"unaware": Imprint().run(model, sent.unaware, seed=0), "known": read_imprint(model, sent, prior)}
-            for name, finding in found.items():
-                guess = own.mean(0)[None] if finding.inputs is None else finding.inputs
-                shares[name].append(recovered_share(some, finding.inputs, RANGE, LEAST_DB))
-                errors[name].append(float(np.mean(nearest_errors(some, guess))))
+            for name, some in found.items():
+                sparse = name == "sparse"
+                if (sparse, examples) not in models:
+                    models[sparse, examples] = dense_net("relu6" if sparse else "relu", examples)
+                some.append(read(models[sparse, examples], defence, own, x[part], y[part], draw, name))
+        means = {name: np.mean(some, axis=0) for name, some in found.items()}
         row = {
             "defence": defence.name,
             "examples": examples,
-            **{f"{name}_share": float(np.mean(some)) for name, some in shares.items()},
-            **{f"{name}_db": decibel(some) for name, some in errors.items()},
+            **{f"{name}, share": float(mean[0]) for name, mean in means.items()},
+            **{f"{name}, dB": psnr(float(mean[1]), RANGE) for name, mean in means.items()},
         }
         rows.append(row)
-        say(as_row([f"{value:.2f}" if "share" in name else value for name, value in row.items()]))
+        say(as_row([f"{row[name]:.2f}" if "share" in name else row[name] for name in IMPRINT_COLUMNS]))
     return rows
 
 
-IMPRINT_COLUMNS = ("defence", "examples", "unaware, share", "known, share", "unaware, dB", "known, dB")
+IMPRINT_COLUMNS = (
+    "defence", "examples", "unaware, share", "known, share", "sparse, share", "unaware, dB", "known, dB", "sparse, dB"
+)  # fmt: skip
+
+
+def dense_net(activation: str, batch_size: int) -> KerasModel:
+    import tensorflow as tf
+
+    tf.keras.utils.set_random_seed(0)
+    layers = tf.keras.layers
+    hidden = layers.Dense(UNITS, getattr(tf.nn, activation))
+    keras = tf.keras.Sequential([tf.keras.Input((8, 8, 1)), layers.Flatten(), hidden, layers.Dense(10)])
+    return KerasModel(keras, batch_size=batch_size, dtype="float64")
+
+
+def read(
+    model: KerasModel, defence: Defence, own: np.ndarray, x: np.ndarray, y: np.ndarray, draw: int, how: str
+) -> tuple[float, float]:
+    """(share of the examples at LEAST_DB or better, mean squared error; where nothing is read, of the mean digit)"""
+    hostile = imprinted(model.specs, model.parameters(), own, seed=draw, sparse=how == "sparse")
+    clean = planned(model, Seen(hostile, hostile, plan(), len(x)), x, y)
+    sent = defence.sent(model, clean, x, y, np.random.default_rng([draw, 7]))
+    if how == "unaware":
+        finding = Imprint().run(model, sent.unaware, seed=0)
+    else:
+        finding = read_imprint(model, sent, learned_prior(model.input, own), sparse=how == "sparse")
+    guess = own.mean(0)[None] if finding.inputs is None else finding.inputs
+    return recovered_share(x, finding.inputs, RANGE, LEAST_DB), float(np.mean(nearest_errors(x, guess)))
 
 
 # --- trade-off
@@ -401,8 +419,13 @@ def draw_defences(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(8, 0.5 * len(rows) + 1.2))
     places = np.arange(len(rows))
-    for shift, (name, colour) in enumerate((("cosine", "0.75"), ("unaware", "0.5"), ("adaptive", "tab:red"))):
-        axes.barh(places + (shift - 1) * 0.27, [min(row[name], 60.0) for row in rows], 0.25, label=name, color=colour)
+    attackers = (
+        ("cosine", "0.75", "inverting gradients"),
+        ("unaware", "0.5", "most probable batch, unaware"),
+        ("adaptive", "tab:red", "most probable batch, knows the defence"),
+    )
+    for shift, (name, colour, label) in enumerate(attackers):
+        axes.barh(places + (shift - 1) * 0.27, [min(row[name], 60.0) for row in rows], 0.25, label=label, color=colour)
     axes.axvline(7.1, color="k", linestyle=":", label="blind guess")
     axes.set(yticks=places, yticklabels=[row["defence"] for row in rows], xlabel="PSNR of the attack, dB (60 and more)")
     axes.invert_yaxis()

@@ -172,7 +172,7 @@ def test_bad_rows_are_dropped_and_the_report_says_which_and_why(tmp_path: Path) 
 REFUSED = {
     "a cell that is no number": (BAD, r"a: not a number in 1 of 8 rows, first in line 3; mend them, or set bad_rows"),
     "a missing cell": (BAD.replace("x,", "1,"), "b: no value in 1 of 8 rows, first in line 5"),
-    "a label": (BAD.replace("x,", "1,").replace("nan", "2"), "labels above 2 in 1 of 8 rows, first in row 4"),
+    "a label": (BAD.replace("x,", "1,").replace("nan", "2"), "labels above 2 in 1 of 8 rows, first in line 4"),
     "an input": (BAD.replace("x,", "1,").replace("nan", "2").replace("2,7", "2,2"), "x above 5 in 1 of 8 rows"),
 }
 

@@ -180,9 +180,9 @@ def test_hostile_bundles_and_plans_cost_their_round_and_nothing_more(scene: Scen
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_flood_and_retained_garbage_on_every_topic_cost_little_and_honest_rounds_go_on(scene: Scene) -> None:
+def test_a_flood_and_garbage_that_the_broker_keeps_cost_little_and_honest_rounds_go_on(scene: Scene) -> None:
     first = scene.trains()
-    topics = [TOPICS.round, TOPICS.down(DEVICE), TOPICS.presence(DEVICE), TOPICS.up(DEVICE)]
+    topics = [TOPICS.round, TOPICS.down(DEVICE), TOPICS.presence(DEVICE)]
     topics += [TOPICS.blob(ref.sha256, 0) for ref in first.blobs]
     for topic in topics:
         scene.publish(topic, b"garbage " * 1000, retain=True)
@@ -192,10 +192,16 @@ def test_a_flood_and_retained_garbage_on_every_topic_cost_little_and_honest_roun
     assert scene.stranger.flush(sent, PATIENCE_S)
     scene.coordinator.heard = [one for one in scene.coordinator.heard if not hasattr(one, "online")]
     scene.trains()
-    grown, spent = scene.process.memory_info().rss - before, sum(scene.process.cpu_times()[:2]) - cpu
+    grown, spent = _peak(scene.process.pid) - before, sum(scene.process.cpu_times()[:2]) - cpu
     print(f"\n{FLOOD} messages: {grown / 1e6:.1f} MB more, {spent:.1f} s of processor time")
     assert grown < 60e6  # 32 MiB wait at most (inbox.HOLD_BYTES), and what is under way
     assert spent < 30.0
+
+
+def _peak(pid: int) -> int:
+    """The most resident bytes this process has ever had."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024
 
 
 class Flood:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import queue
 import signal
@@ -189,3 +190,25 @@ time.sleep(1000)
             StateLock(tmp_path)
         holder.send_signal(signal.SIGKILL)
     StateLock(tmp_path).close()
+
+
+class FewDescriptors(socket.socket):
+    """Its first `accept` finds no free descriptor."""
+
+    refused = 0
+
+    def accept(self) -> tuple[socket.socket, object]:
+        if not self.refused:
+            self.refused += 1
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return super().accept()
+
+
+def test_a_program_without_free_descriptors_listens_again_when_it_has_some(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local_socket, "PATIENCE_S", 0.05)
+    monkeypatch.setattr(socket, "socket", FewDescriptors)
+    with Loop(tmp_path):
+        monkeypatch.undo()
+        assert ask(tmp_path, "status") == {"asked": "status"}

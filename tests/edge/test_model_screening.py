@@ -190,6 +190,23 @@ def in_unused_inputs(bundle: Bundle, start: Array, own: Array) -> Array:
     return hostile
 
 
+def in_many_directions(bundle: Bundle, start: Array, own: Array) -> Array:
+    """Twelve imprints of ten or eleven units: too few of one kind to be a tenth of the layer."""
+    layer, behind = layer_on_input(bundle.manifest.parameters, own[0].size)
+    assert behind is not None
+    hostile = start.copy()
+    for seed in range(12):
+        whole, units = imprinted(bundle.manifest.parameters, start, own, seed=seed), slice(seed, None, 12)
+        for place, shape in ((layer.kernel_place, layer.kernel.shape), (behind.kernel_place, behind.kernel.shape)):
+            to, of = hostile[place].reshape(shape), whole[place].reshape(shape)
+            if shape == layer.kernel.shape:
+                to[:, units] = of[:, units]
+            else:
+                to[units] = of[units]
+        hostile[layer.bias_place][units] = whole[layer.bias_place][units]
+    return hostile
+
+
 HOSTILE: dict[str, tuple[str, Make]] = {
     "an imprint": ("imprint", imprint()),
     "a sparse imprint": (
@@ -200,6 +217,7 @@ HOSTILE: dict[str, tuple[str, Make]] = {
     "an imprint with noise on its rows": ("imprint", imprint(noise=0.03)),
     "an imprint with noise that costs it a third": ("imprint", imprint(noise=0.3)),
     "an imprint in a fifth of the units": ("imprint", imprint(share=0.2, permuted=True)),
+    "imprints of twelve directions": ("imprint", in_many_directions),
     "an imprint that hides in dark pixels": ("imprint", in_unused_inputs),
     "trap weights": ("trap weights", traps(on=0.05)),
     "trap weights that are no copies": ("trap weights", traps(on=0.05, noise=0.3)),
@@ -236,6 +254,19 @@ def test_what_gets_through_is_an_imprint_so_noisy_that_it_reads_no_more_than_an_
     x = digits[0]
     noisy = imprint(noise=1.0)(bundle, start, x[:800])
     assert [one for one in suspicions(bundle.manifest, noisy, x[800:1000]) if one.grave] == []
+
+
+def test_units_that_training_has_aligned_are_no_imprint(
+    bundle: Bundle, digits: tuple[Array, Array], start: Array
+) -> None:
+    """All of them measure one thing, but at one threshold, so that they tell examples apart no better than one unit."""
+    x = digits[0]
+    layer, _ = layer_on_input(bundle.manifest.parameters, 64)
+    aligned = imprint()(bundle, start, x[:800])
+    kernel = aligned[layer.kernel_place].reshape(layer.kernel.shape)
+    aligned[layer.bias_place] = -np.median(x[:800].reshape(800, -1) @ kernel, axis=0)
+    examples = suspicions(bundle.manifest, aligned, x[800:1000])
+    assert "measure the same of your examples" not in " ".join(map(str, examples))
 
 
 def test_few_directions_in_the_data_make_no_suspicion() -> None:

@@ -20,7 +20,9 @@ from click.testing import CliRunner, Result
 from lone_coordinator import LoneCoordinator
 from patience import PATIENCE_S
 
+from covey_edge import preflight
 from covey_edge.cli_agent import agent as command
+from covey_edge.files import write_atomic
 from covey_edge.forgetting import unknown
 from covey_edge.local_socket import NAME, NotRunning, ask
 from covey_edge.opting_out import LEFT
@@ -102,7 +104,7 @@ def home(tmp_path: Path, mosquitto: RunningBroker, digits_bundle: bytes, coordin
     x, y = rng.random((120, 8, 8, 1), np.float32), rng.integers(0, 10, 120, np.int32)
     np.savez(tmp_path / "data.npz", x=x, y=y)
     key = SealingKey.from_seed(b"device".ljust(32, b"."))
-    (tmp_path / "device.pem").write_bytes(key.pem())
+    write_atomic(tmp_path / "device.pem", key.pem(), mode=0o600)
     (tmp_path / "agent.toml").write_text(CONFIG.format(url=mosquitto.url, coordinator=coordinator_key.public.hex()))
     parameters = Model(read_bundle(digits_bundle)).parameters().astype("<f4").tobytes()
     with LoneCoordinator(mosquitto.url, "home", "pi", coordinator_key, key.public) as coordinator:
@@ -118,7 +120,7 @@ def lines(home: Home, kind: str) -> list[dict[str, Any]]:
     return [line for line in told if line["kind"] == kind]
 
 
-def test_an_owner_sees_what_left_and_has_it_end_and_forgotten(home: Home) -> None:
+def test_an_owner_sees_what_left_and_has_it_end_and_forgotten(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
     # a round, from the invitation to the verdict
     first = home.invite()
     _, update = home.coordinator.take(first)
@@ -147,6 +149,14 @@ def test_an_owner_sees_what_left_and_has_it_end_and_forgotten(home: Home) -> Non
     refused = home.run("forget", "--yes")
     assert isinstance(refused.exception, ConfigError)
     assert str(home.process.pid) in str(refused.exception)
+
+    # the preflight, beside an agent that stays connected
+    monkeypatch.setattr(preflight, "RETAINED_S", 0.3)
+    told_check = home.says("check")
+    assert f"an agent runs here (process {home.process.pid})" in told_check
+    assert "WRONG" not in told_check
+    assert "has the shape, the types and the ranges" in told_check  # of the model that the agent has fetched
+    assert home.status()["connection"] == facts["connection"]
 
     # opting out in mid-training; what lies in the outbox is not delivered
     owed = home.invite()

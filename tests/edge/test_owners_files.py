@@ -12,6 +12,7 @@ from click.testing import CliRunner, Result
 
 from covey_edge import sent_log
 from covey_edge.cli_agent import agent as command
+from covey_edge.cli_status import _span
 from covey_edge.config import Agent, load_agent
 from covey_edge.forgetting import FORGOTTEN, KEPT, STAYS, delete, gone, plan, unknown
 from covey_edge.local_socket import StateLock
@@ -121,7 +122,7 @@ def test_who_forgets_is_asked_and_told_what_cannot_be_called_back(config: Path, 
     assert (tmp_path / "records").exists()
     words = "2 updates and 0 evaluations left this device between 2023-11-14T22:13:20Z and 2023-11-15T22:13:20Z; 1 of"
     assert words in ended.output
-    assert "keep    ledger.json" in ended.output
+    assert "keep    sent*.json*: the log of what left" in ended.output
     assert run(config, "forget", "--yes").exit_code == 0
     assert not (tmp_path / "records").exists()
     assert "nothing to delete" in run(config, "forget", "--yes").output
@@ -185,6 +186,13 @@ def test_without_an_agent_the_files_say_what_is_owed_and_nothing_is_changed(conf
     assert facts["doing"] == "does not run; this is from its files"
     assert "without a verdict: r.1" in run(config, "status").output
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(-3.0, "0 s"), (45.4, "45 s"), (200.0, "00:03:20"), (187_200.0, "2 d 04:00:00")]
+)
+def test_spans_of_time_are_told_in_words(seconds: float, words: str) -> None:
+    assert _span(seconds) == words
 
 
 def test_an_agent_that_is_just_starting_is_told_so(config: Path, tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ def bad(findings: list[Finding]) -> tuple[str, int, str]:
 
 
 @pytest.mark.broker
-def test_a_device_whose_round_is_open_passes_while_its_agent_runs_and_while_it_does_not(
+def test_a_device_whose_round_is_open_passes(
     write: Callable[..., Path],
     mosquitto: RunningBroker,
     digits_bundle: bytes,

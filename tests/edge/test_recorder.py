@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 from click.testing import CliRunner
 from patience import PATIENCE_S
+from small_disk import SmallDisk
 
 from covey_edge.cli_record import record
 from covey_edge.data_sources import read_source
@@ -235,6 +237,46 @@ def test_what_waits_is_bounded_and_what_is_lost_is_told(
     assert waiting.lost + waiting.recorded == 30
 
 
+@pytest.mark.slow
+@pytest.mark.fleet
+def test_a_disk_that_is_really_full_costs_no_reading(tmp_path: Path) -> None:
+    disk = SmallDisk(tmp_path / "small", 4 * 2**20)
+    process = started("lines", str(tmp_path / "small" / "r.sqlite"), before=disk.before)
+    assert process.stdin is not None
+    assert process.stderr is not None
+    try:
+        process.stdin.write(text_lines(range(3)))
+        process.stdin.flush()
+        read_until(process.stderr, b"readings recorded")
+        disk.fill()
+        process.stdin.write(text_lines(range(3, 60)))
+        process.stdin.flush()
+        read_until(process.stderr, b"readings wait in memory")
+        disk.free()
+        read_until(process.stderr, b"there is space again")
+        process.stdin.close()
+        assert process.wait(PATIENCE_S) == 0
+        shutil.copy(disk.seen / "r.sqlite", tmp_path / "r.sqlite")  # SQLite cannot open it through /proc
+        assert [number for (number,) in rows(tmp_path / "r.sqlite", "number")] == list(range(60))
+    finally:
+        process.kill()
+        process.wait()
+        process.stdin.close()
+        process.stderr.close()
+        disk.close()
+
+
+def text_lines(numbers: range) -> bytes:
+    return "".join(f'{{"number": {number}, "text": "{"x" * 3000}"}}\n' for number in numbers).encode()
+
+
+def read_until(stream: IO[bytes], what: bytes) -> None:
+    for line in stream:
+        if what in line:
+            return
+    pytest.fail(f"it ended without {what!r}")
+
+
 # --- the command
 
 
@@ -245,9 +287,9 @@ def test_one_reading_by_hand_and_a_label(tmp_path: Path) -> None:
     assert rows(tmp_path / "r.sqlite", 't, "where", label') == [(21.5, "hall", 1.0)]
 
 
-def started(*arguments: str, feed: Any = subprocess.PIPE) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "covey_edge", "record", *arguments]
-    return subprocess.Popen(command, stdin=feed, stderr=subprocess.PIPE)
+def started(*arguments: str, before: Sequence[str] = ()) -> subprocess.Popen[bytes]:
+    command = [*before, sys.executable, "-m", "covey_edge", "record", *arguments]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
@@ -288,7 +330,7 @@ def test_sigterm_adds_what_waits_for_its_batch(tmp_path: Path) -> None:
     assert process.stdin is not None
     process.stdin.write(b"1,1\n2,2\n3,3\n4,4\n")
     process.stdin.flush()
-    wait_for(lambda: count(path) == 3)
+    wait_for(lambda: count(path) == 3 or process.poll() is not None)
     process.send_signal(signal.SIGTERM)
     assert process.wait(PATIENCE_S) == 0
     process.stdin.close()
@@ -315,15 +357,16 @@ def test_a_command_is_run_every_so_often_and_may_fail(tmp_path: Path) -> None:
 def test_a_recorder_that_is_killed_loses_no_row_that_was_seen_while_another_reads_on(tmp_path: Path) -> None:
     """Whole rows, in order, none missing: at each look of a reader, after each kill, and after the next start."""
     path, fed = tmp_path / "r.sqlite", 0
-    for _ in range(3):
+    for _ in range(2):
         process = started("lines", str(path), "--columns", "a,b", "--quiet")
         assert process.stdin is not None
         os.set_blocking(process.stdin.fileno(), False)
         seen, before = 0, count(path)
         until = time.monotonic() + PATIENCE_S
         fed = before  # what was on its way to a killed recorder is said again
-        while seen < before + 40:
+        while seen < before + 30:
             assert time.monotonic() < until
+            assert process.poll() is None
             try:
                 os.write(process.stdin.fileno(), f"{fed},{2 * fed}\n".encode())
                 fed += 1

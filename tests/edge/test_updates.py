@@ -317,6 +317,52 @@ def test_the_coordinators_key_is_no_release_key(device: Device) -> None:
         load_agent(device.config)
 
 
+# --- the launcher, with releases that are no agents but quick
+
+PUPPET = """
+import os, socket, sys, time
+def say(word):
+    if "COVEY_TRIAL" in os.environ:
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM).sendto(word.encode(), os.environ["NOTIFY_SOCKET"])
+"""
+LIVES = """
+def confirmed():
+    return '"current": "9.0"' in open(os.environ["COVEY_RELEASES"] + "/boot.json").read()
+while not confirmed():
+    say("WATCHDOG=1")
+    time.sleep(0.1)
+"""
+# what it does; seconds to be ready and without a sign of life; what becomes of it
+WATCHED = {
+    "that is ready and then hangs": ("say('READY=1')\ntime.sleep(600)", 60, 1, "gave no sign of life for 1 s"),
+    "that lives but is not ready": (LIVES, 1, 60, "did not connect within 1 s"),
+    "that ends": ("say('READY=1')\nsys.exit(7)", 60, 60, "ended with code 7"),
+    "that is ready and lives": (f"say('READY=1')\n{LIVES}", 60, 60, ""),
+}
+
+
+@pytest.mark.parametrize("what", WATCHED)
+def test_a_launcher_watches_a_release(what: str, tmp_path: Path) -> None:
+    """On its last attempt. Afterwards an agent is started that ends at once: its file is not there."""
+    code, ready_s, watchdog_s, why = WATCHED[what]
+    folder = Folder(tmp_path / "releases")
+    package = folder.path / "9.0" / "covey_edge"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "__main__.py").write_text(PUPPET + code)
+    folder.save(Boot(trial="9.0", attempts=ATTEMPTS - 1))
+    limits = f"--ready-within {ready_s} --healthy-for 0.4 --watchdog {watchdog_s} --pause 0.1".split()
+    command = [sys.executable, "-m", "covey_edge.launcher", "--state", str(tmp_path), *limits, "--"]
+    command += ["--config", "/none"]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE_S)
+    boot = folder.boot()
+    if why:
+        assert (boot.failed, boot.bad, boot.trial) == (f"9.0 {why}", ("9.0",), "")
+        assert (ended.returncode, "/none cannot be read" in ended.stderr) == (2, True)
+    else:
+        assert (boot, ended.returncode) == (Boot("9.0"), 0)
+
+
 # --- with real processes
 
 
@@ -421,7 +467,7 @@ BROKEN = {
         "            time.sleep(3600)\n",
         "gave no sign of life for 9 s",
     ),
-    "that dies soon after": ("agent", LOOP, "            raise SystemExit(5)\n", "ended with code 5"),
+    "that dies soon after": ("agent", LOOP, "                raise SystemExit(5)\n", "ended with code 5"),
 }
 
 

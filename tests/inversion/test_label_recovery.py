@@ -108,6 +108,20 @@ def test_counts_are_exact_where_predictions_do_not_depend_on_the_input(digits):
     assert attacked.rate(x, y, random_batches(8, 30, len(x)), "counts") == 1.0
 
 
+def test_of_a_trained_model_every_class_with_a_negative_gradient_is_named(digits, trained):
+    """It is sure of its own examples, so that its predictions on random inputs say nothing of the batch."""
+    x, y = digits
+    attacked = Attacked(trained, batch_size=4)
+    rates = []
+    for rows in random_batches(20, 4, len(x)):
+        seen = attacked.seen(x[rows], y[rows])
+        bias = -seen.update[-10:] / RATE
+        labels = attacked.labels(seen, "counts")
+        assert set(np.flatnonzero(bias < -1e-3)) <= set(labels)
+        rates.append(label_leak_rate(y[rows], labels))
+    assert np.mean(rates) > 0.7
+
+
 def test_clipping_does_not_hide_labels(digits):
     x, y = digits
     attacked = Attacked(digits_model(), batch_size=5)

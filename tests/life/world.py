@@ -36,9 +36,10 @@ from covey_edge.inbox import Inbox, waiting_bytes
 from covey_edge.ledger import Book
 from covey_edge.mqtt import ConnectionDown, ConnectionUp, Incoming
 from covey_edge.outbox import Entry
+from covey_edge.sent_log import SentLog
 from covey_protocol import codec
 from covey_protocol.blobs import blob_ref, chunk, chunks
-from covey_protocol.codec import COORDINATOR, Sequence
+from covey_protocol.codec import COORDINATOR, ReplayGuard, Sequence
 from covey_protocol.errors import CoveyError, PeerError, StorageError, TransportError
 from covey_protocol.messages import (
     Answer,
@@ -482,9 +483,12 @@ path = "data.npz"
 NOISED = "[privacy]\nclip_norm = 1.0\nnoise_multiplier = 0.5\nepsilon_limit = 1e6\n"
 
 
+BOUNDED = (ReplayGuard, SentLog)  # what these remember has bounds: 2 * ReplayGuard.WINDOW, sent_log.REMEMBERED
+
+
 def held(thing: object, known: set[int]) -> int:
     """How many things the objects of covey's classes hold in their containers, from this one on."""
-    if id(thing) in known or isinstance(thing, (str, bytes, int, float, Life)):
+    if id(thing) in known or isinstance(thing, (str, bytes, int, float, Life, *BOUNDED)):
         return 0
     known.add(id(thing))
     if isinstance(thing, dict):
@@ -702,8 +706,8 @@ class Life:
                 self._sometimes(mean_s, misfortune)
             self.at(0.0, self.coordinator.start)
             self.at(hours * HOUR_S / 2, self.coordinator.rotate)
-            for hour in range(1, int(hours) + 1):
-                self.at(hour * HOUR_S - 1.0, self._measure)
+            for quarter in range(1, int(4 * hours) + 1):
+                self.at(quarter * HOUR_S / 4 - 1.0, self._measure)
             self.at(hours * HOUR_S, self._calm)
             self.at(hours * HOUR_S + calm_s, self._restart)
             while not (self._one_start() and self.clock.now >= hours * HOUR_S + calm_s):

@@ -18,7 +18,7 @@ from covey_protocol.round import Progress, RoundMachine
 from simulation.mutations import row
 from simulation.world import HONEST, SimulatedDevice, World, breaks
 
-EVERYDAY, MANY = 40, 2_000
+EVERYDAY, MANY = 25, 2_000
 LOOK_S = 1.0
 
 

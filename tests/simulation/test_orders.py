@@ -137,7 +137,7 @@ class RevokedWorld(World):
 
 def test_nothing_of_a_revoked_device_is_used_and_what_it_delivered_is_judged() -> None:
     seen: Counter[str] = Counter()
-    for seed in range(4 * SEEDS):
+    for seed in range(5 * SEEDS):
         world = RevokedWorld(seed)
         try:
             seen += world.run().seen

@@ -111,8 +111,10 @@ class AgentProgram:
         )
         conditions = Conditions(agent.config.conditions, Sensors(agent.state_dir))
         self._watch = Watch(conditions, time.monotonic, agent.config.training.threads)
+        self._waits_for_network = ""  # the round whose update does
         # what was found about the labels lives in the child; finding it again costs more than the child's memory
-        self._debugs = any(place.debug for place in (agent.config.data, *agent.config.data.tasks.values()))
+        data = agent.config.data
+        self._debugs = bool(data.debug) or any(task.debug for task in data.tasks.values())
         self._personal = Personal(agent, self._cache, lambda token, frame: self._inbox.put((token, frame)))
         self._assemblies: dict[bytes, BlobAssembly] = {}
         self._fetch_progress, self._fetch_patience_s = 0.0, FETCH_RETRY_S
@@ -135,7 +137,7 @@ class AgentProgram:
             "status": lambda given: self.report(),
             "stop": lambda given: self.stop(),
             "leave": lambda given: self.leave(),
-            "join": lambda given: self._opt_out.join(),
+            "join": lambda given: self.join(),
         }
         if self._updates is not None:
             self.sections["update"] = self._updates.facts
@@ -196,20 +198,26 @@ class AgentProgram:
         """Say goodbye to the broker and end the child."""
         if not self.starts_anew:
             self.service.stopping()
+        self._socket.close()  # nobody answers any more
         if self._connected:
             with contextlib.suppress(errors.TransportError):  # then the last will says it for us
                 self._transport.flush([self._publish_presence(online=False)], timeout_s=2.0)
             self._transport.close()
         self._child.stop()
         self._personal.close()
-        self._socket.close()
         if self._lock is not None:
             self._lock.close()
 
     def leave(self) -> None:
         """Opt out, durably: the round under way is given up, what is in the outbox is not delivered."""
         self._opt_out.leave()
+        log.info("the owner has opted out: every round is declined")
         self._withdraw()
+
+    def join(self) -> None:
+        """Take that back, durably."""
+        self._opt_out.join()
+        log.info("the owner has opted in: this device takes part from the next round on")
 
     def _withdraw(self) -> None:
         if self._machine.state in (device.State.FETCHING, device.State.TRAINING):
@@ -506,8 +514,9 @@ class AgentProgram:
     def _watch_conditions(self) -> None:
         """Pause, go on or give up what is under way, and join a round that was declined for now."""
         machine, now = self._machine, time.monotonic()
-        if machine.postponed is not None:
-            if self._watch.may_join(self._need_mb(machine.postponed)):
+        postponed = machine.postponed
+        if postponed is not None:
+            if self._watch.may_join(lambda: self._need_mb(postponed)):
                 self._handle(device.Reconsidered())
         elif machine.invitation is not None and machine.state in STEPS:
             left_s, duration_s = machine.deadline - now, machine.invitation.duration_ms / 1000
@@ -537,7 +546,9 @@ class AgentProgram:
         in the outbox and is offered again."""
         if not isinstance(message, Need) or not self._watch.holds_back():
             return False
-        log.info("round %s: its update waits for a network that is not metered", message.round_id)
+        if self._waits_for_network != message.round_id:  # it is asked for again and again
+            self._waits_for_network = message.round_id
+            log.info("round %s: its update waits for a network that is not metered", message.round_id)
         return True
 
     # --- fetching and training

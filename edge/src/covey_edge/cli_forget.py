@@ -35,7 +35,8 @@ def forget(config_path: Path, data: bool, everything: bool, stop: bool, yes: boo
             click.echo(f"delete  {one.path} ({one.size:,} bytes): {one.what}")
         if not everything:
             for name, what in KEPT.items():
-                click.echo(f"keep    {name}: {what} (--everything deletes it)")
+                if any(agent.state_dir.glob(name)):
+                    click.echo(f"keep    {name}: {what} (--everything deletes it)")
         for name in unknown(agent.state_dir):
             click.echo(f"keep    {name}: not of this covey")
         left = gone(agent.state_dir)

@@ -45,8 +45,10 @@ def lines_of(facts: dict[str, Any]) -> list[str]:
     """For people."""
     lines = [f"{facts['device_id']} of {facts['fleet']}: {facts['state']}, {facts['doing']}"]
     if facts["left_ms"] is not None:
-        since = time.strftime("%Y-%m-%d %H:%M", time.gmtime(facts["left_ms"] / 1000))
-        lines.append(f"owner      opted out on {since} UTC; `covey agent join` takes that back")
+        since = (
+            time.strftime(" on %Y-%m-%d %H:%M UTC", time.gmtime(facts["left_ms"] / 1000)) if facts["left_ms"] else ""
+        )
+        lines.append(f"owner      opted out{since}; `covey agent join` takes that back")
     if facts["round_id"]:
         task = f", task {facts['task']}" if facts["task"] else ""
         lines.append(f"round      {facts['round_id']}{task}, ends in {_span(facts['ends_in_s'])}")
@@ -91,7 +93,10 @@ def _privacy_lines(privacy: dict[str, Any]) -> list[str]:
 
 
 def _span(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 120 else time.strftime("%H:%M:%S", time.gmtime(seconds % 86400))
+    """45 s, 00:03:20, 2 d 04:00:00."""
+    days, rest = divmod(max(0, round(seconds)), 86400)
+    clock = time.strftime("%H:%M:%S", time.gmtime(rest))
+    return f"{days} d {clock}" if days else f"{rest} s" if rest < 120 else clock
 
 
 def _mb(megabytes: Any) -> str:

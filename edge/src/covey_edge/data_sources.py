@@ -74,15 +74,19 @@ def _installed() -> list[EntryPoint]:
 
 
 def options_of(name: str, options: dict[str, Any]) -> Any:
-    """The options as the source's second parameter wants them: its Struct, else the dictionary; None where it has no
-    second parameter. ConfigError for options that it does not know."""
+    """The options as the source's parameter `options` wants them: its Struct, else the dictionary; None where it has
+    no such parameter. ConfigError for options that it does not know."""
     function = source(name)
-    parameters = list(inspect.signature(function).parameters)
-    if len(parameters) < 2:
+    if "options" not in inspect.signature(function).parameters:
         if options:
             raise ConfigError(f"data source {name!r} takes no options", "leave [data.options] out")
         return None
-    kind = get_type_hints(function).get(parameters[1])
+    try:
+        kind = get_type_hints(function).get("options")
+    except NameError as exc:
+        raise ConfigError(
+            f"data source {name!r}: its annotations cannot be read ({exc})", "import what they name"
+        ) from exc
     if not (isinstance(kind, type) and issubclass(kind, msgspec.Struct)):
         return options
     from covey_edge.config import as_struct
@@ -179,11 +183,11 @@ def as_the_model_takes(array: npt.NDArray[Any], spec: TensorSpec) -> npt.NDArray
     return np.ascontiguousarray(array, dtype=np.dtype(spec.dtype))
 
 
-def refusal(fault: Fault, path: Path, place: object = None) -> DataError:
-    """place: where the first bad row is, None for its index."""
-    first = int(np.argmax(fault.rows)) if place is None else place
+def refusal(fault: Fault, path: Path, place: str = "") -> DataError:
+    """place: where the first bad row is, "" for its index."""
+    first = place or f"row {int(np.argmax(fault.rows))}"
     bad, rows = int(fault.rows.sum()), len(fault.rows)
-    return DataError(f"{path}: {fault.what} in {bad} of {rows} rows, first in row {first}", fault.remedy)
+    return DataError(f"{path}: {fault.what} in {bad} of {rows} rows, first in {first}", fault.remedy)
 
 
 def _refuse(faults: Iterator[Fault], path: Path) -> None:

@@ -120,7 +120,7 @@ class _Work:
             return
         worst = max(self._left_out, key=lambda one: one.count)
         lost = sum(one.count for one in self._left_out)
-        where = f", first in line {worst.first[0]}" if worst.first[0].isdecimal() else ""
+        where = f", first in {self._named(worst.first[0])}" if worst.first[0].isdecimal() else ""
         told = f"{self._path}: {worst.what} in {worst.count} of {self._rows} rows{where}"
         if self._reading.bad_rows == "refuse":
             raise DataError(told, 'mend them, or set bad_rows = "drop" in [data]')
@@ -136,10 +136,10 @@ class _Work:
                 bad, worst = bad | fault.rows, worst or fault
         if worst is None:
             return
-        first = self._place(int(np.argmax(worst.rows))) if self._numbered else None
+        first = self._named(self._place(int(np.argmax(worst.rows)))) if self._numbered else ""
         if self._reading.bad_rows == "refuse":
             raise refusal(worst, self._path, first)
-        self._check_most(sum(one.count for one in self._left_out), str(refusal(worst, self._path, first).what))
+        self._check_most(sum(one.count for one in self._left_out), refusal(worst, self._path, first).what)
         self._num_held -= int(bad[len(bad) - self._num_held :].sum())
         self._keep(np.flatnonzero(~bad))
 
@@ -158,6 +158,9 @@ class _Work:
         """Where a row that is still here is, for the owner."""
         row = row if self._kept is None else int(self._kept[row])
         return row if self._places is None else self._places[row]
+
+    def _named(self, place: object) -> str:
+        return f"{'line' if self._source == 'csv' else 'row'} {place}"
 
     @property
     def _numbered(self) -> bool:
@@ -187,8 +190,9 @@ class _Work:
                 if self._reading.keeps:
                     normalising.keep(path, used)
                 self._notes.append(f"the inputs are normalised by new statistics, of {used.count} examples")
-            self._notes += [f"drift: {text}" for text in normalising.drift(used, now)]
-            if normalising.drift(used, now):
+            drifted = [f"drift: {text}" for text in normalising.drift(used, now)]
+            self._notes += drifted
+            if drifted:
                 self._notes.append(f"the statistics are made anew where {path.name} is deleted")
         if used is None:
             raise DataError(

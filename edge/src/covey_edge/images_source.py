@@ -39,10 +39,10 @@ def _read(folder: Path, files: list[_File], options: ImagesOptions) -> Table:
     tally, labels, places = Tally(), list[float](), list[str]()
     x: Optional[npt.NDArray[Any]] = None
     for file in files:
-        pixels = _pixels(folder / file.name, options, tally, file.name)
         if file.label is None:
             tally.add(NO_CODE, file.name, "label")
             continue
+        pixels = _pixels(folder / file.name, options, tally, file.name)
         if pixels is None:
             continue
         if x is None:

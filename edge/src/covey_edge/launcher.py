@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
 import signal
 import socket
@@ -158,14 +159,14 @@ class Launcher:
 
     def _watch(self, child: subprocess.Popen[bytes], signs: socket.socket, boot: Boot) -> str:
         """Why the trial failed; "" where it was confirmed, or asked to end, before the child ended."""
-        started = last_sign = time.monotonic()
+        started = time.monotonic()
         ready: Optional[float] = None
+        alive = -math.inf  # when it last said so
         healthy = False
         while child.poll() is None:
             words = self._pass_on(signs)
             now = time.monotonic()
-            if "WATCHDOG=1" in words or ("READY=1" in words and ready is None):
-                last_sign = now
+            alive = now if "WATCHDOG=1" in words else alive
             ready = now if "READY=1" in words and ready is None else ready
             if self._stopping:
                 if now - self._stopping > STOP_S:
@@ -173,12 +174,12 @@ class Launcher:
                 continue
             if ready is None and now - started > self._options.ready_within:
                 return f"did not connect within {self._options.ready_within:g} s"
-            if ready is not None and now - last_sign > self._watchdog_s:
+            if ready is not None and now - max(ready, alive) > self._watchdog_s:
                 return f"gave no sign of life for {self._watchdog_s:g} s"
             if ready is None:
                 self._notifier.pet()  # for us: of a release that is not there yet nothing else can be said
-            elif not healthy and now - ready >= self._options.healthy_for:
-                healthy = True
+            elif not healthy and now - ready >= self._options.healthy_for and now - alive < self._watchdog_s / 2:
+                healthy = True  # three signs are due in every interval: one that hangs already has not said so lately
                 self._folder.save(confirmed(boot))
                 say(f"release {boot.trial} is healthy")
         if healthy or self._stopping:

@@ -18,6 +18,7 @@ import socket
 import struct
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Optional
@@ -118,8 +119,12 @@ class LocalSocket:
             while True:
                 try:
                     asker, _ = listener.accept()
-                except OSError:
-                    return  # closed
+                except OSError as exc:
+                    if self._listener is not listener:
+                        return  # closed
+                    log.error("the local socket cannot take a question (%s)", exc)  # no descriptor is free, say
+                    time.sleep(PATIENCE_S)
+                    continue
                 with asker, contextlib.suppress(OSError):
                     asker.settimeout(PATIENCE_S)
                     asker.sendall(msgspec.json.encode(self._reply_to(asker)) + b"\n")

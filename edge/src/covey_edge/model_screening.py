@@ -32,10 +32,15 @@ Generator = np.random.Generator
 
 FEWEST_UNITS = 8  # fewer bins of an imprint, or traps, separate next to nothing
 MOST_UNITS, MOST_EXAMPLES = 512, 512  # looked at; drawn where there are more. Bounds time and memory on a small device
-# cosine of two units that measure the same, and share of a layer's units that are so alike with one of them. k bins
-# need a cosine of 1 - 1/k^2 to keep their order; below 0.9 an imprint reads no more than an honest start does. By
+# cosine of two units that measure the same; share of a layer's units that are so alike with one of them, or, CROWDED,
+# with some others each (an imprint of many directions). k bins need a cosine of 1 - 1/k^2 to keep their order. By
 # weights alone only the first is asked: a long training brings the units of small layers to 0.9
-ALIKE = ((0.995, 0.1), (0.9, 0.4))
+ALIKE = ((0.995, 0.1), (0.9, 0.4), (0.8, 0.5))
+CROWDED = ((0.995, 0.5), (0.9, 0.6))
+CROWD = 4  # units that are alike with one another
+# bins that hold equal shares of the examples are on for shares that spread by 0.29; training aligns units, too, and
+# then most are on for the same examples: half of such layers show 0.13 or less
+SPREAD = 0.2
 LIVE = (0.03, 0.97)  # shares of the examples that switch a unit on. Dying units of honest layers become alike
 # training aligns the units of honest layers that see few numbers, or examples that vary in few directions, in which
 # random units are alike, too: such layers are not judged by that
@@ -168,31 +173,59 @@ def _alike(layer: Layer, x: Optional[Matrix], rng: Generator) -> list[Suspicion]
     fan_in, units = layer.weights.shape
     places = _drawn(units, MOST_UNITS, rng)
     weights = layer.weights[:, places]
-    seen, told = weights, "have the same weights, up to a factor"
-    if x is not None:
-        seen, told = (x - x.mean(0)) @ weights, "measure the same of your examples"
+    twins = [rng.standard_normal(weights.shape) for _ in range(TWINS)]
+    if x is None:
+        told = "have the same weights, up to a factor"
+        seen = weights[:, np.count_nonzero(weights, axis=0) >= FEWEST_INPUTS]  # few left by pruning are often alike
+        on = None
+    else:
+        told = "measure the same of your examples"
         on = _on(x, layer)[places]
-        seen = seen[:, (on > LIVE[0]) & (on < LIVE[1])]
+        live = (on > LIVE[0]) & (on < LIVE[1])
+        x = x - x.mean(0)
+        seen, on, twins = (x @ weights)[:, live], on[live], [x @ one for one in twins]
     if seen.shape[1] < FEWEST_UNITS or fan_in < FEWEST_INPUTS:
         return []
-    for cosine, share in ALIKE if x is not None else ALIKE[:1]:
-        count = _largest_group(seen, cosine)
-        if count < max(FEWEST_UNITS, share * weights.shape[1]):
+    ours, others = _cosines(seen), [_cosines(one) for one in twins]
+    rules = [(cosine, share, _largest_group) for cosine, share in (ALIKE if on is not None else ALIKE[:1])]
+    rules += [(cosine, share, _crowd) for cosine, share in CROWDED if on is not None]
+    for cosine, share, counted in rules:
+        count, twin = counted(ours > cosine), max(counted(one > cosine) for one in others)
+        many = count >= max(FEWEST_UNITS, share * weights.shape[1], TWIN_TIMES * twin)
+        if not many or twin > max(1, TWIN_SHARE * weights.shape[1]):
             continue
-        twins = [rng.standard_normal(weights.shape) for _ in range(TWINS)]
-        twin = max(_largest_group(one if x is None else (x - x.mean(0)) @ one, cosine) for one in twins)
-        if count >= TWIN_TIMES * twin and twin <= max(1, TWIN_SHARE * weights.shape[1]):
+        if on is None or _spread(seen, on, ours > cosine) >= SPREAD:
             text = f"{count} of {weights.shape[1]} units {told} (cosine {cosine}; of random units {twin} would)"
             return [Suspicion("imprint", layer.name, text)]
     return []
 
 
-def _largest_group(columns: Matrix, cosine: float) -> int:
-    """How many columns point the way of one of them, or the opposite one, at most over all of them."""
-    norms = _lengths(columns)
-    unit = columns[:, norms > 0]
-    unit /= norms[norms > 0]
-    return int(np.max(np.sum(np.abs(unit.T @ unit) > cosine, axis=0), initial=0))
+def _cosines(columns: Matrix) -> Matrix:
+    """(units, units): without signs, as a unit and its negative measure the same; 0 for columns of zeros."""
+    unit = columns / np.maximum(_lengths(columns), 1e-300)
+    return np.asarray(np.abs(unit.T @ unit))
+
+
+def _largest_group(alike: npt.NDArray[np.bool_]) -> int:
+    """How many units are alike with one of them, at most over all of them."""
+    return int(np.max(np.sum(alike, axis=0), initial=0))
+
+
+def _crowd(alike: npt.NDArray[np.bool_]) -> int:
+    """How many units have some others that are alike."""
+    return int(np.sum(np.sum(alike, axis=0) >= CROWD))
+
+
+def _spread(seen: Matrix, on: Matrix, alike: npt.NDArray[np.bool_]) -> float:
+    """Standard deviation, over the largest group, of the shares of the examples that switch its units on.
+
+    seen: (n, units), what the units make of the examples; on: (units,). A unit that measures the negative is on where
+    others are off.
+    """
+    one = int(np.argmax(np.sum(alike, axis=0)))
+    group = alike[one]
+    same = seen[:, group].T @ seen[:, one] > 0
+    return float(np.std(np.where(same, on[group], 1.0 - on[group])))
 
 
 def _on(x: Matrix, layer: Layer) -> Matrix:

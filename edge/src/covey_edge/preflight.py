@@ -20,6 +20,7 @@ import socket
 import stat
 import sys
 import time
+import zipfile
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -65,7 +66,6 @@ class Facts(Struct):
     agent: Agent
     bundle: Optional[Path] = None
     invitation: Optional[Invitation] = None
-    connected: bool = False
 
 
 # module:function of Facts, in order; a function yields Findings, and what it raises as a CoveyError is one
@@ -387,5 +387,5 @@ def _cached(facts: Facts) -> Optional[Path]:
     blobs = facts.agent.state_dir / "blobs"
     if facts.invitation is not None and (blobs / facts.invitation.bundle.sha256.hex()).exists():
         return blobs / facts.invitation.bundle.sha256.hex()
-    bundles = [path for path in blobs.glob("?" * 64) if path.open("rb").read(4) == b"PK\x03\x04"]
+    bundles = [path for path in blobs.glob("?" * 64) if zipfile.is_zipfile(path)]
     return max(bundles, key=lambda path: path.stat().st_mtime, default=None)

@@ -2,8 +2,8 @@
 
 Each call of `add` is one transaction: readings and the deletion of old ones are durable together, or neither happened.
 A kill at any moment loses at most the readings that were not yet added. Freed pages of the file are used again, and
-given back where they are many, so it stays as large as what it keeps; beside it lies a log (`-wal`) of up to 4 MB, and
-more only while a reader takes long.
+given back where they are more than a quarter, so it stays about as large as what it keeps; beside it lies a log
+(`-wal`) of up to 4 MB, and more only while a reader takes long.
 """
 
 from __future__ import annotations

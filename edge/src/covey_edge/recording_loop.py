@@ -68,6 +68,7 @@ class Waiting:
     def flush(self) -> None:
         """Add what waits. Without space it goes on waiting, and the next try is a little later."""
         while self._readings:
+            before = self.recorded
             try:
                 self._add_next()
             except StorageError as exc:
@@ -75,12 +76,10 @@ class Waiting:
                     warn(f"{exc}; readings wait in memory, up to {MOST_WAITING}")
                 self._full, self._due = True, time.monotonic() + RETRY_S
                 return
-            if self._full:
-                warn(
-                    "there is space again, recording goes on"
-                    + (f"; {self.lost} readings are lost" if self.lost else "")
-                )
-            self._full = False
+            if self._full and self.recorded > before:
+                lost = f"; {self.lost} readings are lost" if self.lost else ""
+                warn(f"there is space again, recording goes on{lost}")
+                self._full = False
         self._due = None
         self._tell()
 

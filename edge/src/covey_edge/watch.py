@@ -69,11 +69,11 @@ class Watch:
         self.paused = True
         return Order.PAUSE
 
-    def may_join(self, need_mb: float) -> bool:
+    def may_join(self, need_mb: Callable[[], float]) -> bool:
         """Whether everything is well now that was not when the round was declined; False where it is not yet looked."""
         if self._clock() - self._last_look < max(JOIN_LOOK_S, self._settings.check_every_s):
             return False
-        return not self.refusal(need_mb)
+        return not self.refusal(need_mb())
 
     def holds_back(self) -> bool:
         """Whether an update waits for another network. Looks at that alone."""

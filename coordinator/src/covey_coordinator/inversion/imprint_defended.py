@@ -41,8 +41,10 @@ SEES = (
 )
 
 
-def read_imprint(model: AttackedModel, sent: Sent, prior: Prior) -> Finding:
-    """What came of parameters that `imprint.imprinted` made, not sparse.
+def read_imprint(model: AttackedModel, sent: Sent, prior: Prior, *, sparse: bool = False) -> Finding:
+    """What came of parameters that `imprint.imprinted` made. sparse: as they were made.
+
+    In clipped and noised updates a sparse one says less: more of the update's length is that of the layers behind.
 
     prior: of one example, best from data of the server's own (`learned_prior`). UsageError for several rounds.
     """
@@ -51,12 +53,13 @@ def read_imprint(model: AttackedModel, sent: Sent, prior: Prior) -> Finding:
         raise UsageError(f"an imprint in {len(sent.seen)} rounds", "each round's parameters are its own; read one")
     (seen,) = sent.seen
     layer, behind = layer_on_input(model.specs, int(np.prod(model.input.shape)))
-    order, gains = order_of_units(seen.parameters, layer, behind)
     variances = _variances(model, sent)
+    order, gains = (slice(None), np.ones(layer.bias.size)) if sparse else order_of_units(seen.parameters, layer, behind)
     values = _by_unit(layer.gradients(np.asarray(seen.update)), order) / gains[:, None]
     spread = _by_unit(layer.gradients(variances), order) / gains[:, None] ** 2
-    values[:-1] -= values[1:].copy()
-    spread[:-1] += spread[1:].copy()
+    if not sparse:
+        values[:-1] -= values[1:].copy()
+        spread[:-1] += spread[1:].copy()
     inputs, evidence = _bins(values, spread, prior)
     full = evidence > GAIN
     shown = plausible(np.clip(inputs[full], *prior.range), evidence[full], model.input, seen.examples)

@@ -28,6 +28,7 @@ Labels = npt.NDArray[np.int64]
 LOSSES = ("sparse_categorical_crossentropy", "categorical_crossentropy", "binary_crossentropy")
 PROBES = 64  # random inputs on which the attacker looks at the model's mean prediction
 RANK_TOLERANCE = 1e-5  # of the largest singular value: float32 updates carry rounding of about 1e-7 of theirs
+SURE = 1e-3  # of an example: a negative bias gradient below it may be rounding
 PRESENT = 1e-3  # how far below 0 RLG's separating vector must reach, in units of its largest entry
 
 
@@ -99,13 +100,21 @@ def single(layer: LastLayer, examples: int, prediction: Floats) -> Labels:
 def counts(layer: LastLayer, examples: int, prediction: Floats) -> Labels:
     """As many of each class as the bias gradient b leaves: n (p - b) for n examples and their mean prediction p.
 
-    prediction: (classes,), an estimate of p. Exact where p is; the counts are rounded to sum n.
+    prediction: (classes,), an estimate of p. Exact where p is; the counts are rounded to sum n. A class with b below 0
+    occurs, whatever p is, and at least -n b times. An estimate that says otherwise is of no use (of a trained model,
+    which is sure of its own examples and not of random inputs): the rest then goes to these classes in shares of -b.
     Source: the batch form of iDLG's argument; compare LLG's offsets (Wainakh et al. 2022, arXiv:2105.09369).
     """
     if layer.bias is None:
         raise ConfigError("counts needs the last layer's bias, and there is none", "use llg or columns")
     bias = layer.bias if layer.bias.size > 1 else np.array([-layer.bias[0], layer.bias[0]])
-    return _spelled(_rounded(examples * label_proportions(-bias, 1.0, 1, prediction), examples))
+    found = _rounded(examples * label_proportions(-bias, 1.0, 1, prediction), examples)
+    negative = np.maximum(-bias, 0.0)
+    sure = np.ceil(examples * negative - SURE).astype(np.int64)
+    left = examples - int(sure.sum())
+    if np.all(found >= sure) or left < 0:
+        return _spelled(found)
+    return _spelled(sure + _rounded(left * negative / negative.sum(), left))
 
 
 def columns(layer: LastLayer, examples: int, prediction: Floats) -> Labels:
