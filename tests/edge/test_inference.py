@@ -138,6 +138,7 @@ def test_threads_that_share_a_predictor_get_the_answers_to_their_own_questions(
     assert wrong == []
 
 
+@pytest.mark.slow
 def test_an_application_needs_no_tensorflow_and_no_mqtt(
     tmp_path: Path, digits_bundle: bytes, coordinator_key: SealingKey
 ) -> None:

@@ -252,26 +252,7 @@ def test_the_models_of_a_device_over_rounds(made: Any, digits_bundle: bytes, dev
     assert str(predictor.version) == str(back.used)
 
 
-def test_a_round_that_begins_stops_the_copy_at_once_and_it_is_made_later(made: Any, digits_bundle: bytes) -> None:
-    owner = made("keep = true\nfinetune_epochs = 1000")
-    owner.round(parameters_of(digits_bundle))
-    owner.personal.tick(idle=True)
-    assert owner.answer()  # scored; the copy is being made
-    kept = owner.store.load()
-    assert kept is not None
-    assert owner.personal._child.busy
-    started = time.monotonic()
-    owner.personal.interrupt()
-    assert time.monotonic() - started < 5.0
-    assert owner.personal._child.pid is None
-    assert owner.store.load() == kept
-    owner.personal.tick(idle=False)
-    assert not owner.personal._child.busy
-    owner.personal.tick(idle=True)
-    assert owner.personal._child.busy
-
-
-def test_a_copy_is_made_under_the_conditions_of_a_round_and_pauses_when_they_do_not_hold(
+def test_a_copy_pauses_when_conditions_do_not_hold_and_a_round_that_begins_stops_it_at_once(
     made: Any, digits_bundle: bytes
 ) -> None:
     owner = made("keep = true\nfinetune_epochs = 1000\n[conditions]\ncharging = true")
@@ -296,9 +277,18 @@ def test_a_copy_is_made_under_the_conditions_of_a_round_and_pauses_when_they_do_
     while state.read_text().rsplit(")", 1)[1].split()[0] == "T":
         assert time.monotonic() < end
     assert owner.personal._child.pid == pid
-    assert owner.personal._child.busy
+    kept = owner.store.load()
+    assert kept is not None
+    owner.personal.interrupt()
+    assert owner.personal._child.pid is None
+    assert owner.store.load() == kept
+    owner.personal.tick(idle=False)
+    assert not owner.personal._child.busy
+    owner.personal.tick(idle=True)
+    assert owner.personal._child.busy  # it is made later
 
 
+@pytest.mark.slow
 def test_an_owner_who_rolls_back_while_a_copy_is_made_is_obeyed(made: Any, digits_bundle: bytes) -> None:
     owner = made(TUNED, OF_THESE)
     owner.round(parameters_of(digits_bundle))
