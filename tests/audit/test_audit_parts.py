@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from msgspec.structs import replace as changed
 
-from covey_coordinator.audit import curves
+from covey_coordinator.audit import curves, suite
 from covey_coordinator.audit.bench import Bench
 from covey_coordinator.audit.budget import Budget
 from covey_coordinator.audit.data import AuditData, Part
@@ -23,6 +23,7 @@ from covey_coordinator.audit.results import BARE, PLAN, Result
 from covey_coordinator.audit.settings import PlanSettings, PropertySettings, read_plan
 from covey_coordinator.audit.suite import Piece
 from covey_coordinator.grid.display import Display
+from covey_protocol.bundle import read_bundle
 from covey_protocol.errors import ConfigError
 
 ASKED = Asked("b" * 64, "d" * 64, {"training.epochs": 1, "privacy.clip_norm": 0.5}, 0, "quick", "1.0")
@@ -253,6 +254,18 @@ def test_a_property_divides_the_examples_of_every_class() -> None:
     first = replace(bench(property={"of": 0}), data=data(x))
     of_first = PropertyAudit(first, 4, 4)._divided(first.data.test)[0]
     assert abs(np.corrcoef(of_first, x[:, 0])[0, 1]) > 0.7 > 0.1 > abs(np.corrcoef(of_first, x[:, 1])[0, 1])
+
+
+def test_rounds_are_joined_as_they_are_only_while_that_can_be_computed(dense_bundle: bytes) -> None:
+    """3 examples are one step of this bundle: 200 rounds can be, 201 not. Their mean can always be attacked."""
+    part = Part(np.zeros((3, 8, 8, 1), np.float32), np.zeros(3, np.int32), np.zeros(3, np.int64))
+    held = AuditData("mine", ("0",), (0.0, 1.0), (part, part), part, part.x[0])
+    for rounds, joined in ((200, True), (201, False)):
+        plain = bench(fleet={"rounds": rounds}, curves={"noise_multiplier": (), "clip_norm": ()})
+        told = replace(plain, bundle=read_bundle(dense_bundle), data=held)
+        keys = {piece.key for piece in suite.pieces(told, suite.QUICK)}
+        assert ("rounds-0-tarantola" in keys, "rounds-0-resolution" in keys) == (joined, joined)
+        assert {"rounds-0-labels", "rounds-0-inverting-gradients", "plan-0-tarantola", "plan-0-resolution"} <= keys
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ MEMBERS = 200  # of each device that are asked about
 ATTACKS = ("labels", "units", "inverting-gradients", "deep-leakage", "tarantola", "local-steps")
 SWIFT = ("labels", "units", "inverting-gradients", "deep-leakage")  # about a second each
 OF_SEVERAL = ("tarantola",)  # that take updates of several rounds as they are; others take their mean
+MOST_STEPS = 200  # of all rounds together that are computed through: each adds to graphs that cannot be stopped
 SERVER_SEES = "What a coordinator reads out of one step's update that chose the parameters it sent to be read."
 AFTERWARDS = "The finished model, and examples with their labels."
 
@@ -180,6 +181,8 @@ def _attacks_on(
     for weapon in weapons(level, iterations, names):
         if (weapon.most and size > weapon.most) or (weapon.several_steps and (steps == 1 or case.rounds > 1)):
             continue
+        if weapon.name in OF_SEVERAL and _too_long(bench, case):
+            continue
         key = _key(place, weapon.name)
         joined = f"/{case.rounds}" if case.rounds > 1 and weapon.name in OF_SEVERAL else ""
         yield Piece(
@@ -206,7 +209,7 @@ def _named(name: str, case: Case) -> str:
 
 def _resolution(bench: Bench, case: Case, place: str, level: Level) -> Iterator[Piece]:
     key, size = _key(place, "resolution"), _size(bench, case)
-    if size * bench.data.average.size > level.resolved:
+    if size * bench.data.average.size > level.resolved or _too_long(bench, case):
         return
     kind = f"resolution/{case.name}/{_bucket(size)}/{case.rounds}"
     yield Piece(key, kind, f"resolution of {place}", lambda stop: _resolved(bench, key, case, stop))
@@ -236,6 +239,11 @@ def _size(bench: Bench, case: Case) -> int:
 
 def _steps(bench: Bench, case: Case) -> int:
     return -(-_size(bench, case) // bench.bundle.manifest.batch_size) * case.plan.epochs
+
+
+def _too_long(bench: Bench, case: Case) -> bool:
+    """Of rounds that are joined as they are."""
+    return case.rounds > 1 and case.rounds * _steps(bench, case) > MOST_STEPS
 
 
 def _bucket(size: int) -> int:
