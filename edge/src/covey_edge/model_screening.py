@@ -6,8 +6,9 @@ each leaks, what is caught and what gets through), looks for them in the paramet
 inputs themselves, in what that layer makes of the device's own examples: a disguise can change the numbers, but an
 imprint that is to work must still measure one and the same thing in many units, and a trap must still be off.
 
-Bounds leave a wide gap to what honest models showed, untrained and over rounds (tests/edge/test_model_screening.py,
-benchmarks/malicious.py). It does not look at the graph: a bundle whose `train` copies examples into the update passes.
+Bounds leave a wide gap to what ordinary models showed, untrained and over rounds (tests/edge/test_model_screening.py,
+benchmarks/malicious.py), and none to layers that strong weight decay has made one unit, or that have mostly died
+(benchmarks/screening.py counts such refusals). It does not look at the graph: a bundle whose `train` copies examples into the update passes.
 Pin bundles for that (`[policy] bundles`). Pure NumPy, Python 3.9.
 """
 
@@ -35,7 +36,7 @@ MOST_UNITS, MOST_EXAMPLES = 512, 512  # looked at; drawn where there are more. B
 # cosine of two units that measure the same; share of a layer's units that are so alike with one of them, or, CROWDED,
 # with some others each (an imprint of many directions). k bins need a cosine of 1 - 1/k^2 to keep their order. By
 # weights alone only the first is asked: a long training brings the units of small layers to 0.9
-ALIKE = ((0.995, 0.1), (0.9, 0.4), (0.8, 0.5))
+ALIKE = ((0.995, 0.1), (0.95, 0.2), (0.9, 0.4), (0.8, 0.5))
 CROWDED = ((0.995, 0.5), (0.9, 0.6))
 CROWD = 4  # units that are alike with one another
 # bins that hold equal shares of the examples are on for shares that spread by 0.29; training aligns units, too, and
@@ -47,7 +48,7 @@ LIVE = (0.03, 0.97)  # shares of the examples that switch a unit on. Dying units
 FEWEST_INPUTS = 8
 TWINS, TWIN_SHARE, TWIN_TIMES = 5, 0.1, 4.0
 COPIES = 0.02  # relative spread of the ratios of a unit's positive weights to its negative ones, both sorted
-SELDOM = 0.2  # share of the examples that switch a unit on, on average; honest layers showed 0.39 and more
+SELDOM = 0.2  # share of the examples that switch a unit on, on average; honest layers that have not mostly died show 0.38 and more
 DEAD_SHARE = 0.5  # of the units of a layer that no input within the model's range can switch on
 HUGE_UNIT = 100.0  # Euclidean norm of a unit's weights; Glorot's and He's are near 1
 DOMINATING = 30.0  # times the median norm of the outputs' weights; or a gap between biases: e^30 to 1 in a softmax
@@ -276,7 +277,7 @@ def _on_examples(layer: Layer, examples: Optional[npt.NDArray[Any]], rng: Genera
     # where examples have much in common a unit is on for most or for none of them, and few units may be off by chance
     by_chance = 0.5 - 3 * 0.5 / math.sqrt(layer.weights.shape[1])
     if on < min(SELDOM, by_chance):
-        told = f"one of your examples switches on {on:.1%} of its units; honest layers show 39 % and more"
+        told = f"one of your examples switches on {on:.1%} of its units; honest layers in good health show 38 % and more"
         found.append(Suspicion("trap weights", layer.name, told))
     return found
 
