@@ -6,9 +6,10 @@ each leaks, what is caught and what gets through), looks for them in the paramet
 inputs themselves, in what that layer makes of the device's own examples: a disguise can change the numbers, but an
 imprint that is to work must still measure one and the same thing in many units, and a trap must still be off.
 
-Bounds leave a wide gap to what honest models showed, untrained and over rounds (tests/edge/test_model_screening.py,
-benchmarks/malicious.py). It does not look at the graph: a bundle whose `train` copies examples into the update passes.
-Pin bundles for that (`[policy] bundles`). Pure NumPy, Python 3.9.
+Bounds leave a wide gap to what ordinary models showed, untrained and over rounds (tests/edge/test_model_screening.py,
+benchmarks/malicious.py), and none to layers that strong weight decay has made one unit, or that have mostly died
+(benchmarks/screening.py counts such refusals). It does not look at the graph: a bundle whose `train` copies examples
+into the update passes. Pin bundles for that (`[policy] bundles`). Pure NumPy, Python 3.9.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ MOST_UNITS, MOST_EXAMPLES = 512, 512  # looked at; drawn where there are more. B
 # cosine of two units that measure the same; share of a layer's units that are so alike with one of them, or, CROWDED,
 # with some others each (an imprint of many directions). k bins need a cosine of 1 - 1/k^2 to keep their order. By
 # weights alone only the first is asked: a long training brings the units of small layers to 0.9
-ALIKE = ((0.995, 0.1), (0.9, 0.4), (0.8, 0.5))
+ALIKE = ((0.995, 0.1), (0.95, 0.2), (0.9, 0.4), (0.8, 0.5))
 CROWDED = ((0.995, 0.5), (0.9, 0.6))
 CROWD = 4  # units that are alike with one another
 # bins that hold equal shares of the examples are on for shares that spread by 0.29; training aligns units, too, and
@@ -47,7 +48,7 @@ LIVE = (0.03, 0.97)  # shares of the examples that switch a unit on. Dying units
 FEWEST_INPUTS = 8
 TWINS, TWIN_SHARE, TWIN_TIMES = 5, 0.1, 4.0
 COPIES = 0.02  # relative spread of the ratios of a unit's positive weights to its negative ones, both sorted
-SELDOM = 0.2  # share of the examples that switch a unit on, on average; honest layers showed 0.39 and more
+SELDOM = 0.2  # share of the examples that switch a unit on, on average; 0.38 and more unless most units have died
 DEAD_SHARE = 0.5  # of the units of a layer that no input within the model's range can switch on
 HUGE_UNIT = 100.0  # Euclidean norm of a unit's weights; Glorot's and He's are near 1
 DOMINATING = 30.0  # times the median norm of the outputs' weights; or a gap between biases: e^30 to 1 in a softmax
@@ -173,7 +174,6 @@ def _alike(layer: Layer, x: Optional[Matrix], rng: Generator) -> list[Suspicion]
     fan_in, units = layer.weights.shape
     places = _drawn(units, MOST_UNITS, rng)
     weights = layer.weights[:, places]
-    twins = [rng.standard_normal(weights.shape) for _ in range(TWINS)]
     if x is None:
         told = "have the same weights, up to a factor"
         seen = weights[:, np.count_nonzero(weights, axis=0) >= FEWEST_INPUTS]  # few left by pruning are often alike
@@ -183,21 +183,30 @@ def _alike(layer: Layer, x: Optional[Matrix], rng: Generator) -> list[Suspicion]
         on = _on(x, layer)[places]
         live = (on > LIVE[0]) & (on < LIVE[1])
         x = x - x.mean(0)
-        seen, on, twins = (x @ weights)[:, live], on[live], [x @ one for one in twins]
+        seen, on = (x @ weights)[:, live], on[live]
     if seen.shape[1] < FEWEST_UNITS or fan_in < FEWEST_INPUTS:
         return []
-    ours, others = _cosines(seen), [_cosines(one) for one in twins]
+    ours = _cosines(seen)
+    others: list[Matrix] = []  # made where they are needed: they cost more than all the rest
     rules = [(cosine, share, _largest_group) for cosine, share in (ALIKE if on is not None else ALIKE[:1])]
     rules += [(cosine, share, _crowd) for cosine, share in CROWDED if on is not None]
     for cosine, share, counted in rules:
-        count, twin = counted(ours > cosine), max(counted(one > cosine) for one in others)
-        many = count >= max(FEWEST_UNITS, share * weights.shape[1], TWIN_TIMES * twin)
-        if not many or twin > max(1, TWIN_SHARE * weights.shape[1]):
+        count = counted(ours > cosine)
+        if count < max(FEWEST_UNITS, share * weights.shape[1]):
+            continue
+        others = others or [_cosines(one if x is None else x @ one) for one in _twins(weights, rng)]
+        twin = max(counted(one > cosine) for one in others)
+        if count < TWIN_TIMES * twin or twin > max(1, TWIN_SHARE * weights.shape[1]):
             continue
         if on is None or _spread(seen, on, ours > cosine) >= SPREAD:
             text = f"{count} of {weights.shape[1]} units {told} (cosine {cosine}; of random units {twin} would)"
             return [Suspicion("imprint", layer.name, text)]
     return []
+
+
+def _twins(weights: Matrix, rng: Generator) -> list[Matrix]:
+    """Layers of the same shape at random."""
+    return [rng.standard_normal(weights.shape) for _ in range(TWINS)]
 
 
 def _cosines(columns: Matrix) -> Matrix:
@@ -276,7 +285,9 @@ def _on_examples(layer: Layer, examples: Optional[npt.NDArray[Any]], rng: Genera
     # where examples have much in common a unit is on for most or for none of them, and few units may be off by chance
     by_chance = 0.5 - 3 * 0.5 / math.sqrt(layer.weights.shape[1])
     if on < min(SELDOM, by_chance):
-        told = f"one of your examples switches on {on:.1%} of its units; honest layers show 39 % and more"
+        told = (
+            f"one of your examples switches on {on:.1%} of its units; in good health honest layers show 38 % and more"
+        )
         found.append(Suspicion("trap weights", layer.name, told))
     return found
 
