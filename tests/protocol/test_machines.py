@@ -159,6 +159,7 @@ def test_an_invitation_requires_what_an_old_device_would_pass_over_in_silence() 
 
 
 FOR_NOW = device.ConditionsChecked("run.1", False, "not charging", for_now=True)
+NOT_NOW = Answer("run.1", False, "not charging", True)
 YES = device.ConditionsChecked("run.1", True)
 
 
@@ -166,7 +167,7 @@ def test_a_device_that_declined_for_now_joins_the_same_round_when_it_can() -> No
     machine = DeviceMachine("a")
     walk(machine, device.Invited(invitation()), FOR_NOW)
     assert machine.postponed == invitation()
-    assert walk(machine, device.Connected())[0] == device.Send(Answer("run.1", False, "not charging"))
+    assert walk(machine, device.Connected())[0] == device.Send(NOT_NOW)
     assert walk(machine, device.Reconsidered(), now=59.0) == [device.CheckConditions(invitation())]
     effects = walk(machine, YES, now=59.0)
     assert effects == [device.Send(Answer("run.1", True)), device.Fetch(invitation().blobs)]
@@ -181,7 +182,7 @@ def test_it_may_decline_again_and_again() -> None:
     walk(machine, device.Invited(invitation()), FOR_NOW)
     for _ in range(3):
         effects = walk(machine, device.Reconsidered(), FOR_NOW)
-        assert effects[0] == device.Send(Answer("run.1", False, "not charging"))
+        assert effects[0] == device.Send(NOT_NOW)
         assert machine.postponed == invitation()
 
 
@@ -213,7 +214,7 @@ def test_nothing_is_joined_after_the_rounds_time() -> None:
 def test_the_invitation_of_a_postponed_round_that_comes_again_is_answered_with_no() -> None:
     machine = DeviceMachine("a")
     walk(machine, device.Invited(invitation()), FOR_NOW)
-    assert walk(machine, device.Invited(invitation())) == [device.Send(Answer("run.1", False, "not charging"))]
+    assert walk(machine, device.Invited(invitation())) == [device.Send(NOT_NOW)]
     assert machine.postponed == invitation()
 
 
@@ -628,6 +629,50 @@ def test_nobody_waits_for_who_declined_and_everybody_for_who_joined() -> None:
     for name in ("b", "c"):
         deliver(other, name)
     assert other.phase is Phase.COLLECTING
+
+
+def test_a_round_waits_for_who_declined_for_now_where_too_few_others_deliver() -> None:
+    machine = opened()
+    assert machine.handle(rounds.Answered("a", NOT_NOW), 1.0) == [
+        rounds.Record("a", Progress.POSTPONED, "declined: not charging")
+    ]
+    machine.handle(rounds.Answered("b", Answer("run.1", False, "no data")), 1.0)
+    deliver(machine, "c")
+    assert machine.handle(rounds.Tick(), 59.0) == []
+    assert machine.phase is Phase.COLLECTING
+    deliver(machine, "a", 59.0)
+    assert machine.phase is Phase.AGGREGATING
+
+
+def test_it_does_not_where_enough_deliver_or_time_is_over_or_they_went_or_changed_their_mind() -> None:
+    enough = opened()
+    enough.handle(rounds.Answered("a", NOT_NOW), 1.0)
+    deliver(enough, "b")
+    deliver(enough, "c")
+    assert enough.phase is Phase.AGGREGATING
+    ends: dict[str, Any] = {
+        "time": (rounds.Tick(), 60.0),
+        "went": (rounds.PresenceChanged("a", False), 1.0),
+        "for good": (rounds.Answered("a", Answer("run.1", False, "no data")), 2.0),
+    }
+    for event, now in ends.values():
+        machine = opened()
+        for name in "ab":
+            machine.handle(rounds.Answered(name, NOT_NOW), 1.0)
+        machine.handle(rounds.Failed("c", Failure("run.1", "no data")), 1.0)
+        assert machine.phase is Phase.COLLECTING
+        machine.handle(event, now)
+        machine.handle(rounds.Tick(), now + SETTINGS.grace_s)
+        assert machine.phase is Phase.ABANDONED
+
+
+def test_a_restart_knows_who_declined_for_now() -> None:
+    postponed = rounds.DeviceFacts(Progress.POSTPONED, "declined: not charging")
+    machine = restored(100.0, Phase.COLLECTING, a=postponed, b=postponed, c=rounds.DeviceFacts(Progress.DECLINED, "no"))
+    machine.handle(rounds.Tick(), 101.0)
+    assert machine.phase is Phase.COLLECTING
+    machine.handle(rounds.Tick(), 160.0)
+    assert machine.phase is Phase.ABANDONED
 
 
 def test_what_a_device_said_is_recorded_before_anything_follows_from_it() -> None:

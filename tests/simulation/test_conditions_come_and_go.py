@@ -14,7 +14,7 @@ import pytest
 
 from covey_protocol import device
 from covey_protocol.messages import Answer, Invitation
-from covey_protocol.round import Progress, RoundMachine
+from covey_protocol.round import SAID_NO, Progress, RoundMachine
 from simulation.mutations import row
 from simulation.world import HONEST, SimulatedDevice, World, breaks
 
@@ -107,7 +107,7 @@ class Calm(Changing):
         query = "SELECT progress, why FROM devices WHERE round = ? AND id = ?"
         progress, why = self._one(query, round_id, name)
         self.seen[f"joined: {progress}"] += 1
-        kept_out = progress in (Progress.DECLINED.value, Progress.REFUSED.value)
+        kept_out = progress in (Progress.DECLINED.value, Progress.POSTPONED.value, Progress.REFUSED.value)
         heard = any(self.heard_yes(name, round_id))
         self.require(not (kept_out and heard), f"{name} joined {round_id} and was kept out", progress, why)
 
@@ -167,7 +167,7 @@ def test_the_simulation_finds_a_coordinator_that_does_not_let_it(monkeypatch: py
 
     def answered(original: Any, machine: RoundMachine, event: Any, now: float) -> Any:
         peer = machine._devices.get(event.device_id)
-        return [] if peer is not None and peer.progress is Progress.DECLINED else original(machine, event, now)
+        return [] if peer is not None and peer.progress in SAID_NO else original(machine, event, now)
 
     row(monkeypatch, rounds.TABLE, "_answered", answered)
     row(monkeypatch, rounds.TABLE, "_offered", answered)

@@ -171,7 +171,7 @@ class RoundResult:
     measurements: the engine's numbers to log, among them num_byzantine_left, what the rule was run with after devices
     at fault were refused. Empty without an aggregation. number, evaluates: of the round, as in its invitation.
     evaluation: what a published evaluation round gave. work: as in the round's plan. leaks: what the privacy policy
-    wants told of its updates.
+    wants told of its updates. postponed: how many devices declined for now, and had not joined when it ended.
     """
 
     parameters: Floats
@@ -186,6 +186,7 @@ class RoundResult:
     evaluation: Sequence[records.FleetMetric] = ()
     work: str = TRAIN
     leaks: Sequence[str] = ()
+    postponed: int = 0
 
 
 @dataclass
@@ -579,7 +580,8 @@ class Coordinator:
         )
         ended = state.result, outcome, reason, verdicts, state.offers, seconds, state.measurements
         leaks = state.leakage.told if state.leakage is not None else ()
-        return RoundResult(*ended, invitation.number, *kind, invitation.plan.work, leaks)
+        postponed = sum(progress is Progress.POSTPONED for progress in state.machine.progress().values())
+        return RoundResult(*ended, invitation.number, *kind, invitation.plan.work, leaks, postponed)
 
     def _end_if_aborted(self, state: _Round) -> None:
         reason = self._aborted()

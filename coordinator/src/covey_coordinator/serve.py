@@ -490,6 +490,7 @@ class Task:
         self._manifest = read_bundle(work.bundle).manifest
         self._parameters, self._done = work.initial, 0
         self._abandoned = 0
+        self._hopeless = 0  # of these, those in which no device waited for its owner's conditions
         self._left_out = -1  # the model whose evaluation is not waited for any more
         self._not_before = float("-inf")
         self._waits_since: float | None = None
@@ -647,10 +648,12 @@ class Task:
 
     def _count(self, result: RoundResult) -> None:
         if result.outcome == Phase.PUBLISHED.value:
-            self._parameters, self._done, self._abandoned = result.parameters, result.number, 0
+            self._parameters, self._done = result.parameters, result.number
+            self._abandoned = self._hopeless = 0
         else:
             self._abandoned += 1
-            _give_up_if_hopeless(self._abandoned, result.reason)
+            self._hopeless += not result.postponed
+            _give_up_if_hopeless(self._hopeless, result.reason)
 
     # --- evaluations
 

@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Optional, Union
 
+from msgspec import UNSET
+
 from covey_protocol.blobs import blob_ref
 from covey_protocol.bundle import RESET_OPTIMIZER, TRAIN_INPUTS, Manifest
 from covey_protocol.encryption import ENCRYPTION
@@ -510,7 +512,7 @@ class DeviceMachine:
         round_id, invitation = self.round_id, self.invitation
         self._reset(settled=round_id)
         self._postponed = invitation if for_now else None
-        self._excuse = Answer(round_id, False, reason_text(reason))
+        self._excuse = Answer(round_id, False, reason_text(reason), for_now or UNSET)
         return [Send(self._excuse), Note(f"round {round_id}: declined, {reason}")]
 
     def _give_up(self, reason: str) -> list[Effect]:

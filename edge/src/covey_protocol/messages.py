@@ -259,11 +259,13 @@ class Presence(Struct, frozen=True, tag="presence"):
 
 
 class Answer(Struct, frozen=True, tag="answer"):
-    """Whether the device takes part in the round; the reason when it does not."""
+    """Whether the device takes part in the round; the reason when it does not. for_now: it may still, later in the
+    round."""
 
     round_id: RoundId
     accept: bool
     reason: Reason = ""
+    for_now: Union[bool, UnsetType] = UNSET
 
 
 class Offer(Struct, frozen=True, tag="offer"):

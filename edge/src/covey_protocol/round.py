@@ -45,8 +45,10 @@ class Phase(Enum):
 
 
 class Progress(Enum):
-    """How far one invited device is. Those in FINAL stay for the round, but for a device that declined and joins later;
+    """How far one invited device is. Those in FINAL stay for the round, but for a device that said no and joins later;
     a device that is GONE may return.
+
+    POSTPONED: it declined for now. It is waited for only where too few others deliver.
 
     LOST: its update was stored and acknowledged, but the disk did not keep it; the device still has it.
     REVOKED: the operator wants nothing of it any more; what was stored of it does not enter the model.
@@ -59,18 +61,20 @@ class Progress(Enum):
     STORED = "stored"
     LOST = "lost"
     DECLINED = "declined"
+    POSTPONED = "postponed"
     FAILED = "failed"
     REFUSED = "refused"
     REVOKED = "revoked"
     GONE = "gone"
 
 
-FINAL = frozenset({Progress.STORED, Progress.DECLINED, Progress.FAILED, Progress.REFUSED, Progress.REVOKED})
+SAID_NO = frozenset({Progress.DECLINED, Progress.POSTPONED})
+FINAL = frozenset({Progress.STORED, *SAID_NO, Progress.FAILED, Progress.REFUSED, Progress.REVOKED})
 
 
 def is_revocable(progress: Progress) -> bool:
     """Whether there is something of the device that a revocation takes away: an update, or one that may come."""
-    return progress in (Progress.STORED, Progress.DECLINED) or progress not in FINAL
+    return progress is Progress.STORED or progress in SAID_NO or progress not in FINAL
 
 
 @dataclass(frozen=True)
@@ -471,7 +475,7 @@ class RoundMachine:
         """An update of a device that declined and may have joined later; or an earlier round's, of one that does not
         work for this one."""
         earlier = offer.round_id != self.invitation.round_id
-        return peer.progress is Progress.DECLINED or (earlier and peer.progress is Progress.FAILED)
+        return peer.progress in SAID_NO or (earlier and peer.progress is Progress.FAILED)
 
     # --- transitions while updates come in
 
@@ -481,14 +485,19 @@ class RoundMachine:
 
     def _answered(self, event: Answered, now: float) -> list[Effect]:
         peer = self._peer(event.device_id, event.answer.round_id)
-        joins = peer is not None and peer.progress is Progress.DECLINED and event.answer.accept
-        if peer is None or (peer.progress in FINAL and not joins):
+        if peer is None:
+            return []
+        for_now = event.answer.for_now is True
+        joins = peer.progress in SAID_NO and event.answer.accept
+        for_good = peer.progress is Progress.POSTPONED and not event.answer.accept and not for_now
+        if peer.progress in FINAL and not (joins or for_good):
             return []
         peer.gone = False
         if self._sends_an_earlier_one(peer):
             return []
         if not event.answer.accept and not peer.acknowledged:
-            return self._settle(event.device_id, Progress.DECLINED, f"declined: {event.answer.reason}", now)
+            declined = Progress.POSTPONED if for_now else Progress.DECLINED
+            return self._settle(event.device_id, declined, f"declined: {event.answer.reason}", now)
         if joins or peer.progress is Progress.INVITED:
             return self._settle(event.device_id, Progress.ACCEPTED, "", now)
         return self._advance(now)
@@ -518,7 +527,7 @@ class RoundMachine:
         if peer.assembly is None or peer.offer is None or peer.offer.update != offer.update:
             peer.assembly = peer.begin(offer.update)
         said_yes = peer.progress is Progress.INVITED or (
-            peer.progress is Progress.DECLINED and offer.round_id == self.invitation.round_id
+            peer.progress in SAID_NO and offer.round_id == self.invitation.round_id
         )
         accepted = [Record(event.device_id, Progress.ACCEPTED)] if said_yes else []
         peer.offer, peer.progress = offer, Progress.UPLOADING
@@ -624,7 +633,7 @@ class RoundMachine:
             self.phase = Phase.COLLECTING
         if self.phase is not Phase.COLLECTING:
             return []
-        if not over and (self.asynchronous or self._awaits(now)):
+        if not over and (self.asynchronous or self._awaits(now) or self._needs_who_may_join(now)):
             return []
         if any(peer.progress is Progress.STORING for peer in self._devices.values()):
             return []  # never decide over the head of an update that is being made durable
@@ -642,6 +651,15 @@ class RoundMachine:
                 self._found[progress] = place
                 return True
         return False
+
+    def _needs_who_may_join(self, now: float) -> bool:
+        """Whether the round has no quorum, and would reach it with devices that declined for now."""
+        may = sum(
+            peer.progress is Progress.POSTPONED and not (peer.gone and now - peer.gone_at >= self.settings.grace_s)
+            for peer in self._devices.values()
+        )
+        stored = len(self._stored_devices())
+        return stored < self.settings.quorum <= stored + may
 
     def _still_waited_for(self, peer: _Participant, now: float) -> bool:
         if peer.progress in FINAL:
