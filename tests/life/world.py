@@ -718,7 +718,7 @@ class Life:
 
     def _calm(self) -> None:
         """From here on everything works: all must come to a good end."""
-        self.over = True
+        self.over = self.broker_up = True
         if self.trouble is not QUIET:
             self.trouble, self._full_until, self._cut_at = QUIET, -1.0, -1
 
