@@ -7,6 +7,7 @@ whoever draws their starts. TensorFlow and SciPy are imported when they run.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import dataclasses
 import math
@@ -462,6 +463,10 @@ def _joint(graph: Shape, classes: int, given: tuple[tuple[tuple[int, ...], Any],
 
     unknowns = tf.TensorSpec([size + (m * classes if sought else 0)], graph.dtype)
     return _traced(joint, [*(tf.TensorSpec(*one) for one in given), unknowns])
+
+
+for kept in (_descent, _joint):  # TensorFlow's graphs complain where they outlive its modules
+    atexit.register(kept.cache_clear)
 
 
 def _one_start(
