@@ -145,7 +145,7 @@ def test_losses_of_a_model_without_classes_are_those_of_each_example() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")  # theirs, where a threshold accuses nobody
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # theirs: 0 / 0 where a threshold accuses nobody
 def test_the_attacks_agree_with_tensorflow_privacys(monkeypatch: pytest.MonkeyPatch, learned_by_heart: Any) -> None:
     """COVEY_TENSORFLOW_PRIVACY: a folder that tensorflow-privacy 0.8.12 and what it needs beside ours were installed
     into (pip install --no-deps --target); 0.9.0 comes without its attacks."""
