@@ -56,7 +56,9 @@ def test_all_doors_give_the_same_bits(name: str, d: int) -> None:
     for seed, n in enumerate((7, 8, 33)[d == 4099 :]):  # an even and an odd number; a small odd one with the slow sizes
         updates, counts = hostile_inputs(seed, n, d)
         output = process.next(state, list(updates), list(counts))
-        for door in (judge, judge_in_tensorflow, with_static_shapes)[: 3 if n == 8 else 2]:  # tracing takes long
+        for door in (judge, judge_in_tensorflow, with_static_shapes)[
+            : 3 if n == 8 and d != 4099 else 2
+        ]:  # slow to trace
             expected = door(rule, updates, counts)
             assert bits(output.result) == bits(expected.aggregate)
             assert bits(output.measurements["scores"]) == bits(expected.scores)
@@ -69,7 +71,7 @@ def test_all_doors_give_the_same_bits(name: str, d: int) -> None:
 @pytest.mark.parametrize(
     "environment",
     [
-        {"TF_NUM_INTRAOP_THREADS": "1", "TF_NUM_INTEROP_THREADS": "1"},
+        pytest.param({"TF_NUM_INTRAOP_THREADS": "1", "TF_NUM_INTEROP_THREADS": "1"}, marks=pytest.mark.slow),
         {"TF_NUM_INTRAOP_THREADS": "7", "TF_NUM_INTEROP_THREADS": "3", "TF_ENABLE_ONEDNN_OPTS": "0"},
     ],
     ids=["one thread", "seven threads without oneDNN"],

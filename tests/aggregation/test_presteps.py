@@ -293,7 +293,15 @@ def test_hostile_rows_cannot_move_nnm_and_the_median_far(f: int) -> None:
 
 @pytest.mark.usefixtures("on_worker")
 @pytest.mark.parametrize(
-    ("name", "d"), [*((name, 4097) for name in PIPELINES), pytest.param("everything", 1, marks=pytest.mark.slow)]
+    ("name", "d"),
+    [
+        # mixing is in "everything", too
+        *(
+            pytest.param(name, 4097, marks=[pytest.mark.slow] * (name == "nearest-neighbour mixing"))
+            for name in PIPELINES
+        ),
+        pytest.param("everything", 1, marks=pytest.mark.slow),
+    ],
 )
 def test_pre_steps_give_the_same_bits_in_all_doors_round_after_round(name: str, d: int) -> None:
     rule = piped(name)

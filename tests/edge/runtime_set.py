@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -130,14 +130,17 @@ KINDS = {
 }
 
 
-def write_set(folder: Path) -> None:
-    """NAME.covey and NAME.npz (batches, settings, expected weights) of every kind."""
+LONG = ("depthwise", "one-hot")  # to export; the others are in the everyday set
+
+
+def write_set(folder: Path, kinds: Sequence[str] = tuple(KINDS)) -> None:
+    """NAME.covey and NAME.npz (batches, settings, expected weights) of these kinds."""
     import covey_models
     from covey_models._tensorflow import import_tensorflow
     from covey_protocol.bundle import read_bundle
 
     tf = import_tensorflow()
-    for name, kind in KINDS.items():
+    for name, kind in ((name, KINDS[name]) for name in kinds):
         tf.keras.utils.set_random_seed(1)
         model = kind.build(tf)
         data = covey_models.export(model, name=name, optimizer=kind.optimizer, batch_size=BATCH, **kind.export)
@@ -213,7 +216,7 @@ def check_set(python: str, folder: Path, environment: dict[str, str] | None = No
     assert ended.returncode == 0, ended.stderr[-2000:]
     result = json.loads(ended.stdout.splitlines()[-1])
     assert result["heavy"] == []
-    assert sorted(result["errors"]) == sorted(KINDS)
+    assert sorted(result["errors"]) == sorted(path.stem for path in folder.glob("*.npz"))
     worst = {name: error / max(1.0, largest) for name, (error, largest) in result["errors"].items()}
     print(f"\n{result['runtime']}:", ", ".join(f"{name} {error:.1e}" for name, error in worst.items()))
     assert max(worst.values()) < RELATIVE_TOLERANCE, worst

@@ -10,11 +10,11 @@ from environments import FROM_LOCK, FROM_SOURCE, found_python, install, make_env
 from runtime_set import check_set
 
 
-def test_tflite_runtime_trains_every_kind_of_model_as_tensorflow_does(bundle_set: Path) -> None:
-    assert check_set(sys.executable, bundle_set) == "tflite_runtime 2.14.0"
+def test_tflite_runtime_trains_all_kinds_of_models_as_tensorflow_does(everyday_set: Path) -> None:
+    assert check_set(sys.executable, everyday_set) == "tflite_runtime 2.14.0"
 
 
-def test_litert_trains_every_kind_of_model_as_tensorflow_does(bundle_set: Path, tmp_path: Path) -> None:
+def test_litert_trains_all_kinds_of_models_as_tensorflow_does(everyday_set: Path, tmp_path: Path) -> None:
     found = found_python("3.12")
     if found is None:
         pytest.skip("no Python 3.12 on this machine")
@@ -22,4 +22,4 @@ def test_litert_trains_every_kind_of_model_as_tensorflow_does(bundle_set: Path, 
     complaint = install(python, *FROM_LOCK)
     if complaint:
         pytest.skip(f"the lock does not install here: {complaint}")
-    assert check_set(python, bundle_set, FROM_SOURCE).startswith("ai_edge_litert 2.")
+    assert check_set(python, everyday_set, FROM_SOURCE).startswith("ai_edge_litert 2.")

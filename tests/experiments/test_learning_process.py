@@ -78,7 +78,7 @@ def test_a_simulated_device_sends_what_a_real_one_does(worker: Worker) -> None:
     assert loss == pytest.approx(real_loss, rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["mean", "multi-krum", "median"])
+@pytest.mark.parametrize("name", ["mean", "multi-krum", pytest.param("median", marks=pytest.mark.slow)])
 def test_a_round_is_the_direct_engines_step_on_the_same_updates(worker: Worker, name: str) -> None:
     rule, devices = make_rule(name, 0 if name == "mean" else 1), digits()
     settings = learning(rule=rule, server_optimizer="adam", server_learning_rate=0.05)

@@ -57,11 +57,11 @@ def mlp_mixer() -> Any:
 SMALL: dict[str, Family] = {
     "activity recognition": Family(lambda: zoo.build("activity-cnn", (32, 6), 5)),
     "EMNIST CNN of TFF, on small images": Family(lambda: zoo.build("emnist-cnn", (10, 10, 1), 5)),
-    "a small transformer": Family(lambda: zoo.build("transformer", (12, 6), 5)),
     "U-Net": Family(u_net),
     "MLP-Mixer": Family(mlp_mixer),
 }
 LARGE: dict[str, Family] = {
+    "a small transformer": Family(lambda: zoo.build("transformer", (12, 6), 5)),
     "EMNIST CNN of TFF": Family(lambda: zoo.build("emnist-cnn", (28, 28, 1), 10)),
     "keyword spotting": Family(lambda: zoo.build("ds-cnn", (49, 10, 1), 12), judgement="float64"),
     "MobileNetV2": application("MobileNetV2", 32, alpha=0.35),

@@ -126,7 +126,12 @@ FLIPPING_NET_FAULTS: dict[str, tuple[str, Callable[..., Any]]] = {
 }
 
 
-@pytest.mark.parametrize("fault", SMALL_NET_FAULTS)
+EVERYDAY = ("a ReLU without a kink", "a filter gradient 1e-4 too large", "a BatchNorm whose mean is a constant")
+
+
+@pytest.mark.parametrize(
+    "fault", [name if name in EVERYDAY else pytest.param(name, marks=pytest.mark.slow) for name in SMALL_NET_FAULTS]
+)
 def test_a_fault_in_a_small_net_is_refused(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     op_type, wrong = SMALL_NET_FAULTS[fault]
     assert op_type in LOWERINGS

@@ -89,7 +89,12 @@ def trained_on_the_device(device: dict[str, Any], bundle: Bundle, steps: int) ->
     return parameters(device)
 
 
-@pytest.mark.parametrize("name", [*NAMES, *OWN])
+EVERYDAY = ("sgd", "adam", "centred RMSprop with momentum", "clipped, with weight decay")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in EVERYDAY else pytest.param(name, marks=pytest.mark.slow) for name in (*NAMES, *OWN)]
+)
 def test_five_steps_of_every_optimizer_equal_keras(name: str) -> None:
     make = KERAS.get(name) or OWN[name]
     bundle = bundle_of(small(), optimizer=name if name in NAMES else make())

@@ -23,7 +23,7 @@ from simulation.mutations import Patch, wrapped
 from simulation.test_orders import TimedOrders
 from simulation.world import CONFIG, World, breaks
 
-SEEDS, MANY = 120, 20_000
+SEEDS, MANY = 80, 20_000
 EVALUATION = EvaluationSettings(every=1)
 replace = msgspec.structs.replace
 

@@ -55,6 +55,7 @@ def make_device(
 ) -> DeviceFiles:
     """Write everything one agent needs. broker: the [broker] table of its agent.toml; tables: further ones.
 
+    Its training has the same priority as all else: a fleet at a desk has nobody to step back for.
     replica: the name of a shard that other devices hold, too.
     """
     key = SealingKey.generate()
@@ -67,6 +68,7 @@ def make_device(
         "identity": {"key_file": "device.pem", "coordinator_key": coordinator.hex()},
         "data": {"source": "npz", "path": "data.npz", **({"replica": replica} if replica else {})},
         **tables,
+        "training": {"nice": 0, **tables.get("training", {})},
     }
     write_atomic(folder / "agent.toml", _toml(config).encode(), mode=0o600)
     files = DeviceFiles(device_id, folder, key.public)
