@@ -189,3 +189,17 @@ def test_a_phone_that_declined_joins_the_same_round_when_it_is_plugged_in(phone:
     assert "1 of 1 updates" in phone.log("serve"), phone.log("serve")
     declined = re.findall(r"round (\S+): declined", phone.log())
     assert re.findall(r"round (\S+): trained", phone.log()) == declined
+
+
+@pytest.mark.broker
+@pytest.mark.fleet
+@pytest.mark.slow
+def test_a_run_outlasts_the_hours_in_which_no_device_can(phone: Phone) -> None:
+    """Rounds that only wait for owners' conditions are not among the ten after which a run is given up."""
+    phone.battery(*ON_BATTERY)
+    phone.start(epochs=1, duration_s=2.0)
+    phone.until(lambda: phone.log("serve").count("abandoned") > 12)
+    phone.battery(*ON_MAINS)
+    phone.until(lambda: phone.running[1].poll() is not None)
+    assert phone.running[1].returncode == 0, phone.log("serve")
+    assert "1 of 1 updates" in phone.log("serve")
