@@ -20,8 +20,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PYTEST = [sys.executable, "-m", "pytest"]
 # folders of tests; what is named nowhere here is in the last part
 PARTS = (
-    ("grid", "inversion", "models", "report", "reproduce", "simulation"),
-    ("aggregation", "audit", "capture", "edge", "experiments", "protocol"),
+    ("audit", "capture", "grid", "inversion", "models", "report", "reproduce", "simulation"),
+    ("aggregation", "edge", "experiments", "protocol"),
 )
 
 
