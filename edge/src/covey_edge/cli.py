@@ -7,7 +7,6 @@ Sub-commands register under the entry point group ``covey.commands``. Their modu
 
 from __future__ import annotations
 
-import difflib
 import os
 import sys
 from importlib.metadata import EntryPoint, entry_points
@@ -16,6 +15,7 @@ from typing import Any, Optional
 import click
 
 from covey_edge import __version__
+from covey_edge.command_groups import NearestGroup
 from covey_edge.service import error_prefix
 from covey_protocol.errors import EXIT_BUG, EXIT_INTERRUPTED, EXIT_MACHINE, CoveyError
 
@@ -28,7 +28,7 @@ def _commands() -> dict[str, EntryPoint]:
     return {point.name: point for point in found}
 
 
-class Commands(click.Group):
+class Commands(NearestGroup):
     def list_commands(self, ctx: click.Context) -> list[str]:
         return sorted(_commands())
 
@@ -41,15 +41,6 @@ class Commands(click.Group):
         except (ImportError, AttributeError) as exc:
             return _broken(cmd_name, exc)
         return command
-
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
-        try:
-            return super().resolve_command(ctx, args)
-        except click.UsageError as exc:
-            close = difflib.get_close_matches(args[0], self.list_commands(ctx), n=1)
-            if close:
-                raise click.UsageError(f"{exc.message} Did you mean '{close[0]}'?", ctx) from exc
-            raise
 
 
 def _broken(name: str, error: Exception) -> click.Command:

@@ -5,13 +5,14 @@ A sub-command is a line in SUBCOMMANDS and is loaded when it is called: the agen
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import signal
 from pathlib import Path
 from typing import Any, Callable, Optional, TypeVar
 
 import click
+
+from covey_edge.command_groups import NearestGroup
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -28,7 +29,7 @@ SUBCOMMANDS: dict[str, tuple[str, str]] = {
 }
 
 
-class Subcommands(click.Group):
+class Subcommands(NearestGroup):
     def list_commands(self, ctx: click.Context) -> list[str]:
         return sorted(SUBCOMMANDS)
 
@@ -37,13 +38,6 @@ class Subcommands(click.Group):
             return None
         command: click.Command = getattr(importlib.import_module(SUBCOMMANDS[cmd_name][0]), cmd_name)
         return command
-
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
-        try:
-            return super().resolve_command(ctx, args)
-        except click.UsageError as exc:
-            close = difflib.get_close_matches(args[0], self.list_commands(ctx), n=1)
-            raise click.UsageError(f"{exc.message} Did you mean '{close[0]}'?" if close else exc.message, ctx) from exc
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """From the table: the help loads no module."""
