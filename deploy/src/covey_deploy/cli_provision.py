@@ -330,10 +330,10 @@ def list_command(fleet: Path, as_json: bool) -> None:
 def _row(one: Any, now: Any) -> dict[str, Any]:
     import msgspec
 
-    from covey_deploy.fleet_folder import SOON_DAYS
+    from covey_edge.mqtt_reasons import EXPIRES_SOON_DAYS
 
     days = (one.not_after - now).total_seconds() / 86400
-    state = "ends soon" if days < SOON_DAYS else "valid"
+    state = "ends soon" if days < EXPIRES_SOON_DAYS else "valid"
     state = "revoked" if one.revoked is not None else "expired" if days <= 0 else state
     return {**msgspec.to_builtins(one), "state": state, "days_left": int(days)}
 

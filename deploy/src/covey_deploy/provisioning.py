@@ -1,7 +1,7 @@
 """Making a fleet, its certificates and keys, and taking them back: what `covey provision` does.
 
-Each function works under the folder's lock and changes all of its files or none (`folder_changes`). Nothing here prints,
-and no private key is in what is returned or raised.
+Each function works under the folder's lock and changes all of its files or none (`folder_changes`). Nothing is printed
+here, and no private key is in what is returned or raised.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ from covey_protocol.topics import check_name
 
 AUTHORITY = "authority"  # in issued.jsonl, with its number as id
 Passphrase = Callable[[], Optional[bytes]]  # asked only where the key is encrypted
+DEFAULT_LIFETIMES = Lifetimes()
 DATA_SOURCE, DATA_PATH = "npz", "/var/lib/covey-data/data.npz"
 
 
@@ -132,7 +133,7 @@ def init(
     name: str,
     hosts: Sequence[str],
     port: int = 8883,
-    lifetimes: Lifetimes = Lifetimes(),
+    lifetimes: Lifetimes = DEFAULT_LIFETIMES,
     *,
     bundle: str = "model.covey",
     bundle_key: str = "",

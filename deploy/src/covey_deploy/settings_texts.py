@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -120,7 +121,8 @@ def with_devices(text: str, keys: Mapping[str, str], path: Path) -> str:
         for device_id, key in keys.items():
             _put(section, device_id, f"{device_id} = {toml_value(key)}")
         new = "\n".join([*lines[:start], *section, *lines[end:]]) + "\n"
-        if _parsed(new) == {**_parsed(text), "devices": {**_parsed(text).get("devices", {}), **keys}}:
+        before = _parsed(text)
+        if _parsed(new) == {**before, "devices": {**before.get("devices", {}), **keys}}:
             return new
     wanted = ", ".join(f'{device_id} = "{key}"' for device_id, key in keys.items())
     raise ConfigError(f"{path}: [devices] cannot be changed by a program", f"write into it yourself: {wanted}")
@@ -142,7 +144,7 @@ def _put(section: list[str], device_id: str, line: str) -> None:
     section.insert(last + 1, line)
 
 
-def _parsed(text: str) -> dict[str, object]:
+def _parsed(text: str) -> dict[str, Any]:
     try:
         return dict(tomllib.loads(text))
     except tomllib.TOMLDecodeError:
