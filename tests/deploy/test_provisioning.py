@@ -23,7 +23,7 @@ from cryptography.x509.verification import PolicyBuilder, Store, VerificationErr
 from handmade_bundles import manifest
 from small_disk import SmallDisk
 
-from covey_deploy import authority, folder_changes, provisioning
+from covey_deploy import authority, cli_provision, folder_changes, provisioning
 from covey_deploy.cli_provision import provision
 from covey_deploy.fleet_folder import FleetFolder, Lifetimes
 from covey_deploy.provisioning import NewDevice, add_devices, next_authority, renew, retire_authority, revoke
@@ -238,6 +238,19 @@ def crl(home: Path, issuer: int = 0) -> x509.CertificateRevocationList:
     return x509.load_pem_x509_crl(blocks[issuer] + b"-----END X509 CRL-----\n")
 
 
+def test_a_revocation_reaches_the_coordinator(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By `covey revoke`, where it is installed and the coordinator's file is here; else the operator is told."""
+    said = says("revoke", "porch-pi", "--fleet", home, "--reason", "key-compromise")
+    order = home / "coordinator/runs/home.revoked/porch-pi.json"
+    assert json.loads(order.read_text())["reason"] == "key-compromise"
+    assert "porch-pi is revoked" in said
+    assert "broker/crl.pem" in said
+    monkeypatch.setattr(cli_provision, "entry_points", lambda group: [])  # as on a machine without the coordinator
+    said = says("revoke", "kitchen-pi", "--fleet", home)
+    assert f"covey revoke kitchen-pi --config {home / 'coordinator/coordinator.toml'}" in said
+    assert "covey revoke" not in says("revoke", "operator", "--fleet", home)
+
+
 def test_every_certificate_of_a_revoked_device_is_on_a_list_that_its_authority_has_signed(home: Path) -> None:
     first = certificate(home / "devices/porch-pi/cert.pem").serial_number
     renew(home, ["porch-pi"], now=NOW)
@@ -306,12 +319,12 @@ def test_the_list_says_who_until_when_and_warns(tmp_path: Path) -> None:
     assert rows["a"]["days_left"] == 19
     text = says("list", "--fleet", folder)
     assert "renew operator, a " in text
-    assert "nothing is due" in says("renew", "--due", "0", "--fleet", _renewed(folder))
-
-
-def _renewed(folder: Path) -> Path:
+    settings = folder / "fleet.toml"
+    settings.write_text(settings.read_text().replace("operator = 0.001", "operator = 90").replace("crl = 0", "crl = 6"))
+    assert "list of revoked" not in text
     says("renew", "operator", "--fleet", folder)
-    return folder
+    assert "nothing is due" in says("renew", "--due", "0", "--fleet", folder)
+    assert "the list of revoked certificates ends on" in says("list", "--fleet", folder)
 
 
 # --- the next authority
@@ -369,7 +382,13 @@ def test_a_device_that_made_its_keys_itself_is_signed_for(home: Path, tmp_path: 
     new = serialization.load_pem_private_key((shed / "key-2.pem").read_bytes(), None)
     assert certificate(signed / "cert.pem").public_key() == new.public_key()
     assert (shed / "key.pem").read_bytes() == keys
-    assert roster(home / "coordinator/coordinator.toml")["shed-pi"] == agent.key.public.hex()
+    listed = home / "coordinator/coordinator.toml"
+    assert roster(listed)["shed-pi"] == agent.key.public.hex()
+    for _ in range(2):  # another seal is the next one, until it is heard
+        says("csr", "shed-pi", "--fleet", "home", "--folder", shed, "--seal", "seal-2.pem")
+        says("renew", "--csr", shed / "shed-pi.csr", "--fleet", home)
+        next_seal = SealingKey.from_pem((shed / "seal-2.pem").read_bytes()).public
+        assert roster(listed)["shed-pi"] == [agent.key.public.hex(), next_seal.hex()]
 
 
 def test_no_key_in_a_request_can_be_passed_off_as_ones_own(home: Path) -> None:

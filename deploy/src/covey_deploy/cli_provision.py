@@ -14,6 +14,7 @@ from covey_edge.cli_key import make as make_key
 from covey_edge.cli_key import request as request_command
 from covey_edge.command_groups import NearestGroup
 
+LIST_ENDS_SOON_DAYS = 7
 FILE = click.Path(path_type=Path)
 
 
@@ -225,9 +226,12 @@ def renew(
     if not wanted:
         click.echo("nothing is due")
         return
-    for one in provisioning.renew(fleet, wanted, new_key=new_key, request=request, passphrase=_asking(passphrase_file)):
-        click.echo(f"{one.id}: valid until {one.not_after:%Y-%m-%d}")
-    click.echo("the list of revoked certificates is new, too: broker/crl.pem")
+    made = provisioning.renew(fleet, wanted, new_key=new_key, request=request, passphrase=_asking(passphrase_file))
+    for one in made:
+        click.echo(
+            f"{one.id}: valid until {one.not_after:%Y-%m-%d}; copy {fleet / provisioning.place(one.role, one.id)}"
+        )
+    click.echo(f"the list of revoked certificates is new, too: {fleet / 'broker/crl.pem'}")
 
 
 @provision.command(short_help="Shut a device out: stolen, lost, broken.")
@@ -322,9 +326,21 @@ def list_command(fleet: Path, as_json: bool) -> None:
     width = max(len(row["id"]) for row in rows)
     for row in rows:
         click.echo(f"{row['id']:<{width}}  {row['role']:<11}  {row['not_after'][:10]}  {row['state']}")
+    _warn_of_list(FleetFolder.open(fleet).ca / "crl.pem", now)
     late = [row["id"] for row in rows if row["state"] in ("ends soon", "expired")]
     if late:
         click.echo(f"covey: warning: renew {', '.join(late)} (covey provision renew)", err=True)
+
+
+def _warn_of_list(path: Path, now: Any) -> None:
+    from cryptography import x509
+
+    from covey_edge.config import read_file
+
+    end = x509.load_pem_x509_crl(read_file(path)).next_update_utc
+    if end is not None and (end - now).days < LIST_ENDS_SOON_DAYS:
+        what = f"the list of revoked certificates ends on {end:%Y-%m-%d %H:%M} UTC; then brokers take nobody"
+        click.echo(f"covey: warning: {what}: covey provision renew broker, and copy broker/crl.pem", err=True)
 
 
 def _row(one: Any, now: Any) -> dict[str, Any]:
