@@ -240,15 +240,15 @@ def crl(home: Path, issuer: int = 0) -> x509.CertificateRevocationList:
 
 def test_a_revocation_reaches_the_coordinator(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By `covey revoke`, where it is installed and the coordinator's file is here; else the operator is told."""
-    said = says("revoke", "porch-pi", "--fleet", home, "--reason", "key-compromise")
+    said = says("revoke", "porch-pi", "--fleet-folder", home, "--reason", "key-compromise")
     order = home / "coordinator/runs/home.revoked/porch-pi.json"
     assert json.loads(order.read_text())["reason"] == "key-compromise"
     assert "porch-pi is revoked" in said
     assert "broker/crl.pem" in said
     monkeypatch.setattr(cli_provision, "entry_points", lambda group: [])  # as on a machine without the coordinator
-    said = says("revoke", "kitchen-pi", "--fleet", home)
+    said = says("revoke", "kitchen-pi", "--fleet-folder", home)
     assert f"covey revoke kitchen-pi --config {home / 'coordinator/coordinator.toml'}" in said
-    assert "covey revoke" not in says("revoke", "operator", "--fleet", home)
+    assert "covey revoke" not in says("revoke", "operator", "--fleet-folder", home)
 
 
 def test_every_certificate_of_a_revoked_device_is_on_a_list_that_its_authority_has_signed(home: Path) -> None:
@@ -305,9 +305,9 @@ def test_the_list_says_who_until_when_and_warns(tmp_path: Path) -> None:
     folder = tmp_path / "soon"
     short = Lifetimes(device=20, operator=0.001)
     provisioning.init(folder, "soon", HOSTS, lifetimes=short, now=datetime.now(timezone.utc) - timedelta(hours=1))
-    says("device", "a", "b", "--fleet", folder)
+    says("device", "a", "b", "--fleet-folder", folder)
     revoke(folder, "b", "unspecified")
-    rows = {row["id"]: row for row in json.loads(says("list", "--fleet", folder, "--json"))}
+    rows = {row["id"]: row for row in json.loads(says("list", "--fleet-folder", folder, "--json"))}
     assert {name: row["state"] for name, row in rows.items()} == {
         "1": "valid",
         "broker": "valid",
@@ -317,14 +317,14 @@ def test_the_list_says_who_until_when_and_warns(tmp_path: Path) -> None:
         "b": "revoked",
     }
     assert rows["a"]["days_left"] == 19
-    text = says("list", "--fleet", folder)
+    text = says("list", "--fleet-folder", folder)
     assert "renew operator, a " in text
     settings = folder / "fleet.toml"
     settings.write_text(settings.read_text().replace("operator = 0.001", "operator = 90").replace("crl = 0", "crl = 6"))
     assert "list of revoked" not in text
-    says("renew", "operator", "--fleet", folder)
-    assert "nothing is due" in says("renew", "--due", "0", "--fleet", folder)
-    assert "the list of revoked certificates ends on" in says("list", "--fleet", folder)
+    says("renew", "operator", "--fleet-folder", folder)
+    assert "nothing is due" in says("renew", "--due", "0", "--fleet-folder", folder)
+    assert "the list of revoked certificates ends on" in says("list", "--fleet-folder", folder)
 
 
 # --- the next authority
@@ -364,7 +364,7 @@ def test_a_device_that_made_its_keys_itself_is_signed_for(home: Path, tmp_path: 
         "shed-pi.csr": 0o644,
     }
     assert b"PRIVATE" not in (shed / "shed-pi.csr").read_bytes()
-    says("device", "--csr", shed / "shed-pi.csr", "--fleet", home)
+    says("device", "--csr", shed / "shed-pi.csr", "--fleet-folder", home)
     signed = FleetFolder.open(home).device("shed-pi")
     assert {path.name for path in signed.iterdir()} == {"cert.pem", "ca.pem", "agent.toml"}
     for name in ("cert.pem", "ca.pem", "agent.toml"):
@@ -374,11 +374,11 @@ def test_a_device_that_made_its_keys_itself_is_signed_for(home: Path, tmp_path: 
     from covey_edge.mqtt import tls_context
 
     tls_context(agent.broker)  # key and certificate belong together
-    ended = covey("renew", "shed-pi", "--new-key", "--fleet", home)
+    ended = covey("renew", "shed-pi", "--new-key", "--fleet-folder", home)
     assert "make a request there" in str(ended.exception)
     keys = (shed / "key.pem").read_bytes()
     says("csr", "shed-pi", "--fleet", "home", "--folder", shed, "--key", "key-2.pem")
-    says("renew", "--csr", shed / "shed-pi.csr", "--fleet", home)
+    says("renew", "--csr", shed / "shed-pi.csr", "--fleet-folder", home)
     new = serialization.load_pem_private_key((shed / "key-2.pem").read_bytes(), None)
     assert certificate(signed / "cert.pem").public_key() == new.public_key()
     assert (shed / "key.pem").read_bytes() == keys
@@ -386,7 +386,7 @@ def test_a_device_that_made_its_keys_itself_is_signed_for(home: Path, tmp_path: 
     assert roster(listed)["shed-pi"] == agent.key.public.hex()
     for _ in range(2):  # another seal is the next one, until it is heard
         says("csr", "shed-pi", "--fleet", "home", "--folder", shed, "--seal", "seal-2.pem")
-        says("renew", "--csr", shed / "shed-pi.csr", "--fleet", home)
+        says("renew", "--csr", shed / "shed-pi.csr", "--fleet-folder", home)
         next_seal = SealingKey.from_pem((shed / "seal-2.pem").read_bytes()).public
         assert roster(listed)["shed-pi"] == [agent.key.public.hex(), next_seal.hex()]
 
@@ -434,15 +434,15 @@ def test_a_request_that_was_begun_is_gone_on_with(tmp_path: Path) -> None:
 def test_a_table_names_devices_and_their_data(home: Path, tmp_path: Path) -> None:
     table = tmp_path / "cards.csv"
     table.write_text("id,hostname,data_source,data_path\nhall-pi,hall,csv,/data/hall.csv\nattic-pi,attic,,\n")
-    says("device", "--csv", table, "--fleet", home, "--data-path", "/data/rest.npz")
+    says("device", "--csv", table, "--fleet-folder", home, "--data-path", "/data/rest.npz")
     hall, attic = (load_agent(home / "devices" / name / "agent.toml").config.data for name in ("hall-pi", "attic-pi"))
     assert (hall.source, hall.path) == ("csv", "/data/hall.csv")
     assert (attic.source, attic.path) == ("npz", "/data/rest.npz")
     for text, words in (("name\nhall\n", "1 of 1 rows have no id"), ("id\na\n,\n", "1 of 2 rows"), ("", "0 of 0 rows")):
         table.write_text(text)
-        assert words in str(covey("device", "--csv", table, "--fleet", home).exception)
+        assert words in str(covey("device", "--csv", table, "--fleet-folder", home).exception)
     table.write_text("id\nhall-pi-2\nhall-pi\n")
-    refused(home, "hall-pi exists", lambda: _raised("device", "--csv", table, "--fleet", home))
+    refused(home, "hall-pi exists", lambda: _raised("device", "--csv", table, "--fleet-folder", home))
 
 
 def _raised(*arguments: Any) -> None:
@@ -466,7 +466,7 @@ def test_a_roster_is_changed_and_nothing_else_of_the_operators_file() -> None:
 
 def test_a_coordinators_file_that_is_elsewhere_is_written_by_its_operator(home: Path) -> None:
     (home / "coordinator/coordinator.toml").unlink()
-    said = says("device", "hall-pi", "--fleet", home)
+    said = says("device", "hall-pi", "--fleet-folder", home)
     key = SealingKey.from_pem((home / "devices/hall-pi/seal.pem").read_bytes()).public.hex()
     assert f'into [devices] of coordinator.toml:\nhall-pi = "{key}"' in said
 
@@ -478,16 +478,16 @@ def test_an_authority_with_a_passphrase_signs_for_who_knows_it(tmp_path: Path) -
     says("init", "home", "--folder", folder, "--broker-host", "localhost", "--passphrase-file", word)
     assert b"ENCRYPTED" in (folder / "ca/ca.key").read_bytes()
     before = files(folder)
-    ended = covey("device", "a", "--fleet", folder)
+    ended = covey("device", "a", "--fleet-folder", folder)
     assert "is encrypted; give --passphrase-file" in str(ended.exception)
-    ended = covey("device", "a", "--fleet", folder, "--passphrase-file", wrong)
+    ended = covey("device", "a", "--fleet-folder", folder, "--passphrase-file", wrong)
     assert "passphrase is wrong" in str(ended.exception)
     assert files(folder) == before
-    says("device", "a", "--fleet", folder, "--passphrase-file", word)
-    says("authority", "next", "--fleet", folder, "--passphrase-file", word)
+    says("device", "a", "--fleet-folder", folder, "--passphrase-file", word)
+    says("authority", "next", "--fleet-folder", folder, "--passphrase-file", word)
     assert b"ENCRYPTED" in (folder / "ca/ca.key").read_bytes()
-    says("renew", "--all", "--fleet", folder, "--passphrase-file", word)
-    says("authority", "retire", "--fleet", folder, "--passphrase-file", word)
+    says("renew", "--all", "--fleet-folder", folder, "--passphrase-file", word)
+    says("authority", "retire", "--fleet-folder", folder, "--passphrase-file", word)
 
 
 def test_a_model_of_another_coordinator_is_taken_with_its_key(tmp_path: Path, coordinator_key: SealingKey) -> None:
@@ -536,7 +536,7 @@ def test_no_secret_is_printed_logged_or_raised(
     caplog.set_level(logging.DEBUG)
     folder, shed, word = tmp_path / "home", tmp_path / "shed", tmp_path / "word"
     word.write_text("correct horse battery staple")
-    of = ("--fleet", folder, "--passphrase-file", word)
+    of = ("--fleet-folder", folder, "--passphrase-file", word)
     told = []
 
     def run(*arguments: Any) -> Result:
@@ -556,8 +556,8 @@ def test_no_secret_is_printed_logged_or_raised(
     assert run("renew", "a", "broker", "--new-key", *of).exit_code == 0
     assert run("revoke", "b", *of).exit_code == 0
     assert run("authority", "next", *of).exit_code == 0
-    run("list", "--fleet", folder)
-    run("list", "--fleet", folder, "--json")
+    run("list", "--fleet-folder", folder)
+    run("list", "--fleet-folder", folder, "--json")
     run("device", "a", *of)  # exists
     secrets = before | secrets_in(folder, shed)
     for path in (folder / "ca/ca.key", shed / "key.pem", shed / "seal.pem"):  # torn files

@@ -19,7 +19,9 @@ FILE = click.Path(path_type=Path)
 
 
 def fleet_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    return click.option("--fleet", "fleet", type=FILE, required=True, help="The fleet's folder.")(command)
+    return click.option("--fleet-folder", "fleet", type=FILE, required=True, help="As `covey provision init` made it.")(
+        command
+    )
 
 
 def passphrase_option(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -88,7 +90,7 @@ def init(
         click.echo(
             f"a model: covey export model.py:build --key {folder}/coordinator/seal.pem -o {folder}/coordinator/{bundle}"
         )
-    click.echo(f"devices: covey provision device ID --fleet {folder}")
+    click.echo(f"devices: covey provision device ID --fleet-folder {folder}")
     click.echo(f"devices will connect to {fleet.broker_url}")
 
 
@@ -228,9 +230,8 @@ def renew(
         return
     made = provisioning.renew(fleet, wanted, new_key=new_key, request=request, passphrase=_asking(passphrase_file))
     for one in made:
-        click.echo(
-            f"{one.id}: valid until {one.not_after:%Y-%m-%d}; copy {fleet / provisioning.place(one.role, one.id)}"
-        )
+        folder = fleet / provisioning.place(one.role, one.id)
+        click.echo(f"{one.id}: valid until {one.not_after:%Y-%m-%d}; copy {folder}")
     click.echo(f"the list of revoked certificates is new, too: {fleet / 'broker/crl.pem'}")
 
 
@@ -288,10 +289,10 @@ def next_authority(fleet: Path, passphrase_file: Optional[Path]) -> None:
     number = provisioning.next_authority(fleet, _asking(passphrase_file))
     click.echo(f"authority {number} signs from now on; every ca.pem holds both")
     click.echo("1. copy ca.pem and crl.pem to the broker, ca.pem to every device, the coordinator and the operator")
-    click.echo(f"2. renew the clients and copy their files: covey provision renew --all --fleet {fleet}")
+    click.echo(f"2. renew the clients and copy their files: covey provision renew --all --fleet-folder {fleet}")
     click.echo("3. when every device has the new ca.pem, copy the broker's new cert.pem")
     click.echo(
-        f"4. when nobody uses the old one: covey provision authority retire --fleet {fleet}, and copy ca.pem again"
+        f"4. when nobody uses the old one: covey provision authority retire --fleet-folder {fleet}, and copy ca.pem again"
     )
 
 

@@ -109,8 +109,8 @@ def bearable(num_devices: int) -> tuple[int, int]:
 def with_devices(text: str, keys: Mapping[str, object], path: Path) -> str:
     """The text of a coordinator.toml whose roster also has these devices, or has these keys for them.
 
-    keys: device -> public key, hex digits, or a list of two. ConfigError where the file's form does not allow it: the operator is told
-    which lines to write.
+    keys: device -> public key, hex digits, or a list of two. ConfigError where the file's form does not allow it: the
+    operator is told which lines to write.
     """
     lines = text.splitlines()
     heads = [number for number, line in enumerate(lines) if re.match(r"\s*\[devices\]\s*(#.*)?\Z", line)]
