@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
+import pty
 import shutil
 import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -488,6 +491,36 @@ def test_an_authority_with_a_passphrase_signs_for_who_knows_it(tmp_path: Path) -
     assert b"ENCRYPTED" in (folder / "ca/ca.key").read_bytes()
     says("renew", "--all", "--fleet-folder", folder, "--passphrase-file", word)
     says("authority", "retire", "--fleet-folder", folder, "--passphrase-file", word)
+
+
+def test_a_new_passphrase_is_asked_for_twice(tmp_path: Path) -> None:
+    start = ("init", "home", "--folder", tmp_path / "home", "--broker-host", "localhost", "--encrypt")
+    ended = covey(*start, give="one\ntwo\nsame\nsame\n")
+    assert ended.exit_code == 0, ended.output
+    assert "same" not in ended.output
+    assert "do not match" in ended.output
+    key = (tmp_path / "home/ca/ca.key").read_bytes()
+    assert authority.read_key(key, "ca.key", b"same").curve.name == "secp256r1"
+
+
+@pytest.mark.slow
+def test_a_passphrase_is_read_from_the_terminal_and_not_shown(tmp_path: Path) -> None:
+    word = "correct horse battery staple"
+    provisioning.init(tmp_path / "home", "home", HOSTS, passphrase=word.encode())
+    pid, terminal = pty.fork()
+    if pid == 0:
+        command = [sys.executable, "-m", "covey_edge", "provision", "device", "a"]
+        os.execv(sys.executable, [*command, "--fleet-folder", str(tmp_path / "home")])  # noqa: S606 - no shell is meant
+    said = b""
+    with contextlib.suppress(OSError):  # how Linux says that the other end is closed
+        while chunk := os.read(terminal, 1024):
+            said += chunk
+            if said.endswith(b"key: "):
+                os.write(terminal, word.encode() + b"\n")
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0, said
+    assert word.encode() not in said
+    assert FleetFolder.open(tmp_path / "home").device_ids() == ["a"]
 
 
 def test_a_model_of_another_coordinator_is_taken_with_its_key(tmp_path: Path, coordinator_key: SealingKey) -> None:

@@ -104,15 +104,15 @@ def issue(
     return builder.sign(authority.key, hashes.SHA256())
 
 
-def make_crl(authority: Authority, revoked: Iterable[Revoked], number: int, now: datetime, end: datetime) -> bytes:
-    """The signed list, PEM. number: larger than that of every list before. end: of OpenSSL's patience: after it a
-    broker takes no client at all."""
+def make_crl(authority: Authority, revoked: Iterable[Revoked], number: int, dates: Dates) -> bytes:
+    """The signed list, PEM. number: larger than that of every list before. Outside its dates a broker takes no client
+    at all."""
     issuer_id = authority.certificate.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
     builder = (
         x509.CertificateRevocationListBuilder()
         .issuer_name(authority.certificate.subject)
-        .last_update(now.replace(microsecond=0) - timedelta(days=1))  # a broker whose clock is behind takes it, too
-        .next_update(end)
+        .last_update(dates.begin)
+        .next_update(dates.end)
         .add_extension(x509.CRLNumber(number), critical=False)
         .add_extension(x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(issuer_id), critical=False)
     )

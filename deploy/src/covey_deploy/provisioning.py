@@ -326,15 +326,15 @@ def _list_revoked(work: _Work, authorities: Sequence[Authority]) -> None:
 
 
 def _list_of(work: _Work, authority: Authority, number: int) -> bytes:
-    of, days = _number(work.issued, authority.certificate), work.fleet.settings.lifetimes.crl
+    of, lifetimes = _number(work.issued, authority.certificate), work.fleet.settings.lifetimes
     revoked = [
         Revoked(int(one.serial, 16), one.revoked, one.reason)
         for one in work.issued
         if one.revoked is not None and one.authority == of and one.role != AUTHORITY
     ]
     own_end = authority.certificate.not_valid_after_utc
-    end = min(own_end, work.now + timedelta(days=days)) if days else own_end
-    return ca.make_crl(authority, revoked, number, work.now, end)
+    begin, end = Dates.of(work.now, lifetimes.crl, lifetimes.slack_hours)
+    return ca.make_crl(authority, revoked, number, Dates(begin, min(own_end, end) if lifetimes.crl else own_end))
 
 
 def _authorities(work: _Work) -> list[Authority]:
