@@ -77,8 +77,13 @@ class _Work:
     def certificate(
         self, role: str, name: str, public_key: ec.EllipticCurvePublicKey, hosts: Sequence[str] = ()
     ) -> None:
-        """Into the folder of its owner, with the authorities that the owner is to trust."""
-        lifetimes = self.fleet.settings.lifetimes
+        """Into the folder of its owner, with the authorities that the owner is to trust. ConfigError where the one that
+        signs has ended."""
+        lifetimes, end = self.fleet.settings.lifetimes, self.authority.certificate.not_valid_after_utc
+        if end <= self.now:
+            raise ConfigError(
+                f"the fleet's authority expired on {end:%Y-%m-%d}", "make the next one: covey provision authority next"
+            )
         dates = Dates.of(self.now, lifetimes.of(role), lifetimes.slack_hours)
         made = ca.issue(self.authority, self.fleet.name, role, name, public_key, dates, hosts)
         where = place(role, name)
@@ -93,8 +98,8 @@ class _Work:
         self.files[f"{place(role, name)}/key.pem"] = ca.key_pem(key)
         return key.public_key()
 
-    def write(self) -> None:
-        change(self.fleet.path, {**self.files, "ca/issued.jsonl": issued_lines(self.issued)})
+    def write(self, removed: Sequence[str] = ()) -> None:
+        change(self.fleet.path, {**self.files, "ca/issued.jsonl": issued_lines(self.issued)}, removed)
 
 
 @contextlib.contextmanager
@@ -402,8 +407,7 @@ def retire_authority(path: Path, passphrase: Passphrase = no_passphrase, now: Op
         ]
         _list_revoked(work, [work.authority])
         _trust(work, ca.certificate_pem(work.authority.certificate))
-        work.write()
-        (work.fleet.ca / f"ca-{number}.key").unlink(missing_ok=True)
+        work.write(removed=[f"ca/ca-{number}.key"])
         return number
 
 
