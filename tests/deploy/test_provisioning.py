@@ -239,6 +239,46 @@ def crl(home: Path, issuer: int = 0) -> x509.CertificateRevocationList:
     return x509.load_pem_x509_crl(blocks[issuer] + b"-----END X509 CRL-----\n")
 
 
+def test_who_there_is_one_of_goes_on_with_another_key(home: Path) -> None:
+    before = certificate(home / "coordinator/cert.pem")
+    revoke(home, "coordinator", "key-compromise", now=NOW)
+    refused(home, "coordinator's certificate is revoked.*--new-key", lambda: renew(home, ["coordinator"], now=NOW))
+    renew(home, ["coordinator"], new_key=True, now=NOW)
+    after = certificate(home / "coordinator/cert.pem")
+    assert {one.serial_number for one in crl(home)} == {before.serial_number}
+    assert after.public_key() != before.public_key()
+    assert convinces(home, "coordinator")
+    revoke(home, "porch-pi", "unspecified", now=NOW)
+    assert set(provisioning.due(FleetFolder.open(home), 731, NOW)) == {
+        "broker",
+        "coordinator",
+        "operator",
+        "kitchen-pi",
+    }
+
+
+def test_a_device_may_be_called_by_a_number_as_authorities_are(home: Path) -> None:
+    add_devices(home, [NewDevice("1")], now=NOW)
+    next_authority(home, now=NOW)
+    everybody = ["1", "kitchen-pi", "porch-pi", "broker", "coordinator", "operator"]
+    renew(home, everybody, now=NOW)
+    retire_authority(home, now=NOW)
+    renew(home, ["1"], now=NOW)
+    assert "1" in FleetFolder.open(home).device_ids()
+    assert convinces(home, "devices/1")
+
+
+def test_a_fleet_whose_authority_has_ended_gets_the_next_one(home: Path) -> None:
+    late = NOW + timedelta(days=3653)
+    refused(home, "authority expired on 2036.*authority next", lambda: renew(home, ["broker"], now=late))
+    refused(home, "authority expired on 2036", lambda: revoke(home, "porch-pi", "unspecified", now=late))
+    next_authority(home, now=late)
+    revoke(home, "porch-pi", "unspecified", now=late)
+    renew(home, ["broker", "coordinator", "operator", "kitchen-pi"], now=late)
+    assert all(convinces(home, name, late) for name in ("broker", "coordinator", "devices/kitchen-pi"))
+    assert retire_authority(home, now=late) == 1
+
+
 def test_a_revocation_reaches_the_coordinator(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By `covey revoke`, where it is installed and the coordinator's file is here; else the operator is told."""
     said = says("revoke", "porch-pi", "--fleet-folder", home, "--reason", "key-compromise")

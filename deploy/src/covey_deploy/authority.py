@@ -167,6 +167,14 @@ def read_certificates(pem: bytes, where: str) -> list[x509.Certificate]:
         raise ConfigError(f"{where} holds no certificate in PEM form", "restore the file from a backup") from exc
 
 
+def read_crl(pem: bytes, where: str) -> x509.CertificateRevocationList:
+    """The first of a file."""
+    try:
+        return x509.load_pem_x509_crl(pem)
+    except ValueError as exc:
+        raise ConfigError(f"{where} holds no list of revoked certificates", "restore it from a backup") from exc
+
+
 def _builder(
     subject: x509.Name, issuer: x509.Name, public_key: ec.EllipticCurvePublicKey, dates: Dates
 ) -> x509.CertificateBuilder:

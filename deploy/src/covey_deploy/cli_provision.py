@@ -337,11 +337,10 @@ def list_command(fleet: Path, as_json: bool) -> None:
 
 
 def _warn_of_list(path: Path, now: Any) -> None:
-    from cryptography import x509
-
+    from covey_deploy.authority import read_crl
     from covey_edge.config import read_file
 
-    end = x509.load_pem_x509_crl(read_file(path)).next_update_utc
+    end = read_crl(read_file(path), str(path)).next_update_utc
     if end is not None and (end - now).days < LIST_ENDS_SOON_DAYS:
         what = f"the list of revoked certificates ends on {end:%Y-%m-%d %H:%M} UTC; then brokers take nobody"
         click.echo(f"covey: warning: {what}: covey provision renew broker, and copy broker/crl.pem", err=True)
