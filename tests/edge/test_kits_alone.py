@@ -6,58 +6,33 @@ for arm64 root, mmdebstrap and qemu-user-static as well (`arm64`).
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import uuid
 from pathlib import Path
 
-import numpy as np
 import pytest
 from arm64 import require_emulation, userland
 from brokers import RunningBroker
-from environments import ROOT, found_python
+from environments import found_python
+from real_kits import EMULATED_S, MAKER, digits, real_kit, unpacked
 from reporting import one_round
 from runtime_set import check_set
 
-from covey_coordinator.demo.devices import Shard
 from covey_deploy import installer
-from covey_deploy.agent_wheel import agent_wheel
-from covey_deploy.kit import make_kit
 from covey_deploy.targets import Target, described, named
-from covey_deploy.wheelhouse import Wheelhouse, lock_file, pinned
 from covey_protocol.seals import SealingKey
 
 pytestmark = [pytest.mark.slow, pytest.mark.broker, pytest.mark.timeout(1800)]
 
-MAKER = SealingKey.from_seed(b"maker of kits".ljust(32, b"."))
-CACHE = Path(os.environ.get("COVEY_CACHE", ROOT / ".bench")) / "wheels"
 LARGEST_MB = 85.0  # with tflite-runtime; ai-edge-litert is larger, docs/compatibility.md has the figures
-EMULATED_S = 900.0  # one start of Python, numpy and the runtime took 60 s in emulation
 IN_ROOT = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"}
-
-
-def kit_for(target: Target, folder: Path) -> Path:
-    """The folder of an unpacked kit, as it lies on a card."""
-    wheels = Wheelhouse(CACHE).wheels(pinned(lock_file().read_text(), target), target)
-    data = make_kit(target, {**wheels, **dict([agent_wheel()])}, MAKER)
-    for name, content in installer.members(data):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(content)
-    return folder
 
 
 def installed_mb(prefix: Path) -> float:
     tree = installer.Prefix(prefix).running()
     assert tree is not None
     return installer.size_of(tree) / 1e6
-
-
-def digits(count: int) -> Shard:
-    from sklearn.datasets import load_digits
-
-    x, y = load_digits(return_X_y=True)
-    return Shard((x[:count] / 16).astype(np.float32).reshape(-1, 8, 8, 1), y[:count])
 
 
 @pytest.mark.parametrize("version", ["3.9", "3.10", "3.11", "3.12", "3.13"])
@@ -73,7 +48,7 @@ def test_an_agent_from_a_kit_trains_and_reports(
     if python is None:
         pytest.skip(f"no Python {version} on this machine")
     target = described(version, "x86_64", "2.36")
-    kit = kit_for(target, tmp_path / "kit")
+    kit = unpacked(real_kit(target), tmp_path / "kit")
     command = [python, "-I", str(kit / "install.py"), "--prefix", str(tmp_path / "opt")]
     ended = subprocess.run(
         [*command, "--release-key", MAKER.public.hex()],
@@ -107,7 +82,7 @@ def test_an_agent_from_a_kit_trains_and_reports_on_arm64(
     target = named(name)
     root = userland(name.split("-")[1], "dash", "coreutils")
     inside = root / "srv" / uuid.uuid4().hex
-    kit_for(target, inside / "kit")
+    unpacked(real_kit(target), inside / "kit")
     seen, chroot = Path("/") / inside.relative_to(root), [str(shutil.which("chroot")), str(root)]
     opt = seen / "opt"
     command = [*chroot, "/usr/bin/python3", str(seen / "kit" / "install.py"), "--prefix", str(opt)]
