@@ -8,6 +8,7 @@ from typing import Optional
 
 import click
 
+from covey_deploy.cli_provision import passphrase_option
 from covey_edge.command_groups import NearestGroup
 
 A_FOLDER = click.Path(path_type=Path, file_okay=False)
@@ -66,13 +67,14 @@ def run_broker(fleet_folder: Optional[Path], host: Optional[str], port: Optional
 @click.argument("name")
 @click.option("--fleet-folder", type=A_FOLDER, required=True, help="With the authority's key.")
 @click.option("--address", help="HOST:PORT of the broker, where that is not the fleet's own.")
-def disconnect_client(name: str, fleet_folder: Path, address: Optional[str]) -> None:
+@passphrase_option
+def disconnect_client(name: str, fleet_folder: Path, address: Optional[str], passphrase_file: Optional[Path]) -> None:
     """Take over the session of NAME, a device or `coordinator` or `operator`, and end it. Revoke its certificate and
     have the broker read the new list first: who may come back does so within a second."""
-    from covey_deploy.cli_provision import asked_passphrase
+    from covey_deploy.cli_provision import _asking
     from covey_deploy.disconnecting import disconnect
     from covey_deploy.fleet_folder import FleetFolder
 
     fleet = FleetFolder.open(fleet_folder)
-    disconnect(fleet, name, address, asked_passphrase)
+    disconnect(fleet, name, address, _asking(passphrase_file))
     click.echo(f"{name} is disconnected, if it was connected")
