@@ -52,7 +52,7 @@ class Identity:
 
 
 def make_fleet(folder: Path, name: str = "home", devices: tuple[str, ...] = ("kitchen-pi", "porch-pi")) -> FleetFolder:
-    fleet = provisioning.init(folder, name, ["127.0.0.1", "localhost"], num_devices=len(devices) or 1)
+    provisioning.init(folder, name, ["127.0.0.1", "localhost"], num_devices=len(devices) or 1)
     if devices:
         provisioning.add_devices(folder, [provisioning.NewDevice(one) for one in devices])
     return FleetFolder.open(folder)

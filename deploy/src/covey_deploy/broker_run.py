@@ -59,7 +59,7 @@ def run(
     config = write_run_config(fleet, folder, host, port)
     child = subprocess.Popen(
         [program, "-c", str(config)],
-        preexec_fn=functools.partial(die_with_parent, os.getpid(), signal.SIGTERM),  # noqa: PLW1509 - one thread here
+        preexec_fn=functools.partial(die_with_parent, os.getpid(), signal.SIGTERM),
         start_new_session=True,  # Ctrl-C reaches it through us, once
     )
     _pass_on_signals(child)
@@ -119,7 +119,7 @@ def _wait_until_open(child: subprocess.Popen[bytes], host: str, port: int, confi
 
 
 def takes_hangup(pid: int) -> bool:
-    """Whether SIGHUP would be handled: Mosquitto listens a moment before, and would be killed. True outside of Linux."""
+    """Whether SIGHUP would be handled: Mosquitto listens a moment before that. True outside of Linux."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:

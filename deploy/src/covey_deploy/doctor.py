@@ -207,7 +207,9 @@ def _configuration(fleet: FleetFolder) -> Iterator[Finding]:
         what = f"{', '.join(other)} in {fleet.broker} are not what this covey writes"
         yield Finding("configuration", WARNING, what, "covey broker config writes them anew; keep changes elsewhere")
     else:
-        yield Finding("configuration", OK, "settings and access rules are this covey's: TLS, rights, persistence, limits")
+        yield Finding(
+            "configuration", OK, "settings and access rules are this covey's: TLS, rights, persistence, limits"
+        )
 
 
 def _settled(text: str) -> list[str]:

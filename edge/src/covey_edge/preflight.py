@@ -325,7 +325,9 @@ def said_of_the_round(
             message, _ = codec.decode_from_coordinator(said[-1].payload, topic=said[-1].topic, key=key)
     if message is None:
         what = "the fleet's round on the broker is not sealed by identity.coordinator_key"
-        return [Finding("coordinator", WRONG, what, "pin the key that who runs the coordinator names", EXIT_CONFIG)], None
+        return [
+            Finding("coordinator", WRONG, what, "pin the key that who runs the coordinator names", EXIT_CONFIG)
+        ], None
     told = [Finding("coordinator", OK, f"the fleet's round {message.round_id} is sealed by the pinned key")]
     if isinstance(message, RoundClosed):
         return told, None
