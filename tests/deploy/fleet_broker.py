@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import queue
+import re
 import socket
 import ssl
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -231,3 +233,23 @@ class Client:
     def close(self) -> None:
         self.paho.disconnect()
         self.paho.loop_stop()
+
+
+class BrokerRun:
+    """`covey broker run` as a process."""
+
+    def __init__(self, fleet: FleetFolder, port: int = 0) -> None:
+        where = ["--host", "127.0.0.1", "--port", str(port)]
+        arguments = ["broker", "run", "--fleet-folder", str(fleet.path), *where]
+        self.process: subprocess.Popen[str] = subprocess.Popen(
+            [sys.executable, "-m", "covey_edge", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        found = re.fullmatch(r"listening on mqtts://127\.0\.0\.1:(\d+) for the fleet home\n", line)
+        assert found, (line, self.process.stderr and self.process.stderr.read())
+        self.broker = FleetBroker(fleet, int(found[1]), fleet.broker / broker_run.RUN_CONFIG, self.process)  # type: ignore[arg-type]
+
+    def ended(self) -> str:
+        _, log = self.process.communicate(timeout=PATIENCE_S)
+        return log

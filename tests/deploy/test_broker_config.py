@@ -8,15 +8,13 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
 from brokers import mosquitto_binary
 from click.testing import CliRunner
-from fleet_broker import Client, FleetBroker, Identity, make_fleet, wait_for
-from patience import PATIENCE_S
+from fleet_broker import BrokerRun, Client, FleetBroker, Identity, make_fleet, wait_for
 
 from covey_deploy import broker_run
 from covey_deploy.access import COORDINATOR, DEVICE, OPERATOR, Access
@@ -148,30 +146,11 @@ def fleet(tmp_path: Path) -> FleetFolder:
     return make_fleet(tmp_path / "home", devices=("kitchen-pi",))
 
 
-class Run:
-    """`covey broker run` as a process."""
-
-    def __init__(self, fleet: FleetFolder, *more: str) -> None:
-        arguments = ["broker", "run", "--fleet-folder", str(fleet.path), "--host", "127.0.0.1", "--port", "0", *more]
-        self.process: subprocess.Popen[str] = subprocess.Popen(
-            [sys.executable, "-m", "covey_edge", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        found = re.fullmatch(r"listening on mqtts://127\.0\.0\.1:(\d+) for the fleet home\n", line)
-        assert found, (line, self.process.stderr and self.process.stderr.read())
-        self.broker = FleetBroker(fleet, int(found[1]), fleet.broker / broker_run.RUN_CONFIG, self.process)  # type: ignore[arg-type]
-
-    def ended(self) -> str:
-        _, log = self.process.communicate(timeout=PATIENCE_S)
-        return log
-
-
 @pytest.mark.broker
 @pytest.mark.fleet
 def test_a_broker_that_is_run_ends_with_ctrl_c_and_keeps_what_it_retained(fleet: FleetFolder) -> None:
     topic = "covey/1/home/device/coordinator/probe"
-    run = Run(fleet)
+    run = BrokerRun(fleet)
     client = Client(run.broker, Identity.of(fleet.coordinator))
     client.publish(topic, b"kept", retain=True)
     run.process.send_signal(signal.SIGHUP)
@@ -182,7 +161,7 @@ def test_a_broker_that_is_run_ends_with_ctrl_c_and_keeps_what_it_retained(fleet:
     assert "Reloading config" in log
     assert client.ended or wait_for(lambda: client.ended) is None
     assert (fleet.broker / "data").stat().st_mode & 0o777 == 0o700
-    run = Run(fleet)
+    run = BrokerRun(fleet)
     client = Client(run.broker, Identity.of(fleet.coordinator))
     client.subscribe(topic)
     wait_for(lambda: client.heard == [(topic, b"kept")])
@@ -194,7 +173,7 @@ def test_a_broker_that_is_run_ends_with_ctrl_c_and_keeps_what_it_retained(fleet:
 @pytest.mark.fleet
 @pytest.mark.slow
 def test_a_broker_that_is_run_does_not_outlive_who_ran_it(fleet: FleetFolder) -> None:
-    run = Run(fleet)
+    run = BrokerRun(fleet)
     client = Client(run.broker, Identity.of(fleet.device("kitchen-pi")))
     run.process.kill()
     run.ended()
