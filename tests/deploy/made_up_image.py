@@ -1,5 +1,5 @@
-"""Made-up images of Raspberry Pi OS: its partition table, a FAT boot partition with the files covey looks at, and a root
-partition with a few known bytes. No real image was at hand; what is in them follows pi-gen (stage1/00-boot-files,
+"""Made-up images of Raspberry Pi OS: its partition table, a FAT boot partition with the files covey looks at, and a
+root partition with a few known bytes. No real image was at hand; what is in them follows pi-gen (stage1/00-boot-files,
 stage2/04-cloud-init, export-image) and raspberrypi-sys-mods. Sparse: most of a file is holes.
 """
 

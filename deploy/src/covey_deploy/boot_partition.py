@@ -16,6 +16,7 @@ from covey_deploy.partitions import read_partitions
 from covey_protocol.errors import ConfigError, DataError, StorageError
 
 CMDLINE = "cmdline.txt"
+_PYTHONS = {"bookworm": "3.11", "trixie": "3.13"}
 _FIRST_BOOKWORM = "2023-10-10"
 _SUPPORTED = "Raspberry Pi OS bookworm (from 2023-10-10) or trixie, 64-bit"
 
@@ -43,7 +44,7 @@ def detect(boot: Fat) -> System:
     date = re.search(r"Raspberry Pi reference (\d{4}-\d\d-\d\d)", (boot.read("issue.txt") or b"").decode("latin-1"))
     if date is None:
         raise ConfigError(
-            "the image's boot partition has neither cloud-init's user-data and meta-data nor Raspberry Pi OS's issue.txt",
+            "the boot partition has neither cloud-init's user-data and meta-data nor Raspberry Pi OS's issue.txt",
             f"take {_SUPPORTED}, or --debian",
         )
     if date[1] < _FIRST_BOOKWORM:
@@ -51,10 +52,22 @@ def detect(boot: Fat) -> System:
     return "bookworm"
 
 
-def customise(file: BinaryIO, make: Callable[[System], Card], system: Optional[System] = None) -> Card:
-    """Detect the system, make its card and write it. system: where the caller knows it. Returns what was written."""
+def customise(
+    file: BinaryIO, make: Callable[[System], Card], system: Optional[System] = None, python: str = ""
+) -> Card:
+    """Detect the system, make its card and write it. Returns what was written.
+
+    system: where the caller knows it. python: of the kit, such as "3.11", to hold against Raspberry Pi OS's own.
+    """
     boot = open_boot(file)
-    made = make(system or detect(boot))
+    found = system or detect(boot)
+    expected = _PYTHONS.get(found) if boot.read("issue.txt") else None
+    if python and expected and python != expected:
+        raise ConfigError(
+            f"the kit is for Python {python}, and this Raspberry Pi OS ({found}) has Python {expected}",
+            f"covey bundle --target pios-{found}-arm64 makes the right one",
+        )
+    made = make(found)
     boot.write(_all_files(boot, made))
     return made
 

@@ -120,7 +120,7 @@ def card(
         **{f"kit/{path}": content for path, content in kit.files().items()},
         **_device_files(device_folder),
         **_data_files(agent, data),
-        "settings": _settings(agent),
+        "settings": _settings(agent, name if os == "debian" else ""),
         SCRIPT: _first_boot(SCRIPT),
         SERVICE: _first_boot(SERVICE),
     }
@@ -176,12 +176,14 @@ def _data_files(agent: Agent, data: Optional[Path]) -> dict[str, bytes]:
         raise ConfigError(f"{data} cannot be read ({exc.strerror})", "give a file for --data") from exc
 
 
-def _settings(agent: Agent) -> bytes:
-    """What first-boot.sh has to know, one NAME=VALUE a line; nothing secret."""
+def _settings(agent: Agent, hostname: str) -> bytes:
+    """What first-boot.sh has to know, one NAME=VALUE a line; nothing secret. hostname: where nothing else sets it."""
     path = _data_path(agent)
     lines = [f"release_key={agent.config.update.release_key}"]
     if path.startswith("/var/lib/"):  # elsewhere the owner makes the folder
         lines.append(f"data_path={path}")
+    if hostname:
+        lines.append(f"hostname={hostname}")
     return "".join(f"{line}\n" for line in lines).encode()
 
 

@@ -59,6 +59,17 @@ install_service() {
   sync
 }
 
+name_host() {
+  name=$(setting hostname)
+  [ -n "$name" ] || return 0
+  echo "$name" >/etc/hostname.part
+  mv /etc/hostname.part /etc/hostname
+  hostname "$name" 2>/dev/null || true
+  grep -v '^127\.0\.1\.1[[:space:]]' /etc/hosts >/etc/hosts.part || true
+  printf '127.0.1.1\t%s\n' "$name" >>/etc/hosts.part
+  mv /etc/hosts.part /etc/hosts
+}
+
 make_user() {
   mkdir -p /etc/sysusers.d
   chmod 755 /etc/sysusers.d
@@ -153,6 +164,7 @@ work() {
     if ! is_done identity; then
       step="taking the device's identity"
       say "$step"
+      name_host
       make_user
       take_identity
       take_data
