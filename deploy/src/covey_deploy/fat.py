@@ -54,11 +54,11 @@ class Fat:
         table_sectors = struct.unpack_from("<I", boot, 36)[0] if self._is32 else fat16
         if self._sector not in (512, 1024, 2048, 4096) or not table_sectors or not 1 <= self._num_tables <= 2:
             raise DataError("the boot partition's FAT file system is damaged", _DAMAGED)
-        self.cluster_size = boot[13] * self._sector
+        self.cluster_size: int = boot[13] * self._sector
         self._tables_at, self._table_size = reserved * self._sector, table_sectors * self._sector
         self._root_at = self._tables_at + self._num_tables * self._table_size
         self._root_size = root_slots * _SLOT
-        self._data_at = self._root_at + self._root_size
+        self._data_at: int = self._root_at + self._root_size
         sectors = sectors16 or sectors32
         self._num_clusters = (sectors * self._sector - self._data_at) // self.cluster_size
         width = 4 if self._is32 else 2
@@ -350,8 +350,8 @@ def _checksum(short: bytes) -> int:
 
 def _short_name(name: str, taken: set[bytes]) -> bytes:
     """An 8.3 name of its own, such as NUMPY-~1WHL: every name gets a long one beside it."""
-    base, _, extension = name.upper().rpartition(".") if "." in name.lstrip(".") else (name.upper(), "", "")
-    base, extension = _short_part(base), _short_part(extension)[:3]
+    text, _, end = name.upper().rpartition(".") if "." in name.lstrip(".") else (name.upper(), "", "")
+    base, extension = _short_part(text), _short_part(end)[:3]
     for number in range(1, 1_000_000):
         tail = b"~%d" % number
         short = (base[: 8 - len(tail)] + tail).ljust(8) + extension.ljust(3)

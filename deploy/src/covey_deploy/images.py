@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Optional
+from typing import BinaryIO, Optional, cast
 
 from covey_deploy.partitions import SECTOR, read_at
 from covey_protocol.errors import ConfigError, DataError, MachineError
@@ -117,10 +117,10 @@ def _opened(path: Path, kind: str) -> Iterator[BinaryIO]:
     with path.open("rb") as file:
         if kind == "xz":
             with lzma.LZMAFile(file) as decompressed:
-                yield decompressed  # type: ignore[misc]  # reads like one
+                yield cast(BinaryIO, decompressed)
         elif kind == "gz":
             with gzip.GzipFile(fileobj=file) as unzipped:
-                yield unzipped  # type: ignore[misc]
+                yield cast(BinaryIO, unzipped)
         else:
             yield file
 
@@ -133,7 +133,7 @@ def _zstd(path: Path) -> Iterator[BinaryIO]:
         assert running.stdout is not None
         assert running.stderr is not None
         try:
-            yield running.stdout
+            yield cast(BinaryIO, running.stdout)
             ended = running.stdout.read(1) == b""
         except BaseException:
             running.kill()

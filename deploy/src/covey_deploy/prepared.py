@@ -34,6 +34,7 @@ class Base:
             self.head_size = min(-(-(fat[0].end if fat else 0) // CHUNK) * CHUNK or CHUNK, image.size)
             if fat and fat[0].end > image.size:
                 raise DataError(f"{image.path} ends before its boot partition does", "download it again")
+            self._head.seek(min(CHUNK, image.size))
             _copy(stream, self._head, self.head_size - self._head.tell())
 
     def prepare(self, make: Callable[[System], Card]) -> Prepared:
