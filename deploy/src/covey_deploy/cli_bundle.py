@@ -44,7 +44,7 @@ def _list_targets(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
 @click.option("--cache", type=click.Path(path_type=Path), help="Of wheels. Default: in COVEY_CACHE or ~/.cache.")
 @click.option("--offline", is_flag=True, help="Take wheels from the cache alone.")
 @click.pass_context
-def bundle(ctx: click.Context, **options: Any) -> None:
+def bundle(ctx: click.Context, /, **options: Any) -> None:
     """Write one sealed file with covey's agent and all its wheels, for a kind of device that needs no package index.
 
     On the device: `tar xf FILE && sudo python3 install.py`; `covey flash` puts it on cards. docs/kits.md.

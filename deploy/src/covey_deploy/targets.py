@@ -78,14 +78,18 @@ TARGETS = {
 }
 # machine or system -> why there is no kit
 IMPOSSIBLE = {
-    "armv7": "numpy, msgspec and ai-edge-litert have no armv7 wheels; use a 64-bit system, which a Raspberry Pi 2 (from "
-    "revision 1.2), 3, 4, 5 and Zero 2 run",
+    "armv7": "numpy, msgspec and ai-edge-litert have no armv7 wheels; use a 64-bit system, which a Raspberry Pi 2 "
+    "(from revision 1.2), 3, 4, 5 and Zero 2 run",
     "armv6": "no TFLite runtime has an armv6 wheel (Raspberry Pi 1 and Zero)",
     "musl": "no TFLite runtime has a musl wheel (Alpine)",
     "bullseye": "its glibc 2.31 is too old for the aarch64 wheels of tflite-runtime, which ask for 2.34",
 }
-_ALIASES = (("armv7", r"armv7|armhf|arm32"), ("armv6", r"armv6|armel"), ("musl", r"musl|alpine"))
-_ALIASES += (("bullseye", r"bullseye.*arm64|debian-11-arm64"),)
+_ALIASES = {
+    "armv7": r"armv7|armhf|arm32",
+    "armv6": r"armv6|armel",
+    "musl": r"musl|alpine",
+    "bullseye": r"bullseye.*arm64|debian-11-arm64",
+}
 
 
 def named(name: str) -> Target:
@@ -114,7 +118,7 @@ def described(python: str, arch: str, glibc: str) -> Target:
 
 
 def _refuse_impossible(name: str) -> None:
-    for key, pattern in _ALIASES:
+    for key, pattern in _ALIASES.items():
         if re.search(pattern, name):
             raise ConfigError(f"there is no kit for {name}: {IMPOSSIBLE[key]}")
 
