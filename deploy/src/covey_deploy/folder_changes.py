@@ -69,7 +69,6 @@ def change(folder: Path, files: Mapping[str, bytes]) -> None:
         for secret in (True, False):
             group = {staged / name: data for name, data in files.items() if is_secret(name) == secret}
             write_all_atomic(group, 0o600 if secret else 0o644)
-        sync_folder(staged)
         os.rename(staged, decided)
         sync_folder(folder)
     except OSError as exc:
