@@ -141,26 +141,28 @@ def mounted(device: Path, folder: Path) -> Iterator[None]:
         subprocess.run(["umount", folder], check=True)
 
 
-@pytest.mark.skipif(not shutil.which("mkfs.vfat"), reason="needs dosfstools")
+@pytest.mark.skipif(not shutil.which("mkfs.ext4"), reason="needs mkfs.ext4 (e2fsprogs)")
 def test_a_mounted_card_is_refused_and_so_is_one_with_a_mounted_partition(
     desk: Desk, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    subprocess.run(["mkfs.vfat", desk.card], check=True, capture_output=True)
+    subprocess.run(["mkfs.ext4", "-q", desk.card], check=True)
     with mounted(desk.card, desk.folder / "mnt"):
         assert f"{desk.card} is mounted at {desk.folder}/mnt; unmount it first" in refused(desk, capsys)
     image = sparse(desk.folder / "parted", CARD, desk.image.read_bytes())
-    loop = attach(image, "--partscan")
+    loop = attach(image)
+    subprocess.run(["partx", "--add", loop], check=True)  # kernels without a parser for tables have no --partscan
     try:
-        part = loop.with_name(f"{loop.name}p1")
-        before = digest(image)
+        part = loop.with_name(f"{loop.name}p2")
+        subprocess.run(["mkfs.ext4", "-q", "-L", "rootfs", part], check=True)
         assert f"{part} is a partition of {loop}, not a disk; give the whole disk: {loop}" in refused(
             desk, capsys, part
         )
-        assert contents(desk.machine.find(loop))[0] == "  partition 1: 0.00 GB bootfs"
-        with mounted(part, desk.folder / "boot"):
-            assert f"{loop} is mounted at {desk.folder}/boot" in refused(desk, capsys, loop)
-        assert digest(image)[:0] == before[:0]  # mounting itself may set FAT's dirty flag
+        described = ["  partition 1: 0.00 GB bootfs", "  partition 2: 0.07 GB rootfs"]
+        assert contents(desk.machine.find(loop)) == described
+        with mounted(part, desk.folder / "root"):
+            assert f"{loop} is mounted at {desk.folder}/root" in refused(desk, capsys, loop)
     finally:
+        subprocess.run(["partx", "--delete", loop], check=False)
         detach(loop)
 
 
@@ -175,7 +177,10 @@ def test_the_computers_own_disk_is_refused_whatever_is_allowed(desk: Desk) -> No
     for disk in own:
         with pytest.raises(ConfigError, match="own system"):
             desk.machine.check(disk, 0, fixed=True, large=True)
-        with pytest.raises(ConfigError, match=r"is in use|is read-only"), card_writing.opened(disk, desk.machine):
+        with (
+            pytest.raises(ConfigError, match=r"is in use|is read-only|may not be written"),
+            card_writing.opened(disk, desk.machine),
+        ):
             pytest.fail("it could be opened")  # the kernel's own refusal, behind ours
 
 
@@ -255,7 +260,7 @@ def test_a_card_that_is_pulled_out_is_said_to_be(desk: Desk) -> None:
     disk = desk.machine.find(desk.card)
 
     def pull(done: int) -> None:
-        desk.backing.open("r+b").truncate(0)
+        os.truncate(desk.backing, 0)
         subprocess.run(["losetup", "--set-capacity", desk.card], check=True)
 
     pieces = [os.urandom(4 * MIB) for _ in range(24)]

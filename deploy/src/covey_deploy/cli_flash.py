@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
@@ -108,15 +109,12 @@ def flash(list_cards: bool, **given: Any) -> None:
     machine = Machine()
     _early(options, machine)
     wifi, login = _wifi(options), _login(options)
-    base = _base(options, kit)
-    for number, one in enumerate(wanted, 1):
-        of = f" ({number} of {len(wanted)})" if len(wanted) > 1 else ""
-        click.echo(f"{one.device_id}{of}", err=True)
-        prepared = base.prepare(_maker(options, kit, fleet, one, wifi, login))
-        try:
-            _write(options, machine, fleet, one, base, prepared, next_card=number > 1)
-        finally:
-            prepared.close()
+    with closing(_base(options, kit)) as base:
+        for number, one in enumerate(wanted, 1):
+            if len(wanted) > 1:
+                click.echo(f"{one.device_id} ({number} of {len(wanted)})", err=True)
+            with closing(base.prepare(_maker(options, kit, fleet, one, wifi, login))) as prepared:
+                _write(options, machine, fleet, one, base, prepared, next_card=number > 1)
 
 
 def _list(machine: Machine) -> None:
