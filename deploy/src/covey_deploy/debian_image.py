@@ -80,6 +80,8 @@ LINKS = {
     # nothing that computes, or wants the network, while nobody asks for it
     **{f"{SYSTEM}/{name}.timer": "/dev/null" for name in ("apt-daily", "apt-daily-upgrade", "e2scrub_all")},
 }
+# as on an image of Raspberry Pi OS trixie: by these `covey flash --image` tells that cloud-init reads the partition
+SAMPLES = {"user-data": b"#cloud-config\n", "meta-data": b"instance-id: nobody\n"}
 COMMAND_LINE = f"root=LABEL={ROOT_LABEL} ro console=ttyAMA0 net.ifnames=0 panic=10"
 
 
@@ -90,20 +92,20 @@ def build(*, cloud_init: bool = False, renew: bool = False, say: Say = print) ->
     renew: with the newest packages, also where there is an image. It takes 3 GB of disk while it works.
     MachineError names what lacks here, StorageError a file that cannot be written.
     """
-    require_programs(PROGRAMS)
     variant = f"debian-{SUITE}-arm64{'-cloud' if cloud_init else ''}"
     packages = PACKAGES + (CLOUD_INIT if cloud_init else ())
-    tree = overlay(cloud_init), links(cloud_init)
+    recipe = overlay(cloud_init), links(cloud_init), SAMPLES if cloud_init else {}
     first = _key(mmdebstrap_command(packages, "arm64.tar"))
-    second = _key(first, tree, init_script(), COMMAND_LINE, BOOT_MIB, SLACK_MIB)
+    second = _key(first, recipe, init_script(), COMMAND_LINE, BOOT_MIB, SLACK_MIB)
     root, image = (cache_folder() / f"{variant}-{name}" for name in (f"{first}.tar", f"{second}.img"))
     with _locked(cache_folder() / f"{variant}.lock", say):
         if renew:
             root.unlink(missing_ok=True)
         if renew or not image.exists():
+            require_programs(PROGRAMS)
             if not root.exists():
                 _made(root, lambda path: _unpack_packages(packages, path, say))
-            _made(image, lambda path: _make_image(root, *tree, path, say))
+            _made(image, lambda path: _make_image(root, *recipe, path, say))
             for old in set(cache_folder().glob(f"debian-{SUITE}-arm64*")) - {root, image}:
                 if re.fullmatch(rf"{variant}-[0-9a-f]{{16}}\.(tar|img)", old.name):
                     old.unlink()
@@ -193,8 +195,10 @@ def _has_subordinate_ids() -> bool:
     return False
 
 
-def _make_image(root: Path, files: Mapping[str, bytes], links: Mapping[str, str], image: Path, say: Say) -> None:
-    """From the tar of a root file system to a card image."""
+def _make_image(
+    root: Path, files: Mapping[str, bytes], links: Mapping[str, str], boot: Mapping[str, bytes], image: Path, say: Say
+) -> None:
+    """From the tar of a root file system to a card. files, links: ours in the root; boot: ours beside the kernel."""
     started = time.monotonic()
     with tempfile.TemporaryDirectory(dir=image.parent, prefix="covey-root-") as folder:
         tree = Path(folder)
@@ -206,10 +210,9 @@ def _make_image(root: Path, files: Mapping[str, bytes], links: Mapping[str, str]
             _cleared(tree / path).symlink_to(aim)
         (tree / "boot/firmware").mkdir()
         tree.chmod(0o755)
-        boot = boot_files(tree)
         root_mib = _size_mib(tree) + SLACK_MIB
         _partition(image, root_mib)
-        _make_fat(image, boot)
+        _make_fat(image, {**boot_files(tree), **boot})
         _make_ext4(image, tree, root_mib, owners)
     say(f"  {time.monotonic() - started:.0f} s: image of {BOOT_MIB + root_mib} MiB")
 
@@ -257,6 +260,11 @@ def boot_files(tree: Path) -> dict[str, bytes]:
     }
 
 
+def root_offset() -> int:
+    """Of an image's root file system, in bytes."""
+    return (BOOT_MIB + 1) * MIB
+
+
 def _size_mib(tree: Path) -> int:
     """What the files take in an ext4 with blocks of 4 KiB, generously."""
     blocks = sum(path.lstat().st_size // 4096 + 1 for path in tree.rglob("*"))
@@ -284,16 +292,15 @@ def _make_fat(image: Path, files: Mapping[str, bytes]) -> None:
 
 def _make_ext4(image: Path, tree: Path, size_mib: int, owners: Mapping[str, tuple[int, int]]) -> None:
     """Root owns everything, whoever runs this; then those files that belong to others are given to them."""
-    offset = (BOOT_MIB + 1) * MIB
     as_root = () if os.geteuid() == 0 else ("unshare", "--map-root-user")
-    options = ("-q", "-t", "ext4", "-L", ROOT_LABEL, "-m", "1", "-E", f"offset={offset}", "-d", str(tree))
+    options = ("-q", "-t", "ext4", "-L", ROOT_LABEL, "-m", "1", "-E", f"offset={root_offset()}", "-d", str(tree))
     _run(*as_root, found_program("mke2fs") or "mke2fs", *options, str(image), f"{size_mib}m")
     commands = [
         f'set_inode_field "/{path}" {field} {number}'
         for path, numbers in sorted(owners.items())
         for field, number in zip(("uid", "gid"), numbers)
     ]
-    _run("debugfs", "-w", "-f", "-", f"{image}?offset={offset}", given="\n".join(commands).encode())
+    _run("debugfs", "-w", "-f", "-", f"{image}?offset={root_offset()}", given="\n".join(commands).encode())
 
 
 def _run(program: str, *arguments: str, given: bytes = b"") -> None:

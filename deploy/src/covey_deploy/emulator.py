@@ -109,6 +109,11 @@ class Machine:
             self._text += new[:whole].decode(errors="replace").replace("\r", "")
         return self._text
 
+    @property
+    def unseen(self) -> str:
+        """What of it neither `wait_for` nor `follow` has used up."""
+        return self.text[self._seen :]
+
     def wait_for(self, pattern: str, timeout_s: float) -> re.Match[str]:
         """The first place on the console that fits and was not used by an earlier call.
 
@@ -134,7 +139,7 @@ class Machine:
         end = time.monotonic() + timeout_s
         while time.monotonic() < end:
             ended = not self.running
-            new = self.text[self._seen :]
+            new = self.unseen
             self._seen += len(new)
             show(new)
             if ended:
