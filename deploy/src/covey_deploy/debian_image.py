@@ -30,6 +30,8 @@ from covey_deploy.programs import found_program, require_programs
 from covey_protocol.errors import MachineError, StorageError
 
 Say = Callable[[str], None]
+# what is ours: files and symbolic links in the root, and files of the boot partition beside the kernel
+Recipe = tuple[dict[str, bytes], dict[str, str], dict[str, bytes]]
 
 SUITE = "bookworm"
 PACKAGES = (
@@ -37,7 +39,7 @@ PACKAGES = (
     *("linux-image-cloud-arm64", "systemd-sysv", "systemd-resolved", "systemd-timesyncd", "udev", "dbus"),
     *("python3", "libstdc++6", "e2fsprogs", "busybox-static", "systemd-boot-efi"),
 )
-CLOUD_INIT = ("cloud-init", "sudo", "netplan.io", "iproute2")
+CLOUD_INIT = ("cloud-init", "sudo", "iproute2")
 LEFT_OUT = ("/usr/share/doc/*", "/usr/share/man/*", "/usr/share/locale/*", "/usr/share/info/*", "/usr/share/lintian/*")
 # with these in place it would make an initial file system under emulation, twice: 40 minutes
 NO_INITRAMFS = ("/etc/kernel/postinst.d/initramfs-tools", "/etc/kernel/postinst.d/zz-systemd-boot")
@@ -94,7 +96,7 @@ def build(*, cloud_init: bool = False, renew: bool = False, say: Say = print) ->
     """
     variant = f"debian-{SUITE}-arm64{'-cloud' if cloud_init else ''}"
     packages = PACKAGES + (CLOUD_INIT if cloud_init else ())
-    recipe = overlay(cloud_init), links(cloud_init), SAMPLES if cloud_init else {}
+    recipe: Recipe = overlay(cloud_init), links(cloud_init), SAMPLES if cloud_init else {}
     first = _key(mmdebstrap_command(packages, "arm64.tar"))
     second = _key(first, recipe, init_script(), COMMAND_LINE, BOOT_MIB, SLACK_MIB)
     root, image = (cache_folder() / f"{variant}-{name}" for name in (f"{first}.tar", f"{second}.img"))
@@ -104,8 +106,8 @@ def build(*, cloud_init: bool = False, renew: bool = False, say: Say = print) ->
         if renew or not image.exists():
             require_programs(PROGRAMS)
             if not root.exists():
-                _made(root, lambda path: _unpack_packages(packages, path, say))
-            _made(image, lambda path: _make_image(root, *recipe, path, say))
+                _made(root, lambda path: unpack_packages(packages, path, say))
+            _made(image, lambda path: make_image(root, recipe, path, say))
             for old in set(cache_folder().glob(f"debian-{SUITE}-arm64*")) - {root, image}:
                 if re.fullmatch(rf"{variant}-[0-9a-f]{{16}}\.(tar|img)", old.name):
                     old.unlink()
@@ -153,9 +155,9 @@ def init_script() -> bytes:
     return _packaged("debian", "init.sh")
 
 
-def _unpack_packages(packages: tuple[str, ...], target: Path, say: Say) -> None:
+def unpack_packages(packages: tuple[str, ...], target: Path, say: Say) -> None:
     """Run mmdebstrap. Says every 20 s how far it is."""
-    _require_emulation()
+    require_emulation()
     say(f"Debian {SUITE} for arm64: fetching and setting up packages; made once, takes some minutes")
     started = said = time.monotonic()
     last: list[str] = []
@@ -172,7 +174,7 @@ def _unpack_packages(packages: tuple[str, ...], target: Path, say: Say) -> None:
     say(f"  {time.monotonic() - started:.0f} s: {done} packages, {target.stat().st_size / 1e6:.0f} MB")
 
 
-def _require_emulation() -> None:
+def require_emulation() -> None:
     """MachineError where programs for arm64 cannot be run here, or packages cannot be unpacked as this user."""
     if platform.machine() != "aarch64":
         require_programs(EMULATION)
@@ -195,10 +197,9 @@ def _has_subordinate_ids() -> bool:
     return False
 
 
-def _make_image(
-    root: Path, files: Mapping[str, bytes], links: Mapping[str, str], boot: Mapping[str, bytes], image: Path, say: Say
-) -> None:
-    """From the tar of a root file system to a card. files, links: ours in the root; boot: ours beside the kernel."""
+def make_image(root: Path, recipe: Recipe, image: Path, say: Say) -> None:
+    """From the tar of a root file system to a card image."""
+    files, links, boot = recipe
     started = time.monotonic()
     with tempfile.TemporaryDirectory(dir=image.parent, prefix="covey-root-") as folder:
         tree = Path(folder)
