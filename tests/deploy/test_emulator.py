@@ -149,7 +149,9 @@ def test_paths_and_settings_reach_qemu() -> None:
     command = qemu_command(Path("/srv/a,b.img"), Path("/srv/c"), hardware, boot)
     assert "file=/srv/a,,b.img,format=raw,if=none,id=card,cache=writeback,snapshot=on" in command
     assert "base=2024-01-01T00:00:00,clock=vm" in command
-    assert "root=LABEL=covey-root quiet" in command
+    arguments = command[command.index("-append") + 1]
+    assert arguments.startswith("root=LABEL=covey-root ")
+    assert arguments.endswith(" quiet")
     assert (command[command.index("-m") + 1], command[command.index("-smp") + 1]) == ("768", "1")
 
 

@@ -32,6 +32,8 @@ PROGRAMS = {"qemu-system-aarch64": "qemu-system-arm", "setpriv": "util-linux"}
 HOST_FROM_INSIDE = "10.0.2.2"  # qemu's user network
 KERNEL, INITRD, COMMAND_LINE = "vmlinuz", "initrd.img", "cmdline.txt"  # on the boot partition
 JOURNAL_ON_CONSOLE = ("systemd.journald.forward_to_console=1", "systemd.journald.max_level_console=info")
+# an emulated machine on a busy host is slow, not broken
+PATIENT = ("systemd.default_timeout_start_sec=15min", "systemd.default_device_timeout_sec=15min")
 POLL_S = 0.1
 
 
@@ -228,7 +230,7 @@ def qemu_command(image: Path, console: Path, hardware: Hardware, boot: BootFiles
         *(("-accel", "kvm", "-cpu", "host") if own else ("-accel", "tcg,thread=multi", "-cpu", "cortex-a72")),
         *("-smp", str(hardware.cpus), "-m", str(hardware.memory_mb), "-rtc", clock),
         *("-kernel", str(boot.kernel), "-initrd", str(boot.initrd)),
-        *("-append", " ".join([boot.arguments, *hardware.kernel_arguments])),
+        *("-append", " ".join([boot.arguments, *(() if own else PATIENT), *hardware.kernel_arguments])),
         *("-drive", f"file={disk},format=raw,if=none,id=card,cache=writeback{snapshot}"),
         *("-device", "virtio-blk-pci,drive=card"),
         # without romfile= it looks for a boot ROM of the network card, which Debian packages elsewhere
