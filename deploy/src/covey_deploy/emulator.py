@@ -33,7 +33,7 @@ HOST_FROM_INSIDE = "10.0.2.2"  # qemu's user network
 KERNEL, INITRD, COMMAND_LINE = "vmlinuz", "initrd.img", "cmdline.txt"  # on the boot partition
 JOURNAL_ON_CONSOLE = ("systemd.journald.forward_to_console=1", "systemd.journald.max_level_console=info")
 # an emulated machine on a busy host is slow, not broken
-PATIENT = ("systemd.default_timeout_start_sec=15min", "systemd.default_device_timeout_sec=15min")
+PATIENT = ("systemd.default_timeout_start_sec=15min",)
 POLL_S = 0.1
 
 
