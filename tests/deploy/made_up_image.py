@@ -14,6 +14,7 @@ from covey_deploy.fat import Fat
 
 MIB = 2**20
 BOOT_START = 8 * MIB  # as in images since 2024
+BOOT_MIB = 2
 ROOT = b"the root file system, of which not one byte may change" * 100
 BOOKWORM_CMDLINE = (
     b"console=serial0,115200 console=tty1 root=PARTUUID=4e639091-02 rootfstype=ext4 fsck.repair=yes rootwait quiet"
@@ -91,9 +92,9 @@ def format_fat(file: BinaryIO, offset: int, size: int, *, fat32: bool = True) ->
 
 
 def make_image(
-    path: Path, files: Mapping[str, bytes], *, boot_mib: int = 40, root_mib: int = 4, fat32: bool = True
+    path: Path, files: Mapping[str, bytes], *, boot_mib: int = BOOT_MIB, root_mib: int = 4, fat32: bool = True
 ) -> Path:
-    """An image whose boot partition holds `files`. 40 MiB of FAT32 in clusters of 512 bytes are a small one."""
+    """An image whose boot partition holds `files`. fsck.vfat wants at least 40 MiB of FAT32; Linux does not."""
     start, boot, root = BOOT_START, boot_mib * MIB, root_mib * MIB
     table = bytearray(512)
     table[440:444], table[510:] = bytes.fromhex("9190634e"), b"\x55\xaa"

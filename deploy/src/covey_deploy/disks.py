@@ -81,9 +81,15 @@ class Machine:
 
     def cards(self) -> list[Disk]:
         """Disks that may be overwritten without further options."""
-        names = sorted(path.name for path in (self.sys / "block").iterdir())
-        found = [self.disk(name) for name in names if not _NOT_A_CARD.fullmatch(name)]
-        return [disk for disk in found if disk.removable and 0 < disk.size <= LARGE and not any(self.uses(disk))]
+        names = sorted(_names(self.sys / "block"))
+        return [disk for disk in map(self.disk, names) if self._is_free_card(disk)]
+
+    def _is_free_card(self, disk: Disk) -> bool:
+        try:
+            self.check(disk, 0)
+        except ConfigError:
+            return False
+        return True
 
     def _is_removable(self, folder: Path) -> bool:
         where = str(folder.resolve())

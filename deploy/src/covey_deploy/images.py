@@ -47,11 +47,17 @@ class Image:
         except OSError as exc:
             raise DataError(f"{self.path} cannot be read ({exc.strerror})", _AGAIN) from exc
 
-    def chunks(self) -> Iterator[bytes]:
-        """All of it, CHUNK bytes at a time and the rest."""
+    def chunks(self, skip: int = 0) -> Iterator[bytes]:
+        """All of it but the first `skip` bytes, CHUNK bytes at a time and the rest."""
         with self.open() as stream:
+            done = 0
+            while done < skip and (piece := read_fully(stream, min(CHUNK, skip - done))):
+                done += len(piece)
             while piece := read_fully(stream, CHUNK):
+                done += len(piece)
                 yield piece
+        if done != self.size:  # lzma and gzip take what is no compressed stream for an end
+            raise DataError(f"{self.path} is damaged: {done} bytes came out of it, not {self.size}", _AGAIN)
 
 
 def find_image(path: Path, expected_sha256: str = "", tell: Optional[Callable[[int], None]] = None) -> Image:
@@ -147,18 +153,19 @@ def _zstd(path: Path) -> Iterator[BinaryIO]:
 def _counted(path: Path, kind: str) -> int:
     """gz and zst do not tell their size reliably: read through them once."""
     total = 0
-    for piece in Image(path, kind, 0, "").chunks():
-        total += len(piece)
+    with Image(path, kind, 0, "").open() as stream:
+        while piece := read_fully(stream, CHUNK):
+            total += len(piece)
     return total
 
 
 def _xz_size(file: BinaryIO, path: Path) -> int:
-    """The uncompressed size, from the indexes at the ends of the streams (.xz file format 1.1.0, sections 2 and 4)."""
+    """The uncompressed size, from the indexes at the ends of the streams (.xz file format 1.1.0, 2 and 4).
+
+    Padding between streams is refused, because Python's lzma does not read past it.
+    """
     end, total = file.seek(0, 2), 0
     while end:
-        if end >= 4 and read_at(file, end - 4, 4) == bytes(4):  # padding between streams
-            end -= 4
-            continue
         footer = read_at(file, max(end - 12, 0), 12)
         if end < 32 or footer[10:] != b"YZ":
             raise DataError(f"{path} is damaged: it is not a whole xz file", _AGAIN)

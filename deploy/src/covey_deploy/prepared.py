@@ -59,10 +59,7 @@ class Prepared:
         self._head.seek(0)
         for _ in range(0, self._head_size, CHUNK):
             yield self._head.read(CHUNK)
-        with self._image.open() as stream:
-            _skip(stream, self._head_size)
-            while piece := read_fully(stream, CHUNK):
-                yield piece
+        yield from self._image.chunks(skip=self._head_size)
 
     def close(self) -> None:
         self._head.close()
@@ -101,8 +98,3 @@ def write_sparse(file: BinaryIO, piece: bytes) -> None:
         file.seek(len(piece), os.SEEK_CUR)
     else:
         file.write(piece)
-
-
-def _skip(stream: BinaryIO, size: int) -> None:
-    while size and (piece := read_fully(stream, min(size, CHUNK))):
-        size -= len(piece)

@@ -189,7 +189,7 @@ work() {
   step="clearing the boot partition"
   clear_card
   step="starting the agent"
-  systemctl start --no-block covey-agent.service
+  systemctl start --no-block covey-agent.service || say "the agent starts at the next boot"
 }
 
 main() {
