@@ -149,7 +149,7 @@ class FleetFolder:
         if not (folder / "cert.pem").is_file():
             raise ConfigError(
                 f"{self.path} has no device {device_id}",
-                f"make it: covey provision device {device_id} --fleet {self.path}",
+                f"make it: covey provision device {device_id} --fleet-folder {self.path}",
             )
         return folder
 

@@ -38,7 +38,7 @@ def fleet_text(settings: FleetSettings) -> str:
         f"port = {settings.broker.port}",
         "",
         "[lifetimes]  # days, of certificates made from now on",
-        *(f"{name} = {toml_value(value)}" for name, value in msgspec.structs.asdict(settings.lifetimes).items()),
+        *(f"{name} = {value:.12g}" for name, value in msgspec.structs.asdict(settings.lifetimes).items()),
     ]
     return "\n".join(lines) + "\n"
 
@@ -106,11 +106,11 @@ def bearable(num_devices: int) -> tuple[int, int]:
     return num_devices - num_byzantine, num_byzantine
 
 
-def with_devices(text: str, keys: Mapping[str, str], path: Path) -> str:
+def with_devices(text: str, keys: Mapping[str, object], path: Path) -> str:
     """The text of a coordinator.toml whose roster also has these devices, or has these keys for them.
 
-    keys: device -> public key, hex digits. ConfigError where the file's form does not allow it: the operator is told
-    which lines to write.
+    keys: device -> public key, hex digits, or a list of two. ConfigError where the file's form does not allow it: the
+    operator is told which lines to write.
     """
     lines = text.splitlines()
     heads = [number for number, line in enumerate(lines) if re.match(r"\s*\[devices\]\s*(#.*)?\Z", line)]
@@ -124,13 +124,13 @@ def with_devices(text: str, keys: Mapping[str, str], path: Path) -> str:
         before = _parsed(text)
         if _parsed(new) == {**before, "devices": {**before.get("devices", {}), **keys}}:
             return new
-    wanted = ", ".join(f'{device_id} = "{key}"' for device_id, key in keys.items())
+    wanted = ", ".join(f"{device_id} = {toml_value(key)}" for device_id, key in keys.items())
     raise ConfigError(f"{path}: [devices] cannot be changed by a program", f"write into it yourself: {wanted}")
 
 
-def roster(path: Path) -> dict[str, object]:
+def roster(path: Path) -> dict[str, Any]:
     """[devices] as it stands: device -> a key or a list of two."""
-    found: dict[str, object] = toml_content(path).get("devices", {})
+    found: dict[str, Any] = toml_content(path).get("devices", {})
     return found
 
 
