@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from kit_helpers import HERE, small_kit
+from kit_helpers import small_kit
 from made_up_image import BOOKWORM, MIB, ROOT, TRIXIE, make_image
 
 from covey_deploy import card_writing
@@ -288,26 +288,3 @@ def test_a_card_that_is_swapped_for_a_smaller_one_in_between_is_not_written(desk
     disk = replace(desk.machine.find(desk.card), size=2 * CARD)
     with pytest.raises(ConfigError, match="too small"):
         desk.machine.check(desk.machine.disk(disk.name), CARD + 1, fixed=True)
-
-
-def test_a_series_writes_files_of_their_own_and_goes_on_where_it_was_broken_off(
-    desk: Desk, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert HERE.python == "3.11"
-    command = ["flash", "--image", str(desk.image), "--fleet-folder", str(desk.fleet.path)]
-    command += ["--kit", str(desk.folder / "here.kit"), "--id", "pi-{n}", "--count", "3"]
-    command += ["--output", str(desk.folder / "{id}.img")]
-    (desk.folder / "pi-2.img").write_bytes(b"somebody's")
-    for more, code, done in (((), EXIT_CONFIG, ["pi-1"]), (("--yes",), 0, ["pi-1", "pi-2", "pi-3"])):
-        with pytest.raises(SystemExit) as ended:
-            main([*command, *more])
-        assert ended.value.code == code
-        lines = (desk.fleet.path / "flashed.jsonl").read_text().splitlines()
-        assert [json.loads(line)["id"] for line in lines] == done
-    assert "1 of 3 cards are made already" in capsys.readouterr().err
-    for device_id in done:
-        image = desk.folder / f"{device_id}.img"
-        assert image.stat().st_mode & 0o777 == 0o600
-        with image.open("rb") as file:
-            fat = Fat(file, read_partitions(file)[0].start)
-            assert f'device_id = "{device_id}"'.encode() in (fat.read("covey/device/agent.toml") or b"")

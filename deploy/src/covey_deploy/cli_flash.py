@@ -105,11 +105,11 @@ def flash(list_cards: bool, **given: Any) -> None:
     if not wanted:
         click.echo("all of these cards are made already; --again makes them anew")
         return
-    _provision(options, fleet, wanted)
     machine = Machine()
     _early(options, machine)
     wifi, login = _wifi(options), _login(options)
     with closing(_base(options, kit)) as base:
+        _provision(options, fleet, wanted)
         for number, one in enumerate(wanted, 1):
             if len(wanted) > 1:
                 click.echo(f"{one.device_id} ({number} of {len(wanted)})", err=True)
