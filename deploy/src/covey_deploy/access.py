@@ -32,7 +32,11 @@ class Access:
         self.root = topics.root
         self.round, self.release = topics.round, topics.release
         self.blob = f"{topics.root}/blob/+/+"
-        self.all_presence, self.all_up, self.all_down = topics.all_presence, topics.all_up, f"{topics.root}/device/+/down"
+        self.all_presence, self.all_up, self.all_down = (
+            topics.all_presence,
+            topics.all_up,
+            f"{topics.root}/device/+/down",
+        )
         # on this topic nobody has a right, and no program of covey looks at it
         self.nobodys = f"{topics.root}/fleet/covey-doctor"
 

@@ -99,9 +99,7 @@ def aws_policy(fleet: str, role: str, region: str = "REGION", account: str = "AC
     return json.dumps(policy, indent=2).replace(SELF, name) + "\n"
 
 
-def _allow(
-    actions: list[str], arn: str, kind: str, names: list[str], *, filters: bool = False
-) -> dict[str, object]:
+def _allow(actions: list[str], arn: str, kind: str, names: list[str], *, filters: bool = False) -> dict[str, object]:
     """filters: the names are subscribed to as they stand."""
     told = [name if filters else name.replace("/+/+", "/*").replace("+", "*") for name in names]
     return {"Effect": "Allow", "Action": actions, "Resource": [f"{arn}:{kind}/{name}" for name in told]}
