@@ -43,8 +43,8 @@ class Wheel(Struct, frozen=True):
 class Release(Struct, frozen=True, tag="release"):
     """serial: grows with every sealing, Unix time in ms by habit; of two the larger one holds, and a device never goes
     back to a smaller one. version: of covey-edge. requires_python: as in a wheel. minimum_version: an older agent does
-    not step to this one. share: of the fleet's devices that take it now; sealing again with a larger one goes on. devices: that take it whatever
-    the share; agents older than this field go by the share alone.
+    not step to this one. share: of the fleet's devices that take it now; sealing again with a larger one goes on.
+    devices: that take it whatever the share; agents older than this field go by the share alone.
     """
 
     version: VersionText
