@@ -25,6 +25,10 @@ _encoder = msgspec.json.Encoder()
 _decoder: msgspec.json.Decoder[Event] = msgspec.json.Decoder(Event)
 
 
+class Busy(ConfigError):
+    """Another process works on a rollout here."""
+
+
 class Journal:
     """One rollout's folder. state: the fold of its events, which `add` keeps up to date."""
 
@@ -43,12 +47,14 @@ class Journal:
         return journal
 
     @classmethod
-    def open(cls, folder: Path) -> Journal:
-        """What a kill left of a last line is cut off. Raises StorageError, ConfigError for a damaged journal."""
+    def open(cls, folder: Path, *, mend: bool = True) -> Journal:
+        """What a kill left of a last line is cut off; without `mend` it is only not read, for who looks on.
+
+        Raises StorageError, ConfigError for a damaged journal."""
         path = folder / JOURNAL
         data = _read(path)
         whole = data[: data.rfind(b"\n") + 1]
-        if len(whole) < len(data):
+        if mend and len(whole) < len(data):
             _cut(path, len(whole))
         events: list[Event] = []
         try:
@@ -58,7 +64,9 @@ class Journal:
             for event in events[1:]:
                 state = apply(state, event)
         except (msgspec.MsgspecError, UsageError, IndexError) as exc:
-            raise ConfigError(f"{path}, line {len(events) + 1}, cannot be read ({exc})", "move its folder away") from exc
+            raise ConfigError(
+                f"{path}, line {len(events) + 1}, cannot be read ({exc})", "move its folder away"
+            ) from exc
         return cls(folder, events, state)
 
     def add(self, event: Event) -> None:
@@ -105,13 +113,13 @@ def _is_begun(folder: Path) -> bool:
 
 @contextlib.contextmanager
 def alone(rollouts: Path) -> Iterator[None]:
-    """ConfigError where another process works here. The lock goes with the process, however it ends."""
+    """Busy where another process works here. The lock goes with the process, however it ends."""
     make_folder(rollouts)
     with (rollouts / LOCK).open("wb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as exc:
-            raise ConfigError(
+            raise Busy(
                 f"another command works on a rollout in {rollouts}", "wait for it, or end it with `--stop`"
             ) from exc
         yield

@@ -51,7 +51,9 @@ def rings_from(texts: Sequence[str], roster: Collection[str]) -> tuple[Ring, ...
 
 def _by_share(text: str, share: float, before: Ring) -> Ring:
     if not before.share < share <= 1:
-        raise ConfigError(f"ring {text}: its share is not above the {100 * before.share:g}% before it", "let rings grow")
+        raise ConfigError(
+            f"ring {text}: its share is not above the {100 * before.share:g}% before it", "let rings grow"
+        )
     return Ring(text.strip(), before.devices, share)
 
 
