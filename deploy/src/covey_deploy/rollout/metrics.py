@@ -14,7 +14,7 @@ _ABANDONED = re.compile(rb'^covey_rounds_total\{outcome="abandoned"\} (\d+)', re
 
 
 def abandoned_rounds(url: str) -> int:
-    """Of all runs that this coordinator serves. TransportError where it does not answer, ConfigError for another URL."""
+    """Of all runs that this coordinator serves. TransportError where none answers, ConfigError for others."""
     if not url.startswith(("http://", "https://")):
         raise ConfigError(f"{url!r} is no address of metrics", "give http://HOST:9464/metrics")
     try:

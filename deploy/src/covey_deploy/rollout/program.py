@@ -66,7 +66,7 @@ class Shows(Protocol):
 
 
 class Rollout:
-    """Runs until the rollout ends. Raises StorageError, and TransportError where the broker cannot be reached at all."""
+    """Runs until the rollout ends. Raises StorageError, TransportError where the broker refuses or is not there."""
 
     def __init__(self, desk: Desk, journal: Journal, shows: Shows, clock: Callable[[], float] = time.time) -> None:
         self._desk, self._journal, self._shows, self._clock = desk, journal, shows, clock

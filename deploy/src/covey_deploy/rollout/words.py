@@ -138,7 +138,7 @@ STEPS = 240  # columns
 
 
 def picture(events: Sequence[Event], now: float) -> str:
-    """SVG: how many devices of the whole plan stood where, over time; lines where rings opened, and where it stopped."""
+    """SVG: how many of all devices stood where over time; lines where rings opened, and where it stopped."""
     state = begin(events[0])
     start, last = state.at, len(state.plan.rings) - 1
     step_s = max(now - start, 1.0) / STEPS
