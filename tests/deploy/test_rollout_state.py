@@ -418,7 +418,7 @@ def lived(
     raise AssertionError("it never ends")
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(st.lists(st.sampled_from(KINDS), min_size=6, max_size=6), RINGS, GATES, st.integers(0, 2**32))
 def test_whatever_devices_do_a_rollout_ends_and_keeps_its_rules(
     kinds: list[str], rings: tuple[Ring, ...], gates: Gates, seed: int
