@@ -88,7 +88,8 @@ def issue(
         )
     dates = Dates(dates.begin, min(dates.end, own_end))
     usage = ExtendedKeyUsageOID.SERVER_AUTH if role == BROKER else ExtendedKeyUsageOID.CLIENT_AUTH
-    names = [host_name(host) for host in hosts] or [x509.UniformResourceIdentifier(f"urn:covey:{fleet}:{role}:{name}")]
+    names: list[x509.GeneralName] = [host_name(host) for host in hosts]
+    names = names or [x509.UniformResourceIdentifier(f"urn:covey:{fleet}:{role}:{name}")]
     builder = _builder(_name(fleet, name), authority.certificate.subject, public_key, dates)
     issuer_id = authority.certificate.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
     for extension, critical in (

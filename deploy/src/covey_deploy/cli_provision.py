@@ -14,11 +14,14 @@ from covey_edge.cli_key import make as make_key
 from covey_edge.cli_key import request as request_command
 from covey_edge.command_groups import NearestGroup
 
+LIST_ENDS_SOON_DAYS = 7
 FILE = click.Path(path_type=Path)
 
 
 def fleet_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    return click.option("--fleet", "fleet", type=FILE, required=True, help="The fleet's folder.")(command)
+    return click.option("--fleet-folder", "fleet", type=FILE, required=True, help="As `covey provision init` made it.")(
+        command
+    )
 
 
 def passphrase_option(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -87,7 +90,7 @@ def init(
         click.echo(
             f"a model: covey export model.py:build --key {folder}/coordinator/seal.pem -o {folder}/coordinator/{bundle}"
         )
-    click.echo(f"devices: covey provision device ID --fleet {folder}")
+    click.echo(f"devices: covey provision device ID --fleet-folder {folder}")
     click.echo(f"devices will connect to {fleet.broker_url}")
 
 
@@ -225,9 +228,11 @@ def renew(
     if not wanted:
         click.echo("nothing is due")
         return
-    for one in provisioning.renew(fleet, wanted, new_key=new_key, request=request, passphrase=_asking(passphrase_file)):
-        click.echo(f"{one.id}: valid until {one.not_after:%Y-%m-%d}")
-    click.echo("the list of revoked certificates is new, too: broker/crl.pem")
+    made = provisioning.renew(fleet, wanted, new_key=new_key, request=request, passphrase=_asking(passphrase_file))
+    for one in made:
+        folder = fleet / provisioning.place(one.role, one.id)
+        click.echo(f"{one.id}: valid until {one.not_after:%Y-%m-%d}; copy {folder}")
+    click.echo(f"the list of revoked certificates is new, too: {fleet / 'broker/crl.pem'}")
 
 
 @provision.command(short_help="Shut a device out: stolen, lost, broken.")
@@ -284,10 +289,10 @@ def next_authority(fleet: Path, passphrase_file: Optional[Path]) -> None:
     number = provisioning.next_authority(fleet, _asking(passphrase_file))
     click.echo(f"authority {number} signs from now on; every ca.pem holds both")
     click.echo("1. copy ca.pem and crl.pem to the broker, ca.pem to every device, the coordinator and the operator")
-    click.echo(f"2. renew the clients and copy their files: covey provision renew --all --fleet {fleet}")
+    click.echo(f"2. renew the clients and copy their files: covey provision renew --all --fleet-folder {fleet}")
     click.echo("3. when every device has the new ca.pem, copy the broker's new cert.pem")
     click.echo(
-        f"4. when nobody uses the old one: covey provision authority retire --fleet {fleet}, and copy ca.pem again"
+        f"4. when nobody uses the old one: covey provision authority retire --fleet-folder {fleet}, and copy ca.pem again"
     )
 
 
@@ -322,18 +327,30 @@ def list_command(fleet: Path, as_json: bool) -> None:
     width = max(len(row["id"]) for row in rows)
     for row in rows:
         click.echo(f"{row['id']:<{width}}  {row['role']:<11}  {row['not_after'][:10]}  {row['state']}")
+    _warn_of_list(FleetFolder.open(fleet).ca / "crl.pem", now)
     late = [row["id"] for row in rows if row["state"] in ("ends soon", "expired")]
     if late:
         click.echo(f"covey: warning: renew {', '.join(late)} (covey provision renew)", err=True)
 
 
+def _warn_of_list(path: Path, now: Any) -> None:
+    from cryptography import x509
+
+    from covey_edge.config import read_file
+
+    end = x509.load_pem_x509_crl(read_file(path)).next_update_utc
+    if end is not None and (end - now).days < LIST_ENDS_SOON_DAYS:
+        what = f"the list of revoked certificates ends on {end:%Y-%m-%d %H:%M} UTC; then brokers take nobody"
+        click.echo(f"covey: warning: {what}: covey provision renew broker, and copy broker/crl.pem", err=True)
+
+
 def _row(one: Any, now: Any) -> dict[str, Any]:
     import msgspec
 
-    from covey_deploy.fleet_folder import SOON_DAYS
+    from covey_edge.mqtt_reasons import EXPIRES_SOON_DAYS
 
     days = (one.not_after - now).total_seconds() / 86400
-    state = "ends soon" if days < SOON_DAYS else "valid"
+    state = "ends soon" if days < EXPIRES_SOON_DAYS else "valid"
     state = "revoked" if one.revoked is not None else "expired" if days <= 0 else state
     return {**msgspec.to_builtins(one), "state": state, "days_left": int(days)}
 

@@ -25,7 +25,6 @@ from covey_protocol.topics import check_device_id, check_name
 
 BROKER, COORDINATOR, OPERATOR, DEVICE = "broker", "coordinator", "operator", "device"  # the roles of certificates
 RESERVED = (BROKER, COORDINATOR, OPERATOR)  # names that are no device's
-SOON_DAYS = 30
 Days = Annotated[float, Meta(gt=0, le=36525)]
 Port = Annotated[int, Meta(ge=1, le=65535)]
 
@@ -150,7 +149,7 @@ class FleetFolder:
         if not (folder / "cert.pem").is_file():
             raise ConfigError(
                 f"{self.path} has no device {device_id}",
-                f"make it: covey provision device {device_id} --fleet {self.path}",
+                f"make it: covey provision device {device_id} --fleet-folder {self.path}",
             )
         return folder
 

@@ -1,4 +1,4 @@
-"""Changes of several files of one folder: all of them are made, or none, whatever is killed and whenever the power goes.
+"""Changes of several files of one folder: all of them are made, or none, whatever is killed, whenever the power goes.
 
 The new files are written and synced beside the folder's own (`.staged`); renaming that folder to `.decided` decides;
 then they are moved to their places. Who next works in the folder finishes what was decided and drops what was not. One
@@ -69,7 +69,6 @@ def change(folder: Path, files: Mapping[str, bytes]) -> None:
         for secret in (True, False):
             group = {staged / name: data for name, data in files.items() if is_secret(name) == secret}
             write_all_atomic(group, 0o600 if secret else 0o644)
-        sync_folder(staged)
         os.rename(staged, decided)
         sync_folder(folder)
     except OSError as exc:

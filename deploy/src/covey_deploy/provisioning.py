@@ -1,14 +1,14 @@
 """Making a fleet, its certificates and keys, and taking them back: what `covey provision` does.
 
-Each function works under the folder's lock and changes all of its files or none (`folder_changes`). Nothing here prints,
-and no private key is in what is returned or raised.
+Each function works under the folder's lock and changes all of its files or none (`folder_changes`). Nothing is printed
+here, and no private key is in what is returned or raised.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -34,7 +34,7 @@ from covey_deploy.fleet_folder import (
     utc_now,
 )
 from covey_deploy.folder_changes import change, locked
-from covey_deploy.settings_texts import agent_text, coordinator_text, fleet_text, with_devices
+from covey_deploy.settings_texts import agent_text, coordinator_text, fleet_text, roster, with_devices
 from covey_edge.certificate_request import Request
 from covey_edge.config import read_file
 from covey_protocol.errors import ConfigError
@@ -43,6 +43,7 @@ from covey_protocol.topics import check_name
 
 AUTHORITY = "authority"  # in issued.jsonl, with its number as id
 Passphrase = Callable[[], Optional[bytes]]  # asked only where the key is encrypted
+DEFAULT_LIFETIMES = Lifetimes()
 DATA_SOURCE, DATA_PATH = "npz", "/var/lib/covey-data/data.npz"
 
 
@@ -80,7 +81,7 @@ class _Work:
         lifetimes = self.fleet.settings.lifetimes
         dates = Dates.of(self.now, lifetimes.of(role), lifetimes.slack_hours)
         made = ca.issue(self.authority, self.fleet.name, role, name, public_key, dates, hosts)
-        where = _place(role, name)
+        where = place(role, name)
         self.files |= {f"{where}/cert.pem": ca.certificate_pem(made), f"{where}/ca.pem": self.ca_pem}
         self.issued.append(
             Issued(f"{made.serial_number:x}", name, role, made.not_valid_after_utc, None, "", self.number)
@@ -89,7 +90,7 @@ class _Work:
     def key(self, role: str, name: str) -> ec.EllipticCurvePublicKey:
         """A new TLS key, into the folder of its owner; its public half."""
         key = ca.new_key()
-        self.files[f"{_place(role, name)}/key.pem"] = ca.key_pem(key)
+        self.files[f"{place(role, name)}/key.pem"] = ca.key_pem(key)
         return key.public_key()
 
     def write(self) -> None:
@@ -120,7 +121,8 @@ def _number(issued: Sequence[Issued], certificate: x509.Certificate) -> int:
     return found[0]
 
 
-def _place(role: str, name: str) -> str:
+def place(role: str, name: str) -> str:
+    """Whose folder it is, in the fleet's."""
     return f"devices/{name}" if role == DEVICE else role
 
 
@@ -132,7 +134,7 @@ def init(
     name: str,
     hosts: Sequence[str],
     port: int = 8883,
-    lifetimes: Lifetimes = Lifetimes(),
+    lifetimes: Lifetimes = DEFAULT_LIFETIMES,
     *,
     bundle: str = "model.covey",
     bundle_key: str = "",
@@ -212,7 +214,7 @@ def _check_fleet(request: Request, fleet: FleetFolder) -> None:
         )
 
 
-def _enter(work: _Work, keys: dict[str, str]) -> None:
+def _enter(work: _Work, keys: Mapping[str, object]) -> None:
     """Into the roster. Where the coordinator's file is elsewhere, the caller says what is to be written there."""
     name = "coordinator/coordinator.toml"
     path = work.fleet.path / name
@@ -257,10 +259,10 @@ def renew(
 
 
 def _renewed_key(work: _Work, old: Issued, new_key: bool, request: Optional[Request]) -> ec.EllipticCurvePublicKey:
-    folder = work.fleet.path / _place(old.role, old.id)
+    folder = work.fleet.path / place(old.role, old.id)
     if request is not None:
         _check_fleet(request, work.fleet)
-        _enter(work, {request.device_id: request.seal_key.hex()})
+        _enter_next(work, request)
         return request.public_key
     if not new_key:
         certificate = ca.read_certificates(read_file(folder / "cert.pem"), str(folder / "cert.pem"))[0]
@@ -273,6 +275,15 @@ def _renewed_key(work: _Work, old: Issued, new_key: bool, request: Optional[Requ
             f"make a request there (covey key request) and give it: covey provision renew {old.id} --csr FILE",
         )
     return work.key(old.role, old.id)
+
+
+def _enter_next(work: _Work, request: Request) -> None:
+    """Another seal key is the device's next one: the roster has both until the device is heard under it."""
+    path, new = work.fleet.coordinator / "coordinator.toml", request.seal_key.hex()
+    present = roster(path).get(request.device_id) if path.exists() else None
+    known = [present] if isinstance(present, str) else list(present or [])
+    if new not in known:
+        _enter(work, {request.device_id: [known[-1], new] if known else new})
 
 
 def due(fleet: FleetFolder, within_days: float, now: Optional[datetime] = None) -> list[str]:

@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -37,7 +38,7 @@ def fleet_text(settings: FleetSettings) -> str:
         f"port = {settings.broker.port}",
         "",
         "[lifetimes]  # days, of certificates made from now on",
-        *(f"{name} = {toml_value(value)}" for name, value in msgspec.structs.asdict(settings.lifetimes).items()),
+        *(f"{name} = {value:.12g}" for name, value in msgspec.structs.asdict(settings.lifetimes).items()),
     ]
     return "\n".join(lines) + "\n"
 
@@ -105,11 +106,11 @@ def bearable(num_devices: int) -> tuple[int, int]:
     return num_devices - num_byzantine, num_byzantine
 
 
-def with_devices(text: str, keys: Mapping[str, str], path: Path) -> str:
+def with_devices(text: str, keys: Mapping[str, object], path: Path) -> str:
     """The text of a coordinator.toml whose roster also has these devices, or has these keys for them.
 
-    keys: device -> public key, hex digits. ConfigError where the file's form does not allow it: the operator is told
-    which lines to write.
+    keys: device -> public key, hex digits, or a list of two. ConfigError where the file's form does not allow it: the
+    operator is told which lines to write.
     """
     lines = text.splitlines()
     heads = [number for number, line in enumerate(lines) if re.match(r"\s*\[devices\]\s*(#.*)?\Z", line)]
@@ -120,15 +121,16 @@ def with_devices(text: str, keys: Mapping[str, str], path: Path) -> str:
         for device_id, key in keys.items():
             _put(section, device_id, f"{device_id} = {toml_value(key)}")
         new = "\n".join([*lines[:start], *section, *lines[end:]]) + "\n"
-        if _parsed(new) == {**_parsed(text), "devices": {**_parsed(text).get("devices", {}), **keys}}:
+        before = _parsed(text)
+        if _parsed(new) == {**before, "devices": {**before.get("devices", {}), **keys}}:
             return new
-    wanted = ", ".join(f'{device_id} = "{key}"' for device_id, key in keys.items())
+    wanted = ", ".join(f"{device_id} = {toml_value(key)}" for device_id, key in keys.items())
     raise ConfigError(f"{path}: [devices] cannot be changed by a program", f"write into it yourself: {wanted}")
 
 
-def roster(path: Path) -> dict[str, object]:
+def roster(path: Path) -> dict[str, Any]:
     """[devices] as it stands: device -> a key or a list of two."""
-    found: dict[str, object] = toml_content(path).get("devices", {})
+    found: dict[str, Any] = toml_content(path).get("devices", {})
     return found
 
 
@@ -142,7 +144,7 @@ def _put(section: list[str], device_id: str, line: str) -> None:
     section.insert(last + 1, line)
 
 
-def _parsed(text: str) -> dict[str, object]:
+def _parsed(text: str) -> dict[str, Any]:
     try:
         return dict(tomllib.loads(text))
     except tomllib.TOMLDecodeError:

@@ -1,8 +1,8 @@
 """A device's request for a certificate, made where its keys are: they never leave it.
 
-One file of two PEM blocks: a PKCS #10 request (subject: fleet and device id; a name `urn:covey:seal:HEX` with the public
-seal key), signed with the TLS key, and `COVEY SEAL`: the seal over all of that request. So each key vouches for the
-other: nobody can pass one of them off with a key of his own.
+One file of two PEM blocks: a PKCS #10 request (subject: fleet and device id; a name `urn:covey:seal:HEX` with the
+public seal key), signed with the TLS key, and `COVEY SEAL`: the seal over all of that request. So each key vouches for
+the other: nobody can pass one of them off with a key of his own.
 """
 
 from __future__ import annotations
