@@ -182,8 +182,7 @@ def rollout(
     if resume:
         commands.ended(desk, commands.resume(desk, gates, key))
     elif stop:
-        if commands.stop(desk) is None:
-            click.echo("the command that works on it was asked to stop it")
+        commands.stop(desk)
     elif dry_run:
         assert release is not None
         plan, _ = commands.planned(desk, read_bounded(release), rings, Gates(**gates))

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Optional
 
+import click
 import msgspec
 
 from covey_deploy.rollout.descriptions import sealed_rings
@@ -81,8 +82,9 @@ def resume(desk: Desk, changes: Mapping[str, Any], key_path: Optional[Path]) -> 
     with alone(desk.rollouts):
         journal = _newest(desk.rollouts)
         plan, phase = journal.state.plan, journal.state.phase
-        if phase is Phase.FINISHED:
-            raise ConfigError(f"the rollout of {plan.version} is finished", "begin another with a release")
+        if phase is Phase.FINISHED:  # a kill may have come between that and its report
+            keep_report(journal)
+            return journal.state
         if phase is not Phase.STOPPED and changes:
             raise ConfigError(f"the rollout of {plan.version} is under way", "stop it before you change its gates")
         (desk.rollouts / STOP).unlink(missing_ok=True)
@@ -105,17 +107,17 @@ def _reopen(desk: Desk, journal: Journal, gates: Gates, key_path: Optional[Path]
     journal.add(Resumed(max(time.time(), journal.state.at), serial, gates))
 
 
-def stop(desk: Desk) -> Optional[State]:
-    """Stop the newest rollout; None where another command works on it, which was asked to."""
+def stop(desk: Desk) -> None:
+    """Stop the newest rollout; where another command works on it, ask that one to."""
     journal = _newest(desk.rollouts, mend=False)
     if journal.state.phase in ENDED:
         raise ConfigError(f"the rollout of {journal.state.plan.version} has ended already", "nothing is to be stopped")
     write_atomic(desk.rollouts / STOP, b"", mode=0o600)
     try:
         with alone(desk.rollouts):
-            return _run(desk, _newest(desk.rollouts))
+            _run(desk, _newest(desk.rollouts))
     except Busy:
-        return None
+        click.echo("the command that works on it was asked to stop it")
 
 
 def taken_back(desk: Desk, file: Optional[Path], key: SealingKey) -> bytes:
@@ -225,7 +227,8 @@ def keep_report(journal: Journal) -> None:
 
 
 def ended(desk: Desk, state: State) -> None:
-    """RunError where a rollout stopped."""
+    """Tell how it went. RunError where it stopped."""
+    click.echo(report_text(state, _told_at(state)))
     if state.phase is Phase.STOPPED:
         raise RunError(
             f"the rollout of {state.plan.version} stopped: {state.reason}",
