@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from html import escape
 from typing import Optional
 
@@ -143,27 +144,31 @@ def picture(events: Sequence[Event], now: float) -> str:
     start, last = state.at, len(state.plan.rings) - 1
     step_s = max(now - start, 1.0) / STEPS
     every = max(1, len(state.plan.members(last)))
-    bars: list[str] = []
+    columns: list[tuple[int, ...]] = []
     left = list(events[1:])
     for column in range(STEPS):
         until = start + (column + 1) * step_s
         while left and left[0].at <= until:
             state = apply(state, left.pop(0))
-        bars.extend(_column(column, Counter(where for where, _ in stands(state, until, last).values()), every))
+        found = Counter(where for where, _ in stands(state, until, last).values())
+        columns.append(tuple(found[one] for one in ORDER))
+    bars = list(_bars(columns, every))
     marks = [_mark(event, start, step_s, state) for event in events]
     return "\n".join([_head(state, every), *bars, *filter(None, marks), _legend(), _ends(now - start), "</svg>\n"])
 
 
-def _column(column: int, found: Counter[Stand], every: int) -> Iterable[str]:
-    width, y = (WIDTH - LEFT) / STEPS, float(TOP + HEIGHT)
-    for one in ORDER:
-        height = HEIGHT * found[one] / every
-        y -= height
-        if height:
-            x = LEFT + column * width
-            yield (
-                f'<rect x="{x:.2f}" y="{y:.2f}" width="{width + 0.3:.2f}" height="{height:.2f}" fill="{COLOURS[one]}"/>'
-            )
+def _bars(columns: Sequence[tuple[int, ...]], every: int) -> Iterator[str]:
+    """Equal columns beside each other are one."""
+    width, begun = (WIDTH - LEFT) / STEPS, 0
+    for found, same in itertools.groupby(columns):
+        x, long, y = LEFT + begun * width, len(list(same)), float(TOP + HEIGHT)
+        begun += long
+        for one, count in zip(ORDER, found):
+            height = HEIGHT * count / every
+            y -= height
+            if count:
+                place = f'x="{x:.2f}" y="{y:.2f}" width="{long * width + 0.3:.2f}" height="{height:.2f}"'
+                yield f'<rect {place} fill="{COLOURS[one]}"/>'
 
 
 def _mark(event: Event, start: float, step_s: float, state: State) -> Optional[str]:
