@@ -17,7 +17,11 @@ from release_helpers import MAKER, agent_files, as_file, released, small_wheel, 
 
 from covey_deploy import provisioning
 from covey_deploy.cli_fleet import DESK, NAMES, _desk
+from covey_deploy.rollout.commands import _finished_before
+from covey_deploy.rollout.journal import Journal, journals
 from covey_deploy.rollout.reversion import version_above, with_version
+from covey_deploy.rollout.rings import Ring
+from covey_deploy.rollout.state import Finished, Gates, Opened, Passed, Plan, Published, Stopped, Stopping
 from covey_edge.boot import Folder
 from covey_edge.local_socket import ask
 from covey_edge.wheels import look_at
@@ -75,6 +79,28 @@ def test_a_fleets_folder_says_all_that_the_commands_need(tmp_path: Path) -> None
     for option in DESK:
         command = option(command)
     assert {one.name for one in command.params} == set(NAMES)
+
+
+def kept(rollouts: Path, serial: int, version: str, finished: bool) -> None:
+    """A rollout that has ended."""
+    gates, made = Gates(), small_wheel(version)
+    plan = Plan(fleet="home", version=version, serial=serial, rings=(Ring("100%", (), 1.0),), gates=gates, roster=())
+    one = Journal.new(rollouts, plan, as_file(released(made), made), [], 1.0)
+    one.add(Opened(2.0, 0))
+    one.add(Published(3.0, 0))
+    for event in (Passed(4.0, 0), Finished(5.0)) if finished else (Stopping(4.0, "bad"), Stopped(5.0)):
+        one.add(event)
+
+
+def test_what_is_gone_back_to_was_finished_and_not_taken_back_itself(tmp_path: Path) -> None:
+    versions = (("0.2.0", True), ("0.3.0", False), ("0.4.0", True), ("0.4.0.1", True))
+    for serial, (version, finished) in enumerate(versions, start=1):
+        kept(tmp_path, serial, version, finished)
+    folders = journals(tmp_path)
+    assert list(_finished_before(folders[:3], "0.4.0", MAKER.public)) == ["covey_edge-0.2.0-py3-none-any.whl"]
+    assert list(_finished_before(folders, "0.4.0.1", MAKER.public)) == ["covey_edge-0.2.0-py3-none-any.whl"]
+    with pytest.raises(ConfigError, match=r"no rollout was finished before 0\.2\.0"):
+        _finished_before(folders[:1], "0.2.0", MAKER.public)
 
 
 # --- real agents

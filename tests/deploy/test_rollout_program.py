@@ -7,20 +7,23 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from brokers import RunningBroker
+from brokers import RunningBroker, stop_broker
 from patience import PATIENCE_S
 from puppets import Puppets, write_roster
 from release_helpers import MAKER, as_file, released, small_wheel
 
 from covey_deploy.rollout import commands, journal, program
+from covey_deploy.rollout.descriptions import sealed_rings
 from covey_deploy.rollout.journal import Journal, alone, journals
-from covey_deploy.rollout.program import Desk, look
+from covey_deploy.rollout.program import Desk, Rollout, look
 from covey_deploy.rollout.rings import Ring
-from covey_deploy.rollout.state import Gates, Phase, Plan, Published, Stopping
+from covey_deploy.rollout.state import Gates, Phase, Plan, Published, State, Stopping
 from covey_deploy.rollout.status import rows, seen_now, status_text
 from covey_edge import releasing
 from covey_edge.config import read_roster
@@ -213,3 +216,49 @@ def test_a_running_rollout_is_stopped_from_elsewhere_and_resumed_with_its_key(
         ended = subprocess.run([*covey, "--resume", "--soak", "0.5s", *options], check=False, timeout=PATIENCE_S)
         assert ended.returncode == 0
         assert os.path.getsize(folders[-1] / "report.svg") > 1000
+
+
+@pytest.mark.slow
+@pytest.mark.broker
+@pytest.mark.fleet
+def test_a_broker_that_has_lost_its_memory_makes_nobody_healthy(
+    broker_with: Callable[..., RunningBroker], tmp_path: Path
+) -> None:
+    broker = broker_with()
+    desk = desk_for(broker, tmp_path)
+    made = Journal.new(desk.rollouts, *begun(), 1.0)
+    running = threading.Thread(target=Rollout(desk, made, Silent()).run)
+    with Puppets(broker, NAMES) as puppets:
+        running.start()
+        until(lambda: all(made.state.devices[name].healthy_since for name in NAMES if name in made.state.devices))
+        until(lambda: len(made.state.devices) == len(NAMES))
+        stop_broker(broker)
+        broker_with(port=broker.port)
+        until(lambda: not any(device.saw.online for device in made.state.devices.values()))
+        puppets.say("barn")
+        until(lambda: made.state.devices["barn"].saw.online)
+        assert made.state.phase is Phase.WATCHING
+        (desk.rollouts / journal.STOP).touch()
+        running.join(PATIENCE_S)
+        assert made.state.phase is Phase.STOPPED
+
+
+class Silent:
+    def state(self, state: State, now: float) -> None:
+        pass
+
+    def say(self, text: str) -> None:
+        pass
+
+
+def begun() -> tuple[Plan, bytes, list[bytes]]:
+    rings = (Ring("100%", (), 1.0),)
+    plan = Plan(fleet="home", version="9.0", serial=7, rings=rings, gates=Gates(soak_s=3600), roster=NAMES)
+    return plan, RELEASE, sealed_rings(released(SMALL), plan, MAKER)
+
+
+def until(true: Callable[[], bool]) -> None:
+    end = time.monotonic() + PATIENCE_S
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.05)

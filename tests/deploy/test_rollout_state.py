@@ -272,11 +272,6 @@ def test_rounds_that_are_abandoned_stop_it_also_when_the_coordinator_began_to_co
     told.add(Rounds(4, 2))
     assert isinstance(event := told.due(5), Stopping)
     assert "3 rounds were abandoned" in event.reason
-    unwatched = Told()
-    unwatched.due(0)
-    unwatched.add(Rounds(1, 0))
-    unwatched.add(Rounds(2, 1000))
-    assert unwatched.due(3) is None
 
 
 def test_what_had_stopped_goes_on_at_its_ring_under_other_gates() -> None:

@@ -37,7 +37,7 @@ def desk_options(command: Callable[..., Any]) -> Callable[..., Any]:
 NAMES = ("fleet_folder", "url", "fleet", "ca", "cert", "cert_key", "roster", "release_key", "rollouts")
 
 
-def _desk(given: dict[str, Any], metrics: str = "") -> Desk:
+def _desk(given: dict[str, Any]) -> Desk:
     """Takes the options of `desk_options` out of what was given."""
     from covey_deploy.fleet_folder import FleetFolder
     from covey_deploy.rollout.program import Desk
@@ -69,7 +69,7 @@ def _desk(given: dict[str, Any], metrics: str = "") -> Desk:
     broker = parse_broker(said["url"], ca_file=said["ca"], cert_file=said["cert"], key_file=said["cert_key"])
     rollouts = said["rollouts"] if said["rollouts"] is not None else Path("rollouts")
     key = PublicKey.from_hex(said["release_key"])
-    return Desk(broker, said["fleet"], read_roster(said["roster"]), rollouts, key, metrics)
+    return Desk(broker, said["fleet"], read_roster(said["roster"]), rollouts, key)
 
 
 def _key_path(given: Optional[Path], fleet_folder: Optional[Path]) -> Optional[Path]:
@@ -93,13 +93,13 @@ GATES = (
     click.option("--min-healthy", type=click.FloatRange(0, 1), help="Of a ring, when patience is over. [default: 0.9]"),
     click.option("--patience", help="So long devices of a ring are waited for. [default: 1d]"),
     click.option("--away", help="A device that was here and is away for so long has failed. [default: 15m]"),
-    click.option("--metrics", default="", metavar="URL", help="Of the coordinator: abandoned rounds stop the rollout."),
+    click.option("--metrics", metavar="URL", help="Of the coordinator: abandoned rounds stop the rollout."),
     click.option("--max-abandoned", type=click.IntRange(0), help="So many in one ring are borne. [default: 2]"),
 )
-GATE_NAMES = ("soak", "max_failures", "min_healthy", "patience", "away", "max_abandoned")
+GATE_NAMES = ("soak", "max_failures", "min_healthy", "patience", "away", "metrics", "max_abandoned")
 
 
-def _gates(given: dict[str, Any], metrics: str) -> dict[str, Any]:
+def _gates(given: dict[str, Any]) -> dict[str, Any]:
     """The gates that were given, by their names in `state.Gates`; takes their options out of what was given."""
     from covey_deploy.rollout.rings import failures_from, seconds
 
@@ -107,10 +107,7 @@ def _gates(given: dict[str, Any], metrics: str) -> dict[str, Any]:
     made: dict[str, Any] = {f"{name}_s": seconds(said[name]) for name in ("soak", "patience", "away") if name in said}
     if "max_failures" in said:
         made["max_failures"], made["max_failures_share"] = failures_from(said["max_failures"])
-    if "min_healthy" in said:
-        made["min_healthy"] = said["min_healthy"]
-    if metrics or "max_abandoned" in said:
-        made["max_abandoned"] = said.get("max_abandoned", 2)
+    made.update({name: said[name] for name in ("min_healthy", "metrics", "max_abandoned") if name in said})
     return made
 
 
@@ -176,9 +173,8 @@ def rollout(
 
     if sum((release is not None, resume, stop)) != 1:
         raise ConfigError("a rollout needs a RELEASE, --resume or --stop", "give one of them")
-    metrics = given.pop("metrics")
-    gates, key = _gates(given, metrics), _key_path(key, given["fleet_folder"])
-    desk = _desk(given, metrics)
+    gates, key = _gates(given), _key_path(key, given["fleet_folder"])
+    desk = _desk(given)
     if resume:
         commands.ended(desk, commands.resume(desk, gates, key))
     elif stop:
@@ -217,9 +213,8 @@ def rollback(
     from covey_deploy.rollout.state import Gates
     from covey_edge.files import write_atomic
 
-    metrics = given.pop("metrics")
-    gates, key = _gates(given, metrics), _needed(_key_path(key, given["fleet_folder"]))
-    desk = _desk(given, metrics)
+    gates, key = _gates(given), _needed(_key_path(key, given["fleet_folder"]))
+    desk = _desk(given)
     made = commands.maker_key(key, desk.key)
     data = commands.taken_back(desk, file, made)
     if out is not None:

@@ -12,6 +12,7 @@ import msgspec
 
 from covey_deploy.rollout.descriptions import sealed_rings
 from covey_deploy.rollout.journal import STOP, Busy, Journal, alone, journals
+from covey_deploy.rollout.metrics import abandoned_rounds
 from covey_deploy.rollout.program import Desk, Rollout, look
 from covey_deploy.rollout.reversion import version_above, with_version
 from covey_deploy.rollout.rings import rings_from
@@ -41,6 +42,8 @@ def maker_key(path: Path, pinned: PublicKey) -> SealingKey:
 def planned(desk: Desk, data: bytes, rings: Sequence[str], gates: Gates) -> tuple[Plan, Release]:
     """What a rollout of this release file would be. Looks at the broker, for the newest serial there is."""
     _, release, _ = read_release_file(data, desk.key)
+    if gates.metrics:
+        abandoned_rounds(gates.metrics)  # a wrong address is known now
     _, there = look(desk)
     least = max(release.serial, there.serial if there is not None else 0) + 1
     plan = Plan(
@@ -150,9 +153,13 @@ def _version_now(desk: Desk, folders: Sequence[Path]) -> str:
 
 
 def _finished_before(folders: Sequence[Path], version: str, key: PublicKey) -> dict[str, bytes]:
-    for folder in reversed(folders):
-        journal = Journal.open(folder)
-        if journal.state.phase is Phase.FINISHED and journal.state.plan.version != version:
+    """The wheels of the newest release that was finished and was not taken back itself."""
+    found = [Journal.open(folder) for folder in folders]
+    given = {journal.state.plan.version for journal in found}
+    for journal in reversed(found):
+        one = journal.state.plan.version
+        taken_back = version_above(one, "0") in given
+        if journal.state.phase is Phase.FINISHED and one != version and not taken_back:
             return _wheels_in(journal.release(), key)
     raise ConfigError(
         f"no rollout was finished before {version}",

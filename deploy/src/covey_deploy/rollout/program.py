@@ -42,7 +42,7 @@ TICK_S = 0.5
 SETTLE_S = 2.0  # after the connection: for what the broker retains to come, before anything is decided
 AGAIN_S = 10.0  # between attempts to publish, and looks at the metrics
 PATIENCE_S = 5.0  # at most for a look at a fleet
-QUIET_S = 0.7  # without a message: then what was retained has come
+QUIET_S = 1.5  # without a message: then what was retained has come
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,6 @@ class Desk:
     roster: Mapping[str, Keys]
     rollouts: Path
     key: PublicKey
-    metrics: str = ""
 
 
 class Shows(Protocol):
@@ -73,21 +72,20 @@ class Rollout:
         self._watch = Watch(desk.fleet, desk.roster)
         self._inbox = Inbox()
         self._settled = float("inf")  # monotonic time from which on the broker's word is known
+        self._unheard: set[str] = set()  # devices of which this connection has brought nothing yet
         self._try_at = self._metrics_at = 0.0
         self._wheels = read_release_file(journal.release(), desk.key)[2]
 
     def run(self) -> State:
         name = f"covey-{self._desk.fleet}-rollout-{os.getpid()}"
-        transport = MqttTransport(self._desk.broker, name, self._inbox)
-        topics = self._watch.topics
-        transport.subscribe([topics.all_presence, topics.release])
+        transport = self._transport = MqttTransport(self._desk.broker, name, self._inbox)
         transport.connect()
-        self._settled = time.monotonic() + SETTLE_S
         try:
             while self._journal.state.phase not in ENDED:
                 self._take_all()
                 self._obey_operator()
                 if time.monotonic() >= self._settled:
+                    self._miss()
                     self._look_at_rounds()
                     self._go_on()
                 self._shows.state(self._journal.state, self._now())
@@ -113,7 +111,7 @@ class Rollout:
 
     def _take(self, item: object) -> None:
         if isinstance(item, ConnectionUp):
-            self._settled = time.monotonic() + SETTLE_S
+            self._listen()
         elif isinstance(item, ConnectionDown):
             self._settled = float("inf")
             self._shows.say(f"the broker is lost ({item.reason}); nothing is decided until it is back")
@@ -124,10 +122,26 @@ class Rollout:
         elif isinstance(item, Incoming):
             self._hear_device(item.topic, item.payload)
 
+    def _listen(self) -> None:
+        """Have all retained again, also where the broker has kept our session: what it has lost is known by that."""
+        topics = self._watch.topics
+        self._transport.subscribe([topics.all_presence, topics.release])
+        self._unheard = set(self._journal.state.plan.roster)
+        self._settled = time.monotonic() + SETTLE_S
+
+    def _miss(self) -> None:
+        """A device of which a broker knows nothing is away, whatever it was before the broker lost its memory."""
+        for device_id in sorted(self._unheard & self._journal.state.devices.keys()):
+            saw = self._journal.state.devices[device_id].saw
+            if saw.online:
+                self._journal.add(Saw(self._now(), device_id, False, saw.session))
+        self._unheard.clear()
+
     def _hear_device(self, topic: str, payload: bytes) -> None:
         device_id = self._watch.take(topic, payload)
         if device_id not in self._journal.state.plan.roster:
             return
+        self._unheard.discard(device_id)
         saw = seen_as(device_id, self._watch.newest[device_id], 0.0)
         known = self._journal.state.devices.get(device_id)
         if known is None or _differs(known.saw, saw):
@@ -148,11 +162,12 @@ class Rollout:
             path.unlink(missing_ok=True)
 
     def _look_at_rounds(self) -> None:
-        if not self._desk.metrics or time.monotonic() < self._metrics_at:
+        url = self._journal.state.plan.gates.metrics
+        if not url or time.monotonic() < self._metrics_at:
             return
         self._metrics_at = time.monotonic() + AGAIN_S
         try:
-            count = abandoned_rounds(self._desk.metrics)
+            count = abandoned_rounds(url)
         except TransportError as exc:
             self._shows.say(f"{exc}")
             return

@@ -27,7 +27,8 @@ class Gates(Struct, frozen=True, kw_only=True):
     """soak_s: a device must be healthy for so long, without a start anew. max_failures, max_failures_share: so many
     devices that failed are borne, the larger of the two. min_healthy: of a ring's devices that were here, this share
     must be healthy where patience_s is over and others still have not taken it. away_s: a device that was here and is
-    away for so long has failed. max_abandoned: abandoned rounds in one ring that are borne; None where nobody looks."""
+    away for so long has failed. metrics: a coordinator's, where abandoned rounds are counted; "" for nobody looks.
+    max_abandoned: so many in one ring are borne."""
 
     soak_s: float = 1800.0
     max_failures: int = 0
@@ -35,7 +36,8 @@ class Gates(Struct, frozen=True, kw_only=True):
     min_healthy: float = 0.9
     patience_s: float = 86400.0
     away_s: float = 900.0
-    max_abandoned: Optional[int] = None
+    metrics: str = ""
+    max_abandoned: int = 2
 
 
 class Plan(Struct, frozen=True, kw_only=True):
@@ -324,7 +326,7 @@ def _too_much(state: State, found: dict[str, tuple[Stand, str]]) -> str:
         named = "; ".join(f"{name}: {why}" for name, why in list(bad.items())[:NAMED])
         hidden = f"; and {len(bad) - NAMED} more" if len(bad) > NAMED else ""
         return reason_text(f"{len(bad)} of {here} devices failed, {borne} are borne ({named}{hidden})")
-    if gates.max_abandoned is not None and state.abandoned > gates.max_abandoned:
+    if state.abandoned > gates.max_abandoned:
         return f"{state.abandoned} rounds were abandoned in this ring, {gates.max_abandoned} are borne"
     return ""
 
