@@ -17,8 +17,6 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Optional, Union
 
-from msgspec import UNSET
-
 from covey_edge import __version__
 from covey_edge.cache import BlobCache
 from covey_edge.conditions import FETCHING, TRAINING, Conditions, Sensors
@@ -127,7 +125,7 @@ class AgentProgram:
         self._stopped = False
         self.service = Notifier()
         self._updates = _updates_for(agent, self._transport)
-        self._trouble = self._updates.told if self._updates is not None else ""
+        self._software = self._about_software()
         self.starts_anew = False  # whether `run` returned for a new release
         self._began = self._working_since = time.monotonic()
         self._connection = "not connected yet"
@@ -276,8 +274,8 @@ class AgentProgram:
             log.info("starting anew for another release")
             self.starts_anew = True
             self.stop()
-        if self._updates.told != self._trouble:
-            self._trouble = self._updates.told
+        if self._about_software() != self._software:
+            self._software = self._about_software()
             self._publish_presence(online=True)
 
     # --- what comes in
@@ -640,10 +638,17 @@ class AgentProgram:
     def _publish_presence(self, *, online: bool) -> Any:
         topic = self._topics.presence(self._config.device_id)
         presence = Presence(
-            online, self._session, __version__, self._runtime, self._machine.capabilities, self._trouble or UNSET
+            online, self._session, __version__, self._runtime, self._machine.capabilities, **self._software
         )
         self._sent.before(presence)
         return self._transport.publish(topic, self._sealed(presence, topic), retain=True)
+
+    def _about_software(self) -> dict[str, Any]:
+        """What a presence says of this agent's releases, where there is something to say."""
+        if self._updates is None:
+            return {}
+        said = {"trouble": self._updates.told, "on_trial": self._updates.unproven, "bad": self._updates.bad}
+        return {name: value for name, value in said.items() if value}
 
     def _check_data(self) -> None:
         """Look once at the data before connecting, so that a wrong path is known at once and not in some round."""
