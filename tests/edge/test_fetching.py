@@ -28,9 +28,7 @@ class Bench:
         self.left: set[str] = set()
         self.forgotten: list[str] = []
         self.cache = BlobCache(folder)
-        self.fetching = Fetching(
-            self.cache, TOPICS, self, 10.0, 30.0, paused=lambda: self.paused, clock=lambda: self.now
-        )
+        self.fetching = Fetching(self.cache, TOPICS, self, 10.0, 30.0, lambda: self.now, paused=lambda: self.paused)
 
     def subscribe(self, topics: Iterable[str]) -> None:
         self.asked.extend(topics)

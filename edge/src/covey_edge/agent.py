@@ -126,6 +126,7 @@ class AgentProgram:
             self._transport,
             FETCH_RETRY_S,
             FETCH_RETRY_MOST_S,
+            time.monotonic,
             paused=lambda: self._watch.paused,
         )
         self._connected = False

@@ -6,7 +6,6 @@ still come, or a slow link would carry them twice. What is whole is durable in t
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
@@ -37,9 +36,9 @@ class Fetching:
         transport: Subscribes,
         patience_s: float,
         most_s: float,
+        clock: Callable[[], float],
         *,
         paused: Callable[[], bool] = lambda: False,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._cache, self._topics, self._transport = cache, topics, transport
         self._first_s, self._most_s, self._paused, self._clock = patience_s, most_s, paused, clock

@@ -60,7 +60,7 @@ class Updates:
         self._topics, self._clock = Topics(agent.config.fleet), clock
         self._folder = Folder(agent.state_dir.resolve() / "releases")
         self._cache = BlobCache(self._folder.path / "incoming", MAX_WHEELS)
-        self._fetching = Fetching(self._cache, self._topics, transport, REFETCH_S, REFETCH_S, clock=clock)
+        self._fetching = Fetching(self._cache, self._topics, transport, REFETCH_S, REFETCH_S, clock)
         _check_folder(self._folder.path)
         self._boot = self._folder.boot()
         self._heard = _heard(self._folder.path / "heard.json")
