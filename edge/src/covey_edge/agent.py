@@ -25,7 +25,7 @@ from covey_edge.conditions import FETCHING, TRAINING, Conditions, Sensors
 from covey_edge.config import Agent
 from covey_edge.data_report import DataReport
 from covey_edge.fetching import Fetching
-from covey_edge.files import DISK
+from covey_edge.files import DISK, told_of
 from covey_edge.frames import SUSPECTED, SUSPECTED_TOLD, Done, Frame, Open, Probe, Problem, Run
 from covey_edge.inbox import Inbox
 from covey_edge.leak_told import STOPPED, TOLD
@@ -328,7 +328,8 @@ class AgentProgram:
         try:
             whole = self._fetching.take(sha256, index, payload)
         except errors.StorageError as exc:
-            self._handle(device.TrainingFailed(self._machine.round_id, str(exc)))
+            log.error("%s", exc)
+            self._handle(device.TrainingFailed(self._machine.round_id, told_of(exc)))
             return
         if whole:
             self._handle(device.BlobReady(sha256))
@@ -367,6 +368,8 @@ class AgentProgram:
             return TOLD
         if kind == SUSPECTED:
             return SUSPECTED_TOLD
+        if kind == errors.StorageError.__name__:
+            return told_of(errors.StorageError(problem))
         invitation = self._machine.invitation
         hidden = invitation is not None and invitation.encryption_key
         return f"{kind}; in an encrypted round the reason is in the device's log alone" if hidden else problem
@@ -403,7 +406,8 @@ class AgentProgram:
             trained = self._trained(round_id, frame, invitation)
         except (errors.StorageError, errors.ConfigError, errors.PeerError) as exc:
             log.error("%s", exc)
-            self._handle(device.TrainingFailed(round_id, str(exc)))
+            told = told_of(exc) if isinstance(exc, errors.StorageError) else str(exc)
+            self._handle(device.TrainingFailed(round_id, told))
             return
         self._handle(trained)
 

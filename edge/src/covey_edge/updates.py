@@ -22,7 +22,7 @@ from covey_edge.boot import RELEASE, RELEASES, TRIAL, Folder, Staged
 from covey_edge.cache import BlobCache
 from covey_edge.config import Agent
 from covey_edge.fetching import Fetching, Subscribes
-from covey_edge.files import write_atomic
+from covey_edge.files import told_of, write_atomic
 from covey_protocol.errors import ConfigError, ReleaseError, StorageError
 from covey_protocol.messages import reason_text
 from covey_protocol.releases import (
@@ -127,7 +127,7 @@ class Updates:
         try:
             whole = self._fetching.take(sha256, index, payload)
         except StorageError as exc:
-            self._give_up(str(exc))
+            self._give_up(exc)
             return
         if whole:
             self._install_whole()
@@ -162,13 +162,17 @@ class Updates:
         self._fetching.stop()
         self._wanted = None
 
-    def _give_up(self, why: str) -> None:
+    def _give_up(self, why: Exception) -> None:
         """Of what is being fetched. It is tried again after the next start of the agent."""
         if self._wanted is not None:
             self._refused.add(self._wanted.serial)
-            self.told = reason_text(f"release {self._wanted.version} was not installed: {why}")
-            log.error("%s", self.told)
+            self._say(f"release {self._wanted.version} was not installed", why)
         self._stop_fetching()
+
+    def _say(self, what: str, why: Exception) -> None:
+        """In full in the log; the operator hears of no file's place."""
+        log.error("%s: %s", what, why)
+        self.told = reason_text(f"{what}: {why if isinstance(why, ReleaseError) else told_of(why)}")
 
     def _install_whole(self) -> None:
         release = self._wanted
@@ -178,7 +182,7 @@ class Updates:
             wheels = [self._cache.path(wheel.blob.sha256).read_bytes() for wheel in release.wheels]
             self._install(release, wheels, again=False)
         except (ReleaseError, StorageError, OSError) as exc:
-            self._give_up(str(exc))
+            self._give_up(exc)
             return
         self._stop_fetching()
         shutil.rmtree(self._folder.path / "incoming", ignore_errors=True)
@@ -207,8 +211,7 @@ class Updates:
                 self._check_given(release)
                 self._install(release, wheels, again=True)
         except (ReleaseError, StorageError) as exc:
-            self.told = reason_text(f"a release that was given to this device was not installed: {exc}")
-            log.error("%s", self.told)
+            self._say("a release that was given to this device was not installed", exc)
         try:
             path.unlink(missing_ok=True)
         except OSError as exc:  # put there by somebody else in a folder of his: do not begin again and again
