@@ -25,9 +25,9 @@ MARKS = {"ok": "ok     ", "warning": "warning", "wrong": "WRONG  "}
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
 def check(config_path: Path, bundle: Optional[Path], as_json: bool) -> None:
-    """Look at settings, keys, disk, clock, certificates, broker, coordinator, runtime and data. Works while the agent
-    runs and while it does not. Ends with code 0 where nothing is wrong (a warning is not), else with that of the first
-    thing that is."""
+    """Look at settings, keys, disk, clock, certificates, broker, coordinator, runtime, data, conditions and releases.
+    Works while the agent runs and while it does not. Ends with code 0 where nothing is wrong (a warning is not), else
+    with that of the first thing that is."""
     from covey_edge.preflight import findings
 
     sys.exit(report(findings(config_path, bundle), as_json))

@@ -80,6 +80,7 @@ CHECKS = [
     "covey_edge.preflight:broker",
     "covey_edge.preflight:data",
     "covey_edge.conditions_check:conditions",
+    "covey_edge.updates_check:updates",
 ]
 
 
