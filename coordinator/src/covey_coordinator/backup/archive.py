@@ -211,11 +211,11 @@ class _Reading:
         header = self._header(encoded)
         if sealed_by is not None and sealed_by.hex() != header.key:
             raise ConfigError(
-                f"{self._path} is of the coordinator with the key {header.key[:16]}..., not of {sealed_by.hex()[:16]}...",
+                f"{self._path} is of the coordinator with the key {header.key}, not of {sealed_by.hex()[:16]}...",
                 "take that coordinator's backup, or correct --sealed-by",
             )
         keys, manifest, seal = b"", b"", b""
-        for member in self._tar:
+        while (member := self._tar.next()) is not None:
             if manifest and member.name != SEAL:
                 raise _damaged(self._path, f"{member.name!r} stands behind the hashes")
             if member.name == KEYS:

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 from msgspec import Struct
 
-from covey_coordinator.tasks import NamedTask
+from covey_coordinator.tasks import NamedTask, runs_in
 from covey_edge.config import BrokerSettings, read_toml
 from covey_protocol.errors import ConfigError
 
@@ -65,12 +65,13 @@ def content_of(path: Path) -> Content:
         if not _is_beside(value):
             moved[value] = f"outside/{len(moved)}/{Path(value).name}"
         named.append(Named(moved.get(value, f"folder/{PurePosixPath(value)}"), folder / value, secret))
-    runs_in = str(PurePosixPath(settings.runs_dir)) if _is_beside(settings.runs_dir) else "runs"
-    if runs_in != str(PurePosixPath(settings.runs_dir)):
-        moved[settings.runs_dir] = runs_in
+    beside = _is_beside(settings.runs_dir)
+    place = str(PurePosixPath(settings.runs_dir)) if beside else "runs"
+    if not beside:
+        moved[settings.runs_dir] = place
     runs = tuple(runs_in(settings.run, settings.tasks).values())
     key_file, runs_dir = folder / settings.key_file, folder / settings.runs_dir
-    return Content(settings.fleet, runs, runs_dir, runs_in, key_file, tuple(named), moved)
+    return Content(settings.fleet, runs, runs_dir, place, key_file, tuple(named), moved)
 
 
 def _paths(settings: _Settings) -> dict[str, bool]:

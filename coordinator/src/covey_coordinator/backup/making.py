@@ -200,5 +200,4 @@ def _of_the_fleet(content: Content) -> Iterator[str]:
             yield f"{run}/{order}"
     for path in sorted((runs_dir / f"{fleet}.revoked").glob("[!.]*.json")):
         yield str(path.relative_to(runs_dir))
-    for name in (f"{fleet}.retired.json", f"{fleet}.retained", f"{fleet}.sequence"):
-        yield name
+    yield from (f"{fleet}.retired.json", f"{fleet}.retained", f"{fleet}.sequence")

@@ -7,10 +7,11 @@ used since (`next_number`).
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -26,7 +27,6 @@ from covey_protocol.seals import PublicKey
 
 UNFINISHED = ".restoring"
 MARGIN = 64 * Sequence.BLOCK  # about a minute of the clock: starts in quick succession reserve ahead of it
-IGNORED = {"lost+found"}  # of an empty file system
 
 Passphrase = Callable[[], str]
 
@@ -77,11 +77,12 @@ def restore(
     refuse_used(to)
     place = _Place(to, header, only_runs)
     now_us = time.time_ns() // 1000 if now_us is None else now_us
-    try:
+    with _written_to(to):
         _begin(to)
-        again = read(path, lambda name, content, _: place.take(name, content), sealed_by)
-        if again.header_bytes != backup.header_bytes:
-            raise StorageError(f"{path} has changed while it was read", "restore it once more")
+    again = read(path, lambda name, content, _: place.take(name, content), sealed_by)
+    if again.header_bytes != backup.header_bytes:
+        raise StorageError(f"{path} has changed while it was read", "restore it once more")
+    with _written_to(to):
         for name, data in keys.items():
             place.put(name, [data])
         unchanged = place.correct_settings()
@@ -89,11 +90,17 @@ def restore(
         place.sync()
         os.unlink(to / UNFINISHED)
         sync_folder(to)
+    return Restored(header, place.files, bool(keys), unchanged)
+
+
+@contextlib.contextmanager
+def _written_to(to: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as exc:
         raise StorageError(
             f"cannot restore into {to} ({exc.strerror or exc})", "free some space or check the folder's permissions"
         ) from exc
-    return Restored(header, place.files, bool(keys), unchanged)
 
 
 def next_number(reserved: int, created_us: int, now_us: int) -> int:
@@ -125,7 +132,8 @@ class _Place:
         return self._to / (rest if top == "folder" else name)
 
     def take(self, name: str, content: BinaryIO) -> None:
-        self.put(name, iter(lambda: content.read(BLOCK_BYTES), b""))
+        with _written_to(self._to):
+            self.put(name, iter(lambda: content.read(BLOCK_BYTES), b""))
 
     def put(self, name: str, blocks: Iterable[bytes]) -> None:
         """Mode 600; its content is durable when this returns, its name after `sync`."""
@@ -195,8 +203,13 @@ def refuse_used(to: Path) -> None:
     """ConfigError where something lies in the folder, unless a restore that was cut off has left it."""
     if to.exists() and not to.is_dir():
         raise ConfigError(f"{to} is a file", "name a new folder with --to")
-    if to.is_dir() and not (to / UNFINISHED).exists() and {path.name for path in to.iterdir()} - IGNORED:
+    if to.is_dir() and not (to / UNFINISHED).exists() and any(not _is_nothing(path.name) for path in to.iterdir()):
         raise ConfigError(f"{to} is not empty", "name a new folder with --to: nothing is ever overwritten")
+
+
+def _is_nothing(name: str) -> bool:
+    """lost+found of an empty file system; what is left of writing the mark."""
+    return name == "lost+found" or name.startswith(f".{UNFINISHED}.")
 
 
 def _refuse_running(header: Header) -> None:
@@ -214,7 +227,7 @@ def _begin(to: Path) -> None:
     make_folder(to)
     write_atomic(to / UNFINISHED, b"covey restore has not finished here\n")
     for path in to.iterdir():
-        if path.name == UNFINISHED or path.name in IGNORED:
+        if path.name in (UNFINISHED, "lost+found"):
             continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
