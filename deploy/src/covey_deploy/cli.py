@@ -1,8 +1,7 @@
-"""`covey broker` and `covey provision`: what a fleet needs beside its agents."""
+"""`covey broker`: what a fleet needs beside its agents."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Optional
 
 import click
@@ -25,17 +24,3 @@ def run_broker(host: str, port: int, parent: Optional[int]) -> None:
     if parent:
         die_with_parent(parent)
     run(host, port, lambda url: click.echo(f"listening on {url}"))
-
-
-@click.group(name="provision", short_help="Make the keys of coordinators and devices.")
-def provision_command() -> None:
-    """Identities of a fleet."""
-
-
-@provision_command.command(name="key", short_help="Make one private key.")
-@click.argument("path", type=click.Path(path_type=Path))
-def make_key(path: Path) -> None:
-    """Write a new Ed25519 private key to PATH (mode 600) and print its public key."""
-    from covey_edge.key_files import make_key as make
-
-    click.echo(make(path).hex())

@@ -31,6 +31,7 @@ from covey_edge.leak_told import STOPPED, TOLD
 from covey_edge.ledger import Ledger
 from covey_edge.local_socket import LocalSocket, Question, Request, StateLock
 from covey_edge.mqtt import ConnectionDown, ConnectionUp, Incoming, MqttTransport, Refused
+from covey_edge.mqtt_reasons import certificate_end
 from covey_edge.opting_out import LEFT, OptOut
 from covey_edge.outbox import NumberFile, Outbox
 from covey_edge.performer import Performer
@@ -143,6 +144,9 @@ class AgentProgram:
             self.sections["update"] = self._updates.facts
         if conditions.asked():
             self.sections["conditions"] = self._watch.report
+        own = agent.broker.cert_file
+        if own is not None:
+            self.sections["certificate"] = lambda: certificate_end(own)[0]
 
     # --- life
 
@@ -289,6 +293,7 @@ class AgentProgram:
             self._connection = f"connected since {time.strftime('%Y-%m-%d %H:%M:%S')}"
             self._publish_presence(online=True)
             self._handle(device.Connected())
+            self._warn_of_certificate()
         elif isinstance(item, ConnectionDown):
             self._connection = f"lost ({item.reason})"
             log.warning("connection to %s lost (%s), trying again", self._agent.broker, item.reason)
@@ -296,6 +301,12 @@ class AgentProgram:
             log.error("%s", item.error)
         else:
             self._take_answer(*item)
+
+    def _warn_of_certificate(self) -> None:
+        path = self._agent.broker.cert_file
+        said, soon = certificate_end(path) if path is not None else ("", False)
+        if soon:
+            log.warning("%s: %s", path, said)
 
     def _take_message(self, item: Incoming) -> None:
         blob = self._topics.parse_blob(item.topic)

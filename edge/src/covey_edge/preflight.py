@@ -34,6 +34,7 @@ from covey_edge.frames import Done, Frame, Open, Probe, Problem
 from covey_edge.inbox import Inbox
 from covey_edge.local_socket import lock_holder
 from covey_edge.mqtt import CONNECT_TIMEOUT_S, Incoming, MqttTransport, Refused, tls_context
+from covey_edge.mqtt_reasons import EXPIRES_SOON_DAYS
 from covey_edge.policy import data_for, places
 from covey_edge.training_process import TrainingProcess
 from covey_protocol import codec, errors
@@ -42,7 +43,6 @@ from covey_protocol.messages import Invitation, RoundClosed
 from covey_protocol.topics import Topics
 
 OK, WARNING, WRONG = "ok", "warning", "wrong"
-EXPIRES_SOON_DAYS = 30
 FREE_MB, LITTLE_MB = 50, 500  # below: wrong, a warning. A model, its parameters and an update of 4 M numbers: 50 MB
 CLOCK_S = 120.0  # behind the newest invitation by more: certificates and dates in logs are not to be relied on
 RETAINED_S = 2.0  # for what the broker retains to come
