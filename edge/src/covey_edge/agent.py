@@ -504,6 +504,8 @@ class AgentProgram:
             self._config.training.threads,
         )
         self._working_since = time.monotonic()
+        work = "evaluation" if invitation.plan.evaluate else "training"
+        log.info("round %s: all is fetched, %s begins", invitation.round_id, work)
         self._ask_child(invitation.round_id, request)
 
     def _ask_child(self, round_id: str, request: Frame) -> None:
