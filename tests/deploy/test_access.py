@@ -38,7 +38,7 @@ NOBODYS = (  # nobody of the fleet may write or read these
     "covey/1/home/blob/ab/0/1",
     "covey/1/home/device/coordinator/up",
     "covey/1/home/device/coordinator/down",
-    "covey/1/home/device/operator/probe",
+    "covey/1/home/device/broker/probe",
     "covey/1/office/fleet/round",
     "covey/1/office/device/kitchen-pi/up",
     "covey/2/home/fleet/round",

@@ -14,7 +14,10 @@ from covey_protocol.topics import Topics
 WRITE, READ, BOTH = "write", "read", "readwrite"
 SELF = "{self}"  # the id of whoever connects, in a topic
 DEVICE, COORDINATOR, OPERATOR = "device", "coordinator", "operator"
-PROBE_ID = "covey-doctor"  # begins the ids of the devices that `covey doctor` pretends to be
+CHANNELS = ("presence", "up", "down")  # of a device
+
+
+NOBODY = "covey-nobody"  # no device's id
 
 
 class Right(NamedTuple):
@@ -33,8 +36,8 @@ class Access:
         self.round, self.release = topics.round, topics.release
         self.blob = f"{topics.root}/blob/+/+"
         self.all_presence, self.all_up, self.all_down = topics.all_presence, topics.all_up, f"{topics.root}/device/+/down"
-        # on this topic nobody has a right, and no program of covey looks at it
-        self.nobodys = f"{topics.root}/fleet/covey-doctor"
+        # on these nobody but a coordinator has a right, and no program of covey looks at them
+        self.nobodys = (f"{topics.root}/fleet/{NOBODY}", f"{topics.root}/device/{NOBODY}/down")
 
     def own(self, channel: str, device_id: str = SELF) -> str:
         return f"{self.root}/device/{device_id}/{channel}"

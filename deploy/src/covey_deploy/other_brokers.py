@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable
 from xml.sax.saxutils import escape
 
-from covey_deploy.access import BOTH, COORDINATOR, DEVICE, OPERATOR, READ, SELF, WRITE, Access, Right
+from covey_deploy.access import BOTH, CHANNELS, COORDINATOR, DEVICE, OPERATOR, READ, SELF, WRITE, Access, Right
 
 AWS_POLICY_CHARACTERS = 2048  # of one policy, white space not counted
 AWS_NAME = "${iot:Certificate.Subject.CommonName}"
@@ -23,7 +23,8 @@ def emqx_acl(fleet: str) -> str:
     access, lines = Access(fleet), [f"%% The fleet {fleet}. Made by `covey broker config`: docs/broker.md."]
     for role, rights in access.more().items():
         lines += _emqx_rules(f'{{username, "{role}"}}', rights)
-        lines.append(f'{{deny, {{username, "{role}"}}, all, ["{access.own("#", role)}"]}}.')
+        refused = ", ".join(f'"{access.own(channel, role)}"' for channel in CHANNELS)
+        lines.append(f'{{deny, {{username, "{role}"}}, all, [{refused}]}}.')
     lines += [*_emqx_rules("all", access.everyone()), "{deny, all}."]
     return "\n".join(lines) + "\n"
 
