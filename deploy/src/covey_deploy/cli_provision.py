@@ -291,9 +291,7 @@ def next_authority(fleet: Path, passphrase_file: Optional[Path]) -> None:
     click.echo("1. copy ca.pem and crl.pem to the broker, ca.pem to every device, the coordinator and the operator")
     click.echo(f"2. renew the clients and copy their files: covey provision renew --all --fleet-folder {fleet}")
     click.echo("3. when every device has the new ca.pem, copy the broker's new cert.pem")
-    click.echo(
-        f"4. when nobody uses the old one: covey provision authority retire --fleet-folder {fleet}, and copy ca.pem again"
-    )
+    click.echo(f"4. when nobody uses the old one: covey provision authority retire --fleet-folder {fleet}; copy again")
 
 
 @authority.command(short_help="Trust the older authority no longer.")
