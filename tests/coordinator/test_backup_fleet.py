@@ -105,6 +105,10 @@ def test_a_run_goes_on_elsewhere_from_a_backup_in_the_middle_of_a_round(
     check(clinic, digits_bundle, ROUNDS)
 
 
+def rounds(clinic: Clinic) -> set[object]:
+    return {row[0] for row in clinic.rows("SELECT id FROM rounds")}
+
+
 class Recorder:
     """Everything that the broker delivers, from now on."""
 
@@ -148,11 +152,13 @@ def test_an_older_backup_loses_the_rounds_since_and_nothing_of_them_can_be_repla
     until(clinic, "round 1 does not end", lambda: clinic.rows(PUBLISHED) == [(1,)])
     backup = back_up(clinic, words)
     until(clinic, "round 3 does not end", lambda: clinic.rows(PUBLISHED) == [(3,)])
-    lost = {row[0] for row in clinic.rows("SELECT id FROM rounds WHERE number > 1")}
     clinic.running["serve"].kill()
     clinic.running["serve"].wait()
-    old = recorder.taken()
-    serve_from(clinic, move_to(clinic, backup, words))
+    old, had = recorder.taken(), rounds(clinic)
+    new_folder = move_to(clinic, backup, words)
+    lost = had - rounds(clinic)
+    assert lost
+    serve_from(clinic, new_folder)
     until(clinic, "no round is opened", lambda: clinic.rows("SELECT 1 FROM rounds WHERE number = 2"))
     recorder.replay([message for message in old if message[0].endswith(("/up", "/down", "/round"))])
     until(clinic, "the run does not end", lambda: clinic.running["serve"].poll() is not None)
@@ -163,7 +169,7 @@ def test_an_older_backup_loses_the_rounds_since_and_nothing_of_them_can_be_repla
     said = numbers([message for message in new if message not in replayed], coordinator_key)
     assert said
     assert min(said) > max(numbers(old, coordinator_key))
-    assert not lost & {row[0] for row in clinic.rows("SELECT id FROM rounds")}  # done again under other names
+    assert not lost & rounds(clinic)  # done again under other names
     assert [row[0] for row in clinic.rows("SELECT number FROM rounds WHERE phase = 'published'")] == [1, 2, 3, 4]
     same_bits(clinic, digits_bundle, ROUNDS)
     outboxes = [path for name in IDS for path in (clinic.folder / name / "state" / "outbox").glob("*.msgpack")]

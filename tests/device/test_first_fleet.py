@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from brokers import free_port
 from walkthrough import Step, read_page
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "first-fleet.md"
@@ -56,15 +57,25 @@ def lacking(step: Step) -> list[str]:
     return [name for name in names if subprocess.run(["dpkg", "-s", name], capture_output=True).returncode]
 
 
+def avoid_taken_port(steps: list[Step]) -> None:
+    """The one change that is made to the page, where another broker runs on this machine: another port."""
+    with socket.socket() as probe:
+        if probe.connect_ex(("127.0.0.1", PORT)) != 0:
+            return
+    port = free_port()
+    for step in steps:
+        step.promised = [line.replace(f":{PORT}", f":{port}") for line in step.promised]
+        if step.command.startswith("covey provision init"):
+            step.command += f" --port {port}"
+
+
 def test_a_new_user_has_a_running_fleet_after_the_pages_commands(
     tmp_path: Path, path: str, running: list[subprocess.Popen[bytes]]
 ) -> None:
     page, work = read_page(PAGE), tmp_path / "work"
     if missing := lacking(page.steps[0]):
         pytest.skip(f"needs the Debian packages {', '.join(missing)}")
-    with socket.socket() as probe:
-        if probe.connect_ex(("127.0.0.1", PORT)) == 0:
-            pytest.skip(f"port {PORT}, which the page uses, is taken")
+    avoid_taken_port(page.steps)
     work.mkdir()
     for name, text in page.files.items():
         (work / name).write_text(text)
