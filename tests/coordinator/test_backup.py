@@ -20,10 +20,11 @@ from click.testing import CliRunner
 from life.power import PowerCut, PoweredDisk, State
 
 from covey_coordinator.backup import archive, making, passphrase, restoring
-from covey_coordinator.backup.archive import HEADER, MANIFEST, SEALED, Entry, Header, Manifest
+from covey_coordinator.backup.archive import HEADER, KEYS, MANIFEST, SEALED, Entry, Header, Manifest
 from covey_coordinator.backup.cli import backup_command, restore_command
 from covey_coordinator.backup.content import content_of
 from covey_coordinator.backup.making import back_up
+from covey_coordinator.backup.passphrase import encrypted
 from covey_coordinator.backup.restoring import UNFINISHED, next_number, refuse_unfinished, relocated, restore
 from covey_coordinator.orders import Revocations
 from covey_coordinator.records import ACCEPTED, DeviceVerdict
@@ -179,6 +180,18 @@ def test_keys_come_back_with_their_passphrase_alone(home: Path, tmp_path: Path) 
     assert not any((tmp_path / "without" / name).exists() for name in SECRETS)
 
 
+def test_keys_are_put_nowhere_but_into_the_new_folder(home: Path, tmp_path: Path, coordinator_key: SealingKey) -> None:
+    def astray(members: dict[str, bytes]) -> None:
+        salt = bytes.fromhex(msgspec.json.decode(members[HEADER], type=Header).salt)
+        members[KEYS] = encrypted({"folder/../../x": b"x"}, WORDS, salt, members[HEADER])
+
+    path = taken(home, WORDS)
+    rebuilt(path, coordinator_key, astray)
+    with pytest.raises(DataError, match="outside of its folder"):
+        restore(path, tmp_path / "new", lambda: WORDS)
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.parametrize("words", [None, WORDS], ids=["without keys", "with keys"])
 def test_no_secret_can_be_read_in_the_file(home: Path, words: str | None) -> None:
     data = taken(home, words).read_bytes()
@@ -306,6 +319,10 @@ REFUSED = {
     "a file above the folder": (lambda m: m.update({"folder/../x": b"x"}), DataError, "no backup has"),
     "an absolute file": (lambda m: m.update({"/etc/x": b"x"}), DataError, "no backup has"),
     "a file elsewhere": (lambda m: m.update({"x": b"x"}), DataError, "no backup has"),
+    "runs above the folder": (with_header(runs_in="../old"), DataError, "outside of its folder"),
+    "runs elsewhere": (with_header(runs_in="/var/lib/old"), DataError, "outside of its folder"),
+    "settings above the folder": (with_header(config="../coordinator.toml"), DataError, "outside of its folder"),
+    "numbers of a fleet elsewhere": (with_header(fleet="../old"), ConfigError, "cannot be used"),
 }
 
 

@@ -9,20 +9,25 @@ import gzip
 import hashlib
 import io
 import lzma
+import os
 import shutil
 import struct
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_up_image import TRIXIE, make_image
 
+from covey_deploy.card_writing import opened
+from covey_deploy.cli_flash import _write_file
 from covey_deploy.disks import LARGE, Disk, Machine
 from covey_deploy.images import CHUNK, find_image
 from covey_deploy.partitions import label, read_partitions
+from covey_deploy.prepared import Prepared
 from covey_deploy.progress_line import ProgressLine
 from covey_deploy.series import Wanted, finished, from_csv, left_to_do, note, numbered, wait_for_next_card
 from covey_protocol.errors import ConfigError, CoveyError, DataError
@@ -263,6 +268,23 @@ def test_built_in_disks_and_parts_of_cards_need_more_than_a_name(tree: Tree) -> 
 def test_a_mounted_disk_is_refused_whatever_is_allowed(tree: Tree) -> None:
     tree.mount("9:2", "/")
     assert "own system" in tree.refusal(fixed=True, large=True)
+
+
+def test_a_disk_that_came_under_the_name_of_the_confirmed_one_is_not_opened(tree: Tree) -> None:
+    tree.put("dev/sdb", "a backup of years")
+    disk = tree.machine.disk("sdb")
+    with opened(disk, tree.machine) as written:
+        assert written.disk == disk
+    tree.put("sys/devices/pci0/usb1/1-1/host0/block/sdb/device/model", "Backup Disk")
+    with pytest.raises(ConfigError, match=r"is another disk now \(.*Backup Disk, 32\.8 GB"):
+        opened(disk, tree.machine).__enter__()
+
+
+def test_an_image_is_never_written_over_what_is_no_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "sdb")
+    with pytest.raises(ConfigError, match="is no file"):
+        _write_file(tmp_path / "sdb", True, cast(Prepared, None))
+    assert (tmp_path / "sdb").is_fifo()
 
 
 def test_files_folders_and_missing_names_are_no_disks(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 from covey_deploy import targets, wheelhouse
 from covey_deploy.agent_wheel import agent_wheel
 from covey_deploy.targets import PYTHONS, TARGETS, Target, described, glibc_of, named
-from covey_deploy.wheelhouse import Wheelhouse, lock_file, pinned
+from covey_deploy.wheelhouse import Pinned, Wheelhouse, lock_file, pinned
 from covey_edge.wheels import look_at
 from covey_protocol.errors import ConfigError, TransportError
 
@@ -87,11 +87,11 @@ def test_facts_that_describe_no_target_are_refused(python: str, arch: str, glibc
 
 
 def test_the_cache_is_taken_where_it_is_whole_and_never_where_it_is_not(tmp_path: Path) -> None:
-    wanted = pinned(LOCK, BOOKWORM)
+    digest = hashlib.sha256(b"a wheel").hexdigest()
+    wanted = (Pinned("a", "1", ("0" * 64, digest)),)
     house = Wheelhouse(tmp_path)
     with pytest.raises(TransportError, match="without --offline"):
         house.wheels(wanted, BOOKWORM, offline=True)
-    digest = hashlib.sha256(b"a wheel").hexdigest()
     (tmp_path / f"{wheelhouse._key(wanted, BOOKWORM)}.json").write_text(json.dumps({"a-1-py3-none-any.whl": digest}))
     (tmp_path / "a-1-py3-none-any.whl").write_bytes(b"a wheel")
     assert house.wheels(wanted, BOOKWORM, offline=True) == {"a-1-py3-none-any.whl": b"a wheel"}
@@ -99,7 +99,17 @@ def test_the_cache_is_taken_where_it_is_whole_and_never_where_it_is_not(tmp_path
     with pytest.raises(TransportError, match="without --offline"):
         house.wheels(wanted, BOOKWORM, offline=True)
     with pytest.raises(TransportError, match="without --offline"):
-        house.wheels(wanted[:-1], BOOKWORM, offline=True)  # another lock
+        house.wheels((Pinned("a", "2", (digest,)),), BOOKWORM, offline=True)  # another lock
+
+
+def test_a_wheel_that_somebody_put_into_the_cache_is_not_taken(tmp_path: Path) -> None:
+    """Also where the cache's own list names it: a kit is sealed over what the lock names."""
+    wanted = (Pinned("a", "1", ("0" * 64,)),)
+    digest = hashlib.sha256(b"a wheel").hexdigest()
+    (tmp_path / f"{wheelhouse._key(wanted, BOOKWORM)}.json").write_text(json.dumps({"a-1-py3-none-any.whl": digest}))
+    (tmp_path / "a-1-py3-none-any.whl").write_bytes(b"a wheel")
+    with pytest.raises(TransportError, match="without --offline"):
+        Wheelhouse(tmp_path).wheels(wanted, BOOKWORM, offline=True)
 
 
 def test_the_agents_wheel_is_whole_and_the_same_again() -> None:

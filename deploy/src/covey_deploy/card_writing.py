@@ -14,6 +14,7 @@ import hashlib
 import mmap
 import os
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO, cast
 
@@ -39,11 +40,13 @@ class Written:
 
 @contextlib.contextmanager
 def opened(disk: Disk, machine: Machine) -> Iterator[Written]:
-    """For this program alone. ConfigError where somebody has it; StorageError, with the card's state, for what fails
+    """For this program alone. ConfigError where somebody has it, or another disk has come under its name since `disk`
+    was looked at, which is what was judged, and shown to whoever confirmed it; StorageError, with the card's state, for what fails
     while it is open."""
     descriptor = _open(disk)
     card = Written(disk, descriptor)
     try:
+        _check_same(disk, machine)
         yield card
     except OSError as exc:
         raise StorageError(*_trouble(card, exc, machine)) from exc
@@ -69,6 +72,14 @@ def _open(disk: Disk) -> int:
         os.close(descriptor)
         raise ConfigError(f"another covey flash is writing {disk.path}", "wait for it, or take another card") from exc
     return descriptor
+
+
+def _check_same(disk: Disk, machine: Machine) -> None:
+    now = machine.disk(disk.name)
+    if replace(now, partitions=disk.partitions) != disk:
+        raise ConfigError(
+            f"{disk.path} is another disk now ({now.described()}); nothing was written", "look at it and begin again"
+        )
 
 
 def _trouble(card: Written, exc: OSError, machine: Machine) -> tuple[str, str]:

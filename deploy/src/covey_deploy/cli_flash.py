@@ -190,6 +190,7 @@ def _to_do(options: Options, wanted: list[Wanted], fleet: FleetFolder) -> list[W
 
 def _provision(options: Options, fleet: FleetFolder, wanted: list[Wanted]) -> None:
     """Devices that the fleet has not yet are made, all at once. ConfigError for revoked ones."""
+    from covey_deploy.cli_provision import _asking
     from covey_deploy.provisioning import NewDevice, add_devices
 
     known = {one.id for one in fleet.issued()}
@@ -198,15 +199,8 @@ def _provision(options: Options, fleet: FleetFolder, wanted: list[Wanted]) -> No
             raise ConfigError(f"{one.device_id} is revoked", "choose a new id: covey provision list has those in use")
     new = [NewDevice(one.device_id) for one in wanted if one.device_id not in known]
     if new:
-        add_devices(fleet.path, new, lambda: _passphrase(options.passphrase_file))
+        add_devices(fleet.path, new, _asking(options.passphrase_file))
         click.echo(f"new in the fleet {fleet.name}: {', '.join(one.device_id for one in new)}", err=True)
-
-
-def _passphrase(path: Optional[Path]) -> bytes:
-    if path is not None:
-        return _first_line(path).encode()
-    asked: str = click.prompt("Passphrase of the fleet's authority", hide_input=True, err=True)
-    return asked.encode()
 
 
 def _wifi(options: Options) -> Optional[Wifi]:
@@ -309,6 +303,8 @@ def _write_file(path: Path, overwrite: bool, prepared: Prepared) -> str:
     from covey_deploy.card_writing import write_file
     from covey_deploy.progress_line import ProgressLine
 
+    if path.exists() and not path.is_file():
+        raise ConfigError(f"{path} is no file", "for a card: --device")
     if path.exists() and not overwrite:
         raise ConfigError(f"{path} is there already", "choose another name, or --yes to replace it")
     with ProgressLine(f"writing {path.name}", prepared.size) as tell:

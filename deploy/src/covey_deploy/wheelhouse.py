@@ -89,26 +89,28 @@ class Wheelhouse:
     def wheels(self, wanted: tuple[Pinned, ...], target: Target, *, offline: bool = False) -> dict[str, bytes]:
         """File name -> wheel, of all that is wanted. From the cache where all are there whole; else fetched."""
         index = self._folder / f"{_key(wanted, target)}.json"
-        kept = self._kept(index)
+        kept = self._kept(index, wanted)
         if kept is None:
             if offline:
                 raise TransportError(
                     f"the wheels for {target.name} are not in {self._folder}", "run it once without --offline"
                 )
             self._fetch(wanted, target, index)
-            kept = self._kept(index)
+            kept = self._kept(index, wanted)
             if kept is None:
                 raise StorageError(f"wheels that were just fetched are not in {self._folder}", "remove the folder")
         return dict(sorted(kept.items()))
 
-    def _kept(self, index: Path) -> dict[str, bytes] | None:
+    def _kept(self, index: Path, wanted: tuple[Pinned, ...]) -> dict[str, bytes] | None:
+        """Held against the lock, not only against the list: others may be able to write to the cache."""
+        known = {digest for one in wanted for digest in one.hashes}
         try:
             listed: Mapping[str, str] = json.loads(index.read_bytes())
             found = {name: (self._folder / name).read_bytes() for name in listed}
         except (OSError, ValueError):
             return None
-        whole = all(hashlib.sha256(found[name]).hexdigest() == digest for name, digest in listed.items())
-        return found if whole else None
+        whole = all(hashlib.sha256(data).hexdigest() == listed[name] for name, data in found.items())
+        return found if whole and len(found) == len(wanted) and known.issuperset(listed.values()) else None
 
     def _fetch(self, wanted: tuple[Pinned, ...], target: Target, index: Path) -> None:
         try:

@@ -28,6 +28,7 @@ from msgspec import Struct
 from covey_edge.files import make_folder, sync_folder
 from covey_protocol.errors import ConfigError, DataError, StorageError
 from covey_protocol.seals import SEAL_BYTES, PublicKey, SealingKey
+from covey_protocol.topics import check_name
 
 FORMAT = 1
 HEADER, MANIFEST, SEAL, KEYS = "covey-backup.json", "manifest.json", "seal", "keys.encrypted"
@@ -163,7 +164,8 @@ class _Sink:
     """A new file that is written from its beginning to its end."""
 
     def __init__(self, path: Path) -> None:
-        self.descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        path.unlink(missing_ok=True)  # of a killed process that had our number: not written into, whosever it is
+        self.descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
 
     def write(self, data: bytes) -> int:
         left = memoryview(data)
@@ -236,7 +238,13 @@ class _Reading:
                 f"{self._path} was made by covey {version.covey} in format {version.format}, this one reads {FORMAT}",
                 "update covey",
             )
-        return self._decoded(encoded, Header)
+        header = self._decoded(encoded, Header)
+        for name in (header.fleet, *header.runs):
+            check_name(name, f"in {self._path} the name")
+        for place in (header.config, header.runs_in):
+            if not is_place(place):
+                raise _damaged(self._path, f"it would write {place[:80]!r}, outside of its folder")
+        return header
 
     def _decoded(self, encoded: bytes, kind: type[T]) -> T:
         try:
@@ -245,7 +253,7 @@ class _Reading:
             raise _damaged(self._path, f"its notes cannot be read ({exc})") from exc
 
     def _take(self, member: tarfile.TarInfo, header: Header, take: Callable[[str, BinaryIO, Header], None]) -> None:
-        if not _is_safe(member):
+        if not member.isreg() or not is_file_name(member.name):
             raise _damaged(self._path, f"it holds {member.name!r}, which no backup has")
         hashing = _Hashing(self._content(member))
         take(member.name, hashing, header)  # type: ignore[arg-type]  # it only reads
@@ -283,10 +291,16 @@ class _Reading:
             raise _damaged(self._path, "its seal is not that of the coordinator's key")
 
 
-def _is_safe(member: tarfile.TarInfo) -> bool:
-    parts = PurePosixPath(member.name).parts
-    plain = "/".join(parts) == member.name and ".." not in parts and "\0" not in member.name
-    return member.isreg() and plain and len(parts) > 1 and parts[0] in TOP
+def is_file_name(name: str) -> bool:
+    """Whether a backup may hold a file of this name: relative, below `folder`, `outside` or `runs`."""
+    parts = PurePosixPath(name).parts
+    return is_place(name) and len(parts) > 1 and parts[0] in TOP
+
+
+def is_place(name: str) -> bool:
+    """Whether a path, as a backup has it, stays in the folder that it is restored to."""
+    parts = PurePosixPath(name).parts
+    return bool(parts) and "/".join(parts) == name and ".." not in parts and "\0" not in name
 
 
 def _damaged(path: Path, what: str) -> DataError:

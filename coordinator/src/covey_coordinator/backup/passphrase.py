@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 import msgspec
 
-from covey_coordinator.backup.archive import Checked
+from covey_coordinator.backup.archive import Checked, is_file_name
 from covey_edge.config import read_file
 from covey_protocol.errors import ConfigError, DataError
 
@@ -51,13 +51,16 @@ def decrypted(backup: Checked, passphrase: str, path: Path) -> dict[str, bytes]:
     header = backup.header
     if not 1 < header.scrypt_n <= MOST_SCRYPT_N or header.scrypt_n & (header.scrypt_n - 1):
         raise DataError(f"the backup {path} is damaged: scrypt with N = {header.scrypt_n}", "take another one")
-    key = _key(passphrase, bytes.fromhex(header.salt), header.scrypt_n)
     nonce, data = backup.keys[:NONCE_BYTES], backup.keys[NONCE_BYTES:]
     try:
+        key = _key(passphrase, bytes.fromhex(header.salt), header.scrypt_n)
         plain = ChaCha20Poly1305(key).decrypt(nonce, data, backup.header_bytes)
     except (InvalidTag, ValueError) as exc:
         raise ConfigError(f"the keys in {path} do not open with this passphrase", "try the right one") from exc
-    return msgspec.msgpack.decode(plain, type=dict[str, bytes])
+    found = msgspec.msgpack.decode(plain, type=dict[str, bytes])
+    if not all(map(is_file_name, found)):
+        raise DataError(f"the backup {path} is damaged: it holds keys outside of its folder", "take another one")
+    return found
 
 
 def _key(passphrase: str, salt: bytes, n: int) -> bytes:
