@@ -81,7 +81,6 @@ INSTALL_AND_START = """\
 #!/bin/sh
 # as one_round starts an agent: agent --config FILE
 set -e
-cp "$3" "$(dirname "$3")/agent.toml"
 sh {script} {kit} "$(dirname "$3")" {key}
 exec "$HOME/.termux/boot/covey"
 """
