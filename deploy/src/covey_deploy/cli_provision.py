@@ -260,6 +260,7 @@ def revoke(name: str, fleet: Path, reason: str, passphrase_file: Optional[Path])
     folder = FleetFolder.open(fleet)
     click.echo(f"{name}: {count} certificates revoked" if count else f"{name} was revoked before; the list is new")
     click.echo(f"the broker: give it {folder.broker / 'crl.pem'} and let it read it again (kill -HUP)")
+    click.echo(f"a session that is open: covey broker disconnect {name} --fleet-folder {fleet}")
     if name not in RESERVED:
         _tell_coordinator(name, folder.coordinator / "coordinator.toml", reason)
 
