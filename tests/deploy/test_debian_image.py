@@ -27,9 +27,7 @@ def test_what_lacks_is_named_with_its_packages_before_anything_is_made(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(debian_image, "PROGRAMS", {"no-mmdebstrap": "mmdebstrap", "no-mke2fs": "e2fsprogs"})
-    with pytest.raises(
-        MachineError, match="here: no-mmdebstrap, no-mke2fs; install it: sudo apt install"
-    ):
+    with pytest.raises(MachineError, match="here: no-mmdebstrap, no-mke2fs; install it: sudo apt install"):
         build(say=lambda text: None)
     assert [path.suffix for path in cache.iterdir()] == [".lock"]
 
@@ -51,9 +49,9 @@ class Factory:
         monkeypatch.setattr(debian_image, "unpack_packages", self.unpack)
         monkeypatch.setattr(debian_image, "make_image", self.make)
 
-    def unpack(self, packages: tuple[str, ...], target: Path, say: object) -> None:
+    def unpack(self, packages: tuple[str, ...], base: Path | None, target: Path, say: object) -> None:
         self.unpacked += 1
-        target.write_text(" ".join(packages))
+        target.write_text(" ".join([*packages, base.read_text() if base else ""]))
 
     def make(self, root: Path, recipe: object, image: Path, say: object) -> None:
         self.made += 1
@@ -74,7 +72,9 @@ def test_an_image_is_made_once_until_its_recipe_changes(cache: Path, monkeypatch
     third = build(say=lambda text: None)
     assert (factory.unpacked, factory.made) == (2, 3)
     with_cloud_init = build(cloud_init=True, say=lambda text: None)
-    assert "cloud-init" in with_cloud_init.read_text()
+    assert with_cloud_init.read_text().startswith("cloud-init")
+    assert with_cloud_init.read_text().endswith("fewer ")  # added to the packages that were there
+    assert (factory.unpacked, factory.made) == (3, 4)
     assert third.exists()  # the other kind is kept
     build(renew=True, say=lambda text: None)
     assert factory.unpacked == 4

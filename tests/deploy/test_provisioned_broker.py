@@ -166,7 +166,7 @@ def test_a_running_agent_reads_its_renewed_certificate_at_its_next_connection(
         assert "ends in 0 days" in kitchen.status()["sections"]["certificate"]
         assert "ends in 0 days" in kitchen.log()
         text = (fleet.path / "fleet.toml").read_text()
-        (fleet.path / "fleet.toml").write_text(text.replace(f"device = {lifetimes.device}", "device = 730"))
+        (fleet.path / "fleet.toml").write_text(text.replace(f"device = {lifetimes.device:.12g}", "device = 730"))
         provisioning.renew(fleet.path, ["kitchen-pi"], new_key=True)
         install(fleet, "kitchen-pi", tmp_path / "kitchen-pi")
         assert "valid until" in kitchen.status()["sections"]["certificate"]

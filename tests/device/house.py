@@ -66,7 +66,7 @@ def make_house(folder: Path, rounds: int) -> House:
     house = House(folder, free_port())
     hosts = ("--broker-host", HOST_FROM_INSIDE, "--broker-host", "127.0.0.1", "--port", str(house.port))
     covey("provision", "init", "home", *hosts, "--devices", "1", cwd=folder)
-    covey("provision", "device", DEVICE, "--fleet", "home", cwd=folder)
+    covey("provision", "device", DEVICE, "--fleet-folder", "home", cwd=folder)
     seal = SealingKey.from_pem((house.fleet / "coordinator" / "seal.pem").read_bytes())
     (house.fleet / "coordinator" / "model.covey").write_bytes(small_model(seal))
     (folder / "data.npz").write_bytes(digits(320))

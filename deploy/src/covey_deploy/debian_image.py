@@ -16,6 +16,7 @@ import hashlib
 import os
 import platform
 import re
+import shlex
 import subprocess
 import tarfile
 import tempfile
@@ -23,6 +24,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from importlib import resources
 from pathlib import Path
+from typing import Optional
 
 from covey_deploy.fat import Fat
 from covey_deploy.initramfs import initramfs
@@ -94,21 +96,26 @@ def build(*, cloud_init: bool = False, renew: bool = False, say: Say = print) ->
     renew: with the newest packages, also where there is an image. It takes 3 GB of disk while it works.
     MachineError names what lacks here, StorageError a file that cannot be written.
     """
-    variant = f"debian-{SUITE}-arm64{'-cloud' if cloud_init else ''}"
-    packages = PACKAGES + (CLOUD_INIT if cloud_init else ())
+    kind = f"debian-{SUITE}-arm64"
+    variant = f"{kind}-cloud" if cloud_init else kind
     recipe: Recipe = overlay(cloud_init), links(cloud_init), SAMPLES if cloud_init else {}
-    first = _key(mmdebstrap_command(packages, "arm64.tar"))
-    second = _key(first, recipe, init_script(), COMMAND_LINE, BOOT_MIB, SLACK_MIB)
-    root, image = (cache_folder() / f"{variant}-{name}" for name in (f"{first}.tar", f"{second}.img"))
-    with _locked(cache_folder() / f"{variant}.lock", say):
+    key = _key(mmdebstrap_command(PACKAGES, ""))
+    plain = cache_folder() / f"{kind}-{key}.tar"
+    root = cache_folder() / f"{variant}-{_key(key, CLOUD_INIT)}.tar" if cloud_init else plain
+    key = _key(root.name, recipe, init_script(), COMMAND_LINE, BOOT_MIB, SLACK_MIB)
+    image = cache_folder() / f"{variant}-{key}.img"
+    with _locked(cache_folder() / f"{kind}.lock", say):
         if renew:
+            plain.unlink(missing_ok=True)
             root.unlink(missing_ok=True)
         if renew or not image.exists():
             require_programs(PROGRAMS)
+            if not root.exists() and not plain.exists():
+                _made(plain, lambda path: unpack_packages(PACKAGES, None, path, say))
             if not root.exists():
-                _made(root, lambda path: unpack_packages(packages, path, say))
+                _made(root, lambda path: unpack_packages(CLOUD_INIT, plain, path, say))
             _made(image, lambda path: make_image(root, recipe, path, say))
-            for old in set(cache_folder().glob(f"debian-{SUITE}-arm64*")) - {root, image}:
+            for old in set(cache_folder().iterdir()) - {plain, root, image}:
                 if re.fullmatch(rf"{variant}-[0-9a-f]{{16}}\.(tar|img)", old.name):
                     old.unlink()
     return image
@@ -119,12 +126,17 @@ def cache_folder() -> Path:
     return Path(os.environ.get("COVEY_CACHE") or Path.home() / ".cache" / "covey")
 
 
-def mmdebstrap_command(packages: tuple[str, ...], target: str) -> list[str]:
-    """Makes a tar of the root file system, all packages set up."""
+def mmdebstrap_command(packages: tuple[str, ...], target: str, base: Optional[Path] = None) -> list[str]:
+    """Makes a tar of the root file system, all packages set up. base: such a tar, to which these are added."""
     excluded = [f"--dpkgopt=path-exclude={pattern}" for pattern in (*LEFT_OUT, *NO_INITRAMFS)]
+    if base is None:
+        begin = ["--variant=minbase", "--hook-dir=/usr/share/mmdebstrap/hooks/merged-usr"]
+    else:
+        unpack = f'tar -C "$1" -xpf {shlex.quote(str(base))} --exclude=./etc/apt/sources.list --exclude=./dev'
+        begin = ["--variant=custom", f"--setup-hook={unpack}"]
     return [
-        *("mmdebstrap", "--architectures=arm64", "--variant=minbase", "--components=main", "--format=tar"),
-        *("--hook-dir=/usr/share/mmdebstrap/hooks/merged-usr", "--verbose", *excluded, "--dpkgopt=force-unsafe-io"),
+        *("mmdebstrap", "--architectures=arm64", "--components=main", "--format=tar", "--verbose", *begin),
+        *(*excluded, "--dpkgopt=force-unsafe-io"),
         *('--aptopt=Acquire::Languages "none"', '--aptopt=APT::Install-Recommends "false"'),
         *(f"--include={','.join(packages)}", SUITE, target),
     ]
@@ -155,14 +167,15 @@ def init_script() -> bytes:
     return _packaged("debian", "init.sh")
 
 
-def unpack_packages(packages: tuple[str, ...], target: Path, say: Say) -> None:
-    """Run mmdebstrap. Says every 20 s how far it is."""
+def unpack_packages(packages: tuple[str, ...], base: Optional[Path], target: Path, say: Say) -> None:
+    """Run mmdebstrap. Says every 20 s how far it is. base: as in `mmdebstrap_command`."""
     require_emulation()
-    say(f"Debian {SUITE} for arm64: fetching and setting up packages; made once, takes some minutes")
+    what = "" if base is None else f" {', '.join(packages)}"
+    say(f"Debian {SUITE} for arm64{what}: fetching and setting up packages; made once, takes minutes")
     started = said = time.monotonic()
     last: list[str] = []
     done = 0
-    with _process(mmdebstrap_command(packages, str(target))) as (process, lines):
+    with _process(mmdebstrap_command(packages, str(target), base)) as (process, lines):
         for line in lines:
             last = [*last, line.strip()][-3:]
             done += line.startswith("Setting up ")

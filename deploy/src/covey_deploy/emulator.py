@@ -31,7 +31,10 @@ from covey_protocol.errors import DataError, MachineError
 PROGRAMS = {"qemu-system-aarch64": "qemu-system-arm", "setpriv": "util-linux"}
 HOST_FROM_INSIDE = "10.0.2.2"  # qemu's user network
 KERNEL, INITRD, COMMAND_LINE = "vmlinuz", "initrd.img", "cmdline.txt"  # on the boot partition
-JOURNAL_ON_CONSOLE = ("systemd.journald.forward_to_console=1", "systemd.journald.max_level_console=info")
+JOURNAL_ON_CONSOLE = (
+    *("systemd.journald.forward_to_console=1", "systemd.journald.max_level_console=info"),
+    "systemd.show_status=no",  # the same twice, and an animation while a unit starts
+)
 # an emulated machine on a busy host is slow, not broken
 PATIENT = ("systemd.default_timeout_start_sec=15min",)
 POLL_S = 0.1

@@ -1,9 +1,10 @@
 """What a bundle asks of Android's TFLite runtimes, beyond what every runtime that covey names has.
 
 An app can run a bundle with org.tensorflow:tensorflow-lite (without select-tf-ops, which no bundle needs), with LiteRT
-(com.google.ai.edge.litert:litert, whose operators go on from TFLite 2.17) or with Google Play services, whose runtime
-Google renews. For the first the release is what counts: `RELEASES` says since when each operator is there. What is
-older than FLOOR is not listed. The model is never run here, and no phone has seen any of this.
+(com.google.ai.edge.litert:litert, which is younger than TFLite 2.14) or with Google Play services, whose runtime Google
+renews. For the first the release is what counts: `RELEASES` says since when each operator is there. What is older than
+FLOOR is not listed; of releases after 2.14, whose news covey refuses, what a converter is likely to make. The model is
+never run here, and no phone has seen any of this.
 
 Sources: operators from TensorFlow's tensorflow/compiler/mlir/lite/tools/versioning/runtime_version.cc (as of 2.23); a
 test holds them against what was measured of 2.14 (`runtime_operators`). Training and several signatures in Java since

@@ -313,7 +313,8 @@ def places(model: TfliteModel, name: str, version: int) -> Iterator[str]:
 
 
 def _all_of(model: TfliteModel, graph: Subgraph) -> list[Subgraph]:
-    found, left = [], [graph]
+    found: list[Subgraph] = []
+    left = [graph]
     while left:
         one = left.pop()
         if all(one is not other for other in found):
