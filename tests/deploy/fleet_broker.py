@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import queue
+import re
 import socket
 import ssl
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,6 +26,7 @@ from covey_deploy.authority import Authority, Dates
 from covey_deploy.fleet_folder import FleetFolder
 
 END = b"the end"  # the payload after which a client has had everything that was for it
+TAKEN = {"No matching subscribers": "Success"}  # the broker took the message, though nobody listens
 ROOT = "root"  # a user of the tests alone, who may everything
 
 
@@ -51,7 +54,7 @@ class Identity:
 
 
 def make_fleet(folder: Path, name: str = "home", devices: tuple[str, ...] = ("kitchen-pi", "porch-pi")) -> FleetFolder:
-    fleet = provisioning.init(folder, name, ["127.0.0.1", "localhost"], num_devices=len(devices) or 1)
+    provisioning.init(folder, name, ["127.0.0.1", "localhost"], num_devices=len(devices) or 1)
     if devices:
         provisioning.add_devices(folder, [provisioning.NewDevice(one) for one in devices])
     return FleetFolder.open(folder)
@@ -127,7 +130,7 @@ def fleet_broker(fleet: FleetFolder, edit: Any = None, *, root: bool = True) -> 
     with config.with_suffix(".log").open("wb") as log:
         process = subprocess.Popen([mosquitto_binary(), "-c", str(config)], stdout=log, stderr=log)
     try:
-        wait_for(lambda: process.poll() is not None or _open(port))
+        wait_for(lambda: process.poll() is not None or (_open(port) and broker_run.takes_hangup(process.pid)))
         assert process.poll() is None, config.with_suffix(".log").read_text()
         yield FleetBroker(fleet, port, config, process)
     finally:
@@ -198,7 +201,8 @@ class Client:
     def publish_all(self, messages: dict[str, bytes], *, retain: bool = False) -> dict[str, str]:
         sent = {topic: self.paho.publish(topic, data, qos=1, retain=retain).mid for topic, data in messages.items()}
         wait_for(lambda: self.ended or set(sent.values()) <= self._acks.keys())
-        return {topic: self._acks.get(mid, "the connection ended") for topic, mid in sent.items()}
+        said = {topic: self._acks.get(mid, "the connection ended") for topic, mid in sent.items()}
+        return {topic: TAKEN.get(reason, reason) for topic, reason in said.items()}
 
     def subscribe(self, *topics: str) -> list[str]:
         mid = self.paho.subscribe([(topic, 1) for topic in topics])[1]
@@ -229,3 +233,23 @@ class Client:
     def close(self) -> None:
         self.paho.disconnect()
         self.paho.loop_stop()
+
+
+class BrokerRun:
+    """`covey broker run` as a process."""
+
+    def __init__(self, fleet: FleetFolder, port: int = 0) -> None:
+        where = ["--host", "127.0.0.1", "--port", str(port)]
+        arguments = ["broker", "run", "--fleet-folder", str(fleet.path), *where]
+        self.process: subprocess.Popen[str] = subprocess.Popen(
+            [sys.executable, "-m", "covey_edge", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        found = re.fullmatch(r"listening on mqtts://127\.0\.0\.1:(\d+) for the fleet home\n", line)
+        assert found, (line, self.process.stderr and self.process.stderr.read())
+        self.broker = FleetBroker(fleet, int(found[1]), fleet.broker / broker_run.RUN_CONFIG, self.process)  # type: ignore[arg-type]
+
+    def ended(self) -> str:
+        _, log = self.process.communicate(timeout=PATIENCE_S)
+        return log

@@ -38,7 +38,7 @@ NOBODYS = (  # nobody of the fleet may write or read these
     "covey/1/home/blob/ab/0/1",
     "covey/1/home/device/coordinator/up",
     "covey/1/home/device/coordinator/down",
-    "covey/1/home/device/operator/probe",
+    "covey/1/home/device/broker/probe",
     "covey/1/office/fleet/round",
     "covey/1/office/device/kitchen-pi/up",
     "covey/2/home/fleet/round",
@@ -91,7 +91,7 @@ def test_a_role_writes_what_the_page_says_and_nothing_else(home_broker: FleetBro
     root.heard.clear()
     root.subscribe("#")
     payload = role.encode()
-    reasons = client.publish_all({topic: payload for topic in sorted(every_topic())})
+    reasons = client.publish_all(dict.fromkeys(sorted(every_topic()), payload))
     assert {topic for topic, reason in reasons.items() if reason == "Success"} == may(role, "write")
     assert {reason for reason in reasons.values() if reason != "Success"} == {"Not authorized"}
     root.publish("covey/1/home/fleet/round", END)
@@ -102,17 +102,17 @@ def test_a_role_writes_what_the_page_says_and_nothing_else(home_broker: FleetBro
 
 @pytest.mark.parametrize("role", ROLES)
 def test_a_role_reads_what_the_page_says_however_it_asks(home_broker: FleetBroker, root: Client, role: str) -> None:
-    root.publish_all({topic: b"retained" for topic in every_topic()}, retain=True)
+    root.publish_all(dict.fromkeys(every_topic(), b"retained"), retain=True)
     client = Client(home_broker, identity(home_broker.fleet, role))
     filters = ("#", "+/#", "covey/1/home/device/+/+", "covey/+/+/blob/#", "$SYS/#", "$share/crew/#")
     client.subscribe(*filters, *every_topic())
-    root.publish_all({topic: b"live" for topic in every_topic()})
+    root.publish_all(dict.fromkeys(every_topic(), b"live"))
     root.publish("covey/1/home/fleet/round", END)
     told = client.heard_until("covey/1/home/fleet/round")
     assert told.keys() == may(role, "read")
     assert all(payloads == {b"retained", b"live"} for payloads in told.values())
     client.close()
-    root.publish_all({topic: b"" for topic in every_topic()}, retain=True)
+    root.publish_all(dict.fromkeys(every_topic(), b""), retain=True)
 
 
 def test_a_device_cannot_take_away_what_another_one_or_the_coordinator_retains(
@@ -125,7 +125,7 @@ def test_a_device_cannot_take_away_what_another_one_or_the_coordinator_retains(
     watcher = Client(home_broker, identity(home_broker.fleet, "operator"))
     watcher.subscribe(*topics)
     root.publish("covey/1/home/fleet/round", END)
-    assert watcher.heard_until("covey/1/home/fleet/round") == dict.fromkeys(topics, {b"kept"})
+    assert watcher.heard_until("covey/1/home/fleet/round") == {topic: {b"kept"} for topic in topics}
     root.publish_all(dict.fromkeys(topics, b""), retain=True)
     client.close()
     watcher.close()
@@ -151,7 +151,8 @@ def test_nobody_takes_anothers_connection_with_its_client_id(home_broker: FleetB
         thief = Client(home_broker, Identity.of(fleet.device(OTHER)), stolen, protocol=protocol)
         assert device.publish(f"covey/1/home/device/{OWN}/up") == "Success"
         assert coordinator.publish(f"covey/1/home/device/{OWN}/down") == "Success"
-        assert not (device.ended or coordinator.ended)
+        assert not device.ended
+        assert not coordinator.ended
         thief.close()
     again = Client(home_broker, identity(fleet, "device"), "another-program")
     wait_for(lambda: device.ended)  # the same certificate, the same device: the newer program holds

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import ssl
 import time
 from datetime import timedelta
@@ -9,12 +10,10 @@ from pathlib import Path
 
 import pytest
 from fleet_broker import (
-    ROOT,
     Client,
     Identity,
     answer,
     fleet_broker,
-    issue,
     make_fleet,
     now,
     own_authority,
@@ -36,11 +35,9 @@ def test_a_revoked_device_is_kept_out_at_the_next_reload_and_its_session_ended_b
     fleet = make_fleet(tmp_path / "home")
     kitchen, porch = Identity.of(fleet.device("kitchen-pi")), Identity.of(fleet.device("porch-pi"))
     with fleet_broker(fleet) as broker:
-        live, other = Client(broker, porch), Client(broker, kitchen)
-        resumable = porch.context()
-        resumable.maximum_version = ssl.TLSVersion.TLSv1_2
         provisioning.revoke(fleet.path, "porch-pi", "key-compromise")
         assert answer(broker, porch) == "taken"  # Mosquitto has not read the new list yet
+        live, other = Client(broker, porch), Client(broker, kitchen)
         broker.reload()
         assert "certificate_revoked" in answer(broker, porch)
         assert live.publish("covey/1/home/device/porch-pi/up") == "Success"  # its session goes on ...
@@ -58,8 +55,6 @@ def test_a_resumed_tls_session_does_not_get_round_the_list(tmp_path: Path) -> No
     context.maximum_version = ssl.TLSVersion.TLSv1_2
 
     def connect(session: ssl.SSLSession | None) -> ssl.SSLSocket:
-        import socket
-
         raw = socket.create_connection(("127.0.0.1", broker.port))
         return context.wrap_socket(raw, server_hostname="127.0.0.1", session=session)
 
@@ -70,7 +65,7 @@ def test_a_resumed_tls_session_does_not_get_round_the_list(tmp_path: Path) -> No
             assert again.session_reused  # what is tried below works while nothing is revoked
         provisioning.revoke(fleet.path, "porch-pi", "key-compromise")
         broker.reload()
-        with pytest.raises(ssl.SSLError, match="(?i)revoked"):
+        with pytest.raises(ssl.SSLError, match="REVOKED"):
             connect(session)
 
 

@@ -48,6 +48,9 @@ def userland(suite: str = "bookworm", *more: str) -> Path:
         include = f"--include={','.join([PACKAGES, *more])}"
         what = ["--architectures=arm64", "--variant=extract", include, "--components=main", *left_out]
         subprocess.run(["mmdebstrap", "--quiet", *what, suite, str(root)], check=True)
+    for name in ("bin", "lib", "sbin"):  # from trixie on packages lie below /usr alone, and base-files has the links
+        if not (root / name).exists():
+            (root / name).symlink_to(f"usr/{name}")
     return root
 
 

@@ -74,8 +74,11 @@ def test_words_say_what_an_update_is_and_what_was_done_to_it() -> None:
 
 
 def test_trouble_with_the_agents_own_software_is_in_the_log(tmp_path: Path) -> None:
-    SentLog(tmp_path, PRIVATE).before(Presence(True, 1, "0.2.0", "tflite 2.14", (), "release 0.3.0 failed"))
-    assert lines(tmp_path)[0].words == "online, covey 0.2.0, tflite 2.14; release 0.3.0 failed"
+    said = Presence(True, 1, "0.3.1", "tflite 2.14", (), "release 0.3.0 failed", on_trial=True, bad=("0.2.9", "0.3.0"))
+    SentLog(tmp_path, PRIVATE).before(said)
+    assert lines(tmp_path)[0].words == (
+        "online, covey 0.3.1, tflite 2.14; release 0.3.0 failed; this release is on trial; does not take 0.2.9, 0.3.0"
+    )
 
 
 def test_every_message_of_a_device_has_a_line() -> None:
@@ -158,7 +161,8 @@ class Full(Disk):
 
     def append(self, path: Path, data: bytes, *, durable: bool) -> int:
         if self.full:
-            raise StorageError(f"cannot write {path} (No space left on device)", "free some space")
+            full = OSError(28, "No space left on device")
+            raise StorageError(f"cannot write {path} (No space left on device)", "free some space") from full
         return super().append(path, data, durable=durable)
 
 
@@ -171,6 +175,7 @@ def test_on_a_full_disk_no_update_leaves_and_a_failure_says_nothing_of_the_data(
     assert isinstance(said, Failure)
     assert said.reason.startswith(UNSAID)
     assert "row 17" not in said.reason
+    assert str(tmp_path) not in said.reason
     assert "No space left on device" in said.reason
     for number in range(200):
         log.before(Answer(f"r.{number}", True))

@@ -6,7 +6,6 @@ docs/broker.md shows it, and a test holds a real Mosquitto against that page, no
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import NamedTuple
 
 from covey_protocol.topics import Topics
@@ -14,7 +13,10 @@ from covey_protocol.topics import Topics
 WRITE, READ, BOTH = "write", "read", "readwrite"
 SELF = "{self}"  # the id of whoever connects, in a topic
 DEVICE, COORDINATOR, OPERATOR = "device", "coordinator", "operator"
-PROBE_ID = "covey-doctor"  # begins the ids of the devices that `covey doctor` pretends to be
+CHANNELS = ("presence", "up", "down")  # of a device
+
+
+NOBODY = "covey-nobody"  # no device's id
 
 
 class Right(NamedTuple):
@@ -25,7 +27,7 @@ class Right(NamedTuple):
 
 
 class Access:
-    """The rights in one fleet. Whoever holds a certificate of the fleet has those of `everyone`; roles have more."""
+    """The rights in one fleet. Whoever holds a certificate of the fleet has those of `everyone`; roles have `more`."""
 
     def __init__(self, fleet: str) -> None:
         topics = Topics(fleet)
@@ -37,8 +39,8 @@ class Access:
             topics.all_up,
             f"{topics.root}/device/+/down",
         )
-        # on this topic nobody has a right, and no program of covey looks at it
-        self.nobodys = f"{topics.root}/fleet/covey-doctor"
+        # on these nobody but a coordinator has a right, and no program of covey looks at them
+        self.nobodys = (f"{topics.root}/fleet/{NOBODY}", f"{topics.root}/device/{NOBODY}/down")
 
     def own(self, channel: str, device_id: str = SELF) -> str:
         return f"{self.root}/device/{device_id}/{channel}"
@@ -56,23 +58,22 @@ class Access:
         )
 
     def more(self) -> dict[str, tuple[Right, ...]]:
-        """Of each role beside `everyone`: role, which is its MQTT user -> rights."""
+        """Of each role: role, which is its MQTT user -> its rights, whole. Where the broker gives it those of
+        `everyone`, too, it reads what is shared besides."""
         return {
             COORDINATOR: (
                 Right(WRITE, self.round),
                 Right(WRITE, self.all_down),
-                Right(WRITE, self.blob),
+                Right(BOTH, self.blob),
                 Right(READ, self.all_presence),
                 Right(READ, self.all_up),
+                Right(BOTH, self.own("probe", COORDINATOR)),
             ),
             OPERATOR: (
-                Right(WRITE, self.release),
-                Right(WRITE, self.blob),
+                Right(BOTH, self.release),
+                Right(BOTH, self.blob),
+                Right(READ, self.round),
                 Right(READ, self.all_presence),
+                Right(BOTH, self.own("probe", OPERATOR)),
             ),
         }
-
-    def of(self, role: str, name: str) -> tuple[Right, ...]:
-        """All rights of one client. name: its MQTT user."""
-        rights: Iterable[Right] = (*self.everyone(), *self.more().get(role, ()))
-        return tuple(Right(verb, topic.replace(SELF, name)) for verb, topic in rights)

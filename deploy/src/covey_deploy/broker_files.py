@@ -92,7 +92,7 @@ Made by `covey broker config`, which overwrites these files. What they mean, wha
 ```sh
 sudo apt install mosquitto
 sudo install -d -m 750 -g mosquitto {INSTALL_FOLDER}
-sudo install -m 640 -g mosquitto {mosquitto.CONFIG_NAME} {mosquitto.ACL_NAME} ca.pem cert.pem crl.pem key.pem {INSTALL_FOLDER}
+sudo install -m 640 -g mosquitto mosquitto.conf acl ca.pem cert.pem crl.pem key.pem {INSTALL_FOLDER}
 sudo install -D -m 644 {DROP_IN} /etc/systemd/system/mosquitto.service.d/covey.conf
 sudo systemctl daemon-reload
 sudo systemctl restart mosquitto

@@ -59,7 +59,7 @@ def run(
     config = write_run_config(fleet, folder, host, port)
     child = subprocess.Popen(
         [program, "-c", str(config)],
-        preexec_fn=functools.partial(die_with_parent, os.getpid(), signal.SIGTERM),  # noqa: PLW1509 - one thread here
+        preexec_fn=functools.partial(die_with_parent, os.getpid(), signal.SIGTERM),
         start_new_session=True,  # Ctrl-C reaches it through us, once
     )
     _pass_on_signals(child)
@@ -103,11 +103,11 @@ def _pass_on_signals(child: subprocess.Popen[bytes]) -> None:
 
 
 def _wait_until_open(child: subprocess.Popen[bytes], host: str, port: int, config: Path) -> None:
-    """Until the port takes connections."""
+    """Until the port takes connections, and signals do no harm any more."""
     end = time.monotonic() + START_S
     while child.poll() is None and time.monotonic() < end:
         with socket.socket() as probe:
-            if probe.connect_ex((host, port)) == 0:
+            if probe.connect_ex((host, port)) == 0 and takes_hangup(child.pid):
                 return
         time.sleep(POLL_S)
     if child.poll() is None:
@@ -116,3 +116,13 @@ def _wait_until_open(child: subprocess.Popen[bytes], host: str, port: int, confi
         raise TransportError(f"mosquitto did not listen on {host}:{port} within {START_S:g} s", "look at its lines")
     if child.returncode > 0:
         raise ConfigError(f"mosquitto does not take {config}", "its own lines above say why")
+
+
+def takes_hangup(pid: int) -> bool:
+    """Whether SIGHUP would be handled: Mosquitto listens a moment before that. True outside of Linux."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return True
+    caught = next(line.split()[1] for line in status.splitlines() if line.startswith("SigCgt"))
+    return bool(int(caught, 16) >> (signal.SIGHUP - 1) & 1)

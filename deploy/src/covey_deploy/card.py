@@ -141,13 +141,6 @@ def card(
     return Card(written, tuple(words), agent.config.device_id)
 
 
-def card_files(
-    kit: Files, device_folder: Path, *, hostname: str = "", wifi: Optional[Wifi] = None, os: System
-) -> Mapping[str, bytes]:
-    """The files alone, for images that are built and need no change of cmdline.txt."""
-    return card(kit, device_folder, hostname=hostname, wifi=wifi, os=os).files
-
-
 def _first_boot(name: str) -> bytes:
     return (package_files("covey_deploy") / "first_boot" / name).read_bytes()
 

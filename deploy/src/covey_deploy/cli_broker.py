@@ -8,10 +8,10 @@ from typing import Optional
 
 import click
 
+from covey_deploy.cli_provision import passphrase_option
 from covey_edge.command_groups import NearestGroup
 
 A_FOLDER = click.Path(path_type=Path, file_okay=False)
-fleet_option = click.option("--fleet-folder", type=A_FOLDER, help="As `covey provision init` made it.")
 
 
 @click.group(name="broker", cls=NearestGroup, short_help="Configure a fleet's MQTT broker; run one.")
@@ -61,3 +61,20 @@ def run_broker(fleet_folder: Optional[Path], host: Optional[str], port: Optional
     ready = f"listening on {{}} for the fleet {fleet.name}"
     code = broker_run.run(fleet.name, fleet.broker, host, port, lambda url: click.echo(ready.format(url)), click.echo)
     sys.exit(code)
+
+
+@broker_command.command(name="disconnect", short_help="End the session of a client whose certificate was revoked.")
+@click.argument("name")
+@click.option("--fleet-folder", type=A_FOLDER, required=True, help="With the authority's key.")
+@click.option("--address", help="HOST:PORT of the broker, where that is not the fleet's own.")
+@passphrase_option
+def disconnect_client(name: str, fleet_folder: Path, address: Optional[str], passphrase_file: Optional[Path]) -> None:
+    """Take over the session of NAME, a device or `coordinator` or `operator`, and end it. Revoke its certificate and
+    have the broker read the new list first: who may come back does so within a second."""
+    from covey_deploy.cli_provision import _asking
+    from covey_deploy.disconnecting import disconnect
+    from covey_deploy.fleet_folder import FleetFolder
+
+    fleet = FleetFolder.open(fleet_folder)
+    disconnect(fleet, name, address, _asking(passphrase_file))
+    click.echo(f"{name} is disconnected, if it was connected")

@@ -66,9 +66,10 @@ def _make(
     offline: bool,
 ) -> None:
     from covey_deploy import targets
-    from covey_deploy.kit import kit_file_name, make_kit, read_kit, write_kit
+    from covey_deploy.kit import make_kit, read_kit
     from covey_deploy.wheelhouse import Wheelhouse, default_cache, lock_file, pinned
     from covey_edge.config import read_file
+    from covey_edge.files import write_atomic
     from covey_protocol.errors import ConfigError
     from covey_protocol.seals import SealingKey
 
@@ -84,8 +85,8 @@ def _make(
     wheels = {**wheels, **_own_wheels(own)}
     data = make_kit(target, wheels, key)
     manifest = read_kit(data, key.public).manifest
-    path = out or Path(kit_file_name(target, str(manifest["version"])))
-    write_kit(path, data)
+    path = out or Path(f"{manifest['name']}.kit")
+    write_atomic(path, data)
     click.echo(f"{path}: covey {manifest['version']} with {manifest['runtime']}, {len(data) / 1e6:.1f} MB")
     click.echo(f"installed at most {manifest['installed_bytes'] / 1e6:.0f} MB; release key {key.public.hex()}")
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
@@ -104,19 +105,16 @@ def flash(list_cards: bool, **given: Any) -> None:
     if not wanted:
         click.echo("all of these cards are made already; --again makes them anew")
         return
-    _provision(options, fleet, wanted)
     machine = Machine()
     _early(options, machine)
     wifi, login = _wifi(options), _login(options)
-    base = _base(options, kit)
-    for number, one in enumerate(wanted, 1):
-        of = f" ({number} of {len(wanted)})" if len(wanted) > 1 else ""
-        click.echo(f"{one.device_id}{of}", err=True)
-        prepared = base.prepare(_maker(options, kit, fleet, one, wifi, login))
-        try:
-            _write(options, machine, fleet, one, base, prepared, next_card=number > 1)
-        finally:
-            prepared.close()
+    with closing(_base(options, kit)) as base:
+        _provision(options, fleet, wanted)
+        for number, one in enumerate(wanted, 1):
+            if len(wanted) > 1:
+                click.echo(f"{one.device_id} ({number} of {len(wanted)})", err=True)
+            with closing(base.prepare(_maker(options, kit, fleet, one, wifi, login))) as prepared:
+                _write(options, machine, fleet, one, base, prepared, next_card=number > 1)
 
 
 def _list(machine: Machine) -> None:
@@ -176,19 +174,28 @@ def _to_do(options: Options, wanted: list[Wanted], fleet: FleetFolder) -> list[W
     """A series goes on where it was broken off; a single card is made whenever it is asked for."""
     from covey_deploy.series import finished, left_to_do
 
+    done = finished(_journal(options, fleet))
     if options.again or len(wanted) == 1:
+        for one in wanted:
+            if one.device_id in done:
+                click.echo(
+                    f"{one.device_id} has a card already: use one of the two only, or they disturb each other", err=True
+                )
         return wanted
-    left = left_to_do(wanted, finished(_journal(options, fleet)))
+    left = left_to_do(wanted, done)
     if len(left) < len(wanted):
         click.echo(f"{len(wanted) - len(left)} of {len(wanted)} cards are made already", err=True)
     return left
 
 
 def _provision(options: Options, fleet: FleetFolder, wanted: list[Wanted]) -> None:
-    """Devices that the fleet has not yet are made, all at once."""
+    """Devices that the fleet has not yet are made, all at once. ConfigError for revoked ones."""
     from covey_deploy.provisioning import NewDevice, add_devices
 
     known = {one.id for one in fleet.issued()}
+    for one in wanted:
+        if one.device_id in known - set(fleet.device_ids()):
+            raise ConfigError(f"{one.device_id} is revoked", "choose a new id: covey provision list has those in use")
     new = [NewDevice(one.device_id) for one in wanted if one.device_id not in known]
     if new:
         add_devices(fleet.path, new, lambda: _passphrase(options.passphrase_file))

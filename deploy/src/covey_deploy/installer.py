@@ -414,7 +414,7 @@ def unpack(name: str, data: bytes, left_out: Sequence[str], packages: Path) -> N
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with path.open("xb") as stream:
                     stream.write(content)
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as exc:
+    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError, RuntimeError) as exc:
         raise InstallError(EXIT_BUNDLE, f"{name} is not a whole wheel ({exc})", AGAIN) from exc
     except FileExistsError as exc:
         raise InstallError(EXIT_BUNDLE, f"two wheels of the kit hold {exc.filename}", "ask its maker") from exc

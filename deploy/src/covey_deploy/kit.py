@@ -23,7 +23,6 @@ from typing import Any
 from covey_deploy import installer
 from covey_deploy.targets import Target, glibc_of
 from covey_edge import wheel_files
-from covey_edge.files import write_atomic
 from covey_edge.wheel_files import WheelError
 from covey_protocol.errors import ConfigError, ReleaseError
 from covey_protocol.seals import PublicKey, SealingKey
@@ -145,14 +144,6 @@ def read_kit(data: bytes, release_key: PublicKey) -> Kit:
 def described_unverified(path: Path) -> dict[str, Any]:
     """What a kit says of itself; nothing is checked but its form."""
     return _members(_read(path))[1]
-
-
-def kit_file_name(target: Target, version: str) -> str:
-    return f"covey-agent-{version}-{target.name}.kit"
-
-
-def write_kit(path: Path, data: bytes) -> None:
-    write_atomic(path, data)
 
 
 def installer_text() -> bytes:

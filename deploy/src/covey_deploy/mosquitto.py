@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Optional
 
-from covey_deploy.access import SELF, Access
+from covey_deploy.access import CHANNELS, SELF, Access
 from covey_edge.mqtt import KEEPALIVE_S, PACKET_HEADER_BYTES, TOPIC_BYTES, WINDOW
 from covey_protocol.codec import MAX_ENVELOPE_BYTES
 
@@ -93,7 +93,7 @@ def acl(fleet: str) -> str:
     for role, rights in access.more().items():
         lines += [f"user {role}", *(f"topic {verb} {topic}" for verb, topic in rights)]
         # the patterns below would give it a device's topics under its own name, which is no device's
-        lines += [f"topic deny {access.own('+', role)}", ""]
+        lines += [*(f"topic deny {access.own(channel, role)}" for channel in CHANNELS), ""]
     lines.append("# everybody, under the name in its certificate")
     lines += [f"pattern {verb} {topic.replace(SELF, '%u')}" for verb, topic in access.everyone()]
     return "\n".join(lines) + "\n"

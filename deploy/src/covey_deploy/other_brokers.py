@@ -10,9 +10,9 @@ import json
 from collections.abc import Iterable
 from xml.sax.saxutils import escape
 
-from covey_deploy.access import BOTH, COORDINATOR, DEVICE, OPERATOR, READ, SELF, WRITE, Access, Right
+from covey_deploy.access import BOTH, CHANNELS, COORDINATOR, DEVICE, OPERATOR, READ, SELF, WRITE, Access, Right
 
-AWS_POLICY_CHARACTERS = 2048  # of one policy, white space not counted
+AWS_POLICY_CHARACTERS = 2048  # of one policy, white space not counted; a fleet's name may have 40 characters
 AWS_NAME = "${iot:Certificate.Subject.CommonName}"
 USER = "${username}"  # EMQX
 HIVEMQ_USER = "${{username}}"
@@ -23,7 +23,8 @@ def emqx_acl(fleet: str) -> str:
     access, lines = Access(fleet), [f"%% The fleet {fleet}. Made by `covey broker config`: docs/broker.md."]
     for role, rights in access.more().items():
         lines += _emqx_rules(f'{{username, "{role}"}}', rights)
-        lines.append(f'{{deny, {{username, "{role}"}}, all, ["{access.own("#", role)}"]}}.')
+        refused = ", ".join(f'"{access.own(channel, role)}"' for channel in CHANNELS)
+        lines.append(f'{{deny, {{username, "{role}"}}, all, [{refused}]}}.')
     lines += [*_emqx_rules("all", access.everyone()), "{deny, all}."]
     return "\n".join(lines) + "\n"
 
@@ -84,7 +85,7 @@ def aws_policy(fleet: str, role: str, region: str = "REGION", account: str = "AC
     access = Access(fleet)
     rights = access.everyone() if role == DEVICE else access.more()[role]
     written = [right.topic for right in rights if right.verb in (WRITE, BOTH)]
-    read = [right.topic for right in rights if right.verb in (READ, BOTH)]
+    read = _shared([right.topic for right in rights if right.verb in (READ, BOTH)], access)
     clients = [f"covey-{fleet}-{name}"]
     if role == OPERATOR:
         clients = [f"covey-{fleet}-release-*", *clients]
@@ -92,17 +93,26 @@ def aws_policy(fleet: str, role: str, region: str = "REGION", account: str = "AC
         _allow(["iot:Connect"], arn, "client", clients),
         _allow(["iot:Publish", "iot:RetainPublish"], arn, "topic", written),
         _allow(["iot:Receive"], arn, "topic", read),
-        # a subscription's wildcards are plain characters here; single chunks need the policy's own wildcard
-        _allow(["iot:Subscribe"], arn, "topicfilter", read, filters=role != DEVICE),
+        # what is subscribed to with a + names it here; single chunks and topics need the policy's own wildcard
+        _allow(["iot:Subscribe"], arn, "topicfilter", read, subscribed=True),
     ]
     policy = {"Version": "2012-10-17", "Statement": statements}
     return json.dumps(policy, indent=2).replace(SELF, name) + "\n"
 
 
-def _allow(actions: list[str], arn: str, kind: str, names: list[str], *, filters: bool = False) -> dict[str, object]:
-    """filters: the names are subscribed to as they stand."""
-    told = [name if filters else name.replace("/+/+", "/*").replace("+", "*") for name in names]
+def _allow(actions: list[str], arn: str, kind: str, names: list[str], *, subscribed: bool = False) -> dict[str, object]:
+    """subscribed: devices of any name are subscribed to with a +, as it stands."""
+    told = [name.replace("/+/+", "/*") for name in names]
+    told = [name if subscribed and "/device/+" in name else name.replace("+", "*") for name in told]
     return {"Effect": "Allow", "Action": actions, "Resource": [f"{arn}:{kind}/{name}" for name in told]}
+
+
+def _shared(topics: list[str], access: Access) -> list[str]:
+    """Shorter: who reads both of the fleet's topics reads all of them, for there are two."""
+    both = {access.round, access.release}
+    if not both <= set(topics):
+        return topics
+    return [*(topic for topic in topics if topic not in both), access.round.replace("/round", "/+")]
 
 
 def others(fleet: str) -> dict[str, str]:

@@ -23,12 +23,11 @@ from covey_protocol.errors import DataError, StorageError
 
 
 class Base:
-    """The image as it was published, with its head at hand for any number of cards."""
+    """The image as it was published, with its head at hand for any number of cards. Close it at the end."""
 
     def __init__(self, image: Image, system: Optional[System] = None, python: str = "") -> None:
         self.image, self._system, self._python = image, system, python
-        self._head = _temporary()
-        with image.open() as stream:
+        with _kept(_temporary()) as self._head, image.open() as stream:
             _copy(stream, self._head, CHUNK)
             fat = [part for part in read_partitions(self._head) if part.may_be_fat]
             self.head_size = min(-(-(fat[0].end if fat else 0) // CHUNK) * CHUNK or CHUNK, image.size)
@@ -39,12 +38,15 @@ class Base:
 
     def prepare(self, make: Callable[[System], Card]) -> Prepared:
         """A card's stream. Whatever the image, the kit or the device's folder lacks is an error here."""
-        head = _temporary()
-        self._head.seek(0)
-        _copy(self._head, head, self.head_size)
-        made = customise(head, make, self._system, self._python)
-        check(head, made)
-        return Prepared(self.image, head, self.head_size, made)
+        with _kept(_temporary()) as head:
+            self._head.seek(0)
+            _copy(self._head, head, self.head_size)
+            made = customise(head, make, self._system, self._python)
+            check(head, made)
+            return Prepared(self.image, head, self.head_size, made)
+
+    def close(self) -> None:
+        self._head.close()
 
 
 class Prepared:
@@ -63,6 +65,16 @@ class Prepared:
 
     def close(self) -> None:
         self._head.close()
+
+
+@contextlib.contextmanager
+def _kept(file: BinaryIO) -> Iterator[BinaryIO]:
+    """Closed only where what is done with it fails."""
+    try:
+        yield file
+    except BaseException:
+        file.close()
+        raise
 
 
 def _temporary() -> BinaryIO:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
-from typing import TextIO
+from typing import Optional, TextIO
 
 WIDTH = 24
 REDRAW_S = 0.1
@@ -16,11 +16,12 @@ class ProgressLine:
     """what: in words, such as "writing /dev/sdb". total: bytes. Told to `stream`, standard error by default."""
 
     def __init__(
-        self, what: str, total: int, stream: TextIO = sys.stderr, clock: Callable[[], float] = time.monotonic
+        self, what: str, total: int, stream: Optional[TextIO] = None, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._what, self._total, self._stream, self._clock = what, max(total, 1), stream, clock
+        self._what, self._total, self._clock = what, max(total, 1), clock
+        self._stream = stream or sys.stderr
         self._begun = self._told = clock()
-        self._lively = stream.isatty()
+        self._lively = self._stream.isatty()
 
     def __call__(self, done: int) -> None:
         now = self._clock()
