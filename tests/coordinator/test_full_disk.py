@@ -182,11 +182,12 @@ def test_an_agent_whose_disk_is_full_says_so_and_takes_part_again_when_it_is_not
         )
     )
     state = clinic.folder / "ward-2" / "state"
-    assert f"cannot write {state}/ledger.json" in str(reasons[2])  # counted before it is kept
-    assert f"cannot write {state}/blobs/" in str(reasons[3])
+    assert f"cannot write {state}/ledger.json" in clinic.log("ward-2")  # counted before it is kept
+    assert f"cannot write {state}/blobs/" in clinic.log("ward-2")
+    assert "free some space" in clinic.log("ward-2")
     for number in (2, 3):
         assert "No space left on device" in str(reasons[number])
-        assert "free some space" in str(reasons[number])
+        assert str(clinic.folder) not in str(reasons[number])
         assert clinic.log("serve").count(f"round {number}/5 published: 2 of 3 updates") == 1
     assert clinic.log("serve").count("published: 3 of 3 updates") >= 2
     assert clinic.running["ward-2"].poll() is None  # without a new start

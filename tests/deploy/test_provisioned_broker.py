@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
 import gc
 import os
 import shutil
@@ -28,8 +29,8 @@ from covey_deploy.provisioning import NewDevice, add_devices
 from covey_edge.config import load_agent
 from covey_edge.inbox import Inbox
 from covey_edge.local_socket import NotRunning, ask
-from covey_edge.mqtt import MqttTransport, tls_context
-from covey_protocol.errors import CoveyError
+from covey_edge.mqtt import ConnectionDown, ConnectionUp, MqttTransport, tls_context
+from covey_protocol.errors import EXIT_TRANSPORT, CoveyError
 
 pytestmark = [
     pytest.mark.broker,
@@ -165,7 +166,7 @@ def test_a_running_agent_reads_its_renewed_certificate_at_its_next_connection(
         assert "ends in 0 days" in kitchen.status()["sections"]["certificate"]
         assert "ends in 0 days" in kitchen.log()
         text = (fleet.path / "fleet.toml").read_text()
-        (fleet.path / "fleet.toml").write_text(text.replace(f"device = {lifetimes.device}", "device = 730"))
+        (fleet.path / "fleet.toml").write_text(text.replace(f"device = {lifetimes.device:.12g}", "device = 730"))
         provisioning.renew(fleet.path, ["kitchen-pi"], new_key=True)
         install(fleet, "kitchen-pi", tmp_path / "kitchen-pi")
         assert "valid until" in kitchen.status()["sections"]["certificate"]
@@ -182,6 +183,39 @@ def test_a_running_agent_reads_its_renewed_certificate_at_its_next_connection(
         for agent in agents.values():
             agent.process.send_signal(signal.SIGTERM)
             agent.process.wait()
+
+
+@pytest.mark.slow
+def test_a_clock_that_is_behind_costs_time_and_no_visit(
+    fleet: FleetFolder, tmp_path: Path, start: Callable[[FleetFolder], RunningBroker]
+) -> None:
+    """An agent that starts ends with the code after which systemd starts it again; one that runs tries by itself."""
+    add_devices(fleet.path, [NewDevice("kitchen-pi")])
+    broker = start(fleet)
+    agent = load_agent(fleet.device("kitchen-pi") / "agent.toml")
+    inbox = Inbox()
+    running = MqttTransport(agent.broker, "covey-home-kitchen-pi", inbox)
+    running.connect()
+    present = (fleet.device("kitchen-pi") / "cert.pem").read_bytes()
+    listed = (fleet.broker / "crl.pem").read_bytes()
+    later = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(days=3)
+    provisioning.renew(fleet.path, ["kitchen-pi"], now=later)
+    (fleet.broker / "crl.pem").write_bytes(listed)  # the new one begins later, too
+    install(fleet, "kitchen-pi", tmp_path / "kitchen-pi")
+    assert start_agent(tmp_path / "kitchen-pi").process.wait(PATIENCE_S) == EXIT_TRANSPORT
+    log = (tmp_path / "kitchen-pi" / "agent.log").read_text()
+    assert "is valid only from" in log
+    assert "set this machine's clock" in log
+    stop_broker(broker)
+    start(fleet)
+    said = ""
+    while "valid only from" not in said:
+        item = inbox.get(timeout=PATIENCE_S)
+        said = item.reason if isinstance(item, ConnectionDown) else ""
+    (fleet.device("kitchen-pi") / "cert.pem").write_bytes(present)  # as if the clock had been set
+    while not isinstance(inbox.get(timeout=50), ConnectionUp):  # sooner than what an operator has to mend: 60 s
+        pass
+    running.close()
 
 
 @pytest.mark.slow

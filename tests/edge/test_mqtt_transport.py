@@ -21,8 +21,12 @@ from typing import Any
 
 import pytest
 from brokers import RunningBroker, certificates, free_port, stop_broker, tls_lines
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 from proxy import Proxy
 
+from covey_edge import mqtt
 from covey_edge.inbox import Inbox
 from covey_edge.mqtt import ConnectionDown, ConnectionUp, Incoming, MqttTransport, Refused, parse_broker
 from covey_protocol.blobs import BlobAssembly, blob_ref, chunks
@@ -347,6 +351,61 @@ def test_a_broker_whose_certificate_expired_is_refused_in_words(
     with pytest.raises(TransportError, match=r"certificate has expired\); renew the broker's certificate"):
         ends.connect(url, **entry(files))
     gc.collect()
+
+
+def test_a_certificate_renewed_under_a_running_agent_is_used_when_it_is_whole(
+    ends: Ends, broker_with: Callable[..., RunningBroker], readable: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The files change while the connection stands. What is half-written, or does not fit, is named and tried again."""
+    monkeypatch.setattr(mqtt, "delay_s", lambda *given: 0.05)
+    files, now, day = certificates(readable), datetime.datetime.now(datetime.timezone.utc), datetime.timedelta(days=1)
+    old, new, late = (client_of(readable, end) for end in (now + day, now + day, now - day))
+    certificate, key = readable / "mine.crt", readable / "mine.key"
+
+    def on_disk(pair: tuple[bytes, bytes]) -> None:
+        certificate.write_bytes(pair[0])
+        key.write_bytes(pair[1])
+
+    on_disk(old)
+    broker = broker_with(*tls_lines(files))
+    mine = ends.connect(secure(broker), ca_file=files["ca.crt"], cert_file=certificate, key_file=key)
+    on_disk((new[0][: len(new[0]) // 2], old[1]))
+    ends.nothing(mine, 0.2)  # the connection that stands does not mind
+    stop_broker(broker)
+    ends.until(mine, ConnectionDown)
+    broker_with(*tls_lines(files), port=broker.port)
+    for pair, said in (
+        ((new[0][: len(new[0]) // 2], old[1]), "TLS files cannot be used"),
+        (late, "expired on"),
+        ((new[0], old[1]), "KEY_VALUES_MISMATCH"),
+        ((new[0], new[1][:-40]), "TLS files cannot be used"),
+    ):
+        on_disk(pair)
+        while said not in ends.until(mine, ConnectionDown).reason:
+            pass
+        assert mine.alive
+    on_disk(new)
+    ends.until(mine, ConnectionUp)
+    assert mine.flush([mine.publish(UP, b"still here")], 20)
+
+
+def client_of(folder: Path, end: datetime.datetime) -> tuple[bytes, bytes]:
+    """A new client certificate of the folder's authority, and its key."""
+    authority = x509.load_pem_x509_certificate((folder / "ca.crt").read_bytes())
+    signing: Any = serialization.load_pem_private_key((folder / "ca.key").read_bytes(), None)
+    key = ec.generate_private_key(ec.SECP256R1())
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "renewed")]))
+        .issuer_name(authority.subject)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(end - datetime.timedelta(days=9))
+        .not_valid_after(end)
+        .sign(signing, hashes.SHA256())
+    )
+    pem = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    return certificate.public_bytes(serialization.Encoding.PEM), key.private_bytes(*pem)
 
 
 def test_a_key_that_does_not_match_its_certificate_is_named(tmp_path: Path) -> None:

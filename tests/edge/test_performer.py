@@ -17,7 +17,7 @@ BLOB = BlobRef(bytes(32), 40, 16)
 
 class FullDisk(Disk):
     def write(self, path: Path, data: bytes, mode: int = 0o644) -> None:
-        raise StorageError(f"cannot write {path} (No space left on device)")
+        raise StorageError(f"cannot write {path} (No space left on device)") from OSError(28, "No space left on device")
 
 
 class Surroundings:
@@ -57,3 +57,4 @@ def test_a_full_disk_costs_the_update_and_not_the_next_round(tmp_path: Path) -> 
     assert (answer, next_answer) == (Answer("run.1", True), Answer("run.2", True))
     assert isinstance(failure, Failure)
     assert "No space left" in failure.reason
+    assert str(tmp_path) not in failure.reason  # a place on this device is nobody else's business

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import gc
 import json
@@ -17,15 +18,19 @@ from brokers import RunningBroker, certificates, tls_lines
 from click.testing import CliRunner
 from lone_coordinator import LoneCoordinator
 
-from covey_edge import preflight
+from covey_edge import __version__, preflight, updates_check
+from covey_edge.agent import AgentProgram
+from covey_edge.boot import RELEASES, Boot, Folder, failed
 from covey_edge.cli_agent import agent as command
 from covey_edge.config import load_agent
+from covey_edge.local_socket import LocalSocket
 from covey_edge.preflight import OK, WARNING, WRONG, Facts, Finding
 from covey_protocol.errors import EXIT_BUNDLE, EXIT_CONFIG, EXIT_DATA, EXIT_STORAGE, EXIT_TRANSPORT
 from covey_protocol.messages import TrainingPlan
 from covey_protocol.seals import SealingKey
 
 KEY = SealingKey.from_seed(b"device".ljust(32, b"."))
+RELEASE_KEY = SealingKey.from_seed(b"releases".ljust(32, b"."))
 
 
 @pytest.fixture(autouse=True)
@@ -244,6 +249,46 @@ def test_a_round_of_another_coordinator_and_a_clock_behind_are_told(
     assert level == WARNING
     assert "86,4" in words
     assert "behind the coordinator's" in words
+
+
+# --- releases
+
+
+def test_releases_that_cannot_come_or_failed_are_told(
+    write: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [none] = found(updates_check.updates, write())
+    assert none.level == OK
+    assert "release_key is not set" in none.what
+    config = write(more=f'[update]\nrelease_key = "{RELEASE_KEY.public.hex()}"')
+    monkeypatch.delenv(RELEASES, raising=False)
+    [resting] = found(updates_check.updates, config)
+    assert resting.level == OK
+    assert "once an agent runs under its launcher" in resting.what
+    with answering(config, tmp_path):
+        level, _, words = bad(found(updates_check.updates, config))
+    assert level == WARNING
+    assert "not started by its launcher" in words
+    assert "covey_edge.launcher" in words
+    monkeypatch.setenv(RELEASES, str(tmp_path / "state" / "releases"))
+    with answering(config, tmp_path):
+        assert [one.level for one in found(updates_check.updates, config)] == [OK]
+    Folder(tmp_path / "state" / "releases").save(failed(Boot(trial="9.1", attempts=2), "9.1 was not healthy"))
+    level, _, words = bad(found(updates_check.updates, config))
+    assert level == WARNING
+    assert f"release 9.1 was not healthy; it is not tried again, the installed {__version__} goes on" in words
+
+
+@contextlib.contextmanager
+def answering(config: Path, folder: Path) -> Iterator[None]:
+    """The production agent's answers on its socket; it is not connected to anything."""
+    program = AgentProgram(load_agent(config))
+    local = LocalSocket(folder / "state", lambda question: question.reply(program._answer))
+    local.open()
+    try:
+        yield
+    finally:
+        local.close()
 
 
 # --- runtime, data, model

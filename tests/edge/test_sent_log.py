@@ -161,7 +161,8 @@ class Full(Disk):
 
     def append(self, path: Path, data: bytes, *, durable: bool) -> int:
         if self.full:
-            raise StorageError(f"cannot write {path} (No space left on device)", "free some space")
+            full = OSError(28, "No space left on device")
+            raise StorageError(f"cannot write {path} (No space left on device)", "free some space") from full
         return super().append(path, data, durable=durable)
 
 
@@ -174,6 +175,7 @@ def test_on_a_full_disk_no_update_leaves_and_a_failure_says_nothing_of_the_data(
     assert isinstance(said, Failure)
     assert said.reason.startswith(UNSAID)
     assert "row 17" not in said.reason
+    assert str(tmp_path) not in said.reason
     assert "No space left on device" in said.reason
     for number in range(200):
         log.before(Answer(f"r.{number}", True))

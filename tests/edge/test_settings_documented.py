@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from covey_edge.config import AgentConfig, as_struct, every_setting
+from covey_edge.config import AgentConfig
+from covey_edge.strict import as_struct, every_setting
 from covey_protocol.errors import ConfigError
 
 PAGE = (Path(__file__).parent.parent.parent / "docs" / "agent.md").read_text()

@@ -316,11 +316,12 @@ from covey_edge.trainer import Trainer
 path, data, right, wrong = sys.argv[1:]
 sha256 = hashlib.sha256(Path(path).read_bytes()).digest()
 answers = [Trainer().answer(Open(path, sha256, key, "npz", data)) for key in (wrong, right)]
-print(json.dumps([[getattr(answer, "what", "") for answer in answers], "cryptography" in sys.modules]))
+needless = {"cryptography", "paho", "ssl", "http", "html", "tomllib", "tomli", "click"}
+print(json.dumps([[getattr(answer, "what", "") for answer in answers], sorted(needless & set(sys.modules))]))
 """
 
 
-def test_a_training_child_checks_the_seal_without_loading_what_checks_it(
+def test_a_training_child_checks_the_seal_without_loading_what_checks_it_or_any_other_needless_thing(
     device: Path, coordinator_key: SealingKey
 ) -> None:
     keys = [coordinator_key.public.hex(), SealingKey.from_seed(bytes([5]) * 32).public.hex()]
@@ -329,7 +330,7 @@ def test_a_training_child_checks_the_seal_without_loading_what_checks_it(
     (refused, accepted), loaded = json.loads(ended.stdout)
     assert "seal is not the expected coordinator's" in refused
     assert accepted == ""
-    assert not loaded
+    assert loaded == []  # each takes memory that is short while it trains: edge/README.md
 
 
 def test_nothing_the_edge_imports_is_tensorflow(device: Path, coordinator_key: SealingKey) -> None:

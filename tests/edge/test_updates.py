@@ -99,6 +99,9 @@ class Recorder:
     def unsubscribe(self, topics: list[str]) -> None:
         self.topics.difference_update(topics)
 
+    def forget(self, topics: list[str]) -> None:
+        """They are left with the others of their blob."""
+
 
 class Device:
     """An agent's `Updates` and what it can be told."""

@@ -10,6 +10,7 @@ import msgspec
 
 from covey_edge import agent, files
 from covey_edge.cache import BlobCache
+from covey_edge.fetching import Fetching
 from covey_edge.ledger import Ledger
 from covey_edge.outbox import Entry, NumberFile, Outbox
 from covey_edge.performer import Performer
@@ -158,17 +159,13 @@ def _(patch: Patch) -> None:
 
 @bug("topics of blobs that have come stay subscribed")
 def _(patch: Patch) -> None:
-    def stop(self: agent.AgentProgram, sha256: bytes) -> None:
-        self._assemblies.pop(sha256, None)
-
-    patch.setattr(agent.AgentProgram, "_stop_fetching", stop)
-    wrapped(patch, agent.AgentProgram, "_take_chunk", _unforgetting)
+    patch.setattr(Fetching, "_leave", lambda self, assembly: None)
+    wrapped(patch, Fetching, "take", _unforgetting)
 
 
-def _unforgetting(original: Any, self: agent.AgentProgram, *chunk: Any) -> None:
-    forget, self._transport.forget = self._transport.forget, lambda topics: None
-    original(self, *chunk)
-    self._transport.forget = forget
+def _unforgetting(original: Any, self: Fetching, *chunk: Any) -> bool:
+    self._transport.forget = lambda topics: None  # type: ignore[method-assign]
+    return bool(original(self, *chunk))
 
 
 @bug("every message number heard is remembered for ever")

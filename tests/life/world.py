@@ -426,8 +426,8 @@ class Coordinator:
             self._world.require(isinstance(message, Presence), "answers a round that there is not", message)
         elif isinstance(message, Offer):
             self._offered(one, message)
-        elif isinstance(message, Chunk) and not one.kept:
-            self._piece(one, message)
+        elif isinstance(message, Chunk) and not one.kept and one.ends_at > self._world.clock.now:
+            self._piece(one, message)  # a later one is passed over: its offer comes again, and hears that it is late
         elif isinstance(message, Failure) or (isinstance(message, Answer) and not message.accept):
             one.excused = True
             self.excuses[message.reason.split(" (")[0][:40]] += 1

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from export_helpers import batch_of, opened, parameters
 
+from covey_edge.runtime import Model
 from covey_models import export
 from covey_models._tensorflow import import_tensorflow
 from covey_models.convert import operators
@@ -196,6 +197,7 @@ def test_moving_statistics_travel_unless_they_are_to_stay() -> None:
     assert [spec.shape for spec in averaged.manifest.parameters if spec.trainable] == [
         spec.shape for spec in local.manifest.parameters
     ]
+    assert (averaged.manifest.metadata, local.manifest.metadata) == ({}, {"keeps": "2 variables"})
 
 
 def test_statistics_that_stay_on_the_device_still_move_there() -> None:
@@ -205,6 +207,13 @@ def test_statistics_that_stay_on_the_device_still_move_there() -> None:
     device["train"](**batch, learning_rate=np.float32(1e-30))
     np.testing.assert_allclose(parameters(device), start, atol=1e-20)
     assert np.abs(device["infer"](x=batch["x"])["output"] - before).max() > 1e-3
+
+    agents = Model(bundle)
+    agents.train_batch(batch["x"], batch["y"], 1e-30)
+    moved = agents.infer(batch["x"])
+    assert np.abs(moved - before).max() > 1e-3
+    agents.let_go()
+    np.testing.assert_array_equal(agents.infer(batch["x"]), moved)
 
 
 # --- losses

@@ -29,6 +29,7 @@ from covey_coordinator.algorithms.engines import asked_by
 from covey_coordinator.algorithms.making import check_algorithm, make_algorithm_engine
 from covey_coordinator.algorithms.settings import FEDAVG, Algorithm
 from covey_coordinator.algorithms.teaching_settings import TeachingSettings, teaching_of, teaching_plan
+from covey_coordinator.backup.restoring import refuse_unfinished
 from covey_coordinator.coding.conditions import check_equal_updates
 from covey_coordinator.coordinator import (
     NO_TRAINING,
@@ -219,6 +220,7 @@ def serve(
     file = RosterFile(path)
     read = read_tasks(path, CoordinatorConfig)
     config, folder = read[0][0], path.parent  # what is of the fleet is the same in all
+    refuse_unfinished(folder, folder / config.runs_dir)
     if config.metrics is not None:
         parse_listen(config.metrics.listen)
     key = SealingKey.from_pem(read_file(folder / config.key_file), config.key_file)

@@ -13,7 +13,8 @@ from typing import Annotated, Any, Generic, TypeVar, Union
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from covey_edge.config import as_struct, toml_content
+from covey_edge.config import toml_content
+from covey_edge.strict import as_struct
 from covey_protocol.errors import ConfigError
 from covey_protocol.topics import check_name
 

@@ -79,14 +79,9 @@ def issue(
 ) -> x509.Certificate:
     """A certificate for one of the fleet. name: the MQTT user. hosts: DNS names and addresses of a broker.
 
-    It ends no later than the authority. ConfigError where the authority has ended.
+    It ends no later than the authority.
     """
-    own_end = authority.certificate.not_valid_after_utc
-    if own_end <= dates.begin:
-        raise ConfigError(
-            f"the fleet's authority expired on {own_end:%Y-%m-%d}", "make the next one: covey provision authority next"
-        )
-    dates = Dates(dates.begin, min(dates.end, own_end))
+    dates = Dates(dates.begin, min(dates.end, authority.certificate.not_valid_after_utc))
     usage = ExtendedKeyUsageOID.SERVER_AUTH if role == BROKER else ExtendedKeyUsageOID.CLIENT_AUTH
     names: list[x509.GeneralName] = [host_name(host) for host in hosts]
     names = names or [x509.UniformResourceIdentifier(f"urn:covey:{fleet}:{role}:{name}")]
@@ -104,15 +99,15 @@ def issue(
     return builder.sign(authority.key, hashes.SHA256())
 
 
-def make_crl(authority: Authority, revoked: Iterable[Revoked], number: int, now: datetime, end: datetime) -> bytes:
-    """The signed list, PEM. number: larger than that of every list before. end: of OpenSSL's patience: after it a
-    broker takes no client at all."""
+def make_crl(authority: Authority, revoked: Iterable[Revoked], number: int, dates: Dates) -> bytes:
+    """The signed list, PEM. number: larger than that of every list before. Outside its dates a broker takes no client
+    at all."""
     issuer_id = authority.certificate.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
     builder = (
         x509.CertificateRevocationListBuilder()
         .issuer_name(authority.certificate.subject)
-        .last_update(now.replace(microsecond=0) - timedelta(days=1))  # a broker whose clock is behind takes it, too
-        .next_update(end)
+        .last_update(dates.begin)
+        .next_update(dates.end)
         .add_extension(x509.CRLNumber(number), critical=False)
         .add_extension(x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(issuer_id), critical=False)
     )
@@ -170,6 +165,14 @@ def read_certificates(pem: bytes, where: str) -> list[x509.Certificate]:
         return x509.load_pem_x509_certificates(pem)
     except ValueError as exc:
         raise ConfigError(f"{where} holds no certificate in PEM form", "restore the file from a backup") from exc
+
+
+def read_crl(pem: bytes, where: str) -> x509.CertificateRevocationList:
+    """The first of a file."""
+    try:
+        return x509.load_pem_x509_crl(pem)
+    except ValueError as exc:
+        raise ConfigError(f"{where} holds no list of revoked certificates", "restore it from a backup") from exc
 
 
 def _builder(

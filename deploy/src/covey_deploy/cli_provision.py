@@ -15,6 +15,7 @@ from covey_edge.cli_key import request as request_command
 from covey_edge.command_groups import NearestGroup
 
 LIST_ENDS_SOON_DAYS = 7
+MANY = 50  # devices: they take more than a second or two
 FILE = click.Path(path_type=Path)
 
 
@@ -148,6 +149,8 @@ def device(
         new.append(provisioning.NewDevice(request.device_id, data_source, data_path, request))
     if not new:
         raise ConfigError("no device is named", "give ids, --csv or --csr")
+    if len(new) > MANY:
+        click.echo(f"making the keys and certificates of {len(new)} devices", err=True)
     keys = provisioning.add_devices(fleet, new, _asking(passphrase_file))
     folder = FleetFolder.open(fleet)
     for one in new:
@@ -215,6 +218,8 @@ def renew(
 
     wanted: list[str] = list(names)
     request = None
+    if new_key and request_path is not None:
+        raise ConfigError("--new-key with --csr: the request's key is meant", "leave one of them out")
     if everybody or due is not None:
         wanted += provisioning.due(FleetFolder.open(fleet), 36525 if due is None else due)
     if request_path is not None:
@@ -291,9 +296,7 @@ def next_authority(fleet: Path, passphrase_file: Optional[Path]) -> None:
     click.echo("1. copy ca.pem and crl.pem to the broker, ca.pem to every device, the coordinator and the operator")
     click.echo(f"2. renew the clients and copy their files: covey provision renew --all --fleet-folder {fleet}")
     click.echo("3. when every device has the new ca.pem, copy the broker's new cert.pem")
-    click.echo(
-        f"4. when nobody uses the old one: covey provision authority retire --fleet-folder {fleet}, and copy ca.pem again"
-    )
+    click.echo(f"4. when nobody uses the old one: covey provision authority retire --fleet-folder {fleet}; copy again")
 
 
 @authority.command(short_help="Trust the older authority no longer.")
@@ -334,11 +337,10 @@ def list_command(fleet: Path, as_json: bool) -> None:
 
 
 def _warn_of_list(path: Path, now: Any) -> None:
-    from cryptography import x509
-
+    from covey_deploy.authority import read_crl
     from covey_edge.config import read_file
 
-    end = x509.load_pem_x509_crl(read_file(path)).next_update_utc
+    end = read_crl(read_file(path), str(path)).next_update_utc
     if end is not None and (end - now).days < LIST_ENDS_SOON_DAYS:
         what = f"the list of revoked certificates ends on {end:%Y-%m-%d %H:%M} UTC; then brokers take nobody"
         click.echo(f"covey: warning: {what}: covey provision renew broker, and copy broker/crl.pem", err=True)
@@ -351,7 +353,8 @@ def _row(one: Any, now: Any) -> dict[str, Any]:
 
     days = (one.not_after - now).total_seconds() / 86400
     state = "ends soon" if days < EXPIRES_SOON_DAYS else "valid"
-    state = "revoked" if one.revoked is not None else "expired" if days <= 0 else state
+    gone = "retired" if one.role == "authority" else "revoked"
+    state = gone if one.revoked is not None else "expired" if days <= 0 else state
     return {**msgspec.to_builtins(one), "state": state, "days_left": int(days)}
 
 

@@ -155,8 +155,7 @@ class FleetFolder:
 
     def device_ids(self) -> list[str]:
         """Of the devices that are not revoked, sorted."""
-        issued = [one for one in self.issued() if one.role == DEVICE]
-        return sorted({one.id for one in issued} - {one.id for one in issued if one.revoked is not None})
+        return sorted(one.id for one in self.newest() if one.role == DEVICE and one.revoked is None)
 
     def issued(self) -> list[Issued]:
         """Every certificate that the fleet's authorities have made, the oldest first."""

@@ -12,13 +12,14 @@ import fcntl
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from covey_edge.files import sync_folder, write_all_atomic
 from covey_protocol.errors import StorageError
 
 STAGED, DECIDED, LOCK = ".staged", ".decided", ".lock"
+REMOVED = ".removed"  # in a staged folder: which files are to go, a line each
 WAIT_S, POLL_S = 30.0, 0.05
 SECRETS = ("key.pem", "seal.pem", "release.pem")  # and what ends in .key
 
@@ -61,9 +62,12 @@ def _wait_for(descriptor: int, folder: Path, wait_s: float) -> None:
         time.sleep(POLL_S)
 
 
-def change(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Write files, named relatively, within `locked`. StorageError (a full disk): then nothing is different."""
+def change(folder: Path, files: Mapping[str, bytes], removed: Sequence[str] = ()) -> None:
+    """Write files and remove others, named relatively, within `locked`. StorageError (a full disk): then nothing is
+    different."""
     staged, decided = folder / STAGED, folder / DECIDED
+    if removed:
+        files = {**files, REMOVED: "\n".join(removed).encode()}
     try:
         _make_private(staged)
         for secret in (True, False):
@@ -93,11 +97,15 @@ def _finish(folder: Path) -> None:
         if not decided.is_dir():
             return
         touched = set()
-        for source in sorted(path for path in decided.rglob("*") if path.is_file()):
+        for source in sorted(path for path in decided.rglob("*") if path.is_file() and path != decided / REMOVED):
             target = folder / source.relative_to(decided)
             _make_private(target.parent)
             os.replace(source, target)
             touched.add(target.parent)
+        if (decided / REMOVED).exists():
+            for name in (decided / REMOVED).read_text().splitlines():
+                (folder / name).unlink(missing_ok=True)
+                touched.add((folder / name).parent)
         for one in touched:
             sync_folder(one)
         shutil.rmtree(decided)

@@ -77,7 +77,10 @@ class _Work:
     def certificate(
         self, role: str, name: str, public_key: ec.EllipticCurvePublicKey, hosts: Sequence[str] = ()
     ) -> None:
-        """Into the folder of its owner, with the authorities that the owner is to trust."""
+        """Into the folder of its owner, with the authorities that the owner is to trust. ConfigError where the one that
+        signs has ended."""
+        if self.authority.certificate.not_valid_after_utc <= self.now:
+            raise _ended(self.authority)
         lifetimes = self.fleet.settings.lifetimes
         dates = Dates.of(self.now, lifetimes.of(role), lifetimes.slack_hours)
         made = ca.issue(self.authority, self.fleet.name, role, name, public_key, dates, hosts)
@@ -93,8 +96,8 @@ class _Work:
         self.files[f"{place(role, name)}/key.pem"] = ca.key_pem(key)
         return key.public_key()
 
-    def write(self) -> None:
-        change(self.fleet.path, {**self.files, "ca/issued.jsonl": issued_lines(self.issued)})
+    def write(self, removed: Sequence[str] = ()) -> None:
+        change(self.fleet.path, {**self.files, "ca/issued.jsonl": issued_lines(self.issued)}, removed)
 
 
 @contextlib.contextmanager
@@ -119,6 +122,13 @@ def _number(issued: Sequence[Issued], certificate: x509.Certificate) -> int:
     if not found:
         raise ConfigError("ca/issued.jsonl does not know the authority of ca/ca.pem", "restore both from one backup")
     return found[0]
+
+
+def _ended(authority: Authority) -> ConfigError:
+    end = authority.certificate.not_valid_after_utc
+    return ConfigError(
+        f"the fleet's authority expired on {end:%Y-%m-%d}", "make the next one: covey provision authority next"
+    )
 
 
 def place(role: str, name: str) -> str:
@@ -183,7 +193,7 @@ def add_devices(
 ) -> dict[str, str]:
     """Make or sign for devices, all of them or none; device -> its public seal key. ConfigError where one exists."""
     with _working(path, passphrase, now) as work:
-        known = {one.id for one in work.issued}
+        known = {one.id for one in work.issued if one.role == DEVICE}
         keys: dict[str, str] = {}
         for device in devices:
             name = check_fleet_id(device.device_id)
@@ -219,6 +229,7 @@ def _enter(work: _Work, keys: Mapping[str, object]) -> None:
     name = "coordinator/coordinator.toml"
     path = work.fleet.path / name
     if path.exists():
+        roster(path)  # says what is wrong with a file that is no TOML
         work.files[name] = with_devices(read_file(path).decode(), keys, path).encode()
 
 
@@ -245,8 +256,7 @@ def renew(
             old = newest.get(name)
             if old is None:
                 raise ConfigError(f"{path} has no {name}", "see who there is: covey provision list")
-            if any(one.id == name and one.revoked for one in work.issued):
-                raise ConfigError(f"{name} is revoked", "make a device of another id")
+            _check_renewable(old, new_key)
             work.certificate(
                 old.role,
                 name,
@@ -256,6 +266,14 @@ def renew(
         _list_revoked(work, _authorities(work))
         work.write()
         return work.issued[-len(names) :]
+
+
+def _check_renewable(old: Issued, new_key: bool) -> None:
+    """A revoked device stays out. There is one broker, coordinator and operator: they go on, with other keys."""
+    if old.revoked is not None and old.role == DEVICE:
+        raise ConfigError(f"{old.id} is revoked", "make a device of another id")
+    if old.revoked is not None and not new_key:
+        raise ConfigError(f"the {old.id}'s certificate is revoked, and perhaps its key known", "add --new-key")
 
 
 def _renewed_key(work: _Work, old: Issued, new_key: bool, request: Optional[Request]) -> ec.EllipticCurvePublicKey:
@@ -289,8 +307,8 @@ def _enter_next(work: _Work, request: Request) -> None:
 def due(fleet: FleetFolder, within_days: float, now: Optional[datetime] = None) -> list[str]:
     """Whose certificates end within so many days, and are not revoked; without the authorities."""
     end = (now or utc_now()) + timedelta(days=within_days)
-    gone = {one.id for one in fleet.issued() if one.revoked is not None}
-    return [one.id for one in fleet.newest() if one.role != AUTHORITY and one.id not in gone and one.not_after <= end]
+    owned = [one for one in fleet.newest() if one.role != AUTHORITY and one.revoked is None]
+    return [one.id for one in owned if one.not_after <= end]
 
 
 # --- revoking
@@ -315,26 +333,29 @@ def revoke(
 
 
 def _list_revoked(work: _Work, authorities: Sequence[Authority]) -> None:
-    """One list of each authority that somebody still trusts, all in one file."""
+    """One list of each authority that somebody still trusts, all in one file. ConfigError where all have ended."""
     path = work.fleet.ca / "crl.pem"
     number = 1
     if path.exists():
-        old = x509.load_pem_x509_crl(read_file(path))
+        old = ca.read_crl(read_file(path), str(path))
         number = old.extensions.get_extension_for_class(x509.CRLNumber).value.crl_number + 1
-    data = b"".join(_list_of(work, one, number) for one in authorities)
+    living = [one for one in authorities if one.certificate.not_valid_after_utc > work.now]
+    if not living:
+        raise _ended(authorities[0])
+    data = b"".join(_list_of(work, one, number) for one in living)
     work.files |= {"ca/crl.pem": data, "broker/crl.pem": data}
 
 
 def _list_of(work: _Work, authority: Authority, number: int) -> bytes:
-    of, days = _number(work.issued, authority.certificate), work.fleet.settings.lifetimes.crl
+    of, lifetimes = _number(work.issued, authority.certificate), work.fleet.settings.lifetimes
     revoked = [
         Revoked(int(one.serial, 16), one.revoked, one.reason)
         for one in work.issued
         if one.revoked is not None and one.authority == of and one.role != AUTHORITY
     ]
     own_end = authority.certificate.not_valid_after_utc
-    end = min(own_end, work.now + timedelta(days=days)) if days else own_end
-    return ca.make_crl(authority, revoked, number, work.now, end)
+    begin, end = Dates.of(work.now, lifetimes.crl, lifetimes.slack_hours)
+    return ca.make_crl(authority, revoked, number, Dates(begin, min(own_end, end) if lifetimes.crl else own_end))
 
 
 def _authorities(work: _Work) -> list[Authority]:
@@ -402,8 +423,7 @@ def retire_authority(path: Path, passphrase: Passphrase = no_passphrase, now: Op
         ]
         _list_revoked(work, [work.authority])
         _trust(work, ca.certificate_pem(work.authority.certificate))
-        work.write()
-        (work.fleet.ca / f"ca-{number}.key").unlink(missing_ok=True)
+        work.write(removed=[f"ca/ca-{number}.key"])
         return number
 
 

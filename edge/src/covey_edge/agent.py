@@ -22,7 +22,8 @@ from covey_edge.cache import BlobCache
 from covey_edge.conditions import FETCHING, TRAINING, Conditions, Sensors
 from covey_edge.config import Agent
 from covey_edge.data_report import DataReport
-from covey_edge.files import DISK
+from covey_edge.fetching import Fetching
+from covey_edge.files import DISK, told_of
 from covey_edge.frames import SUSPECTED, SUSPECTED_TOLD, Done, Frame, Open, Probe, Problem, Run
 from covey_edge.inbox import Inbox
 from covey_edge.leak_told import STOPPED, TOLD
@@ -45,7 +46,6 @@ from covey_edge.training_process import TrainingProcess
 from covey_edge.watch import Order, Watch
 from covey_edge.withheld import NO_WITHHELD_NOISE, WithheldFile, withholds
 from covey_protocol import codec, device, errors
-from covey_protocol.blobs import BlobAssembly
 from covey_protocol.captures import with_consent
 from covey_protocol.codec import CHUNK_ROOM_BYTES, COORDINATOR, Sequence
 from covey_protocol.encryption import encrypted, refusal
@@ -115,11 +115,18 @@ class AgentProgram:
         data = agent.config.data
         self._debugs = bool(data.debug) or any(task.debug for task in data.tasks.values())
         self._personal = Personal(agent, self._cache, lambda token, frame: self._inbox.put((token, frame)))
-        self._assemblies: dict[bytes, BlobAssembly] = {}
-        self._fetch_progress, self._fetch_patience_s = 0.0, FETCH_RETRY_S
         self._runtime = ""
         self._transport = MqttTransport(
             agent.broker, f"covey-{agent.config.fleet}-{agent.config.device_id}", self._inbox
+        )
+        self._fetching = Fetching(
+            self._cache,
+            self._topics,
+            self._transport,
+            FETCH_RETRY_S,
+            FETCH_RETRY_MOST_S,
+            time.monotonic,
+            paused=lambda: self._watch.paused,
         )
         self._connected = False
         self._stopped = False
@@ -185,7 +192,7 @@ class AgentProgram:
     def _tick(self) -> None:
         self._handle(device.Tick())
         self._watch_conditions()
-        self._retry_fetch()
+        self._fetching.tick()
         self._look_after_ourselves()
         if not self._debugs:
             self._child.rest()
@@ -327,21 +334,14 @@ class AgentProgram:
             log.error("ignored a message: %s", exc)
 
     def _take_chunk(self, sha256: bytes, index: int, payload: bytes) -> None:
-        assembly = self._assemblies.get(sha256)
-        if assembly is None or not payload:
-            return  # a cleared chunk, or one of a blob we no longer want
-        whole = assembly.add(index, payload)
-        self._fetch_progress, self._fetch_patience_s = time.monotonic(), FETCH_RETRY_S
-        self._transport.forget([self._topics.blob(sha256, index)])
-        if whole is None:
-            return
-        self._stop_fetching(sha256)
         try:
-            self._cache.put(whole, sha256)
+            whole = self._fetching.take(sha256, index, payload)
         except errors.StorageError as exc:
-            self._handle(device.TrainingFailed(self._machine.round_id, str(exc)))
+            log.error("%s", exc)
+            self._handle(device.TrainingFailed(self._machine.round_id, told_of(exc)))
             return
-        self._handle(device.BlobReady(sha256))
+        if whole:
+            self._handle(device.BlobReady(sha256))
 
     def _take_answer(self, token: object, frame: Frame) -> None:
         if self._personal.takes(token, frame):
@@ -377,6 +377,8 @@ class AgentProgram:
             return TOLD
         if kind == SUSPECTED:
             return SUSPECTED_TOLD
+        if kind == errors.StorageError.__name__:
+            return told_of(errors.StorageError(problem))
         invitation = self._machine.invitation
         hidden = invitation is not None and invitation.encryption_key
         return f"{kind}; in an encrypted round the reason is in the device's log alone" if hidden else problem
@@ -413,7 +415,8 @@ class AgentProgram:
             trained = self._trained(round_id, frame, invitation)
         except (errors.StorageError, errors.ConfigError, errors.PeerError) as exc:
             log.error("%s", exc)
-            self._handle(device.TrainingFailed(round_id, str(exc)))
+            told = told_of(exc) if isinstance(exc, errors.StorageError) else str(exc)
+            self._handle(device.TrainingFailed(round_id, told))
             return
         self._handle(trained)
 
@@ -478,12 +481,7 @@ class AgentProgram:
             return "this device's privacy ledger cannot be read"
 
     def fetch(self, blobs: tuple[BlobRef, ...]) -> None:
-        here = [ref for ref in blobs if self._cache.has(ref)]
-        for ref in blobs:
-            if ref not in here and ref.sha256 not in self._assemblies:
-                self._assemblies[ref.sha256] = BlobAssembly(ref)
-                self._subscribe_missing(self._assemblies[ref.sha256])
-        for ref in here:
+        for ref in self._fetching.fetch(blobs):
             self._handle(device.BlobReady(ref.sha256))
 
     def train(self, invitation: Invitation) -> None:
@@ -502,6 +500,8 @@ class AgentProgram:
             self._config.training.threads,
         )
         self._working_since = time.monotonic()
+        work = "evaluation" if invitation.plan.evaluate else "training"
+        log.info("round %s: all is fetched, %s begins", invitation.round_id, work)
         self._ask_child(invitation.round_id, request)
 
     def _ask_child(self, round_id: str, request: Frame) -> None:
@@ -510,8 +510,7 @@ class AgentProgram:
             self._child.pause()
 
     def stop_working(self) -> None:
-        for sha256 in list(self._assemblies):
-            self._stop_fetching(sha256)
+        self._fetching.stop()
         if self._child.busy:
             self._child.stop()  # it works for a round that is over
         self._watch.over()
@@ -539,14 +538,12 @@ class AgentProgram:
         if order is Order.PAUSE:
             log.info("round %s: paused", round_id)
             self._child.pause()
-            for assembly in self._assemblies.values():
-                self._unsubscribe(assembly)
+            self._fetching.pause()
         elif order is Order.GO_ON:
             log.info("round %s: goes on", round_id)
             self._watch.over()
             self._child.go_on()
-            for assembly in self._assemblies.values():
-                self._subscribe_missing(assembly)
+            self._fetching.go_on()
         elif order is Order.GIVE_UP:
             self._handle(device.TrainingFailed(round_id, self._watch.reason))
 
@@ -560,35 +557,10 @@ class AgentProgram:
             log.info("round %s: its update waits for a network that is not metered", message.round_id)
         return True
 
-    # --- fetching and training
+    # --- training
 
     def _handle(self, event: device.Event) -> None:
         self._performer.handle(event)
-
-    def _subscribe_missing(self, assembly: BlobAssembly) -> None:
-        if self._watch.paused:
-            return
-        self._fetch_progress = time.monotonic()
-        self._transport.subscribe(self._topics.blob(assembly.ref.sha256, index) for index in assembly.missing())
-
-    def _retry_fetch(self) -> None:
-        # subscribing again makes the broker send its retained chunks again: mends lost and corrupted ones. Not while
-        # some still come, or a slow link would carry them twice.
-        if self._watch.paused:
-            return
-        if self._assemblies and time.monotonic() - self._fetch_progress > self._fetch_patience_s:
-            self._fetch_patience_s = min(2 * self._fetch_patience_s, FETCH_RETRY_MOST_S)
-            for assembly in self._assemblies.values():
-                self._subscribe_missing(assembly)
-
-    def _stop_fetching(self, sha256: bytes) -> None:
-        assembly = self._assemblies.pop(sha256, None)
-        if assembly is not None:
-            self._unsubscribe(assembly)
-
-    def _unsubscribe(self, assembly: BlobAssembly) -> None:
-        ref = assembly.ref
-        self._transport.unsubscribe(self._topics.blob(ref.sha256, index) for index in range(ref.num_chunks))
 
     def _run_training(self) -> None:
         invitation = self._machine.invitation

@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from covey_edge.source_options import OPTIONS, NpzOptions, check_together
+from covey_edge.strict import as_struct
 from covey_edge.table_rows import Table
 from covey_protocol.bundle import Manifest, TensorSpec
 from covey_protocol.errors import ConfigError, DataError
@@ -89,8 +90,6 @@ def options_of(name: str, options: dict[str, Any]) -> Any:
         ) from exc
     if not (isinstance(kind, type) and issubclass(kind, msgspec.Struct)):
         return options
-    from covey_edge.config import as_struct
-
     made = as_struct(options, kind, "[data.options]")
     check_together(made, "[data.options]")
     return made

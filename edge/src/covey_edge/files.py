@@ -147,6 +147,13 @@ class Disk:
 DISK = Disk()
 
 
+def told_of(error: Exception) -> str:
+    """What others hear of a disk that failed: why, and not which of this device's files; its log has that."""
+    cause = error if isinstance(error, OSError) else error.__cause__
+    why = f" ({cause.strerror})" if isinstance(cause, OSError) and cause.strerror else ""
+    return f"this device cannot keep or read a file{why}; its log says which"
+
+
 @contextlib.contextmanager
 def _written(path: Path, data: bytes, mode: int) -> Iterator[int]:
     """A new file with this content, and its descriptor: nothing is synced yet."""

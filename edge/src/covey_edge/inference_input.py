@@ -14,8 +14,9 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from covey_edge.config import DataSettings, TaskData, as_struct
+from covey_edge.config import DataSettings, TaskData
 from covey_edge.source_options import CsvOptions, ImagesOptions
+from covey_edge.strict import as_struct
 from covey_protocol.bundle import Manifest
 from covey_protocol.errors import DataError
 

@@ -130,10 +130,9 @@ def certificate_end(path: Path) -> tuple[str, bool]:
 
 
 def _dates(path: Path) -> tuple[datetime, datetime]:
-    from cryptography import x509  # 1 MB and 25 ms, which an agent without client certificate does not need
+    from covey_edge.certificate_dates import validity  # most agents that run without TLS do not need it
 
     try:
-        certificate = x509.load_pem_x509_certificate(path.read_bytes())
+        return validity(path.read_bytes())
     except ValueError as exc:
         raise ConfigError(f"{path} holds no certificate in PEM form", "check the path") from exc
-    return certificate.not_valid_before_utc, certificate.not_valid_after_utc

@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable
 from typing import Protocol
 
+from covey_edge.files import told_of
 from covey_edge.ledger import UNCOUNTED, Counts, Overspent
 from covey_edge.outbox import Entry, Outbox
 from covey_edge.sent_log import UNLOGGED, Sent
@@ -94,7 +95,8 @@ class Performer:
             self._outbox.keep(Entry(effect.offer, effect.update))
         except (StorageError, Overspent) as exc:
             log.error("%s", exc)
-            self.handle(device.Lost(effect.round_id, str(exc)))
+            told = str(exc) if isinstance(exc, Overspent) else told_of(exc)
+            self.handle(device.Lost(effect.round_id, told))
             return False
         return True
 

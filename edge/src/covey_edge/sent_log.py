@@ -23,7 +23,7 @@ import msgspec
 from msgspec import Struct
 
 from covey_edge.config import PrivacySettings
-from covey_edge.files import DISK, Disk
+from covey_edge.files import DISK, Disk, told_of
 from covey_protocol import device
 from covey_protocol.errors import StorageError
 from covey_protocol.messages import (
@@ -159,7 +159,7 @@ class SentLog:
             self._write(line, durable=True)
         except StorageError as exc:
             log.error("%s", exc)
-            message = Failure(message.round_id, reason_text(f"{UNSAID} ({exc.what})"))
+            message = Failure(message.round_id, reason_text(f"{UNSAID} ({told_of(exc)})"))
             self._put_off(self._line_of(message))
         return message
 

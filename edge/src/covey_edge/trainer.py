@@ -15,15 +15,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO, Optional
+from typing import TYPE_CHECKING, BinaryIO, Optional
 
 import msgspec
 import numpy as np
 
-from covey_edge.coded import coded
 from covey_edge.data_report import DataReport
 from covey_edge.data_sources import Examples, state_of
-from covey_edge.debugging import Debugged, debugged, is_debugged
 from covey_edge.examples import Prepared, examine, prepared
 from covey_edge.frames import Done, Frame, Open, Personalise, Probe, Problem, Run, read_frame, write_frame
 from covey_edge.leak_gate import STOPPED, Stopped, judge
@@ -45,6 +43,9 @@ from covey_protocol.privacy import add_gaussian_noise, clip
 from covey_protocol.seals import PublicKey
 from covey_protocol.svrg import order_of, step_seed
 from covey_protocol.works import CORRECT, CYCLIC, FEATURES, TEACH
+
+if TYPE_CHECKING:
+    from covey_edge.debugging import Debugged
 
 
 class Trainer:
@@ -79,6 +80,9 @@ class Trainer:
             return Problem(type(exc).__name__, exc.what, exc.remedy)
         except MemoryError:
             return Problem("TrainingError", "the device ran out of memory while training", "raise training.memory_mb")
+        finally:
+            if self._model is not None:  # between rounds its buffers are not missed
+                self._model.let_go()
         raise AssertionError(request)
 
     def _open(self, request: Open) -> Done:
@@ -121,12 +125,15 @@ class Trainer:
             return counted(self._model, (x, y), request)
         if request.noise_multiplier and not request.noise_moving_statistics:
             refuse_moving_statistics(self._model.manifest)
-        received = np.frombuffer(request.parameters, "<f4").astype(np.float32)
+        received = np.frombuffer(request.parameters, "<f4").astype(np.float32, copy=False)
         started = time.monotonic()
         warnings = self._screen.look(self._model.manifest, received, x, request)
         self._model.set_parameters(received)
         loss_before, accuracy_before = self._model.evaluate(x, y)
+        self._model.let_go()  # its buffers to evaluate, before it gets those to train
+        self._model.set_parameters(received)
         update, loss, kept, found = _made(self._model, (x, y), request, received)
+        self._model.let_go()
         if not np.isfinite(update).all():
             raise TrainingError("training diverged: the update is not finite", "lower the learning rate")
         trained = update
@@ -154,6 +161,8 @@ class Trainer:
 
     def _coded(self, model: Model, request: Run) -> Done:
         """The row of a code; the model is looked at with each shard's examples, as with all others."""
+        from covey_edge.coded import coded  # what few rounds ask for is loaded for them alone, as below
+
         warned: list[str] = []
 
         def trained(
@@ -167,7 +176,11 @@ class Trainer:
 
     def _used(self, model: Model, examples: Examples, request: Run) -> Examples:
         """The examples of this round; looked through for wrong labels once for each state of the data."""
-        if not request.debug or not is_debugged(request.plan):
+        if not request.debug:
+            return examples
+        from covey_edge.debugging import debugged, is_debugged
+
+        if not is_debugged(request.plan):
             return examples
         trusted = Path(request.trusted_path)
         stat = trusted.stat() if trusted.exists() else None
@@ -203,7 +216,9 @@ def _made(model: Model, examples: Examples, request: Run, received: Floats) -> M
     if request.plan.work != TRAIN:
         return made(model, examples, request, received)
     loss = train(model, examples, request.plan, request.order_name)
-    return Made(model.parameters() - received, loss)
+    update = model.parameters()
+    update -= received  # in its place: memory is what is short now
+    return Made(update, loss)
 
 
 def evaluated(model: Model, examples: Examples, request: Run) -> Done:

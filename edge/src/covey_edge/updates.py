@@ -15,14 +15,14 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Optional, Protocol
+from typing import Optional
 
 from covey_edge import __version__
 from covey_edge.boot import RELEASE, RELEASES, TRIAL, Folder, Staged
 from covey_edge.cache import BlobCache
 from covey_edge.config import Agent
-from covey_edge.files import write_atomic
-from covey_protocol.blobs import BlobAssembly
+from covey_edge.fetching import Fetching, Subscribes
+from covey_edge.files import told_of, write_atomic
 from covey_protocol.errors import ConfigError, ReleaseError, StorageError
 from covey_protocol.messages import MAX_BAD, reason_text
 from covey_protocol.releases import (
@@ -49,14 +49,6 @@ PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 MAX_FILE_BYTES = MAX_RELEASE_BYTES + MAX_SEALED_BYTES + len(MAGIC) + 4
 
 
-class Subscribes(Protocol):
-    """Of `MqttTransport`."""
-
-    def subscribe(self, topics: list[str]) -> None: ...
-
-    def unsubscribe(self, topics: list[str]) -> None: ...
-
-
 class Updates:
     """told: what the operator should hear of the newest release that failed or was refused; "" for nothing."""
 
@@ -65,15 +57,15 @@ class Updates:
         self._device_id = agent.config.device_id
         self._key = PublicKey.from_hex(agent.config.update.release_key)
         self._from_fleet = agent.config.update.from_fleet
-        self._topics, self._transport, self._clock = Topics(agent.config.fleet), transport, clock
+        self._topics, self._clock = Topics(agent.config.fleet), clock
         self._folder = Folder(agent.state_dir.resolve() / "releases")
         self._cache = BlobCache(self._folder.path / "incoming", MAX_WHEELS)
+        self._fetching = Fetching(self._cache, self._topics, transport, REFETCH_S, REFETCH_S, clock)
         _check_folder(self._folder.path)
         self._boot = self._folder.boot()
         self._heard = _heard(self._folder.path / "heard.json")
         self._wanted: Optional[Release] = None  # that is being fetched
-        self._assemblies: dict[bytes, BlobAssembly] = {}
-        self._progress = self._looked = clock()
+        self._looked = clock()
         self._refused: dict[int, str] = {}  # what could not be installed, by serial: not fetched again in this run
         self._staged = ""
         self._left = "" if self.on_trial else self._folder.staged().version  # the launcher could not take it up
@@ -135,31 +127,20 @@ class Updates:
         if not self._is_for_us(release):
             return
         self._stop_fetching()
-        self._wanted, self._progress = release, self._clock()
-        for wheel in release.wheels:
-            if not self._cache.has(wheel.blob):
-                self._assemblies[wheel.blob.sha256] = BlobAssembly(wheel.blob)
-        log.info("release %s: fetching %d of %d wheels", release.version, len(self._assemblies), len(release.wheels))
-        self._ask_for_chunks()
+        self._wanted = release
+        self._fetching.fetch(wheel.blob for wheel in release.wheels)
+        log.info("release %s: fetching %d of %d wheels", release.version, len(self._fetching), len(release.wheels))
         self._install_whole()
 
     def take_chunk(self, sha256: bytes, index: int, payload: bytes) -> None:
         """One that is not a round's. Raises PeerError for a wrong one; ignores those of others."""
-        assembly = self._assemblies.get(sha256)
-        if assembly is None or not payload:
-            return
-        whole = assembly.add(index, payload)
-        self._progress = self._clock()
-        if whole is None:
-            return
-        del self._assemblies[sha256]
-        self._transport.unsubscribe([self._topics.blob(sha256, one) for one in range(assembly.ref.num_chunks)])
         try:
-            self._cache.put(whole, sha256)
+            whole = self._fetching.take(sha256, index, payload)
         except StorageError as exc:
-            self._give_up(str(exc))
+            self._give_up(exc)
             return
-        self._install_whole()
+        if whole:
+            self._install_whole()
 
     def _is_for_us(self, release: Release) -> bool:
         """Also makes durable which serial was heard. Nothing older is followed from then on."""
@@ -179,7 +160,7 @@ class Updates:
             log.warning("release %s failed on this device before and is not tried again", release.version)
             return False
         if self._wanted is not None and self._wanted.serial == release.serial:
-            self._ask_for_chunks()
+            self._fetching.go_on()
             return False
         if not is_for(release, self._device_id):
             log.info("release %s goes to others first (%g %% of the devices)", release.version, 100 * release.share)
@@ -187,33 +168,31 @@ class Updates:
             return False
         return True
 
-    def _ask_for_chunks(self) -> None:
-        for assembly in self._assemblies.values():
-            self._transport.subscribe([self._topics.blob(assembly.ref.sha256, one) for one in assembly.missing()])
-
     def _stop_fetching(self) -> None:
-        for sha256, assembly in self._assemblies.items():
-            self._transport.unsubscribe([self._topics.blob(sha256, one) for one in range(assembly.ref.num_chunks)])
-        self._assemblies.clear()
+        self._fetching.stop()
         self._wanted = None
 
-    def _give_up(self, why: str) -> None:
+    def _give_up(self, why: Exception) -> None:
         """Of what is being fetched. It is tried again after the next start of the agent."""
         if self._wanted is not None:
             self._refused[self._wanted.serial] = self._wanted.version
-            self.told = reason_text(f"release {self._wanted.version} was not installed: {why}")
-            log.error("%s", self.told)
+            self._say(f"release {self._wanted.version} was not installed", why)
         self._stop_fetching()
+
+    def _say(self, what: str, why: Exception) -> None:
+        """In full in the log; the operator hears of no file's place."""
+        log.error("%s: %s", what, why)
+        self.told = reason_text(f"{what}: {why if isinstance(why, ReleaseError) else told_of(why)}")
 
     def _install_whole(self) -> None:
         release = self._wanted
-        if release is None or self._assemblies:
+        if release is None or len(self._fetching):
             return
         try:
             wheels = [self._cache.path(wheel.blob.sha256).read_bytes() for wheel in release.wheels]
             self._install(release, wheels, again=False)
         except (ReleaseError, StorageError, OSError) as exc:
-            self._give_up(str(exc))
+            self._give_up(exc)
             return
         self._stop_fetching()
         shutil.rmtree(self._folder.path / "incoming", ignore_errors=True)
@@ -223,9 +202,7 @@ class Updates:
     def tick(self, *, idle: bool) -> bool:
         """About once a second. idle: no round is under way. True: end in order, and let the launcher start anew."""
         now = self._clock()
-        if self._assemblies and now - self._progress > REFETCH_S:
-            self._progress = now
-            self._ask_for_chunks()
+        self._fetching.tick()
         if self.on_trial or now - self._looked >= LOOK_S:
             self._looked = now
             self._look()
@@ -244,8 +221,7 @@ class Updates:
                 self._check_given(release)
                 self._install(release, wheels, again=True)
         except (ReleaseError, StorageError) as exc:
-            self.told = reason_text(f"a release that was given to this device was not installed: {exc}")
-            log.error("%s", self.told)
+            self._say("a release that was given to this device was not installed", exc)
         try:
             path.unlink(missing_ok=True)
         except OSError as exc:  # put there by somebody else in a folder of his: do not begin again and again

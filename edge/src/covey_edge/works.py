@@ -16,7 +16,6 @@ import numpy as np
 from covey_edge.data_sources import Examples
 from covey_edge.frames import Done, Run
 from covey_edge.runtime import Floats, Model
-from covey_edge.teaching import taught
 from covey_protocol import scaffold, svrg
 from covey_protocol.bundle import check_plan
 from covey_protocol.errors import TrainingError
@@ -60,6 +59,8 @@ def made(model: Model, examples: Examples, request: Run, received: Floats) -> Ma
     if request.plan.work == SVRG:
         return _svrg(model, examples, request, received, vectors)
     if request.plan.work in (TEACH, CORRECT):
+        from covey_edge.teaching import taught  # for few rounds, as its reports
+
         update, kept, found = taught(model, examples, request, received, vectors)
         return Made(update, None, kept, found)
     return _scaffold(model, examples, request, received, vectors[0])

@@ -38,6 +38,7 @@ DTYPES = ("float32", "int32", "uint8")  # of inputs and labels
 METRICS = ("loss", "accuracy")  # what an evaluation may ask for, from the sums that `evaluate` gives
 TRAIN_INPUTS = ("seed", "clip_norm", "proximal", "correction")  # what `train` may take beside the inputs all have
 SEAL_CONTEXT = b"covey bundle 1\x00"
+KEEPS = "keeps"  # in the metadata of a model that keeps more between rounds than parameters and optimizer
 
 
 class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -96,6 +97,11 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     def dimension(self) -> int:
         """d, the length of the flat parameter vector."""
         return total_size(self.parameters)
+
+    @property
+    def keeps_state(self) -> bool:
+        """Whether a loaded model holds what is neither sent nor reset: moving statistics that stay on the device."""
+        return KEEPS in self.metadata
 
     @property
     def facts(self) -> BundleFacts:

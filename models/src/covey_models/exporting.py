@@ -20,7 +20,7 @@ from covey_models.losses import Loss, behind, loss_for
 from covey_models.lowering import lower
 from covey_models.proof import DataRange, prove
 from covey_models.steps import MOVING_STATISTICS, Recipe, Steps, layer_names, training_steps
-from covey_protocol.bundle import FORMAT_VERSION, Manifest, Proof, TensorSpec, write_bundle
+from covey_protocol.bundle import FORMAT_VERSION, KEEPS, Manifest, Proof, TensorSpec, write_bundle
 from covey_protocol.errors import BundleError, ConfigError, CoveyError
 from covey_protocol.seals import SealingKey
 
@@ -117,8 +117,14 @@ def _manifest(model: Any, settings: Settings, steps: Steps, proof: Proof) -> Man
         class_names=settings.class_names,
         tensorflow=tf.__version__,
         proof=proof,
-        metadata=settings.metadata | ({ROUNDED: f"{settings.round_outputs:g}"} if settings.round_outputs else {}),
+        metadata=settings.metadata | _facts(settings, steps),
     )
+
+
+def _facts(settings: Settings, steps: Steps) -> dict[str, str]:
+    """What the metadata say of the model itself."""
+    rounded = {ROUNDED: f"{settings.round_outputs:g}"} if settings.round_outputs else {}
+    return rounded | ({KEEPS: f"{len(steps.kept)} variables"} if steps.kept else {})
 
 
 def convert_functions(functions: Mapping[str, Any], model: Any, steps: Steps) -> bytes:

@@ -71,6 +71,12 @@ class Steps:
     def batch_size(self) -> int:
         return self.recipe.batch_size
 
+    @property
+    def kept(self) -> list[Any]:
+        """The variables that change, do not travel, and are not the optimizer's: they outlast a round on the device."""
+        others = {id(variable) for variable in [*self.parameters, *_optimizer_variables(self.optimizer)]}
+        return [variable for variable in self.variables if id(variable) not in others]
+
 
 def parameter_specs(parameters: Sequence[Any], trainable: Collection[int]) -> tuple[ParameterSpec, ...]:
     """Keras' paths without ":0", numbered where two variables share one. trainable: ids of the trained variables."""

@@ -8,7 +8,6 @@ results.csv, results.json, heatmap.png   made anew from the cells at the end
 from __future__ import annotations
 
 import csv
-import fcntl
 import io
 import json
 from collections.abc import Iterator, Sequence
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from covey_coordinator.grid.settings import Cell
+from covey_coordinator.held import alone_in
 from covey_edge.files import write_atomic
 from covey_protocol.errors import ConfigError, StorageError
 
@@ -50,16 +50,9 @@ class Folder:
         """Hold the folder for this process. ConfigError if it holds another grid or another process works in it."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            lock = (self.path / ".lock").open("w")
         except OSError as exc:
             raise StorageError(f"cannot use {self.path} ({exc.strerror})", "choose another --output") from exc
-        with lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as exc:
-                raise ConfigError(
-                    f"another covey grid works in {self.path}", "wait for it, or choose another --output"
-                ) from exc
+        with alone_in(self.path, "covey grid"):
             self._claim()
             yield
 

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from covey_coordinator.simulation.settings import ExperimentSettings, Table, check_settings, with_absolute_paths
-from covey_edge.config import as_struct
+from covey_edge.strict import as_struct
 from covey_protocol.errors import ConfigError, RuleError
 
 TOGETHER = "together"  # in [sweep]: a list of tables whose lists go in step
