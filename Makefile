@@ -2,7 +2,7 @@
 PYTHON ?= python3
 READY := .venv/.ready
 
-.PHONY: demo test test-slow bench check lock clean
+.PHONY: demo test test-slow test-device bench check lock clean
 
 demo: $(READY) ## run the main job: ten devices, three corrupted, one report
 	@.venv/bin/covey demo $(ARGS)
@@ -10,8 +10,11 @@ demo: $(READY) ## run the main job: ten devices, three corrupted, one report
 test: $(READY) ## the everyday tests
 	@.venv/bin/python scripts/run_tests.py $(ARGS)
 
-test-slow: $(READY) ## everything, also what takes long
-	.venv/bin/python -m pytest -m "slow or not slow" $(ARGS)
+test-slow: $(READY) ## everything but emulated machines, also what takes long
+	.venv/bin/python -m pytest -m "not device" $(ARGS)
+
+test-device: $(READY) ## a whole emulated machine, from the card to two rounds; a quarter of an hour
+	.venv/bin/python -m pytest -m device -s tests/device $(ARGS)
 
 bench: $(READY) ## side-by-side measurements
 	.venv/bin/python benchmarks/aggregation.py

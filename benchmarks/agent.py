@@ -2,9 +2,10 @@
 
     python benchmarks/agent.py [--quick] [--peers] [--python 3.11] [--json FILE]
 
-The agent runs from its wheel and its lock in an environment of its own (.bench/agent-3.x, made anew for each lock or
-source), against a Mosquitto on this machine, and trains the reference CNN (206,922 parameters) on 600 images. --peers:
-beside it, in the same run, Flower's SuperNode (flwr) with the same model, data and settings in TensorFlow and in
+The agent runs as a kit installs it on devices (docs/kits.md), from .bench/agent-kit-3.x, made anew for each lock or
+source; what pip installs of the same lock (.bench/agent-3.x, uncompiled) is weighed beside it. It runs against a
+Mosquitto on this machine and trains the reference CNN (206,922 parameters) on 600 images. --peers: beside it, in the
+same run, Flower's SuperNode (flwr) with the same model, data and settings in TensorFlow and in
 PyTorch, each in an environment made from benchmarks/agent-peers.txt (4 GB; the first time takes minutes).
 
 Memory is read from /proc/PID/smaps of the program and all it has started, every 0.1 s. "Together" counts a page of a
@@ -20,6 +21,7 @@ import contextlib
 import hashlib
 import json
 import os
+import platform
 import re
 import shutil
 import signal
@@ -53,6 +55,11 @@ from covey_coordinator.coordinator import Coordinator
 from covey_coordinator.demo.devices import Shard, make_device
 from covey_coordinator.fleet import Fleet
 from covey_coordinator.store import RunStore
+from covey_deploy import installer
+from covey_deploy.agent_wheel import agent_wheel
+from covey_deploy.kit import make_kit
+from covey_deploy.targets import described
+from covey_deploy.wheelhouse import Wheelhouse, lock_file, pinned
 from covey_edge.mqtt import parse_broker
 from covey_protocol.bundle import read_bundle
 from covey_protocol.messages import Presence, TrainingPlan
@@ -63,6 +70,7 @@ PEERS = {"flwr, TensorFlow": "flwr-tensorflow", "flwr, PyTorch": "flwr-torch"}
 EXAMPLES, BATCH, RATE = 600, 20, 0.05
 PATIENCE_S = 300.0
 SAMPLE_S = 0.1
+GLIBC = "2.34"  # what the newest wheels of the lock ask for
 CHILD_GONE_S = 60.0  # the agent ends its training child after 30 s without work
 NOT_OURS = re.compile(r"^(pip|setuptools|pkg_resources|_distutils_hack|distutils-precedence|wheel)")
 BARS = {"installed_mb": 85.0, "idle_mb": 45.0, "training_mb": 70.0, "start_s": 1.5, "idle_cpu_percent": 0.2}
@@ -242,6 +250,25 @@ def agent_environment(version: str) -> Path:
         return environment(f"agent-{version}", found_python(version), state, from_lock, own)
 
 
+def kit_environment(version: str) -> Path:
+    """The prefix of a kit's installation for this machine and this Python."""
+    target = described(version, platform.machine(), GLIBC)
+    wheels = Wheelhouse(ENVIRONMENTS / "wheels").wheels(pinned(lock_file().read_text(), target), target)
+    kit = make_kit(target, {**wheels, **dict([agent_wheel()])}, SealingKey.from_seed(bytes(32)))
+    folder, state = ENVIRONMENTS / f"agent-kit-{version}", hashlib.sha256(kit).hexdigest()
+    stamp = folder / ".made-of"
+    if not stamp.exists() or stamp.read_text() != state:
+        shutil.rmtree(folder, ignore_errors=True)
+        with tempfile.TemporaryDirectory() as name:
+            for file, data in installer.members(kit):
+                (Path(name) / file).parent.mkdir(exist_ok=True)
+                (Path(name) / file).write_bytes(data)
+            command = [found_python(version), str(Path(name) / "install.py"), "--prefix", str(folder)]
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        stamp.write_text(state)
+    return folder
+
+
 def peer_environment(name: str, version: str) -> Path:
     """Flower, and the framework that the environment's name ends with."""
     wanted = Path(__file__).with_name("agent-peers.txt").read_text()
@@ -308,7 +335,7 @@ def plain_environment(**more: str) -> dict[str, str]:
 
 
 def measure_agent(made: Material, version: str, seconds: float, starts: int, rounds: int) -> Row:
-    python = agent_environment(version)
+    python = kit_environment(version)
     # a device's second start is the usual one: Python keeps the bytecode of what it has imported
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -336,7 +363,13 @@ def measure_agent(made: Material, version: str, seconds: float, starts: int, rou
             fleet.close()
             proxy.close()
             end(mosquitto)
-    row.installed_mb, row.with_pip_mb = installed_mb(python)
+    tree_of_kit = installer.Prefix(python).running()
+    assert tree_of_kit is not None
+    row.installed_mb = installer.size_of(tree_of_kit) / 1e6
+    by_pip, row.with_pip_mb = installed_mb(agent_environment(version))
+    row.notes.append(
+        f"installed by a kit {row.installed_mb:.1f} MB, by pip {by_pip:.1f} (without bytecode), with pip more"
+    )
     return row
 
 

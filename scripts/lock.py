@@ -24,6 +24,10 @@ def main() -> None:
     desktop = ["--python-version", "3.11", "--python-platform", "x86_64-manylinux_2_31"]
     anywhere = ["--universal", "--python-version", "3.9"]
     compile_lock(uv, ["pyproject.toml", *members, "--group", "dev", *own, *desktop], "dev.txt")
+    # what the image of a coordinator holds (deploy/containers): the same versions without the tools of developers
+    compile_lock(uv, ["pyproject.toml", *members, "--constraint", "locks/dev.txt", *own, *desktop], "coordinator.txt")
+    images = ["--universal", "--python-version", "3.11"]
+    compile_lock(uv, ["-", "--constraint", "locks/dev.txt", *images], "build.txt", "hatchling")
     compile_lock(uv, ["edge/pyproject.toml", "--constraint", "locks/constraints.in", *anywhere], "edge.txt")
     compile_lock(uv, ["-", *anywhere], "uv.txt", UV_VERSION)
 

@@ -208,6 +208,7 @@ def test_the_agent_alone_is_as_small_as_promised(tmp_path: Path) -> None:
     ended = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr[-2000:]
     (row,) = json.loads(written.read_text())
+    assert row["installed_mb"] < 85.0  # as a kit installs it
     assert row["idle_processes"] == 1  # the training child has ended
     assert row["idle_mb"] < 45.0
     assert row["training_mb"] < 70.0  # edge/README.md says what it is made of

@@ -38,15 +38,19 @@ def require_emulation() -> None:
         pytest.skip("arm64 programs are not given to qemu (binfmt_misc; Debian: systemctl restart systemd-binfmt)")
 
 
-def userland(suite: str = "bookworm") -> Path:
-    """The root of the unpacked Debian."""
-    root = Path(os.environ.get("COVEY_CACHE", ROOT / ".bench")) / f"arm64-{suite}"
+def userland(suite: str = "bookworm", *more: str) -> Path:
+    """The root of the unpacked Debian, with these packages more."""
+    root = Path(os.environ.get("COVEY_CACHE", ROOT / ".bench")) / "-".join(["arm64", suite, *more])
     if not (root / "usr/bin/python3").exists():
         shutil.rmtree(root, ignore_errors=True)
         root.parent.mkdir(parents=True, exist_ok=True)
         left_out = [f"--dpkgopt=path-exclude={pattern}" for pattern in WITHOUT]
-        what = ["--architectures=arm64", "--variant=extract", f"--include={PACKAGES}", "--components=main", *left_out]
+        include = f"--include={','.join([PACKAGES, *more])}"
+        what = ["--architectures=arm64", "--variant=extract", include, "--components=main", *left_out]
         subprocess.run(["mmdebstrap", "--quiet", *what, suite, str(root)], check=True)
+    for name in ("bin", "lib", "sbin"):  # from trixie on packages lie below /usr alone, and base-files has the links
+        if not (root / name).exists():
+            (root / name).symlink_to(f"usr/{name}")
     return root
 
 

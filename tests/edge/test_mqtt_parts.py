@@ -13,11 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from covey_edge.mqtt import PACKET_HEADER_BYTES, parse_broker
-from covey_edge.mqtt_reasons import HOPELESS, check_certificate, delay_s, remedy_for, tls_remedy
+from covey_edge.mqtt_reasons import HOPELESS, certificate_end, check_certificate, delay_s, remedy_for, tls_remedy
 from covey_edge.mqtt_window import Outgoing, SendWindow
 from covey_protocol import codec
 from covey_protocol.codec import CHUNK_ROOM_BYTES
-from covey_protocol.errors import ConfigError
+from covey_protocol.errors import ConfigError, TransportError
 from covey_protocol.messages import MAX_CHUNK_BYTES, MAX_CHUNKS, Chunk
 from covey_protocol.seals import SealingKey
 from covey_protocol.topics import Topics
@@ -143,16 +143,32 @@ def test_a_failed_handshake_says_what_to_do(what: str) -> None:
     assert words in tls_remedy(error, text)
 
 
-@pytest.mark.parametrize(("days", "words"), [((-3, -1), "expired on"), ((1, 3), "valid only from")])
+@pytest.mark.parametrize(
+    ("days", "error", "words"),
+    [((-3, -1), ConfigError, "expired on"), ((1, 3), TransportError, "valid only from")],
+    ids=["expired: for its owner", "not yet: perhaps the clock is set in a moment"],
+)
 def test_a_client_certificate_that_is_not_valid_today_is_refused_before_connecting(
-    tmp_path: Path, days: tuple[int, int], words: str
+    tmp_path: Path, days: tuple[int, int], error: type[Exception], words: str
 ) -> None:
     now = datetime.datetime.now(datetime.timezone.utc)
     begins, ends = (now + datetime.timedelta(days=day) for day in days)
     files = certificates(tmp_path, client_dates=(begins, ends))
-    with pytest.raises(ConfigError, match=f"client.crt (is )?{words}"):
+    with pytest.raises(error, match=f"client.crt (is )?{words}"):
         check_certificate(files["client.crt"])
     check_certificate(files["server.crt"])
+
+
+def test_a_certificate_says_when_it_ends_and_warns_before(tmp_path: Path) -> None:
+    now = datetime.datetime.now(datetime.timezone.utc)
+    for days, words, soon in ((400, "valid until", False), (12.5, "ends in 12 days", True), (-1, "expired on", True)):
+        end = now + datetime.timedelta(days=days)
+        files = certificates(tmp_path, client_dates=(now - datetime.timedelta(days=9), end))
+        said = certificate_end(files["client.crt"])
+        assert said[0].startswith(words)
+        assert f"{end:%Y-%m-%d}" in said[0]
+        assert said[1] is soon
+    assert certificate_end(tmp_path / "none") == ("cannot be read (No such file or directory)", True)
 
 
 def test_a_file_that_is_no_certificate_is_named(tmp_path: Path) -> None:

@@ -74,8 +74,11 @@ def test_words_say_what_an_update_is_and_what_was_done_to_it() -> None:
 
 
 def test_trouble_with_the_agents_own_software_is_in_the_log(tmp_path: Path) -> None:
-    SentLog(tmp_path, PRIVATE).before(Presence(True, 1, "0.2.0", "tflite 2.14", (), "release 0.3.0 failed"))
-    assert lines(tmp_path)[0].words == "online, covey 0.2.0, tflite 2.14; release 0.3.0 failed"
+    said = Presence(True, 1, "0.3.1", "tflite 2.14", (), "release 0.3.0 failed", on_trial=True, bad=("0.2.9", "0.3.0"))
+    SentLog(tmp_path, PRIVATE).before(said)
+    assert lines(tmp_path)[0].words == (
+        "online, covey 0.3.1, tflite 2.14; release 0.3.0 failed; this release is on trial; does not take 0.2.9, 0.3.0"
+    )
 
 
 def test_every_message_of_a_device_has_a_line() -> None:

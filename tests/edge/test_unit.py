@@ -98,3 +98,18 @@ def test_the_command_prints_it(config: Path) -> None:
     )
     assert "User=pi\n" in printed.output
     assert f"--config {config}\n" in printed.output
+
+
+def test_a_unit_from_a_kits_installation_holds_over_upgrades(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefix = tmp_path / "opt"
+    version = prefix / "versions" / "0.1.0-abc"
+    for path in (version / "manifest.json", prefix / "bin" / "python"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("")
+    text = unit_text(load_agent(config), config, "covey")
+    assert f"ExecStart={sys.executable} -m covey_edge.launcher" in text
+    monkeypatch.setattr(sys, "prefix", str(version))
+    text = unit_text(load_agent(config), config, "covey")
+    assert f"ExecStart={prefix}/bin/python -m covey_edge.launcher" in text

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import pytest
 from brokers import RunningBroker
 from environments import FROM_LOCK, found_python, install, make_environment
@@ -195,6 +196,13 @@ def test_a_device_waits_until_the_share_comes_to_it(device: Device) -> None:
     assert device.fetching()
 
 
+def test_a_device_that_is_named_does_not_wait(device: Device) -> None:
+    device.hears(msgspec.structs.replace(released(SMALL, serial=1, share=0.0), devices=("hall-pi",)))
+    assert device.fetching() == set()
+    device.hears(msgspec.structs.replace(released(SMALL, serial=2, share=0.0), devices=("hall-pi", "kitchen-pi")))
+    assert device.fetching()
+
+
 def test_a_share_of_nothing_stops_a_roll_out_that_is_being_fetched(device: Device) -> None:
     device.hears(released(SMALL, serial=1))
     device.hears(released(SMALL, serial=2, share=0.0))
@@ -226,6 +234,7 @@ def test_a_wheel_that_is_refused_is_told_and_not_fetched_again(device: Device) -
     device.hears(released(evil))
     device.fetches(evil[1])
     assert "needs no-such-thing" in device.updates.told
+    assert device.updates.bad == ("9.0",)
     device.hears(released(evil))
     assert device.fetching() == set()
     assert device.staged == ""
@@ -235,6 +244,7 @@ def test_one_that_failed_before_is_not_fetched_and_the_operator_hears_why(device
     Folder(device.releases).save(failed(Boot(trial="9.0"), "9.0 ended with code 1"))
     device.start()
     assert device.updates.told == "release 9.0 ended with code 1"
+    assert device.updates.bad == ("9.0",)
     device.hears(released(SMALL))
     assert device.fetching() == set()
 

@@ -190,6 +190,10 @@ FROM_DEVICE: dict[str, tuple[str, Message]] = {
         TOPICS.presence(DEVICE),
         Presence(True, 1_700_000_000_000_000, "0.1.0", trouble="release 0.2.0 ended with code 1"),
     ),
+    "presence-on-trial": (
+        TOPICS.presence(DEVICE),
+        Presence(True, 1_700_000_000_000_000, "0.2.1", on_trial=True, bad=("0.1.9", "0.2.0")),
+    ),
 }
 
 

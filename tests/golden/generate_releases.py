@@ -24,6 +24,7 @@ CASES = {
     "two wheels for a tenth, with all fields": Release(
         "0.2.0", 7, (AGENT, OTHER), ">=3.9,<3.14", "0.1.5", 0.1, "mends the outbox"
     ),
+    "one wheel for two devices alone": Release("0.2.1", 8, (AGENT,), share=0.0, devices=("kitchen-pi", "hall-pi")),
 }
 
 

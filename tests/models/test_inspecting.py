@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import struct
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 
 from covey_models import export
 from covey_models._tensorflow import flatbuffer_schema
+from covey_models.android import FLOOR, RELEASES, needed_release, numbers
 from covey_models.cli import inspect_command
 from covey_models.inspecting import Inspection, inspect
 from covey_models.runtime_operators import HIGHEST_VERSION, LOWEST_VERSION
@@ -331,3 +333,45 @@ def test_a_file_that_is_no_model_is_refused() -> None:
     with pytest.raises(BundleError, match="not a TFLite file"):
         read_tflite(b"not a model at all")
     assert importlib.util.find_spec("tensorflow") is not None
+
+
+# --- Android
+
+
+def test_the_table_of_releases_says_of_2_14_what_was_measured_of_it() -> None:
+    for (name, version), release in RELEASES.items():
+        in_2_14 = name in HIGHEST_VERSION and version <= HIGHEST_VERSION[name]
+        assert in_2_14 == (numbers(release) <= (2, 14)), (name, version, release)
+
+
+@pytest.mark.parametrize("kind", ["digits", "batch-norm"])
+def test_ordinary_models_run_on_android_from_a_release_on_that_is_said(
+    kind: str, digits_bundle: Bundle, batch_norm_bundle: Bundle, tmp_path: Path
+) -> None:
+    bundle = {"digits": digits_bundle, "batch-norm": batch_norm_bundle}[kind]
+    (tmp_path / "model.covey").write_bytes(write_bundle(bundle.manifest, bundle.model))
+    result = run(tmp_path / "model.covey", "--target", "android")
+    assert result.exit_code == 0
+    words = " ".join(result.output.split())
+    found = re.search(r"needs org\.tensorflow:tensorflow-lite (2\.[0-9]+) or newer \(for ", words)
+    assert found is not None
+    release, reason = needed_release(read_tflite(bundle.model))
+    assert found.group(1) == release
+    assert reason is None or numbers(FLOOR) < numbers(release) <= (2, 14)
+    assert "without an input: get_parameters" in words
+    assert "Java's runSignature refuses them" in words
+
+
+def test_a_flex_operator_is_refused_with_the_place_where_it_is(digits_bundle: Bundle, tmp_path: Path) -> None:
+    """As the converter makes them with SELECT_TF_OPS: a custom operator of that name. Android's runtime has none."""
+
+    def make_flex(codes: list[Any]) -> None:
+        schema = flatbuffer_schema()
+        product = next(code for code in codes if code.builtinCode == schema.BuiltinOperator.BATCH_MATMUL)
+        product.builtinCode, product.deprecatedBuiltinCode, product.customCode = 32, 32, b"FlexMatMul"
+
+    (tmp_path / "flex.covey").write_bytes(with_operator_codes(digits_bundle, make_flex))
+    result = run(tmp_path / "flex.covey", "--target", "android")
+    assert isinstance(result.exception, BundleError)
+    words = " ".join(result.output.split())
+    assert re.search(r"custom FlexMatMul is not among the operators of TFLite 2\.14 \(\w+, after \w+/kernel\)", words)

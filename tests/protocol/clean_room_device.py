@@ -344,6 +344,8 @@ FROM_DEVICE: dict[str, Fields] = {
         "runtime": (NAME, ""),
         "capabilities": (CAPABILITIES, []),
         "trouble": (REASON, None),
+        "on_trial": (flag, None),
+        "bad": (listing(NAME, 0, 16), None),
     },
     "answer": {"round_id": (ROUND_ID, REQUIRED), "accept": (flag, REQUIRED), "reason": (REASON, "")},
     "offer": {
@@ -362,7 +364,7 @@ FROM_DEVICE: dict[str, Fields] = {
     "seen": {"round_id": (ROUND_ID, REQUIRED)},
 }
 ON_ROUND, ON_DOWN = ("invitation", "closed"), ("need", "receipt", "verdict")
-LEFT_OUT_AT_DEFAULT = ("max_staleness", "earlier", "encryption_key", "vectors", "trouble")
+LEFT_OUT_AT_DEFAULT = ("max_staleness", "earlier", "encryption_key", "vectors", "trouble", "on_trial", "bad")
 
 
 def decode_body(body: bytes, kinds: dict[str, Fields]) -> Message:

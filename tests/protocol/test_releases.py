@@ -15,10 +15,12 @@ from covey_protocol.errors import ReleaseError, UsageError
 from covey_protocol.messages import BlobRef
 from covey_protocol.releases import (
     MAGIC,
+    MAX_NAMED,
     MAX_RELEASE_BYTES,
     MAX_SEALED_BYTES,
     Release,
     Wheel,
+    is_for,
     open_release,
     place_of,
     read_release_file,
@@ -103,12 +105,16 @@ BOUNDS = {
     "the same wheel twice": {"wheels": (Wheel("a.whl", BlobRef(bytes(32), 1)),) * 2},
     "too much": {"wheels": (Wheel("a.whl", BlobRef(bytes(32), MAX_RELEASE_BYTES + 1, 2**20)),)},
     "a serial of zero": {"serial": 0},
+    "nobody named": {"devices": ()},
+    "a device whose name is a path": {"devices": ("../x",)},
+    "too many devices": {"devices": tuple(f"device-{number}" for number in range(MAX_NAMED + 1))},
 }
 
 
 @pytest.mark.parametrize("what", BOUNDS)
 def test_values_out_of_bounds_are_refused_though_sealed(what: str) -> None:
-    fields = {**msgspec.structs.asdict(a_release()), **BOUNDS[what]}
+    known = {name: value for name, value in msgspec.structs.asdict(a_release()).items() if value is not msgspec.UNSET}
+    fields = {**known, **BOUNDS[what]}
     body = msgspec.msgpack.encode({"type": "release", **fields})
     sealed = msgspec.msgpack.encode([1, body, KEY.seal(b"covey release\x00" + body)])
     with pytest.raises(ReleaseError, match="cannot be read"):
@@ -141,6 +147,18 @@ def test_who_installs_it() -> None:
     fit = a_release(requires_python=">=3.9,<3.14", minimum_version="0.1.0")
     assert refusal(fit, "0.1.0", "3.11", 20) == ""
     assert refusal(fit, "0.2.0", "3.11", 20) == ""  # its own: nothing to do, nothing wrong
+
+
+def test_a_description_that_names_as_many_devices_as_it_may_is_read() -> None:
+    named = a_release(share=0.0, devices=tuple(f"{number:063}" for number in range(MAX_NAMED)))
+    assert open_release(seal_release(named, KEY), KEY.public) == named
+
+
+def test_a_device_that_is_named_need_not_wait_for_the_share() -> None:
+    canary = a_release(share=0.0, devices=("kitchen-pi",))
+    assert [is_for(canary, name) for name in ("kitchen-pi", "hall-pi")] == [True, False]
+    assert is_for(a_release(share=1.0, devices=("kitchen-pi",)), "hall-pi")
+    assert not is_for(a_release(share=0.0), "kitchen-pi")
 
 
 def test_a_share_is_about_that_many_devices_and_others_with_another_version() -> None:

@@ -29,6 +29,7 @@ from covey_coordinator.algorithms.engines import asked_by
 from covey_coordinator.algorithms.making import check_algorithm, make_algorithm_engine
 from covey_coordinator.algorithms.settings import FEDAVG, Algorithm
 from covey_coordinator.algorithms.teaching_settings import TeachingSettings, teaching_of, teaching_plan
+from covey_coordinator.backup.restoring import refuse_unfinished
 from covey_coordinator.coding.conditions import check_equal_updates
 from covey_coordinator.coordinator import (
     NO_TRAINING,
@@ -46,6 +47,7 @@ from covey_coordinator.eligibility import Eligible, eligible, meant, sampled
 from covey_coordinator.fleet import MIN_CHUNK_BYTES, POLL_S, Fleet
 from covey_coordinator.inversion.plan_gate import PrivacyPolicy, refuse_leaks
 from covey_coordinator.inversion.round_checks import RoundChecks
+from covey_coordinator.model_rollout import RolloutSettings, check_gate, check_rollout
 from covey_coordinator.orders import MAX_REASON, Orders, Revocations
 from covey_coordinator.records import ACCEPTED
 from covey_coordinator.retained import RetainedNote
@@ -195,6 +197,7 @@ class CoordinatorConfig(Struct, frozen=True, forbid_unknown_fields=True):
     bundle_key: str | None = None  # whose seal the bundle has, where that is not key_file's
     chunk_bytes: Annotated[int, Meta(ge=MIN_CHUNK_BYTES, le=MAX_CHUNK_BYTES)] = DEFAULT_CHUNK_BYTES
     rule: Any = None  # what [aggregation] was called; kept to refuse it in words
+    rollout: RolloutSettings | None = None
 
 
 Say = Callable[[str], None]
@@ -217,6 +220,7 @@ def serve(
     file = RosterFile(path)
     read = read_tasks(path, CoordinatorConfig)
     config, folder = read[0][0], path.parent  # what is of the fleet is the same in all
+    refuse_unfinished(folder, folder / config.runs_dir)
     if config.metrics is not None:
         parse_listen(config.metrics.listen)
     key = SealingKey.from_pem(read_file(folder / config.key_file), config.key_file)
@@ -303,6 +307,15 @@ def _planned(path: Path, config: CoordinatorConfig, weight: float, key: SealingK
     _check_plan(path, config, bundle.manifest)
     rule = _rule(path, config)
     rule.check(config.round.quorum)
+    check_rollout(
+        path,
+        config.rollout,
+        meant=_meant(config),
+        devices=max(config.round.devices, config.evaluation.devices),
+        rounds=config.rounds,
+        evaluates=(config.evaluation.every, config.evaluation.metrics),
+        simple=_algorithm(config).exchanges(config.rounds) == config.rounds,
+    )
     check_needs(path, rule, config.trusted, config.training.algorithm, config.round.max_staleness)
     _check_copies(path, config, rule)
     if config.evaluation.every:
@@ -491,6 +504,7 @@ class Task:
         self._parameters, self._done = work.initial, 0
         self._abandoned = 0
         self._hopeless = 0  # of these, those in which no device waited for its owner's conditions
+        self._ring_told = -1  # the round with which a ring ended, and of which that was said
         self._left_out = -1  # the model whose evaluation is not waited for any more
         self._not_before = float("-inf")
         self._waits_since: float | None = None
@@ -544,6 +558,8 @@ class Task:
             self._told = ""
         if now < self._not_before:
             return False
+        if not self._evaluation_is_due():
+            self._check_ring()
         if self._done >= self.config.rounds:
             return True  # for an evaluation, which waits for its devices itself
         plan = self._next_plan()
@@ -572,12 +588,29 @@ class Task:
 
     def _round_of(self, plan: TrainingPlan) -> RoundSettings:
         """Who is asked for this plan: for a correction the holders of trusted instances alone, and all of them."""
-        settings, teaching = self.config.round, self.config.teaching
+        settings, teaching = self._in_ring(plan), self.config.teaching
         if plan.work != CORRECT or teaching is None:
             return settings
         holders = teaching.holders
         quorum = min(settings.quorum, len(holders))
         return msgspec.structs.replace(settings, devices=len(holders), quorum=quorum, only=holders, sample=0, goal=0)
+
+    def _in_ring(self, plan: TrainingPlan) -> RoundSettings:
+        """[round], and of a model that is rolled out the ring that it has come to. A model is evaluated where it was
+        trained."""
+        settings, rollout = self.config.round, self.config.rollout
+        if rollout is None:
+            return settings
+        number = self._done if plan.evaluate else self._done + 1
+        return msgspec.structs.replace(settings, only=rollout.only(number, settings.only))
+
+    def _check_ring(self) -> None:
+        """RunError where a ring has ended with a model that is not to go further."""
+        rollout, run, store = self.config.rollout, self.config.run, self.coordinator.store
+        if rollout is None or self._ring_told == self._done or not rollout.is_gate(self._done):
+            return
+        self._say(check_gate(rollout, self._done, lambda number: store.evaluation_median(run, number, rollout.metric)))
+        self._ring_told = self._done
 
     def _eligible(self, plan: TrainingPlan) -> Eligible:
         settings = self._round_of(plan)
@@ -593,6 +626,7 @@ class Task:
             self._evaluate()
         if self._done >= self.config.rounds or self._orders.stand():
             return
+        self._check_ring()
         plan = self._next_plan()
         found = self._eligible(plan)
         if len(found.devices) >= self._round_of(plan).devices:  # an evaluation takes time

@@ -338,6 +338,13 @@ class RunStore:
         query = "SELECT 1 FROM rounds WHERE run = ? AND number = ? AND kind = ?"
         return self._one(query, run_id, number, EVALUATION) is not None
 
+    def evaluation_median(self, run_id: str, number: int, metric: str) -> float | None:
+        """What devices said of this round's model; None where no evaluation of it was published."""
+        row = self._one(
+            "SELECT median FROM evaluations WHERE run = ? AND number = ? AND metric = ?", run_id, number, metric
+        )
+        return float(row[0]) if row is not None else None
+
     def newest_opened_ms(self, run_id: str) -> int:
         """When the run's newest round was opened, Unix time; 0 where none was."""
         return int(self._one("SELECT max(opened_ms) FROM rounds WHERE run = ?", run_id)[0] or 0)

@@ -40,6 +40,7 @@ class TaskTable(Struct, frozen=True, forbid_unknown_fields=True):
     coding: Table = UNSET
     trusted: Table = UNSET
     privacy: Table = UNSET
+    rollout: Table = UNSET
 
 
 class NamedTask(Struct):

@@ -17,8 +17,6 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Optional, Union
 
-from msgspec import UNSET
-
 from covey_edge import __version__
 from covey_edge.cache import BlobCache
 from covey_edge.conditions import FETCHING, TRAINING, Conditions, Sensors
@@ -32,6 +30,7 @@ from covey_edge.leak_told import STOPPED, TOLD
 from covey_edge.ledger import Ledger
 from covey_edge.local_socket import LocalSocket, Question, Request, StateLock
 from covey_edge.mqtt import ConnectionDown, ConnectionUp, Incoming, MqttTransport, Refused
+from covey_edge.mqtt_reasons import certificate_end
 from covey_edge.opting_out import LEFT, OptOut
 from covey_edge.outbox import NumberFile, Outbox
 from covey_edge.performer import Performer
@@ -133,7 +132,7 @@ class AgentProgram:
         self._stopped = False
         self.service = Notifier()
         self._updates = _updates_for(agent, self._transport)
-        self._trouble = self._updates.told if self._updates is not None else ""
+        self._software = self._about_software()
         self.starts_anew = False  # whether `run` returned for a new release
         self._began = self._working_since = time.monotonic()
         self._connection = "not connected yet"
@@ -150,6 +149,9 @@ class AgentProgram:
             self.sections["update"] = self._updates.facts
         if conditions.asked():
             self.sections["conditions"] = self._watch.report
+        own = agent.broker.cert_file
+        if own is not None:
+            self.sections["certificate"] = lambda: certificate_end(own)[0]
 
     # --- life
 
@@ -279,8 +281,8 @@ class AgentProgram:
             log.info("starting anew for another release")
             self.starts_anew = True
             self.stop()
-        if self._updates.told != self._trouble:
-            self._trouble = self._updates.told
+        if self._about_software() != self._software:
+            self._software = self._about_software()
             self._publish_presence(online=True)
 
     # --- what comes in
@@ -296,6 +298,7 @@ class AgentProgram:
             self._connection = f"connected since {time.strftime('%Y-%m-%d %H:%M:%S')}"
             self._publish_presence(online=True)
             self._handle(device.Connected())
+            self._warn_of_certificate()
         elif isinstance(item, ConnectionDown):
             self._connection = f"lost ({item.reason})"
             log.warning("connection to %s lost (%s), trying again", self._agent.broker, item.reason)
@@ -303,6 +306,12 @@ class AgentProgram:
             log.error("%s", item.error)
         else:
             self._take_answer(*item)
+
+    def _warn_of_certificate(self) -> None:
+        path = self._agent.broker.cert_file
+        said, soon = certificate_end(path) if path is not None else ("", False)
+        if soon:
+            log.warning("%s: %s", path, said)
 
     def _take_message(self, item: Incoming) -> None:
         blob = self._topics.parse_blob(item.topic)
@@ -491,6 +500,8 @@ class AgentProgram:
             self._config.training.threads,
         )
         self._working_since = time.monotonic()
+        work = "evaluation" if invitation.plan.evaluate else "training"
+        log.info("round %s: all is fetched, %s begins", invitation.round_id, work)
         self._ask_child(invitation.round_id, request)
 
     def _ask_child(self, round_id: str, request: Frame) -> None:
@@ -597,10 +608,17 @@ class AgentProgram:
     def _publish_presence(self, *, online: bool) -> Any:
         topic = self._topics.presence(self._config.device_id)
         presence = Presence(
-            online, self._session, __version__, self._runtime, self._machine.capabilities, self._trouble or UNSET
+            online, self._session, __version__, self._runtime, self._machine.capabilities, **self._software
         )
         self._sent.before(presence)
         return self._transport.publish(topic, self._sealed(presence, topic), retain=True)
+
+    def _about_software(self) -> dict[str, Any]:
+        """What a presence says of this agent's releases, where there is something to say."""
+        if self._updates is None:
+            return {}
+        said = {"trouble": self._updates.told, "on_trial": self._updates.unproven, "bad": self._updates.bad}
+        return {name: value for name, value in said.items() if value}
 
     def _check_data(self) -> None:
         """Look once at the data before connecting, so that a wrong path is known at once and not in some round."""

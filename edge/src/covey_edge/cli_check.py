@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Optional
+from typing import TYPE_CHECKING, Optional
 
 import click
 
 from covey_edge.cli_agent import config_option
+
+if TYPE_CHECKING:
+    from covey_edge.preflight import Finding
 
 MARKS = {"ok": "ok     ", "warning": "warning", "wrong": "WRONG  "}
 
@@ -24,16 +28,21 @@ def check(config_path: Path, bundle: Optional[Path], as_json: bool) -> None:
     """Look at settings, keys, disk, clock, certificates, broker, coordinator, runtime, data, conditions and releases.
     Works while the agent runs and while it does not. Ends with code 0 where nothing is wrong (a warning is not), else
     with that of the first thing that is."""
+    from covey_edge.preflight import findings
+
+    sys.exit(report(findings(config_path, bundle), as_json))
+
+
+def report(found: Iterable[Finding], as_json: bool) -> int:
+    """One line a finding, as soon as it is known; the exit code of the first that is wrong."""
     import msgspec
 
-    from covey_edge.preflight import WRONG, findings
-
     code = 0
-    for one in findings(config_path, bundle):
+    for one in found:
         remedy = f"; {one.remedy}" if one.remedy else ""
         told = (
             json.dumps(msgspec.to_builtins(one)) if as_json else f"{MARKS[one.level]} {one.check}: {one.what}{remedy}"
         )
         click.echo(told)
-        code = code or (one.code if one.level == WRONG else 0)
-    sys.exit(code)
+        code = code or (one.code if one.level == "wrong" else 0)
+    return code

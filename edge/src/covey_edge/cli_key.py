@@ -73,6 +73,37 @@ def make_next(config_path: Path) -> None:
         click.echo("4. when all devices have heard it, they need the second key only")
 
 
+@key.command(short_help="Make this device's keys here, and ask for a certificate.")
+@click.argument("device_id", metavar="ID")
+@click.option("--fleet", required=True, help="The fleet's name.")
+@click.option("--folder", type=click.Path(path_type=Path), default=Path(), help="Where the keys are. Default: here.")
+@click.option("--key", "key_name", default="key.pem", show_default=True, help="The TLS key, made where it lacks.")
+@click.option("--seal", "seal_name", default="seal.pem", show_default=True, help="The seal key, made where it lacks.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Default: ID.csr in the folder.")
+def request(device_id: str, fleet: str, folder: Path, key_name: str, seal_name: str, output: Optional[Path]) -> None:
+    """Write a request that holds no secret. Who runs the fleet signs it: covey provision device --csr FILE.
+
+    To renew with the same keys, make it again; with another TLS key, name a new file with --key.
+    """
+    from covey_edge.certificate_request import make_request, new_key_pem
+    from covey_edge.config import read_file
+    from covey_edge.files import write_atomic
+    from covey_edge.key_files import make_key
+    from covey_protocol.seals import SealingKey
+    from covey_protocol.topics import check_device_id, check_name
+
+    check_device_id(device_id)
+    check_name(fleet, "fleet")
+    if not (folder / key_name).exists():
+        write_atomic(folder / key_name, new_key_pem(), mode=0o600)
+    if not (folder / seal_name).exists():
+        make_key(folder / seal_name)
+    seal = SealingKey.from_pem(read_file(folder / seal_name), seal_name)
+    path = output if output is not None else folder / f"{device_id}.csr"
+    write_atomic(path, make_request(device_id, fleet, read_file(folder / key_name), seal))
+    click.echo(f"{path}: give it to who runs the fleet; the keys stay here")
+
+
 @key.command(short_help="Put another seal on a bundle.")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--sealed-by", required=True, metavar="HEX", help="The public key whose seal it must have now.")

@@ -11,10 +11,11 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Optional
 
-from covey_protocol.errors import ConfigError
+from covey_protocol.errors import ConfigError, TransportError
 
 RECONNECT_MIN_S, RECONNECT_MAX_S = 1.0, 60.0
 HOPELESS_MIN_S, HOPELESS_MAX_S = 60.0, 600.0  # an operator has to mend it: do not hammer the broker meanwhile
+EXPIRES_SOON_DAYS = 30  # a certificate's owner is warned
 
 OLD_BROKER = "Unsupported protocol version"
 # What trying again cannot mend, and what can.
@@ -99,17 +100,39 @@ def tls_remedy(error: Optional[BaseException], text: str = "") -> str:
 
 
 def check_certificate(path: Path) -> None:
-    """ConfigError where the first certificate of a PEM file is not valid today, by this machine's clock."""
-    from cryptography import x509  # 1 MB and 25 ms, which an agent without client certificate does not need
+    """Raises where the first certificate of a PEM file is not valid today, by this machine's clock.
+
+    ConfigError where it has expired. A TransportError where it begins later: a machine without a battery for its clock
+    wakes up in the past, and is right when the network has told it the time.
+    """
+    starts, ended = _dates(path)
+    now = datetime.now(timezone.utc)
+    if now > ended:
+        raise ConfigError(f"{path} expired on {ended:%Y-%m-%d %H:%M} UTC", "renew it, or set this machine's clock")
+    if now < starts:
+        raise TransportError(f"{path} is valid only from {starts:%Y-%m-%d %H:%M} UTC", "set this machine's clock")
+
+
+def certificate_end(path: Path) -> tuple[str, bool]:
+    """Until when the first certificate of a PEM file is valid, in words, and whether that is soon."""
+    try:
+        _, ends = _dates(path)
+    except ConfigError as exc:
+        return str(exc), True
+    except OSError as exc:
+        return f"cannot be read ({exc.strerror})", True
+    left = ends - datetime.now(timezone.utc)
+    if left.days >= EXPIRES_SOON_DAYS:
+        return f"valid until {ends:%Y-%m-%d}", False
+    if left.days < 0:
+        return f"expired on {ends:%Y-%m-%d}: renew it", True
+    return f"ends in {left.days} days, on {ends:%Y-%m-%d}: renew it", True
+
+
+def _dates(path: Path) -> tuple[datetime, datetime]:
+    from covey_edge.certificate_dates import validity  # most agents that run without TLS do not need it
 
     try:
-        certificate = x509.load_pem_x509_certificate(path.read_bytes())
+        return validity(path.read_bytes())
     except ValueError as exc:
         raise ConfigError(f"{path} holds no certificate in PEM form", "check the path") from exc
-    now = datetime.now(timezone.utc)
-    if now > certificate.not_valid_after_utc:
-        ended = certificate.not_valid_after_utc
-        raise ConfigError(f"{path} expired on {ended:%Y-%m-%d %H:%M} UTC", "renew it, or set this machine's clock")
-    if now < certificate.not_valid_before_utc:
-        starts = certificate.not_valid_before_utc
-        raise ConfigError(f"{path} is valid only from {starts:%Y-%m-%d %H:%M} UTC", "set this machine's clock")

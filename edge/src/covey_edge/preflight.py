@@ -21,7 +21,7 @@ import stat
 import sys
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Optional
@@ -32,17 +32,18 @@ from covey_edge.config import Agent, load_agent
 from covey_edge.files import DISK
 from covey_edge.frames import Done, Frame, Open, Probe, Problem
 from covey_edge.inbox import Inbox
-from covey_edge.local_socket import lock_holder
+from covey_edge.local_socket import ask, lock_holder
 from covey_edge.mqtt import CONNECT_TIMEOUT_S, Incoming, MqttTransport, Refused, tls_context
+from covey_edge.mqtt_reasons import EXPIRES_SOON_DAYS
 from covey_edge.policy import data_for, places
 from covey_edge.training_process import TrainingProcess
 from covey_protocol import codec, errors
-from covey_protocol.errors import EXIT_CONFIG, EXIT_DATA, EXIT_MACHINE, EXIT_STORAGE, CoveyError
+from covey_protocol.errors import EXIT_CONFIG, EXIT_DATA, EXIT_MACHINE, EXIT_STORAGE, EXIT_TRANSPORT, CoveyError
 from covey_protocol.messages import Invitation, RoundClosed
+from covey_protocol.seals import PublicKey
 from covey_protocol.topics import Topics
 
 OK, WARNING, WRONG = "ok", "warning", "wrong"
-EXPIRES_SOON_DAYS = 30
 FREE_MB, LITTLE_MB = 50, 500  # below: wrong, a warning. A model, its parameters and an update of 4 M numbers: 50 MB
 CLOCK_S = 120.0  # behind the newest invitation by more: certificates and dates in logs are not to be relied on
 RETAINED_S = 2.0  # for what the broker retains to come
@@ -61,11 +62,13 @@ class Finding(Struct, frozen=True):
 
 
 class Facts(Struct):
-    """What one check learns for those after it. invitation: what the fleet retains, if the pinned key sealed it."""
+    """What one check learns for those after it. invitation: what the fleet retains, if the pinned key sealed it.
+    running: whether an agent works in this state_dir now."""
 
     agent: Agent
     bundle: Optional[Path] = None
     invitation: Optional[Invitation] = None
+    running: bool = False
 
 
 # module:function of Facts, in order; a function yields Findings, and what it raises as a CoveyError is one
@@ -86,10 +89,11 @@ def findings(config: Path, bundle: Optional[Path] = None) -> Iterator[Finding]:
     try:
         facts = Facts(load_agent(config), bundle)
     except CoveyError as exc:
-        yield _wrong("settings", exc)
+        yield wrong("settings", exc)
         return
     yield Finding("settings", OK, f"{config} is complete and every setting is known")
     holder = lock_holder(facts.agent.state_dir)
+    facts.running = holder is not None
     running = f"an agent runs here (process {holder})" if holder is not None else "no agent runs here now"
     yield Finding("agent", OK, running)
     for name in CHECKS:
@@ -97,13 +101,13 @@ def findings(config: Path, bundle: Optional[Path] = None) -> Iterator[Finding]:
         try:
             yield from getattr(importlib.import_module(module), function)(facts)
         except CoveyError as exc:
-            yield _wrong(function, exc)
+            yield wrong(function, exc)
         except OSError as exc:
             what = f"{exc.filename} cannot be read ({exc.strerror or exc})"
             yield Finding(function, WRONG, what, "check the path and the permissions", EXIT_CONFIG)
 
 
-def _wrong(check: str, error: CoveyError) -> Finding:
+def wrong(check: str, error: CoveyError) -> Finding:
     return Finding(check, WRONG, error.what, error.remedy, error.exit_code)
 
 
@@ -202,14 +206,15 @@ def certificates(facts: Facts) -> Iterator[Finding]:
         yield Finding("certificates", WARNING, what, "use mqtts:// on any network that is not yours alone")
         return
     named = (("broker.cert_file", broker.cert_file), ("broker.ca_file", broker.ca_file))
-    own = [_dated(setting, path.read_bytes()) for setting, path in named if path is not None]
+    own = [dated(setting, path.read_bytes()) for setting, path in named if path is not None]
     yield from own
     shown = _shown(facts) if all(one.level != WRONG for one in own) else None
     if shown is not None:
-        yield _dated(f"the certificate of {broker}", shown)
+        yield dated(f"the certificate of {broker}", shown)
 
 
-def _dated(name: str, data: bytes) -> Finding:
+def dated(name: str, data: bytes) -> Finding:
+    """Until when a certificate (PEM, DER) is valid."""
     from cryptography import x509
 
     try:
@@ -248,6 +253,9 @@ def _shown(facts: Facts) -> Optional[bytes]:
 
 def broker(facts: Facts) -> Iterator[Finding]:
     """Connects as this device would; listens and speaks where it would; looks at what the fleet retains."""
+    if facts.running and facts.agent.broker.cert_file is not None:
+        yield _of_the_agent(facts.agent)
+        return
     agent, inbox = facts.agent, Inbox()
     device_id, topics = agent.config.device_id, Topics(agent.config.fleet)
     transport = MqttTransport(agent.broker, f"covey-{agent.config.fleet}-{device_id}-check", inbox)
@@ -266,10 +274,10 @@ def broker(facts: Facts) -> Iterator[Finding]:
                 problems.append(errors.TransportError(f"{agent.broker} did not acknowledge a message"))
         except errors.TransportError as exc:
             problems.append(exc)
-        items = _arrivals(inbox)
+        items = arrivals(inbox)
         problems += [item.error for item in items if isinstance(item, Refused) and item.topic in listened]
         for problem in problems:
-            yield _wrong("broker", problem)
+            yield wrong("broker", problem)
         if not problems:
             silent = "" if transport.protocol == "5" else " (MQTT 3.1.1 brokers drop forbidden messages silently)"
             yield Finding("broker", OK, f"may listen and speak on the topics of {device_id}{silent}")
@@ -278,7 +286,18 @@ def broker(facts: Facts) -> Iterator[Finding]:
         transport.close()
 
 
-def _arrivals(inbox: Inbox) -> list[Any]:
+def _of_the_agent(agent: Agent) -> Finding:
+    """What the agent that runs here says: a second connection would end its own where the broker names clients by
+    their certificates."""
+    status = ask(agent.state_dir, "status")
+    if not status["connected"]:
+        what = f"the agent that runs here is not connected: {status['connection']}"
+        return Finding("broker", WRONG, what, "stop it and check again: then more is looked at", EXIT_TRANSPORT)
+    what = f"the agent that runs here is {status['connection']}: a second connection with its certificate could end it"
+    return Finding("broker", OK, what)
+
+
+def arrivals(inbox: Inbox) -> list[Any]:
     """What comes within RETAINED_S."""
     items, end = [], time.monotonic() + RETAINED_S
     while (left := end - time.monotonic()) > 0:
@@ -289,29 +308,35 @@ def _arrivals(inbox: Inbox) -> list[Any]:
 
 def _fleet(facts: Facts, retained: list[Incoming]) -> Iterator[Finding]:
     """Of the coordinator: its key and its clock, by what it has left on the broker."""
+    told, facts.invitation = said_of_the_round(facts.agent.config.fleet, facts.agent.coordinators, retained)
+    yield from told
+
+
+def said_of_the_round(
+    fleet: str, keys: Iterable[PublicKey], retained: list[Incoming]
+) -> tuple[list[Finding], Optional[Invitation]]:
+    """Findings on what the fleet's topic retains, and the invitation if one of the keys sealed one."""
     said = [item for item in retained if item.payload]
     if not said:
-        what = (
-            f"the fleet {facts.agent.config.fleet} has no round on the broker: nothing to hold the pinned key against"
-        )
-        yield Finding("coordinator", OK, what)
-        return
+        what = f"the fleet {fleet} has no round on the broker: nothing to hold the pinned key against"
+        return [Finding("coordinator", OK, what)], None
     message: Any = None
-    for key in facts.agent.coordinators:
+    for key in keys:
         with suppress(errors.PeerError):
             message, _ = codec.decode_from_coordinator(said[-1].payload, topic=said[-1].topic, key=key)
     if message is None:
         what = "the fleet's round on the broker is not sealed by identity.coordinator_key"
-        yield Finding("coordinator", WRONG, what, "pin the key that who runs the coordinator names", EXIT_CONFIG)
-        return
-    yield Finding("coordinator", OK, f"the fleet's round {message.round_id} is sealed by the pinned key")
+        return [
+            Finding("coordinator", WRONG, what, "pin the key that who runs the coordinator names", EXIT_CONFIG)
+        ], None
+    told = [Finding("coordinator", OK, f"the fleet's round {message.round_id} is sealed by the pinned key")]
     if isinstance(message, RoundClosed):
-        return
-    facts.invitation = message
+        return told, None
     behind_s = message.issued_at_ms / 1000 - time.time()
     if behind_s > CLOCK_S:
         what = f"this machine's clock is {behind_s:,.0f} s behind the coordinator's"
-        yield Finding("clock", WARNING, what, "set it, or turn on time synchronisation")
+        told.append(Finding("clock", WARNING, what, "set it, or turn on time synchronisation"))
+    return told, message
 
 
 # --- the runtime and the data

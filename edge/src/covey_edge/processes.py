@@ -15,15 +15,17 @@ KEPT_BYTES = 128 * 1024  # glibc's own default, which setting it keeps
 PATIENCE = 3  # signals after which nobody is patient any more
 
 
-def die_with_parent(parent: int) -> None:
+def die_with_parent(parent: int, number: int = signal.SIGKILL) -> None:
     """End this process when process `parent` ends, however it ends (Linux; elsewhere this does nothing).
+
+    number: the signal that it gets; it outlives `exec`.
 
     Linux sends the signal when the parent's *thread* that started us ends, so start children from a lasting thread.
     Ends this process at once if the parent is already gone.
     """
     if sys.platform != "linux":
         return
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
     if os.getppid() != parent:
         os._exit(0)
 

@@ -196,7 +196,9 @@ class SentLog:
             return self._line("seen", "has read the verdict", message.round_id)
         assert isinstance(message, Presence)
         said = f"online, covey {message.agent_version}, {message.runtime}" if message.online else "offline"
-        return self._line("presence", f"{said}; {message.trouble}" if message.trouble else said)
+        trial = "this release is on trial" if message.on_trial else ""
+        bad = f"does not take {', '.join(message.bad)}" if message.bad else ""
+        return self._line("presence", "; ".join(filter(None, (said, message.trouble or "", trial, bad))))
 
     def _put_off(self, line: Line) -> None:
         if len(self._waiting) < WAITING:

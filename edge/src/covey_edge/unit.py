@@ -85,7 +85,7 @@ def unit_text(agent: Agent, config_path: Path, user: str, python: Optional[str] 
     """The unit that runs this configuration. ConfigError for a name or a path that a unit cannot hold."""
     if not _NAME.fullmatch(user):
         raise ConfigError(f"user {user!r} cannot be used", "give the name of a system user, such as covey")
-    python = python or sys.executable
+    python = python or lasting_python()
     config, state = config_path.resolve(), agent.state_dir.resolve()
     command = [python, "-m", "covey_edge.launcher", "--state", str(state), "--", "--config", str(config)]
     for part in command:
@@ -98,6 +98,15 @@ def unit_text(agent: Agent, config_path: Path, user: str, python: Optional[str] 
         writable="\n".join([_state(state), *(f"ReadWritePaths=-{_check(str(path))}" for path in _databases(agent))]),
         home="read-only" if _in_homes([config, *_pythons(python), *_data(agent)]) else "yes",
     )
+
+
+def lasting_python() -> str:
+    """What starts the agent now and after an upgrade: this Python, or the starter of a kit's installation, which takes
+    the version that counts (docs/kits.md)."""
+    version = Path(sys.prefix)
+    starter = version.parent.parent / "bin" / "python"
+    from_kit = version.parent.name == "versions" and (version / "manifest.json").is_file() and starter.is_file()
+    return str(starter) if from_kit else sys.executable
 
 
 def _state(state: Path) -> str:

@@ -24,7 +24,7 @@ from covey_edge.config import Agent
 from covey_edge.fetching import Fetching, Subscribes
 from covey_edge.files import told_of, write_atomic
 from covey_protocol.errors import ConfigError, ReleaseError, StorageError
-from covey_protocol.messages import reason_text
+from covey_protocol.messages import MAX_BAD, reason_text
 from covey_protocol.releases import (
     MAGIC,
     MAX_RELEASE_BYTES,
@@ -32,8 +32,8 @@ from covey_protocol.releases import (
     MAX_WHEELS,
     Release,
     check_wheel,
+    is_for,
     open_release,
-    place_of,
     read_release_file,
     refusal,
 )
@@ -66,7 +66,7 @@ class Updates:
         self._heard = _heard(self._folder.path / "heard.json")
         self._wanted: Optional[Release] = None  # that is being fetched
         self._looked = clock()
-        self._refused: set[int] = set()  # serials of what could not be installed: not fetched again in this run
+        self._refused: dict[int, str] = {}  # what could not be installed, by serial: not fetched again in this run
         self._staged = ""
         self._left = "" if self.on_trial else self._folder.staged().version  # the launcher could not take it up
         self._cannot_remove = False
@@ -93,6 +93,16 @@ class Updates:
         return bool(self._staged) or self._confirmed
 
     @property
+    def unproven(self) -> bool:
+        """Whether this very process is on trial and not confirmed yet."""
+        return self.on_trial and not self._confirmed
+
+    @property
+    def bad(self) -> tuple[str, ...]:
+        """Versions that this device does not take: tried and given up, or refused when they were looked at."""
+        return tuple(dict.fromkeys((*self._boot.bad, *self._refused.values())))[-MAX_BAD:]
+
+    @property
     def _confirmed(self) -> bool:
         return self.on_trial and self._boot.current == os.environ.get(RELEASE)
 
@@ -101,7 +111,7 @@ class Updates:
         return {
             "version": __version__,
             "release": os.environ.get(RELEASE, ""),
-            "on_trial": self.on_trial and not self._confirmed,
+            "on_trial": self.unproven,
             "fetching": self._wanted.version if self._wanted is not None else "",
             "staged": self._staged,
             "failed": self.told,
@@ -152,8 +162,8 @@ class Updates:
         if self._wanted is not None and self._wanted.serial == release.serial:
             self._fetching.go_on()
             return False
-        if place_of(release.version, self._device_id) >= release.share:
-            log.info("release %s goes to %.0f %% of the devices first", release.version, 100 * release.share)
+        if not is_for(release, self._device_id):
+            log.info("release %s goes to others first (%g %% of the devices)", release.version, 100 * release.share)
             self._stop_fetching()
             return False
         return True
@@ -165,7 +175,7 @@ class Updates:
     def _give_up(self, why: Exception) -> None:
         """Of what is being fetched. It is tried again after the next start of the agent."""
         if self._wanted is not None:
-            self._refused.add(self._wanted.serial)
+            self._refused[self._wanted.serial] = self._wanted.version
             self._say(f"release {self._wanted.version} was not installed", why)
         self._stop_fetching()
 

@@ -1,21 +1,17 @@
 """Wheels of pure Python: looking at one without trusting it, and unpacking a release's durably. No pip, no building.
 
-A wheel is refused by name unless every file in it is listed in its RECORD with a hash that is right, lies in the folder
-and is a plain file. Compiled wheels are refused: what a release needs beside its own wheels must be installed already.
+What must hold of every wheel is in `wheel_files`. Compiled wheels are refused besides: what a release needs beside its
+own wheels must be installed already.
 """
 
 from __future__ import annotations
 
-import base64
-import csv
-import hashlib
 import io
 import os
 import shutil
-import stat
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from email.parser import HeaderParser
 from importlib.metadata import PackageNotFoundError
@@ -23,13 +19,13 @@ from importlib.metadata import version as installed_version
 from pathlib import Path
 
 from covey_edge.files import make_folder, sync_folder
+from covey_edge.wheel_files import WheelError, files_of, information_folder
 from covey_protocol.errors import ReleaseError, StorageError, UsageError
 from covey_protocol.releases import Release
 from covey_protocol.versions import fits, plain_name, requirement, version_of
 
 MAX_UNPACKED_BYTES = 32 * 2**20  # of a release; covey-edge's own has 0.7 MB
 MAX_FILES = 4096
-MAX_NAME_CHARS = 240
 AGENT = "covey-edge"
 REMEDY = "ask the release's maker for another"
 
@@ -51,11 +47,12 @@ def look_at(file_name: str, data: bytes, room_bytes: int = MAX_UNPACKED_BYTES) -
         raise ReleaseError(f"{file_name} is compiled, or for some machines only", "releases hold pure Python alone")
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            files = dict(_contents(file_name, archive, room_bytes))
+            files = dict(files_of(file_name, archive, room_bytes, MAX_FILES))
+        folder = information_folder(file_name, list(files))
+    except WheelError as exc:
+        raise ReleaseError(exc.what, exc.remedy or REMEDY) from exc
     except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError, RuntimeError) as exc:
         raise ReleaseError(f"{file_name} is not a whole wheel ({exc})", REMEDY) from exc
-    folder = _information(file_name, files)
-    _check_record(file_name, folder, files)
     wheel, metadata = (_headers(file_name, files, f"{folder}/{name}") for name in ("WHEEL", "METADATA"))
     if wheel.get("Root-Is-Purelib", ["false"])[0].lower() != "true":
         raise ReleaseError(f"{file_name} is not pure Python", REMEDY)
@@ -67,59 +64,6 @@ def look_at(file_name: str, data: bytes, room_bytes: int = MAX_UNPACKED_BYTES) -
     return Facts(
         name, version, tuple(metadata.get("Requires-Dist", ())), metadata.get("Requires-Python", [""])[0], files
     )
-
-
-def _contents(file_name: str, archive: zipfile.ZipFile, room_bytes: int) -> Iterator[tuple[str, bytes]]:
-    entries = [entry for entry in archive.infolist() if not entry.is_dir()]
-    if len(entries) > MAX_FILES:
-        raise ReleaseError(f"{file_name} holds {len(entries)} files", f"at most {MAX_FILES} are unpacked")
-    if len({entry.filename for entry in entries}) < len(entries):
-        raise ReleaseError(f"{file_name} holds a file twice", REMEDY)
-    for entry in archive.infolist():
-        _check_place(file_name, entry)
-    for entry in entries:
-        with archive.open(entry) as stream:
-            content = stream.read(room_bytes + 1)  # what the header says of its size may be a lie
-        room_bytes -= len(content)
-        if room_bytes < 0:
-            raise ReleaseError(f"{file_name} is too large when unpacked", f"at most {MAX_UNPACKED_BYTES} bytes are")
-        yield entry.filename, content
-
-
-def _check_place(file_name: str, entry: zipfile.ZipInfo) -> None:
-    name = entry.filename
-    parts = name.rstrip("/").split("/")
-    outside = any(part in ("", ".", "..") for part in parts) or any(char in name for char in "\\:\0")
-    kind = stat.S_IFMT(entry.external_attr >> 16)
-    if outside or len(name) > MAX_NAME_CHARS or kind not in (0, stat.S_IFREG, stat.S_IFDIR):
-        raise ReleaseError(f"{file_name} holds {name[:80]!r}, which is no plain file in its folder", REMEDY)
-    if parts[0].endswith(".data") or not name.isprintable():
-        raise ReleaseError(f"{file_name} holds {name[:80]!r}, which is not unpacked", "releases hold modules alone")
-
-
-def _information(file_name: str, files: dict[str, bytes]) -> str:
-    folders = {name.split("/")[0] for name in files if name.split("/")[0].endswith(".dist-info")}
-    if len(folders) != 1:
-        raise ReleaseError(f"{file_name} has no dist-info folder, or several", REMEDY)
-    return folders.pop()
-
-
-def _check_record(file_name: str, folder: str, files: dict[str, bytes]) -> None:
-    """Every file but the list itself is in the list with its sha256, and nothing else is."""
-    record = f"{folder}/RECORD"
-    if record not in files:
-        raise ReleaseError(f"{file_name} has no RECORD", REMEDY)
-    try:
-        rows = [row for row in csv.reader(io.StringIO(files[record].decode())) if row]
-    except (UnicodeDecodeError, csv.Error) as exc:
-        raise ReleaseError(f"the RECORD of {file_name} cannot be read", REMEDY) from exc
-    listed = {row[0]: row[1] if len(row) > 1 else "" for row in rows}
-    for name in sorted(set(listed) ^ set(files)):
-        raise ReleaseError(f"{file_name}: {name[:80]!r} is not both in the wheel and in its RECORD", REMEDY)
-    for name, content in files.items():
-        digest = base64.urlsafe_b64encode(hashlib.sha256(content).digest()).rstrip(b"=").decode()
-        if name != record and listed[name] != f"sha256={digest}":
-            raise ReleaseError(f"{file_name}: {name[:80]!r} is not what its RECORD says", REMEDY)
 
 
 def _headers(file_name: str, files: dict[str, bytes], path: str) -> dict[str, list[str]]:

@@ -30,6 +30,7 @@ MAX_STEPS = 1_000_000  # on one device in one round
 MAX_VECTORS = 4  # beside the parameters
 MAX_CODED = 255  # devices of a code, and shards: decoding is a search, and each is named in every plan
 MAX_TEACHING = 1e12  # of a constant of machine teaching: its square, times a number of instances, stays finite
+MAX_BAD = 16  # versions of the agent that a device names as bad; it remembers no more
 TRAIN = "train"  # the work of a plan that asks for no other
 
 DeviceId = Annotated[str, Meta(pattern=r"\A[A-Za-z0-9][A-Za-z0-9_-]{0,62}\Z")]
@@ -247,7 +248,9 @@ class Presence(Struct, frozen=True, tag="presence"):
     """Retained on `device/ID/presence`; the offline form is also the last will.
 
     session: grows with every start of the agent, so that an old presence cannot be replayed over a newer one.
-    trouble: what the operator should hear of this agent's own software: a release that failed.
+    trouble: what the operator should hear of this agent's own software: a release that failed. on_trial: whether this
+    agent is a release that has not shown itself healthy yet. bad: versions that this device has tried or looked at and
+    does not take, the newest last.
     """
 
     online: bool
@@ -256,6 +259,8 @@ class Presence(Struct, frozen=True, tag="presence"):
     runtime: Name = ""
     capabilities: Capabilities = ()
     trouble: Union[Reason, UnsetType] = UNSET
+    on_trial: Union[bool, UnsetType] = UNSET
+    bad: Union[Annotated[tuple[Name, ...], Meta(max_length=MAX_BAD)], UnsetType] = UNSET
 
 
 class Answer(Struct, frozen=True, tag="answer"):

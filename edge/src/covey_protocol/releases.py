@@ -8,13 +8,13 @@ nor a device's. This file reads no wheel and installs nothing.
 from __future__ import annotations
 
 import hashlib
-from typing import Annotated
+from typing import Annotated, Union
 
 import msgspec
-from msgspec import Meta, Struct
+from msgspec import UNSET, Meta, Struct, UnsetType
 
 from covey_protocol.errors import ReleaseError, UsageError
-from covey_protocol.messages import BlobRef, Count, Reason
+from covey_protocol.messages import BlobRef, Count, DeviceId, Reason
 from covey_protocol.seals import PublicKey, SealingKey
 from covey_protocol.versions import fits, version_of
 
@@ -23,6 +23,7 @@ SEAL_CONTEXT = b"covey release\x00"
 MAX_SEALED_BYTES = 64 * 1024
 MAX_WHEELS = 16
 MAX_RELEASE_BYTES = 16 * 2**20  # of all wheels; covey-edge's own has 0.2 MB, and a small device holds them in memory
+MAX_NAMED = 500  # devices that one release names: 64 bytes each keeps its description under MAX_SEALED_BYTES
 MAGIC = b"covey release file 1\n"
 _LENGTH_BYTES = 4
 
@@ -43,6 +44,7 @@ class Release(Struct, frozen=True, tag="release"):
     """serial: grows with every sealing, Unix time in ms by habit; of two the larger one holds, and a device never goes
     back to a smaller one. version: of covey-edge. requires_python: as in a wheel. minimum_version: an older agent does
     not step to this one. share: of the fleet's devices that take it now; sealing again with a larger one goes on.
+    devices: that take it whatever the share; agents older than this field go by the share alone.
     """
 
     version: VersionText
@@ -52,6 +54,7 @@ class Release(Struct, frozen=True, tag="release"):
     minimum_version: Least = ""
     share: Annotated[float, Meta(ge=0, le=1)] = 1.0
     notes: Reason = ""
+    devices: Union[Annotated[tuple[DeviceId, ...], Meta(min_length=1, max_length=MAX_NAMED)], UnsetType] = UNSET
 
     def __post_init__(self) -> None:
         names = {wheel.name for wheel in self.wheels}
@@ -119,6 +122,12 @@ def place_of(version: str, device_id: str) -> float:
     """From 0 to 1: where in the order of a version's roll-out a device stands. Another order for each version."""
     digest = hashlib.sha256(f"{version}\x00{device_id}".encode()).digest()
     return int.from_bytes(digest[:6], "big") / 2**48
+
+
+def is_for(release: Release, device_id: str) -> bool:
+    """Whether its maker means this device now."""
+    named = release.devices is not UNSET and device_id in release.devices
+    return named or place_of(release.version, device_id) < release.share
 
 
 def is_newer(version: str, other: str) -> bool:

@@ -11,9 +11,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Optional
 
+from covey_models import android
 from covey_models.costs import Flops, arena_bytes, flops, variable_bytes
 from covey_models.runtime_operators import HIGHEST_VERSION, LOWEST_VERSION, RUNTIME
-from covey_models.tflite_file import EntryPoint, TfliteModel, called_subgraphs, read_tflite
+from covey_models.tflite_file import EntryPoint, TfliteModel, called_subgraphs, places, read_tflite
 from covey_models.traffic import Traffic, traffic
 from covey_protocol.bundle import Bundle, Manifest, read_bundle
 from covey_protocol.errors import BundleError
@@ -22,16 +23,6 @@ from covey_protocol.seals import PublicKey
 
 EVERY_ROUND = ("set_parameters", "evaluate", "train", "get_parameters", "reset_optimizer")  # what the agent calls
 WIDTH = 120  # columns of text
-ANDROID_TYPES = (
-    "FLOAT32",
-    "INT32",
-    "UINT8",
-    "INT64",
-    "INT16",
-    "INT8",
-    "BOOL",
-)  # org.tensorflow.lite.DataType's numbers
-
 
 WIRE_FORMS = {
     "float32": Compression(),
@@ -95,7 +86,7 @@ class Memory:
 @dataclass(frozen=True)
 class Inspection:
     """update_bytes: of one update, in each form that a plan can ask for (top-k at most). problems: why the target's
-    runtime does not take the model; empty where it does."""
+    runtime does not take the model; empty where it does. notes: what an app on the target must know."""
 
     manifest: Manifest
     bundle_bytes: int
@@ -108,6 +99,7 @@ class Inspection:
     traffic: Traffic
     update_bytes: dict[str, int]
     problems: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
 def inspect(data: bytes, target: str = "edge", key: Optional[PublicKey] = None) -> Inspection:
@@ -130,6 +122,7 @@ def inspect(data: bytes, target: str = "edge", key: Optional[PublicKey] = None) 
         traffic=traffic(bundle.manifest, len(data)),
         update_bytes={name: update_sizes(form, bundle.manifest.dimension)[1] for name, form in WIRE_FORMS.items()},
         problems=tuple(_problems(model, facts, target)),
+        notes=tuple(_android_notes(model)) if target == "android" else (),
     )
 
 
@@ -177,14 +170,37 @@ def _problems(model: TfliteModel, facts: Sequence[EntryPointFacts], target: str)
     for name, version in sorted(model.operator_versions.items()):
         highest, lowest = HIGHEST_VERSION.get(name), LOWEST_VERSION.get(name, 1)
         if highest is None:
-            yield f"{name} is not among the operators of {RUNTIME}"
+            yield f"{name} is not among the operators of {RUNTIME}{_where(model, name, version)}"
         elif not lowest <= version <= highest:
-            yield f"{name} version {version} is not in {RUNTIME}, which has versions {lowest} to {highest}"
+            has = f"which has versions {lowest} to {highest}"
+            yield f"{name} version {version} is not in {RUNTIME}, {has}{_where(model, name, version)}"
     if target == "android":
-        for one in facts:
-            for port in (*one.inputs, *one.outputs):
-                if port.type not in ANDROID_TYPES:
-                    yield f"{one.name}: {port.name} is {port.type}, which Android's interface does not take"
+        yield from _android_problems(model, facts)
+
+
+def _where(model: TfliteModel, name: str, version: int) -> str:
+    found = next(places(model, name, version), "")
+    return f" ({found})" if found else ""
+
+
+def _android_problems(model: TfliteModel, facts: Sequence[EntryPointFacts]) -> Iterator[str]:
+    for one in facts:
+        for port in (*one.inputs, *one.outputs):
+            if port.type not in android.TYPES:
+                yield f"{one.name}: {port.name} is {port.type}, which Android's interface does not take"
+    if model.schema != android.SCHEMA:
+        yield f"the model's schema has version {model.schema}, Android's runtime reads {android.SCHEMA}"
+    if model.size > android.MAX_MODEL_BYTES:
+        yield f"the model has {_size(model.size)}, Android's interface takes {_size(android.MAX_MODEL_BYTES)}"
+
+
+def _android_notes(model: TfliteModel) -> Iterator[str]:
+    release, operator = android.needed_release(model)
+    reason = "training by signatures" if operator is None else f"{operator.name} version {operator.version}"
+    yield f"needs org.tensorflow:tensorflow-lite {release} or newer (for {reason}), or any release of LiteRT"
+    silent = android.without_inputs(model)
+    if silent:  # docs/native-app.md
+        yield f"without an input: {', '.join(silent)}. Java's runSignature refuses them; call them by the C interface"
 
 
 # --- as text and as JSON
@@ -220,6 +236,8 @@ def lines(inspection: Inspection) -> Iterator[str]:
     yield from _columns(_cost_rows(inspection))
     yield ""
     yield f"target {inspection.target}: {'; '.join(inspection.problems) or f'every operator is in {RUNTIME}'}"
+    for note in inspection.notes:
+        yield from textwrap.wrap(note, WIDTH, initial_indent="  ", subsequent_indent="    ")
 
 
 def _head(inspection: Inspection) -> list[tuple[str, ...]]:

@@ -96,11 +96,14 @@ class EntryPoint:
 
 @dataclass(frozen=True)
 class TfliteModel:
-    """operator_versions: name -> the highest version of it that the file asks for, used or not."""
+    """operator_versions: name -> the highest version of it that the file asks for, used or not. schema: the file
+    format's version. size: of the file in bytes."""
 
     subgraphs: tuple[Subgraph, ...]
     entry_points: Mapping[str, EntryPoint]
     operator_versions: Mapping[str, int]
+    schema: int = 3
+    size: int = 0
 
 
 def read_tflite(data: bytes) -> TfliteModel:
@@ -151,7 +154,7 @@ class _Reader:
         versions: dict[str, int] = {}
         for name, version in codes:
             versions[name] = max(version, versions.get(name, 0))
-        return TfliteModel(graphs, entry_points, versions)
+        return TfliteModel(graphs, entry_points, versions, int(self._model.Version()), self._limit)
 
     def codes(self) -> list[tuple[str, int]]:
         """(name, version) of every operator code, used or not."""
@@ -298,6 +301,44 @@ def called_subgraphs(model: TfliteModel, graph: Subgraph) -> Iterator[tuple[str,
                 if not 0 <= number < len(model.subgraphs):
                     raise BundleError(f"the model calls a subgraph {number} it does not have", "export it again")
                 yield operator.name, model.subgraphs[number]
+
+
+def places(model: TfliteModel, name: str, version: int) -> Iterator[str]:
+    """Where the model has the operator: the entry point, and the parameters of the nearest layer before it."""
+    for entry, point in model.entry_points.items():
+        for graph in _all_of(model, point.subgraph):
+            for operator in graph.operators:
+                if (operator.name, operator.version) == (name, version):
+                    yield f"{entry}, {_layer(graph, operator)}"
+
+
+def _all_of(model: TfliteModel, graph: Subgraph) -> list[Subgraph]:
+    found: list[Subgraph] = []
+    left = [graph]
+    while left:
+        one = left.pop()
+        if all(one is not other for other in found):
+            found.append(one)
+            left += [called for _, called in called_subgraphs(model, one)]
+    return found
+
+
+def _layer(graph: Subgraph, operator: Operator) -> str:
+    """Bundles have no names of tensors; but variables are named as the parameters are."""
+    makers = {number: one for one in graph.operators for number in one.outputs}
+    seen: set[int] = set()
+    left = list(operator.inputs)
+    while left:
+        number = left.pop(0)
+        maker = makers.get(number)
+        if number in seen or maker is None:
+            continue
+        seen.add(number)
+        if maker.name == "VAR_HANDLE":
+            return f"after {maker.settings.get('SharedName') or 'a variable'}"
+        left += maker.inputs
+    shape = graph.tensors[operator.outputs[0]].shape if operator.outputs else ()
+    return f"where a tensor of shape {list(shape)} is made, before any parameter"
 
 
 def names_of(enumeration: Any) -> dict[int, str]:

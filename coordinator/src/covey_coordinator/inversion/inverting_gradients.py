@@ -1,11 +1,13 @@
 """Inverting gradients: dummy inputs whose gradient points where the seen one does, kept smooth, by signed Adam.
 
-Blind to the gradient's length, so clipping does not stop it; gets further than L-BFGS on trained and deeper models,
-with ReLUs and in batches. Source: Geiping, Bauermeister, Droege, Moeller 2020 (arXiv:2003.14053).
+Blind to the gradient's length, so clipping does not stop it; gets further than L-BFGS alone on trained and deeper
+models, with ReLUs and in batches. Source: Geiping, Bauermeister, Droege, Moeller 2020 (arXiv:2003.14053). Ours: L-BFGS
+finishes what Adam began, and in batches moves the labels too, which an update tells with less certainty.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,10 +15,12 @@ import numpy as np
 
 from covey_coordinator.inversion.contract import AttackedModel, Finding, Progress, Seen, Stop
 from covey_coordinator.inversion.deep_leakage import WholeBatch
-from covey_coordinator.inversion.labels import labels_for
+from covey_coordinator.inversion.labels import labels_for, soft_labels_possible
 from covey_coordinator.inversion.matching import (
     DIRECTION,
+    LAST_SMOOTHING,
     SEES,
+    Bend,
     Descent,
     Distance,
     Work,
@@ -25,15 +29,22 @@ from covey_coordinator.inversion.matching import (
     faded,
     in_the_bundles_form,
     problem_of,
+    refine,
+    smoothed,
 )
+
+WITHOUT_END = 1_000_000  # evaluations: L-BFGS is not given up, there is no other start
 
 
 @dataclass(frozen=True)
 class InvertingGradients:
     """iterations: of each start. restarts: starts, all side by side; the one of least distance wins. labels: one for
-    each example; None reads them off the update.
+    each example; None reads them off the update. finish: the share of all iterations that L-BFGS gets, on the best
+    start; none where noise is known to be in the update, which it would fit. Of a batch whose labels were read, the
+    last part of it (`moving`, a share of all iterations) moves them with the inputs.
 
-    The paper's settings: 4,800 iterations or more, cosine distance, total variation of 0.01 to 0.0001 in its units.
+    The paper's settings: 4,800 iterations or more, cosine distance, total variation of 0.01 to 0.0001 in its units,
+    Adam alone.
     """
 
     iterations: int = 2400
@@ -41,6 +52,9 @@ class InvertingGradients:
     labels: Any = None
     distance: Distance = DIRECTION
     settings: Descent = field(default_factory=Descent)
+    finish: float = 0.5
+    moving: float = 0.3
+    finishing: Bend = field(default_factory=lambda: Bend(memory=30, patience=WITHOUT_END))
 
     @property
     def name(self) -> str:
@@ -56,9 +70,21 @@ class InvertingGradients:
         problem = problem_of(model, seen, seen.examples, WholeBatch(model), self.distance)
         labels = labels_for(model, seen, self.labels, seed)
         work = Work(self.iterations * self.restarts, stop, progress)
-        settings = faded(self.settings, seen)
+        settings, finish = faded(self.settings, seen), 0.0 if seen.noise_std else self.finish
         starts = problem.starts(np.random.default_rng(seed), self.restarts)
-        found = descend(problem, np.stack([in_the_bundles_form(model, labels)] * self.restarts), starts, settings, work)
+        given = in_the_bundles_form(model, labels)
+        found = descend(problem, np.stack([given] * self.restarts), starts, settings, work, 1.0 - finish)
         best = best_of(found)
-        done = sum(one.evaluations for one in found)
-        return Finding(self.name, self.sees, best.inputs, labels, best.score, work.seconds, done)
+        if finish:
+            uncertain = self.labels is None and seen.examples > 1 and soft_labels_possible(model)
+            keep = round(self.moving * work.total) if uncertain else 0
+            problem = smoothed(problem, LAST_SMOOTHING) if settings.fade else problem
+            best = refine(problem, given, best, self.finishing, work, keep=keep)
+            if uncertain:
+                best = refine(problem, labels, best, self.finishing, work, classes=model.manifest.num_classes or 0)
+        told = labels if best.labels is None else best.labels.argmax(-1)
+        if not work.over:  # L-BFGS found no way down along its line; signs may
+            small = dataclasses.replace(settings, step=settings.step / 100, fade=False)
+            again = in_the_bundles_form(model, told)[None]
+            best = best_of([best, *descend(problem, again, best.inputs[None], small, work)])
+        return Finding(self.name, self.sees, best.inputs, told, best.score, work.seconds, work.done)

@@ -38,6 +38,8 @@ Simulate = Callable[[Any, Any, Any], Any]
 CHUNK_S = 0.5  # how long the attack computes between two questions whether to stop
 UNBOUNDED = (-3.0, 3.0)  # where an input has no declared range: three deviations of standardised features
 KEPT = 8  # traced graphs, with the models they hold
+CERTAINTY = 4.0  # logit of a label that is read off an update: above 0.85 of ten classes, and still movable
+LAST_SMOOTHING = 1e-3  # of total variation's weight: where `Descent` has faded it to in the end
 TINY = 1e-30  # keeps a norm's derivative finite at 0
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # Adam's own defaults (Kingma and Ba 2015), which Geiping et al. use
 
@@ -288,14 +290,17 @@ def faded(settings: Descent, seen: Seen) -> Descent:
     return dataclasses.replace(settings, fade=settings.fade and not seen.noise_std)
 
 
-def descend(problem: Problem, labels: Numbers, starts: Floats, settings: Descent, work: Work) -> list[Best]:
-    """The best point of every start; all start together and take as many iterations as the work still allows.
+def descend(
+    problem: Problem, labels: Numbers, starts: Floats, settings: Descent, work: Work, share: float = 1.0
+) -> list[Best]:
+    """The best point of every start; all start together and take this share of the iterations that the work allows.
 
     labels: (t, m), given. starts: (t, *shape). One iteration of t starts counts t evaluations.
     """
     import tensorflow as tf
 
-    trials, iterations, given = len(starts), work.left // len(starts), tf.constant(labels)
+    trials, given = len(starts), tf.constant(labels)
+    iterations = math.ceil(share * (work.left // trials))
     run, last = _descent(problem.graph, settings, len(problem.seen), tuple(given.shape), given.dtype)
     fixed = (*problem.known, given, tf.constant(iterations, problem.dtype))
     x = tf.constant(starts, problem.dtype)
@@ -405,7 +410,7 @@ class Bend:
     without a gain of a hundredth after which a start is given up for a new one.
     """
 
-    memory: int = 100
+    memory: int = 50
     good_enough: float = 1e-12
     patience: int = 60
 
@@ -434,11 +439,49 @@ def bend(
 
     best = Best(problem.starts(rng, 1)[0])
     while not work.over and not best.score <= settings.good_enough:
-        start = (problem.starts(rng, 1)[0] - problem.bounds[0]).ravel() / problem.span
+        start = _as_unknowns(problem, problem.starts(rng, 1)[0])
         if labels is None:
             start = np.concatenate([start, rng.standard_normal(m * classes)])
         _one_start(problem, compiled, start, labels is None, best, settings, work)
     return best
+
+
+def refine(
+    problem: Problem, labels: Numbers, begun: Best, settings: Bend, work: Work, *, classes: int = 0, keep: int = 0
+) -> Best:
+    """The better of `begun` and what L-BFGS makes of it.
+
+    labels: (m,) as the model's loss takes them. classes: not 0 to move soft labels with the inputs, from logits that
+    are CERTAINTY where the labels (then integers) say. keep: evaluations of the work that are for later.
+    """
+    import tensorflow as tf
+
+    start, fixed = _as_unknowns(problem, begun.inputs), problem.known
+    if classes:
+        start = np.concatenate([start, CERTAINTY * np.eye(classes)[labels].ravel()])
+    else:
+        fixed = (*fixed, tf.constant(labels))
+    traced = _joint(problem.graph, classes, tuple((tuple(one.shape), one.dtype) for one in fixed))
+    best = Best(begun.inputs, evaluations=begun.evaluations)
+
+    def compiled(flat: Floats) -> Any:
+        return traced(*fixed, tf.constant(flat, problem.dtype))
+
+    if work.left > keep and not work.over:
+        _one_start(problem, compiled, start, bool(classes), best, settings, work, keep)
+    return best if best.score < begun.score else dataclasses.replace(begun, evaluations=best.evaluations)
+
+
+def smoothed(problem: Problem, share: float) -> Problem:
+    """The problem with this share of its total variation."""
+    distance = problem.graph.distance
+    less = dataclasses.replace(distance, total_variation=distance.total_variation * share)
+    return dataclasses.replace(problem, graph=dataclasses.replace(problem.graph, distance=less))
+
+
+def _as_unknowns(problem: Problem, inputs: Floats) -> Floats:
+    """Inputs as L-BFGS sees them: flat, from 0 to 1 over their range."""
+    return np.asarray((inputs - problem.bounds[0]).ravel() / problem.span)
 
 
 @lru_cache(maxsize=KEPT)
@@ -470,7 +513,7 @@ for kept in (_descent, _joint):  # TensorFlow's graphs complain where they outli
 
 
 def _one_start(
-    problem: Problem, compiled: Any, start: Floats, joint: bool, best: Best, settings: Bend, work: Work
+    problem: Problem, compiled: Any, start: Floats, joint: bool, best: Best, settings: Bend, work: Work, keep: int = 0
 ) -> None:
     from scipy.optimize import minimize
 
@@ -480,7 +523,7 @@ def _one_start(
     def evaluate(flat: Floats) -> tuple[float, Floats]:
         nonlocal lowest, since
         score, slope = (np.asarray(part, np.float64) for part in compiled(flat))
-        going = work.add(1)
+        going = work.add(1) and work.left > keep
         best.evaluations += 1
         if score < best.score:
             best.score = float(score)

@@ -16,7 +16,7 @@ from covey_edge.releasing import described
 from covey_protocol.releases import Release, release_file, seal_release
 from covey_protocol.seals import SealingKey
 
-SOURCE = Path(__file__).parent.parent.parent / "edge" / "src"
+SOURCE = Path(__file__).parent.parent / "edge" / "src"
 MAKER = SealingKey.from_seed(b"maker".ljust(32, b"."))
 DEVICE = SealingKey.from_seed(b"device".ljust(32, b"."))
 
@@ -74,14 +74,21 @@ def as_file(release: Release, *wheels: tuple[str, bytes], key: SealingKey = MAKE
     return release_file(seal_release(release, key), [data for _, data in wheels])
 
 
-def write_device(folder: Path, url: str, coordinator_key: SealingKey, more: str = "") -> Path:
+def write_device(
+    folder: Path,
+    url: str,
+    coordinator_key: SealingKey,
+    more: str = "",
+    device_id: str = "kitchen-pi",
+    key: SealingKey = DEVICE,
+) -> Path:
     """An agent.toml with its key and eight examples."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "device.pem").write_bytes(DEVICE.pem())
+    (folder / "device.pem").write_bytes(key.pem())
     np.savez(folder / "data.npz", x=np.zeros((8, 8, 8, 1), np.float32), y=np.zeros(8, np.int64))
     config = folder / "agent.toml"
     config.write_text(f"""
-device_id = "kitchen-pi"
+device_id = "{device_id}"
 fleet = "home"
 [broker]
 url = "{url}"

@@ -1,0 +1,128 @@
+"""A local Mosquitto with a fleet's own configuration, in the foreground, as the user who asks for it.
+
+The same access rules and settings as `covey broker config` writes; only the paths, the address and the user differ.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import pwd
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Optional
+
+from covey_deploy import mosquitto
+from covey_deploy.embedded_broker import check_port
+from covey_edge.files import make_folder, write_atomic
+from covey_edge.processes import die_with_parent
+from covey_protocol.errors import ConfigError, MachineError, TransportError
+
+RUN_CONFIG = "mosquitto-run.conf"
+START_S = 30.0
+POLL_S = 0.05
+NEWEST_OLD = (1, 999)  # of Mosquitto versions that lack what the configuration asks for
+
+
+def find_mosquitto() -> str:
+    """The program's path. MachineError where it is not installed, or too old."""
+    found = shutil.which("mosquitto") or shutil.which("mosquitto", path="/usr/sbin:/usr/local/sbin:/opt/homebrew/sbin")
+    if found is None:
+        raise MachineError(
+            "mosquitto is not installed, and covey's embedded broker knows neither certificates nor rights",
+            "install it (Debian: apt install mosquitto)",
+        )
+    told = subprocess.run([found, "-h"], capture_output=True, text=True, check=False).stdout.split()
+    version = tuple(int(part) for part in told[2].split(".")[:2] if part.isdigit()) if len(told) > 2 else ()
+    if version <= NEWEST_OLD:
+        raise MachineError(f"{found} is version {'.'.join(map(str, version))}", "install Mosquitto 2")
+    return found
+
+
+def run(
+    fleet: str, folder: Path, host: Optional[str], port: int, ready: Callable[[str], None], say: Callable[[str], None]
+) -> int:
+    """Until Mosquitto ends; its exit code. SIGINT and SIGTERM end it, SIGHUP makes it read its files again.
+
+    folder: with its certificates, where the configuration and the data go, too. port: 0 for a free one. ready: gets the
+    address. Raises MachineError, TransportError (the port is taken), ConfigError (Mosquitto does not take its files).
+    """
+    program = find_mosquitto()
+    port = port or _free_port(host)
+    check_port(host or "", port)
+    config = write_run_config(fleet, folder, host, port)
+    child = subprocess.Popen(
+        [program, "-c", str(config)],
+        preexec_fn=functools.partial(die_with_parent, os.getpid(), signal.SIGTERM),
+        start_new_session=True,  # Ctrl-C reaches it through us, once
+    )
+    _pass_on_signals(child)
+    _wait_until_open(child, host or "127.0.0.1", port, config)
+    ready(f"mqtts://{host or socket.gethostname()}:{port}")
+    code = child.wait()
+    if code > 0:
+        say(f"mosquitto ended with code {code}")
+    return max(code, 0)
+
+
+def write_run_config(fleet: str, folder: Path, host: Optional[str], port: int) -> Path:
+    """The configuration and the access rules beside the certificates; the folder of the data. StorageError."""
+    folder = folder.resolve()
+    lacking = [name for name in mosquitto.CERTIFICATE_FILES if not (folder / name).is_file()]
+    if lacking:
+        raise ConfigError(f"{folder} lacks {', '.join(lacking)}", "make the fleet's folder: covey provision init")
+    data = folder / "data"
+    make_folder(data)
+    data.chmod(0o700)  # what is retained is nobody else's
+    user = pwd.getpwuid(os.geteuid()).pw_name
+    settings = mosquitto.Settings(fleet, str(folder), str(data), port, host, user=user)
+    write_atomic(folder / mosquitto.ACL_NAME, mosquitto.acl(fleet).encode(), mode=0o600)
+    write_atomic(folder / RUN_CONFIG, mosquitto.config(settings).encode())
+    return folder / RUN_CONFIG
+
+
+def _free_port(host: Optional[str]) -> int:
+    with socket.socket() as probe:
+        probe.bind((host or "", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _pass_on_signals(child: subprocess.Popen[bytes]) -> None:
+    def pass_on(number: int, frame: Optional[FrameType]) -> None:
+        child.send_signal(signal.SIGTERM if number == signal.SIGINT else number)
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, pass_on)
+
+
+def _wait_until_open(child: subprocess.Popen[bytes], host: str, port: int, config: Path) -> None:
+    """Until the port takes connections, and signals do no harm any more."""
+    end = time.monotonic() + START_S
+    while child.poll() is None and time.monotonic() < end:
+        with socket.socket() as probe:
+            if probe.connect_ex((host, port)) == 0 and takes_hangup(child.pid):
+                return
+        time.sleep(POLL_S)
+    if child.poll() is None:
+        child.kill()
+        child.wait()
+        raise TransportError(f"mosquitto did not listen on {host}:{port} within {START_S:g} s", "look at its lines")
+    if child.returncode > 0:
+        raise ConfigError(f"mosquitto does not take {config}", "its own lines above say why")
+
+
+def takes_hangup(pid: int) -> bool:
+    """Whether SIGHUP would be handled: Mosquitto listens a moment before that. True outside of Linux."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return True
+    caught = next(line.split()[1] for line in status.splitlines() if line.startswith("SigCgt"))
+    return bool(int(caught, 16) >> (signal.SIGHUP - 1) & 1)
