@@ -60,33 +60,47 @@ def publish_release(
     key: PublicKey,
     say: Callable[[str], object],
 ) -> None:
-    """Chunks first, the description last: who reads it finds all it names. Raises TransportError.
-
-    ReleaseError where the broker has a newer one: devices would not follow.
-    """
+    """Over a connection of its own. Raises as `put_release`."""
     inbox, topics = Inbox(), Topics(fleet)
     transport = MqttTransport(broker, f"covey-{fleet}-release-{os.getpid()}", inbox)
     transport.subscribe([topics.release])
     transport.connect()
     try:
-        _check_size(transport, broker, release)
-        before = _retained(inbox, topics, key)
-        if before is not None and before.serial > release.serial:
-            raise ReleaseError(
-                f"{fleet} has release {before.version} with a newer serial ({before.serial})", "seal this one again"
-            )
-        for wheel, data in zip(release.wheels, wheels):
-            say(f"{wheel.name}: {wheel.blob.num_chunks} chunks")
-            for index, chunk in chunks(data, wheel.blob):
-                _send(transport, broker, topics.blob(wheel.blob.sha256, index), chunk)
-        _send(transport, broker, topics.release, sealed)
-        kept = {wheel.blob.sha256 for wheel in release.wheels}
-        for wheel in before.wheels if before is not None else ():
-            if wheel.blob.sha256 not in kept:
-                for index in range(wheel.blob.num_chunks):
-                    _send(transport, broker, topics.blob(wheel.blob.sha256, index), b"")
+        put_release(transport, fleet, sealed, release, wheels, _retained(inbox, topics, key), say)
     finally:
         transport.close()
+
+
+def put_release(
+    transport: MqttTransport,
+    fleet: str,
+    sealed: bytes,
+    release: Release,
+    wheels: Sequence[bytes],
+    before: Optional[Release],
+    say: Callable[[str], object],
+) -> None:
+    """Chunks first, the description last: who reads it finds all it names. Raises TransportError.
+
+    before: the release that the broker has, None where it has none of this maker's; ReleaseError where it is newer:
+    devices would not follow. Blocks for up to PUBLISH_TIMEOUT_S a message.
+    """
+    topics, broker = Topics(fleet), transport.broker
+    _check_size(transport, broker, release)
+    if before is not None and before.serial > release.serial:
+        raise ReleaseError(
+            f"{fleet} has release {before.version} with a newer serial ({before.serial})", "seal this one again"
+        )
+    for wheel, data in zip(release.wheels, wheels):
+        say(f"{wheel.name}: {wheel.blob.num_chunks} chunks")
+        for index, chunk in chunks(data, wheel.blob):
+            _send(transport, broker, topics.blob(wheel.blob.sha256, index), chunk)
+    _send(transport, broker, topics.release, sealed)
+    kept = {wheel.blob.sha256 for wheel in release.wheels}
+    for wheel in before.wheels if before is not None else ():
+        if wheel.blob.sha256 not in kept:
+            for index in range(wheel.blob.num_chunks):
+                _send(transport, broker, topics.blob(wheel.blob.sha256, index), b"")
 
 
 def _check_size(transport: MqttTransport, broker: Broker, release: Release) -> None:
