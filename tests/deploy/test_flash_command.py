@@ -9,6 +9,7 @@ import pytest
 from kit_helpers import small_kit
 from made_up_image import BOOKWORM, BOOT_START, make_image
 
+from covey_deploy import provisioning
 from covey_deploy.fat import Fat
 from covey_deploy.fleet_folder import FleetFolder
 from covey_deploy.provisioning import init, revoke
@@ -63,6 +64,22 @@ def test_a_series_makes_its_devices_and_goes_on_where_it_was_broken_off(
         assert f'device_id = "{device_id}"'.encode() in boot_of(image, "covey/device/agent.toml")
     assert flash(fleet, *series) == 0
     assert "made already; --again" in capsys.readouterr().out
+
+
+def test_a_number_is_a_devices_id_as_well_as_the_authoritys(fleet: FleetFolder, tmp_path: Path) -> None:
+    assert [one.id for one in fleet.issued() if one.role == "authority"] == ["1"]
+    assert flash(fleet, "--id", "1", "--output", str(tmp_path / "1.img")) == 0
+    assert "1" in fleet.device_ids()
+
+
+def test_a_device_without_its_key_gets_no_card(
+    fleet: FleetFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    provisioning.add_devices(fleet.path, [provisioning.NewDevice("keyless")])
+    (fleet.device("keyless") / "key.pem").unlink()
+    assert flash(fleet, "--id", "keyless", "--output", str(tmp_path / "x.img")) == EXIT_CONFIG
+    assert "keyless/key.pem is not there" in capsys.readouterr().err
+    assert not (tmp_path / "x.img").exists()
 
 
 def test_the_wifi_password_is_neither_said_nor_kept(

@@ -23,6 +23,9 @@ PAGES = {
 
 class Page(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
+        if self.path == "/no-http":
+            self.wfile.write(b"SSH-2.0-OpenSSH_9.2\r\n")
+            return
         self.send_response(200)
         self.end_headers()
         self.wfile.write(PAGES[self.path].encode())
@@ -50,3 +53,5 @@ def test_abandoned_rounds_are_read_and_other_addresses_named(url: str) -> None:
         abandoned_rounds("file:///etc/passwd")
     with pytest.raises(TransportError, match="does not answer"):
         abandoned_rounds("http://127.0.0.1:1/metrics")
+    with pytest.raises(TransportError, match="does not answer"):  # who answers is no server of pages
+        abandoned_rounds(f"{url}/no-http")

@@ -28,8 +28,9 @@ from covey_deploy.rollout.status import rows, seen_now, status_text
 from covey_edge import releasing
 from covey_edge.config import read_roster
 from covey_edge.mqtt import parse_broker
+from covey_edge.releasing import publish_release
 from covey_protocol.errors import ConfigError, RunError
-from covey_protocol.releases import open_release
+from covey_protocol.releases import open_release, seal_release
 from covey_protocol.seals import SealingKey
 
 NAMES = ("attic", "barn", "cellar")
@@ -74,6 +75,31 @@ def test_a_release_goes_from_ring_to_ring_and_a_bad_one_stops(mosquitto: Running
     assert "does not take 9.1; it ended with code 1" in text
     report = json.loads((journals(desk.rollouts)[-1] / "report.json").read_text())
     assert report["devices"] == {"barn": {"ring": "canary", "stand": "bad", "why": "it ended with code 1"}}
+
+
+@pytest.mark.broker
+def test_an_older_release_than_the_brokers_is_not_rolled_out(mosquitto: RunningBroker, tmp_path: Path) -> None:
+    """Devices that have the newer one would count as healthy, and those that wait for it would get the older one."""
+    desk, newer = desk_for(mosquitto, tmp_path), small_wheel("9.0.1")
+    release = released(newer)
+    publish_release(
+        desk.broker, "home", seal_release(release, MAKER), release, [newer[1]], MAKER.public, lambda text: None
+    )
+    with pytest.raises(ConfigError, match=r"9\.0\.1 is on the broker, 9\.0 is older"):
+        commands.roll_out(desk, RELEASE, RINGS, QUICK, MAKER)
+    assert journals(desk.rollouts) == []
+
+
+def test_who_looks_whether_a_rollout_is_open_cuts_no_line_of_it(tmp_path: Path) -> None:
+    """Somebody else may be writing that line at this moment."""
+    made = new_journal(tmp_path)
+    path = made.folder / journal.JOURNAL
+    with path.open("ab") as file:
+        file.write(b'{"type":"opened"')
+    before, desk = path.read_bytes(), Desk(parse_broker("mqtt://127.0.0.1:1"), "home", {}, tmp_path, MAKER.public)
+    with pytest.raises(ConfigError, match="is not over"):
+        commands.taken_back(desk, None, MAKER)
+    assert path.read_bytes() == before
 
 
 def new_journal(folder: Path) -> Journal:

@@ -112,6 +112,7 @@ def card(
     data: a file that becomes the configuration's data.path. ConfigError for what would only fail on the device.
     """
     agent = load_agent(device_folder / "agent.toml")
+    _check_whole(agent)
     name = hostname or agent.config.device_id.replace("_", "-")
     if not _HOSTNAME.fullmatch(name):
         raise ConfigError(f"{name!r} cannot be a host name", "give --hostname: up to 63 letters, digits and -")
@@ -140,6 +141,15 @@ def card(
             "systemd.unit=kernel-command-line.target",
         ]
     return Card(written, tuple(words), agent.config.device_id)
+
+
+def _check_whole(agent: Agent) -> None:
+    for path in (agent.broker.ca_file, agent.broker.cert_file, agent.broker.key_file):
+        if path is not None and not path.is_file():
+            raise ConfigError(
+                f"{path} is not there, and the device could not connect without it",
+                "a card needs keys that `covey provision device ID` made, not those of a request",
+            )
 
 
 def _first_boot(name: str) -> bytes:

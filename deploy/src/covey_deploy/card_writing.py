@@ -40,9 +40,8 @@ class Written:
 
 @contextlib.contextmanager
 def opened(disk: Disk, machine: Machine) -> Iterator[Written]:
-    """For this program alone. ConfigError where somebody has it, or another disk has come under its name since `disk`
-    was looked at, which is what was judged, and shown to whoever confirmed it; StorageError, with the card's state, for what fails
-    while it is open."""
+    """For this program alone. ConfigError where somebody has it, or where another disk has come under its name since
+    `disk` was judged and confirmed; StorageError, with the card's state, for what fails while it is open."""
     descriptor = _open(disk)
     card = Written(disk, descriptor)
     try:

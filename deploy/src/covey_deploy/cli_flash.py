@@ -191,9 +191,10 @@ def _to_do(options: Options, wanted: list[Wanted], fleet: FleetFolder) -> list[W
 def _provision(options: Options, fleet: FleetFolder, wanted: list[Wanted]) -> None:
     """Devices that the fleet has not yet are made, all at once. ConfigError for revoked ones."""
     from covey_deploy.cli_provision import _asking
+    from covey_deploy.fleet_folder import DEVICE
     from covey_deploy.provisioning import NewDevice, add_devices
 
-    known = {one.id for one in fleet.issued()}
+    known = {one.id for one in fleet.issued() if one.role == DEVICE}  # an authority's id is a number
     for one in wanted:
         if one.device_id in known - set(fleet.device_ids()):
             raise ConfigError(f"{one.device_id} is revoked", "choose a new id: covey provision list has those in use")

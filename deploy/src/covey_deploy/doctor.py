@@ -23,6 +23,7 @@ from covey_deploy.broker_files import broker_files
 from covey_deploy.doctor_probe import Patient, probe, takeover
 from covey_deploy.doctor_reach import own_name, reach
 from covey_deploy.fleet_folder import FleetFolder
+from covey_deploy.folder_changes import is_secret
 from covey_deploy.mosquitto import ACL_NAME, CONFIG_NAME
 from covey_deploy.passing import Passphrase, passing_broker
 from covey_edge.config import BrokerSettings, load_agent, read_broker, read_file, read_toml
@@ -137,7 +138,7 @@ def fleet_findings(folder: Path, address: Optional[str], passphrase: Passphrase)
         yield wrong("fleet", exc)
         return
     yield Finding("fleet", OK, f"{fleet.name}, {len(fleet.device_ids())} devices, broker {fleet.broker_url}")
-    yield _private([path for path in fleet.path.rglob("*") if path.name in ("key.pem", "ca.key", "seal.pem")])
+    yield _private([path for path in fleet.path.rglob("*") if path.is_file() and is_secret(path.name)])
     yield from _told("certificates", lambda: _dates(fleet))
     yield from _told("revoked", lambda: _list(fleet))
     yield from _told("configuration", lambda: _configuration(fleet))

@@ -45,6 +45,11 @@ def planned(desk: Desk, data: bytes, rings: Sequence[str], gates: Gates) -> tupl
     if gates.metrics:
         abandoned_rounds(gates.metrics)  # a wrong address is known now
     _, there = look(desk)
+    if there is not None and is_newer(there.version, release.version):
+        raise ConfigError(
+            f"release {there.version} is on the broker, {release.version} is older: no device would go back to it",
+            "`covey fleet rollback --to` gives old code a higher version",
+        )
     least = max(release.serial, there.serial if there is not None else 0) + 1
     plan = Plan(
         fleet=desk.fleet,
@@ -145,7 +150,7 @@ def taken_back(desk: Desk, file: Optional[Path], key: SealingKey) -> bytes:
 def _version_now(desk: Desk, folders: Sequence[Path]) -> str:
     """The newest that this fleet was given, by a rollout or by another hand."""
     _, there = look(desk)
-    found = [Journal.open(folder).state.plan.version for folder in folders[-1:]]
+    found = [Journal.open(folder, mend=False).state.plan.version for folder in folders[-1:]]
     found += [there.version] if there is not None else []
     if not found:
         raise ConfigError("no release was given to this fleet", "there is nothing to take back")
@@ -154,7 +159,7 @@ def _version_now(desk: Desk, folders: Sequence[Path]) -> str:
 
 def _finished_before(folders: Sequence[Path], version: str, key: PublicKey) -> dict[str, bytes]:
     """The wheels of the newest release that was finished and was not taken back itself."""
-    found = [Journal.open(folder) for folder in folders]
+    found = [Journal.open(folder, mend=False) for folder in folders]
     given = {journal.state.plan.version for journal in found}
     for journal in reversed(found):
         one = journal.state.plan.version
@@ -194,7 +199,7 @@ def _newest(rollouts: Path, *, mend: bool = True) -> Journal:
 
 def _check_none_is_open(rollouts: Path) -> None:
     for folder in journals(rollouts)[-1:]:
-        state = Journal.open(folder).state
+        state = Journal.open(folder, mend=False).state  # another command may be writing a line to it
         if state.phase not in ENDED:
             raise ConfigError(
                 f"the rollout of {state.plan.version} is not over", "`--resume` goes on, `--stop` stops it"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import re
 import urllib.error
 import urllib.request
@@ -20,7 +21,7 @@ def abandoned_rounds(url: str) -> int:
     try:
         with urllib.request.urlopen(url, timeout=TIMEOUT_S) as answer:  # noqa: S310 - the scheme was looked at
             data: bytes = answer.read(MOST_BYTES)
-    except (urllib.error.URLError, OSError, ValueError) as exc:
+    except (urllib.error.URLError, http.client.HTTPException, OSError, ValueError) as exc:
         raise TransportError(f"{url} does not answer ({exc})", "is `covey serve` running, with [metrics]?") from exc
     found = _ABANDONED.search(data)
     if found is None:
