@@ -1,4 +1,4 @@
-"""The script for phones, in a made-up Termux: refusals everywhere, and a whole way on a real Debian, native and under emulation.
+"""The script for phones, in a made-up Termux: refusals everywhere, and a whole way on a real Debian.
 
 Termux's own programs are small stand-ins here (proot-distro becomes chroot); the Debian, its Python, the kit, the agent
 and the broker are real. No phone has seen any of it.
