@@ -81,7 +81,8 @@ class InvertingGradients:
         if finish:
             exact = smoothed(problem, smoothing)
             if self.labels is None and seen.examples > 1 and soft_labels_possible(model):
-                shares = np.eye(model.manifest.num_classes or 0)[labels]  # one graph for both: labels that stay, and move
+                # shares for both, so that labels that stay and labels that move have one graph
+                shares = np.eye(model.manifest.num_classes or 0)[labels]
                 keep = round(self.moving * work.total)
                 best = refine(exact, shares, best, self.finishing, work, logits=CERTAIN, keep=keep)
                 best = refine(exact, shares, best, self.finishing, work, logits=LIKELY)
