@@ -300,6 +300,9 @@ def test_images_train_a_model_with_the_fleets_broker(
         assert {one.log.stem: one.written() for one in running} == {one.log.stem: [] for one in running}
         owners = {path.stat().st_uid for path in (config.parent / "runs").rglob("*")}
         assert owners == {USER}
+        running[0].process.kill()
+        running[0].process.wait()
+        assert not running[0].is_healthy()
     finally:
         for one in running:
             one.remove()

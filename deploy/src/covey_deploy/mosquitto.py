@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Optional
 
 from covey_deploy.access import CHANNELS, SELF, Access
-from covey_edge.mqtt import KEEPALIVE_S, PACKET_HEADER_BYTES, TOPIC_BYTES, WINDOW
+from covey_edge.mqtt import KEEPALIVE_S, PACKET_HEADER_BYTES, TOPIC_BYTES
+from covey_edge.mqtt_window import WINDOW
 from covey_protocol.codec import MAX_ENVELOPE_BYTES
 
 CERTIFICATE_FILES = ("cert.pem", "key.pem", "ca.pem", "crl.pem")

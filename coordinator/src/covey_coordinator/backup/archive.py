@@ -109,7 +109,7 @@ class Writer:
         info = tarfile.TarInfo(name)
         info.size, info.mode = size, 0o600
         hashing = _Hashing(file)
-        self._tar.addfile(info, hashing)  # type: ignore[arg-type]  # it only reads
+        self._tar.addfile(info, hashing)
         self._files[name] = Entry(size, hashing.sha256.hexdigest())
 
     def finish(self, key: SealingKey) -> None:

@@ -59,7 +59,8 @@ class Content(NamedTuple):
 def content_of(path: Path) -> Content:
     """path: of coordinator.toml. Raises ConfigError."""
     settings = read_toml(path, _Settings)
-    folder, moved = path.parent, {}
+    folder = path.parent
+    moved: dict[str, str] = {}
     named = [Named(f"folder/{path.name}", path, secret=urlsplit(settings.broker.url).password is not None)]
     for value, secret in _paths(settings).items():
         if not _is_beside(value):
@@ -79,7 +80,8 @@ def _paths(settings: _Settings) -> dict[str, bool]:
     broker = settings.broker
     secret = [settings.key_file, broker.key_file, broker.password_file]
     plain = [broker.ca_file, broker.cert_file, settings.bundle, *(task.bundle for task in settings.tasks)]
-    trusted = [one.trusted.path for one in (settings, *settings.tasks) if one.trusted is not None]
+    told = [settings.trusted, *(task.trusted for task in settings.tasks)]
+    trusted = [one.path for one in told if one is not None]
     return {value: value in secret for value in (*secret, *plain, *trusted) if value}
 
 
