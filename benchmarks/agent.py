@@ -3,7 +3,7 @@
     python benchmarks/agent.py [--quick] [--peers] [--python 3.11] [--json FILE]
 
 The agent runs as a kit installs it on devices (docs/kits.md), from .bench/agent-kit-3.x, made anew for each lock or
-source; what pip installs of the same lock (.bench/agent-3.x, uncompiled) is weighed beside it. It runs against a
+source; what pip installs of the same lock (.bench/agent-3.x) is weighed beside it. It runs against a
 Mosquitto on this machine and trains the reference CNN (206,922 parameters) on 600 images. --peers: beside it, in the
 same run, Flower's SuperNode (flwr) with the same model, data and settings in TensorFlow and in
 PyTorch, each in an environment made from benchmarks/agent-peers.txt (4 GB; the first time takes minutes).

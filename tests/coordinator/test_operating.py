@@ -289,3 +289,35 @@ def read_all(terminal: int, process: subprocess.Popen[bytes]) -> str:
         if not piece and process.poll() is not None:
             break
     return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", drawn.decode(errors="replace"))
+
+
+ROLLOUT = """
+[evaluation]
+every = 2
+[rollout]
+rings = [["ward-1", "ward-2"]]
+rounds = 2
+baseline = 0.01
+max_worse = 0.1
+accept = {accept}
+"""
+
+
+@pytest.mark.slow
+def test_a_real_model_stops_at_its_first_ring_until_the_operator_accepts_it(clinic: Clinic) -> None:
+    def configure(accept: list[int]) -> None:
+        clinic.configure(rounds=3)
+        path = clinic.folder / "coordinator.toml"
+        text = path.read_text().replace("devices = 3\nquorum = 3", "devices = 2\nquorum = 2")
+        path.write_text(text.replace('"multi-krum"', '"mean"') + ROLLOUT.format(accept=accept))
+
+    configure([])
+    for _ in range(2):
+        serving = clinic.serve()
+        assert serving.ends() == 8
+        assert "is worse than 0.01 of the baseline by more than 0.1" in serving.err.read_text()
+        assert [one["device"] for one in clinic.facts("devices") if one["invited"]] == ["ward-1", "ward-2"]
+    configure([2])
+    serving = clinic.serve()
+    assert serving.ends() == 0
+    assert "rollout: ring 1 of 1 ends, accepted by the operator" in serving.out.read_text()

@@ -142,7 +142,7 @@ def test_a_last_will_reaches_only_the_devices_own_topics(home_broker: FleetBroke
     assert set(root.heard) == {(f"covey/1/home/device/{OWN}/presence", b"gone")}
 
 
-@pytest.mark.parametrize("protocol", [paho.MQTTv5, paho.MQTTv311])
+@pytest.mark.parametrize("protocol", [paho.MQTTv5, pytest.param(paho.MQTTv311, marks=pytest.mark.slow)])
 def test_nobody_takes_anothers_connection_with_its_client_id(home_broker: FleetBroker, protocol: int) -> None:
     fleet = home_broker.fleet
     device = Client(home_broker, identity(fleet, "device"), "covey-home-kitchen-pi")
@@ -177,7 +177,9 @@ def test_who_may_connect(home_broker: FleetBroker, tmp_path: Path) -> None:
         assert expected in answer(home_broker, one), what
 
 
-@pytest.mark.parametrize("name", ["+", "#", "kitchen-pi/+", "a+b", "porch-pi/up"])
+@pytest.mark.parametrize(
+    "name", ["+", "porch-pi/up", *(pytest.param(one, marks=pytest.mark.slow) for one in ("#", "kitchen-pi/+", "a+b"))]
+)
 def test_a_name_that_is_a_pattern_opens_nothing(
     home_broker: FleetBroker, root: Client, tmp_path: Path, name: str
 ) -> None:

@@ -284,6 +284,17 @@ def test_data_and_hostname_go_where_the_device_looks_for_them(device: Path, tmp_
         made(device, "trixie", hostname="a b")
 
 
+@pytest.mark.parametrize("path", ["/var/lib/data.npz", "/var/lib/../etc/x", "/etc/x/y", "mine.npz", "/var/lib/a b/c"])
+def test_data_never_go_where_a_folder_of_the_system_would_change_hands(path: str, device: Path, tmp_path: Path) -> None:
+    other = tmp_path / "device"
+    shutil.copytree(device, other)
+    text = (other / "agent.toml").read_text()
+    (other / "agent.toml").write_text(text.replace("/var/lib/covey-data/data.npz", path))
+    assert b"data_path" not in made(other, "debian").files["covey/settings"]
+    with pytest.raises(ConfigError, match="is not in a folder of /var/lib"):
+        made(other, "debian", data=other / "agent.toml")
+
+
 def test_user_data_is_the_yaml_that_cloud_init_is_to_get(device: Path) -> None:
     import msgspec
 

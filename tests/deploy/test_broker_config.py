@@ -148,6 +148,7 @@ def fleet(tmp_path: Path) -> FleetFolder:
 
 @pytest.mark.broker
 @pytest.mark.fleet
+@pytest.mark.slow
 def test_a_broker_that_is_run_ends_with_ctrl_c_and_keeps_what_it_retained(fleet: FleetFolder) -> None:
     topic = "covey/1/home/device/coordinator/probe"
     run = BrokerRun(fleet)

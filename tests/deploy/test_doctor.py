@@ -206,14 +206,8 @@ def test_a_broker_that_refuses_our_certificate_says_why(
     other = make_fleet(tmp_path / "other", devices=("kitchen-pi",))
     strange = other.device("kitchen-pi")
     with fleet_broker(fleet) as broker:
-
-        def told(**lines: str) -> dict[str, str]:
-            found = list(doctor.device_findings(config(broker.port, **lines)))
-            return words(found, WRONG)
-
-        files = {"cert_file": str(strange / "cert.pem"), "key_file": str(strange / "key.pem")}
         path = config(broker.port)
-        path.write_text(path.read_text().replace('key_file = "seal.pem"', 'key_file = "./seal.pem"'))
+        files = {"cert_file": str(strange / "cert.pem"), "key_file": str(strange / "key.pem")}
         for name, value in files.items():
             path.write_text(re.sub(rf'{name} = "(cert|key).pem"', f'{name} = "{value}"', path.read_text()))
         found = words(list(doctor.device_findings(path)), WRONG)

@@ -50,6 +50,8 @@ def test_a_machine_that_turns_itself_off_has_ended(tmp_path: Path) -> None:
         assert "".join(shown) == "good night\n"
         with pytest.raises(MachineError, match="the machine has ended; it said\ngood night"):
             machine.wait_for("good morning", PATIENCE_S)
+        machine.start()  # and can be turned on again
+        machine.wait_for("good night", PATIENCE_S)
 
 
 def test_a_machine_does_not_outlive_the_program_that_started_it(tmp_path: Path) -> None:

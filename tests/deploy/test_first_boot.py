@@ -172,6 +172,7 @@ def check_done(machine: Machine, made: Card, device: Path) -> None:
     for secret in told_secrets(made, device):
         assert secret not in machine.on_boot()
     assert not list((root / "etc/covey").glob("*.part"))
+    assert (data.parent.stat().st_mode & 0o777, data.parent.stat().st_uid) == (0o750, uid)
 
 
 def told_secrets(made: Card, device: Path) -> list[bytes]:

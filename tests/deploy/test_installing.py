@@ -25,9 +25,10 @@ KITS = {version: small_kit(version) for version in ("9.0", "9.1", "9.2")}
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """os.sync waits for everybody's writing on this machine."""
+    """Syncing waits for everybody's writing on this machine; of it only the moments matter here."""
     monkeypatch.setattr(installer, "TRIAL", TRIAL)
     monkeypatch.setattr(os, "sync", lambda: None)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
 @pytest.fixture

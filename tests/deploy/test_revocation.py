@@ -49,6 +49,7 @@ def test_a_revoked_device_is_kept_out_at_the_next_reload_and_its_session_ended_b
         other.close()
 
 
+@pytest.mark.slow
 def test_a_resumed_tls_session_does_not_get_round_the_list(tmp_path: Path) -> None:
     fleet = make_fleet(tmp_path / "home", devices=("porch-pi",))
     context = Identity.of(fleet.device("porch-pi")).context()
@@ -69,6 +70,7 @@ def test_a_resumed_tls_session_does_not_get_round_the_list(tmp_path: Path) -> No
             connect(session)
 
 
+@pytest.mark.slow
 def test_an_old_list_keeps_everybody_out_and_a_torn_one_changes_nothing(tmp_path: Path) -> None:
     fleet = make_fleet(tmp_path / "home", devices=("porch-pi",))
     porch, made = Identity.of(fleet.device("porch-pi")), own_authority(fleet)
@@ -86,6 +88,7 @@ def test_an_old_list_keeps_everybody_out_and_a_torn_one_changes_nothing(tmp_path
         assert answer(broker, porch) == "taken"
 
 
+@pytest.mark.slow
 def test_what_is_retained_outlives_the_broker(tmp_path: Path) -> None:
     fleet = make_fleet(tmp_path / "home", devices=())
     topic = f"covey/1/home/blob/{'00' * 32}/0"

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from brokers import certificates
 from cryptography import x509
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from covey_edge.certificate_dates import validity
@@ -58,6 +58,7 @@ def der(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return base64.b64decode(b"".join(path.read_bytes().splitlines()[1:-1]))
 
 
+@settings(max_examples=200, deadline=None)  # a busy machine is no error
 @given(data=st.data())
 def test_any_bytes_give_dates_or_a_value_error(der: bytes, data: st.DataObject) -> None:
     at = data.draw(st.integers(0, len(der)))

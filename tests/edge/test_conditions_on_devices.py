@@ -17,10 +17,16 @@ from typing import Any
 import numpy as np
 import pytest
 from brokers import RunningBroker
+from lone_coordinator import LoneCoordinator
 from patience import PATIENCE_S
+from proxy import Proxy
 
 from covey_coordinator.demo.devices import Shard, make_device
 from covey_edge.local_socket import NotRunning, ask
+from covey_edge.runtime import Model
+from covey_protocol.blobs import blob_ref, chunks
+from covey_protocol.bundle import read_bundle
+from covey_protocol.messages import Answer, BlobRef, Chunk, Need, Offer, TrainingPlan
 from covey_protocol.seals import SealingKey
 
 BATTERY = '{{"percentage": 80, "plugged": "{0}", "status": "{1}"}}'
@@ -61,8 +67,12 @@ class Phone:
         self.state = folder / "battery"
         commands = folder / "bin"
         commands.mkdir()
-        (commands / "termux-battery-status").write_text(f"#!/bin/sh\ncat '{self.state}'\n")
-        (commands / "termux-battery-status").chmod(0o755)
+        wifi = folder / "wifi"
+        for name, file in (("termux-battery-status", self.state), ("termux-wifi-connectioninfo", wifi)):
+            (commands / name).write_text(f"#!/bin/sh\ncat '{file}'\n")
+            (commands / name).chmod(0o755)
+        (commands / "termux-telephony-deviceinfo").write_text('#!/bin/sh\necho \'{"data_state": "connected"}\'\n')
+        (commands / "termux-telephony-deviceinfo").chmod(0o755)
         self.environment = {**os.environ, "TERMUX_VERSION": "0.118.0", "PATH": f"{commands}:{os.environ['PATH']}"}
         self.battery(*ON_MAINS)
         self.running: list[subprocess.Popen[bytes]] = []
@@ -71,6 +81,12 @@ class Phone:
         new = self.state.with_suffix(".new")
         new.write_text(BATTERY.format(plugged, status))
         new.rename(self.state)
+
+    def wifi(self, *, connected: bool) -> None:
+        """Else it is on mobile data."""
+        new = self.folder / "wifi.new"
+        new.write_text(f'{{"supplicant_state": "{"COMPLETED" if connected else "DISCONNECTED"}"}}')
+        new.rename(self.folder / "wifi")
 
     def start(self, epochs: int, duration_s: float = 600.0, round: str = "", **conditions: Any) -> None:
         rng = np.random.default_rng(0)
@@ -203,3 +219,76 @@ def test_a_run_outlasts_the_hours_in_which_no_device_can(phone: Phone) -> None:
     phone.until(lambda: phone.running[1].poll() is not None)
     assert phone.running[1].returncode == 0, phone.log("serve")
     assert "1 of 1 updates" in phone.log("serve")
+
+
+class InTwoParts(LoneCoordinator):
+    """Publishes every second chunk of a blob when it invites, and the others when it is told to."""
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self._later: list[tuple[str, bytes]] = []
+
+    def _blob(self, data: bytes) -> BlobRef:
+        ref = blob_ref(data, 4096)
+        for index, payload in chunks(data, ref):
+            topic = self._topics.blob(ref.sha256, index)
+            if index % 2:
+                self._later.append((topic, payload))
+            else:
+                self._transport.publish(topic, payload, retain=True)
+        return ref
+
+    def publish_the_rest(self) -> int:
+        """How many bytes that are."""
+        sent = [self._transport.publish(topic, payload, retain=True) for topic, payload in self._later]
+        assert self._transport.flush(sent, PATIENCE_S)
+        return sum(len(payload) for _, payload in self._later)
+
+
+@pytest.mark.broker
+@pytest.mark.slow
+def test_on_mobile_data_neither_the_model_comes_nor_the_update_goes(
+    phone: Phone, mosquitto: RunningBroker, digits_bundle: bytes, coordinator_key: SealingKey
+) -> None:
+    """Over a real connection whose bytes are counted: a pause leaves only small messages on it."""
+    proxy = Proxy(mosquitto.port)
+    rng = np.random.default_rng(0)
+    shard = Shard(rng.random((50, 8, 8, 1), np.float32), rng.integers(0, 10, 50).astype(np.int32))
+    tables: Any = {"conditions": {"unmetered": True, "check_every_s": 1.0}}
+    files = make_device(
+        "phone", phone.folder / "phone", "home", {"url": proxy.url}, coordinator_key.public, shard, **tables
+    )
+    parameters = Model(read_bundle(digits_bundle)).parameters().tobytes()
+    phone.wifi(connected=True)
+    phone._run("agent", str(files.config))
+    try:
+        with InTwoParts(mosquitto.url, "home", "phone", coordinator_key, files.public) as coordinator:
+            invitation = coordinator.invite(digits_bundle, parameters, TrainingPlan(1, 0.1))
+            coordinator.wait_for(lambda one: isinstance(one, Answer) and one.accept)
+            proxy.settled()
+            phone.wifi(connected=False)
+            phone.until(lambda: "paused" in phone.log())
+            before = proxy.settled()
+            rest = coordinator.publish_the_rest()
+            time.sleep(5.0)
+            came = proxy.settled()[1] - before[1]
+            assert came < 1000 < rest / 10
+            phone.wifi(connected=True)
+            phone.until(lambda: "trained on 50 examples" in phone.log())
+            assert proxy.down - before[1] > rest
+            phone.wifi(connected=False)
+            time.sleep(3.0)  # a look at the network is good for a second
+            offer = coordinator.wait_for(lambda one: isinstance(one, Offer))
+            need = Need(offer.round_id, offer.update.sha256, tuple(range(offer.update.num_chunks)))
+            coordinator.tell(need)
+            phone.until(lambda: "its update waits for a network that is not metered" in phone.log())
+            up = proxy.settled()[0]
+            coordinator.tell(need)
+            assert proxy.settled()[0] - up < 2000 < offer.update.size
+            assert not any(isinstance(one, Chunk) for one in coordinator.heard)
+            phone.wifi(connected=True)
+            time.sleep(3.0)
+            _, update = coordinator.take(invitation)
+            assert len(update) == len(parameters)
+    finally:
+        proxy.close()

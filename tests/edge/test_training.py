@@ -264,6 +264,28 @@ def test_a_child_that_has_long_had_nothing_to_do_ends_and_the_next_request_start
     assert process.pid not in (None, first)
 
 
+@pytest.mark.parametrize(("setting", "value"), [("OPENINGS", 0.0), ("MOST_S", 0.0), ("MUCH_FREE_MB", 1e9)])
+def test_a_child_that_has_read_long_stays_until_that_is_worth_no_more_or_memory_is_short(
+    child: tuple[TrainingProcess, queue.Queue[tuple[object, Any]]],
+    device: Path,
+    coordinator_key: SealingKey,
+    monkeypatch: pytest.MonkeyPatch,
+    setting: str,
+    value: float,
+) -> None:
+    process, answers = child
+    usual = {"IDLE_S": -1.0, "LONG_S": 0.0, "OPENINGS": 1e6, "MOST_S": 1e6, "MUCH_FREE_MB": 0.0}
+    for name, number in usual.items():
+        monkeypatch.setattr(training_process, name, number)
+    process.request("round", open_request(device, coordinator_key), PATIENCE_S)
+    assert isinstance(answers.get(timeout=PATIENCE_S)[1], Done)
+    process.rest()
+    assert process.pid is not None
+    monkeypatch.setattr(training_process, setting, value)
+    process.rest()
+    assert process.pid is None
+
+
 def test_a_training_that_takes_too_long_is_ended(
     child: tuple[TrainingProcess, queue.Queue[tuple[object, Any]]], device: Path
 ) -> None:

@@ -64,7 +64,8 @@ def test_updates_share_a_graph_into_which_nothing_of_the_first_is_built(digits, 
         cache.cache_clear()
         attack.run(mlp, first, seed=0)
         found = attack.run(mlp, other, seed=0)
-        assert (cache.cache_info().misses, cache.cache_info().hits) == (1, 1)
+        assert cache.cache_info().misses == 1
+        assert cache.cache_info().hits >= 1
         problem = matching.problem_of(mlp, other, 1, WholeBatch(mlp), attack.distance)
         score = problem.graph.objective(problem.known, found.inputs.astype(np.float32), found.labels.astype(np.int32))
         assert found.score == pytest.approx(float(score), rel=1e-4)

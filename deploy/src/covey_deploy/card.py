@@ -31,7 +31,8 @@ FIRSTRUN = "firstrun.sh"
 GROUPS = "users,adm,dialout,audio,netdev,video,plugdev,cdrom,games,input,gpio,spi,i2c,render,sudo"  # Imager's
 _HOSTNAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?")
 _USER = re.compile(r"[a-z_][a-z0-9_-]{0,31}")
-_PATH = re.compile(r"/[A-Za-z0-9/._+@=-]+")  # what the shell script takes as it is
+# where first-boot.sh may make a folder for data, in characters that a shell takes as they are
+_DATA_PATH = re.compile(r"/var/lib/(?!\.)[A-Za-z0-9._+@=-]+/(?!\.)[A-Za-z0-9._+@=-]+")
 _SSH_KEY = re.compile(r"(ssh-|ecdsa-|sk-)[A-Za-z0-9@.-]+ [A-Za-z0-9+/=]+( [^\x00-\x1f]*)?")
 
 
@@ -150,31 +151,26 @@ def _device_files(folder: Path) -> dict[str, bytes]:
     return {f"device/{name}": path.read_bytes() for name, path in found.items()}
 
 
-def _data_path(agent: Agent) -> str:
-    path = agent.config.data.path
-    return path if _PATH.fullmatch(path) else ""
-
-
 def _data_files(agent: Agent, data: Optional[Path]) -> dict[str, bytes]:
     if data is None:
         return {}
-    if not _data_path(agent) or not agent.config.data.path.startswith("/var/lib/"):
+    path = agent.config.data.path
+    if not _DATA_PATH.fullmatch(path):
         raise ConfigError(
-            f"--data would become data.path = {agent.config.data.path!r}, which is not in a folder of /var/lib",
+            f"--data would become data.path = {path!r}, which is not in a folder of /var/lib",
             "let data.path in agent.toml be such as /var/lib/covey-data/data.npz",
         )
     try:
-        return {f"data/{Path(agent.config.data.path).name}": data.read_bytes()}
+        return {f"data/{Path(path).name}": data.read_bytes()}
     except OSError as exc:
         raise ConfigError(f"{data} cannot be read ({exc.strerror})", "give a file for --data") from exc
 
 
 def _settings(agent: Agent, hostname: str) -> bytes:
     """What first-boot.sh has to know, one NAME=VALUE a line; nothing secret. hostname: where nothing else sets it."""
-    path = _data_path(agent)
     lines = [f"release_key={agent.config.update.release_key}"]
-    if path.startswith("/var/lib/"):  # elsewhere the owner makes the folder
-        lines.append(f"data_path={path}")
+    if _DATA_PATH.fullmatch(agent.config.data.path):  # elsewhere the owner makes the folder
+        lines.append(f"data_path={agent.config.data.path}")
     if hostname:
         lines.append(f"hostname={hostname}")
     return "".join(f"{line}\n" for line in lines).encode()

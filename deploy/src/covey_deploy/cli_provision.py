@@ -92,7 +92,7 @@ def init(
             f"a model: covey export model.py:build --key {folder}/coordinator/seal.pem -o {folder}/coordinator/{bundle}"
         )
     click.echo(f"devices: covey provision device ID --fleet-folder {folder}")
-    click.echo(f"devices will connect to {fleet.broker_url}")
+    click.echo(f"the broker: covey broker run --fleet-folder {folder}; devices will connect to {fleet.broker_url}")
 
 
 def _checked_bundle(model: Optional[Path], sealed_by: str, folder: Path) -> str:
@@ -260,6 +260,7 @@ def revoke(name: str, fleet: Path, reason: str, passphrase_file: Optional[Path])
     folder = FleetFolder.open(fleet)
     click.echo(f"{name}: {count} certificates revoked" if count else f"{name} was revoked before; the list is new")
     click.echo(f"the broker: give it {folder.broker / 'crl.pem'} and let it read it again (kill -HUP)")
+    click.echo(f"then, if {name} may be connected: covey broker disconnect {name} --fleet-folder {fleet}")
     if name not in RESERVED:
         _tell_coordinator(name, folder.coordinator / "coordinator.toml", reason)
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import stat
@@ -78,6 +79,12 @@ class Machine:
             f"{vendor} {text}".strip() if not vendor.startswith("0x") else text,
             tuple(sorted(found.parent.name for found in folder.glob(f"{name}*/partition"))),
         )
+
+    def has_card(self, name: str) -> bool:
+        """Whether there is one now. A reader's kernel driver looks for itself only when somebody opens the disk."""
+        with contextlib.suppress(OSError):
+            os.close(os.open(self.dev / name, os.O_RDONLY | os.O_CLOEXEC))
+        return self.disk(name).size > 0
 
     def cards(self) -> list[Disk]:
         """Disks that may be overwritten without further options."""

@@ -76,6 +76,7 @@ class Machine:
         if self.running:
             raise MachineError(f"the machine of {self.image} is running already", "stop it first")
         require_programs(PROGRAMS)
+        self.power_cut()  # what is left of a machine that turned itself off
         self._seen = len(self.text)
         with tempfile.TemporaryDirectory(prefix="covey-emulate-") as folder:
             boot = kernel_files(self.image, Path(folder))

@@ -98,8 +98,8 @@ def left_to_do(wanted: Iterable[Wanted], done: set[str]) -> list[Wanted]:
 
 def wait_for_next_card(name: str, machine: Machine, look: Callable[[float], None] = time.sleep) -> None:
     """Until the card in a reader was taken out and another one (or the same) was put in."""
-    while machine.disk(name).size:
+    while machine.has_card(name):
         look(LOOK_S)
-    while not machine.disk(name).size:
+    while not machine.has_card(name):
         look(LOOK_S)
     look(LOOK_S)  # the kernel reads its partitions

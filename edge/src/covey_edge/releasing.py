@@ -69,31 +69,48 @@ def publish_release(
     transport.subscribe([topics.release])
     transport.connect()
     try:
-        _check_size(transport, broker, release)
+        check_size(transport, release)
         before = _retained(inbox, topics, key)
         if before is not None and before.serial > release.serial:
             raise ReleaseError(
                 f"{fleet} has release {before.version} with a newer serial ({before.serial})", "seal this one again"
             )
-        for wheel, data in zip(release.wheels, wheels):
-            say(f"{wheel.name}: {wheel.blob.num_chunks} chunks")
-            for index, chunk in chunks(data, wheel.blob):
-                _send(transport, broker, topics.blob(wheel.blob.sha256, index), chunk)
-        _send(transport, broker, topics.release, sealed)
-        kept = {wheel.blob.sha256 for wheel in release.wheels}
-        for wheel in before.wheels if before is not None else ():
-            if wheel.blob.sha256 not in kept:
-                for index in range(wheel.blob.num_chunks):
-                    _send(transport, broker, topics.blob(wheel.blob.sha256, index), b"")
+        put_release(transport, topics, sealed, release, wheels, before, say)
     finally:
         transport.close()
 
 
-def _check_size(transport: MqttTransport, broker: Broker, release: Release) -> None:
+def put_release(
+    transport: MqttTransport,
+    topics: Topics,
+    sealed: bytes,
+    release: Release,
+    wheels: Sequence[bytes],
+    before: Optional[Release],
+    say: Callable[[str], object] = lambda text: None,
+) -> None:
+    """Over a connection that is there. before: the release whose wheels are cleared where this one has them not.
+
+    Blocks until the broker has acknowledged all. Raises TransportError.
+    """
+    for wheel, data in zip(release.wheels, wheels):
+        say(f"{wheel.name}: {wheel.blob.num_chunks} chunks")
+        for index, chunk in chunks(data, wheel.blob):
+            _send(transport, topics.blob(wheel.blob.sha256, index), chunk)
+    _send(transport, topics.release, sealed)
+    kept = {wheel.blob.sha256 for wheel in release.wheels}
+    for wheel in before.wheels if before is not None else ():
+        if wheel.blob.sha256 not in kept:
+            for index in range(wheel.blob.num_chunks):
+                _send(transport, topics.blob(wheel.blob.sha256, index), b"")
+
+
+def check_size(transport: MqttTransport, release: Release) -> None:
+    """TransportError where this connection's broker takes no message of a chunk's size."""
     limit, needed = transport.max_message_bytes, DEFAULT_CHUNK_BYTES + CHUNK_ROOM_BYTES
     if limit is not None and limit < needed and release.size > limit:
         raise TransportError(
-            f"{broker} takes messages of at most {limit} bytes, a release needs {needed}",
+            f"{transport.broker} takes messages of at most {limit} bytes, a release needs {needed}",
             "raise the broker's limit, or give the file to `covey agent update`",
             transient=False,
         )
@@ -115,7 +132,7 @@ def _retained(inbox: Inbox, topics: Topics, key: PublicKey) -> Optional[Release]
     return None
 
 
-def _send(transport: MqttTransport, broker: Broker, topic: str, payload: bytes) -> None:
+def _send(transport: MqttTransport, topic: str, payload: bytes) -> None:
     number = transport.publish(topic, payload, retain=True)
     if not transport.flush([number], PUBLISH_TIMEOUT_S):
-        raise TransportError(f"{broker} did not take {topic} within {PUBLISH_TIMEOUT_S:g} s", "try again")
+        raise TransportError(f"{transport.broker} did not take {topic} within {PUBLISH_TIMEOUT_S:g} s", "try again")

@@ -21,14 +21,18 @@ from typing import Optional
 
 import msgspec
 
-from covey_edge.frames import Frame, Problem, read_frame, write_frame
+from covey_edge.frames import Frame, Open, Problem, read_frame, write_frame
+from covey_edge.sensors.host import free_memory_mb
 from covey_protocol.errors import UsageError
 
 # one BLAS thread: the model runs in TFLite, and idle BLAS threads only cost memory on a small device
 CHILD_ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
 OOM_FIRST = 1000  # of -1000 to 1000: where memory runs out the kernel ends the child, and never whoever started it
-VMSTAT = Path("/proc/vmstat")
+ROOT = Path("/")
+VMSTAT = ROOT / "proc/vmstat"
 IDLE_S = 30.0  # between the requests of a round are moments, between rounds often hours: the child holds 50 MB
+LONG_S, OPENINGS, MOST_S = 5.0, 20.0, 3600.0  # where opening took longer, so many times that, and no more
+MUCH_FREE_MB = 256.0  # that other programs can still have; with less the child goes after IDLE_S all the same
 
 
 class TrainingProcess:
@@ -44,7 +48,8 @@ class TrainingProcess:
         self._timeout_s, self._left_s, self._timed_from = 0.0, 0.0, 0.0
         self._oom_kills = 0
         self._stopped = False  # the child, by `pause`
-        self._answered = time.monotonic()
+        self._asked = self._answered = time.monotonic()
+        self._opens, self._opening_s = False, 0.0
 
     @property
     def busy(self) -> bool:
@@ -62,6 +67,7 @@ class TrainingProcess:
             child = self._started()
             self._wake(child)  # or it would not read
             self._pending, self._oom_kills = token, oom_kills()
+            self._asked, self._opens = time.monotonic(), isinstance(frame, Open)
             self._timeout_s = self._left_s = timeout_s
             self._start_timer(token)
         try:
@@ -91,8 +97,15 @@ class TrainingProcess:
                 self._start_timer(self._pending)
 
     def rest(self) -> None:
-        """End a child that has had nothing to do for IDLE_S; the next request starts another, in half a second."""
-        if self._child is not None and not self.busy and time.monotonic() - self._answered > IDLE_S:
+        """End a child that has had nothing to do for IDLE_S; the next request starts another, in half a second.
+
+        One that has read long for its data (a large table) is kept longer, while memory is not short.
+        """
+        if self._child is None or self.busy:
+            return
+        idle_s = time.monotonic() - self._answered
+        kept_s = min(MOST_S, OPENINGS * self._opening_s) if self._opening_s > LONG_S else IDLE_S
+        if idle_s > kept_s or (idle_s > IDLE_S and (free_memory_mb(ROOT) or 0.0) < MUCH_FREE_MB):
             self.stop()
 
     def stop(self) -> None:
@@ -117,7 +130,7 @@ class TrainingProcess:
                 limit = self._memory_mb * 1024 * 1024
                 resource.prlimit(self._child.pid, resource.RLIMIT_AS, (limit, limit))
             _step_back(self._child.pid, self._nice)
-            self._stopped = False
+            self._stopped, self._opening_s = False, 0.0
             threading.Thread(target=self._read, args=(self._child,), daemon=True).start()
         return self._child
 
@@ -153,6 +166,8 @@ class TrainingProcess:
                 return
             token, self._pending = self._pending, None
             self._answered = time.monotonic()
+            if self._opens:
+                self._opening_s = max(self._opening_s, self._answered - self._asked)
             self._cancel_timer()
         self._on_answer(token, frame)
 

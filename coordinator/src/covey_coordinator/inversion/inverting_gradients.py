@@ -17,8 +17,10 @@ from covey_coordinator.inversion.contract import AttackedModel, Finding, Progres
 from covey_coordinator.inversion.deep_leakage import WholeBatch
 from covey_coordinator.inversion.labels import labels_for, soft_labels_possible
 from covey_coordinator.inversion.matching import (
+    CERTAIN,
     DIRECTION,
     LAST_SMOOTHING,
+    LIKELY,
     SEES,
     Bend,
     Descent,
@@ -71,20 +73,24 @@ class InvertingGradients:
         labels = labels_for(model, seen, self.labels, seed)
         work = Work(self.iterations * self.restarts, stop, progress)
         settings, finish = faded(self.settings, seen), 0.0 if seen.noise_std else self.finish
+        smoothing = LAST_SMOOTHING if settings.fade else 1.0
         starts = problem.starts(np.random.default_rng(seed), self.restarts)
         given = in_the_bundles_form(model, labels)
         found = descend(problem, np.stack([given] * self.restarts), starts, settings, work, 1.0 - finish)
         best = best_of(found)
         if finish:
-            uncertain = self.labels is None and seen.examples > 1 and soft_labels_possible(model)
-            keep = round(self.moving * work.total) if uncertain else 0
-            problem = smoothed(problem, LAST_SMOOTHING) if settings.fade else problem
-            best = refine(problem, given, best, self.finishing, work, keep=keep)
-            if uncertain:
-                best = refine(problem, labels, best, self.finishing, work, classes=model.manifest.num_classes or 0)
+            exact = smoothed(problem, smoothing)
+            if self.labels is None and seen.examples > 1 and soft_labels_possible(model):
+                # shares for both, so that labels that stay and labels that move have one graph
+                shares = np.eye(model.manifest.num_classes or 0)[labels]
+                keep = round(self.moving * work.total)
+                best = refine(exact, shares, best, self.finishing, work, logits=CERTAIN, keep=keep)
+                best = refine(exact, shares, best, self.finishing, work, logits=LIKELY)
+            else:
+                best = refine(exact, given, best, self.finishing, work)
         told = labels if best.labels is None else best.labels.argmax(-1)
         if not work.over:  # L-BFGS found no way down along its line; signs may
-            small = dataclasses.replace(settings, step=settings.step / 100, fade=False)
+            small = dataclasses.replace(settings, step=settings.step / 100, fade=False, smoothing=smoothing)
             again = in_the_bundles_form(model, told)[None]
             best = best_of([best, *descend(problem, again, best.inputs[None], small, work)])
         return Finding(self.name, self.sees, best.inputs, told, best.score, work.seconds, work.done)

@@ -38,7 +38,7 @@ Simulate = Callable[[Any, Any, Any], Any]
 CHUNK_S = 0.5  # how long the attack computes between two questions whether to stop
 UNBOUNDED = (-3.0, 3.0)  # where an input has no declared range: three deviations of standardised features
 KEPT = 8  # traced graphs, with the models they hold
-CERTAINTY = 4.0  # logit of a label that is read off an update: above 0.85 of ten classes, and still movable
+LIKELY, CERTAIN = 4.0, 30.0  # logits of a label: 0.86 of ten classes and movable; one without a slope
 LAST_SMOOTHING = 1e-3  # of total variation's weight: where `Descent` has faded it to in the end
 TINY = 1e-30  # keeps a norm's derivative finite at 0
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # Adam's own defaults (Kingma and Ba 2015), which Geiping et al. use
@@ -276,13 +276,14 @@ class Descent:
 
     decay: the step is divided by ten at 3/8, 5/8 and 7/8 of all iterations, as in Geiping et al.'s code. fade: so is
     the weight of total variation: smoothness leads to the right place, and then keeps from being exact. Ours; not under
-    noise.
+    noise. smoothing: multiplies that weight from the beginning.
     """
 
     step: float = 0.1
     signed: bool = True
     decay: bool = True
     fade: bool = True
+    smoothing: float = 1.0
 
 
 def faded(settings: Descent, seen: Seen) -> Descent:
@@ -301,8 +302,9 @@ def descend(
 
     trials, given = len(starts), tf.constant(labels)
     iterations = math.ceil(share * (work.left // trials))
-    run, last = _descent(problem.graph, settings, len(problem.seen), tuple(given.shape), given.dtype)
-    fixed = (*problem.known, given, tf.constant(iterations, problem.dtype))
+    run = _descent(problem.graph, settings.signed, len(problem.seen), tuple(given.shape), given.dtype)
+    rates = (settings.step, settings.decay, settings.smoothing, settings.fade)
+    fixed = (*problem.known, given, tf.constant(iterations, problem.dtype), tf.constant(rates, problem.dtype))
     x = tf.constant(starts, problem.dtype)
     zeros, nothing = tf.zeros_like(x), tf.fill([trials], tf.constant(math.inf, problem.dtype))
     state: tuple[Any, ...] = (tf.constant(0), x, zeros, zeros, x, nothing)
@@ -316,48 +318,47 @@ def descend(
         if done:  # the first piece warms up
             piece = max(1, min(4 * piece, int(piece * CHUNK_S / max(took, 1e-6))))
         done = until
-    final = last(*fixed, state[0], state[1])
-    return [
-        Best(np.asarray(point, np.float64), float(score), None, done)
-        for point, score in _better(zip(state[1], final), zip(state[4], state[5]))
-    ]
+    state = run(*fixed, state[0] + 1, *state)  # where the last iteration led to is looked at, too
+    return [Best(np.asarray(point, np.float64), float(score), None, done) for point, score in zip(state[4], state[5])]
 
 
 @lru_cache(maxsize=KEPT)
-def _descent(graph: Shape, settings: Descent, d: int, labels: tuple[int, ...], label: Any) -> tuple[Any, Any]:
-    """(steps of Adam, the scores at a point) as traced graphs, for labels (t, m, ...) of the type `label`.
+def _descent(graph: Shape, signed: bool, d: int, labels: tuple[int, ...], label: Any) -> Any:
+    """Steps of Adam as a traced graph, for labels (t, m, ...) of the type `label`.
 
-    Their first arguments: what is known, the labels, and of how many iterations the rates are.
+    Its first arguments: what is known, the labels, how many iterations there are in all, and the rates (step, whether
+    it decays, smoothing, whether that does).
     """
     import tensorflow as tf
 
-    floats = [tf.TensorSpec(shape, graph.dtype) for shape in ([d], [], [labels[0]], [labels[0], *graph.inputs])]
-    number, scores, points = tf.TensorSpec([], tf.int32), floats[2], floats[3]
-    fixed = [floats[0]] * 3 + [tf.TensorSpec(labels, label), floats[1]]
+    floats = [tf.TensorSpec(shape, graph.dtype) for shape in ([d], [], [4], [labels[0]], [labels[0], *graph.inputs])]
+    number, scores, points = tf.TensorSpec([], tf.int32), floats[3], floats[4]
+    fixed = [floats[0]] * 3 + [tf.TensorSpec(labels, label), floats[1], floats[2]]
 
-    def decayed(number: Any, iterations: Any, wanted: bool) -> Any:
-        if not wanted:
-            return tf.ones((), graph.dtype)
+    def decayed(number: Any, iterations: Any, wanted: Any) -> Any:
         at = tf.cast(number, graph.dtype)
         passed = tf.add_n(
             [tf.cast(at >= tf.math.ceil(share * iterations), graph.dtype) for share in (3 / 8, 5 / 8, 7 / 8)]
         )
-        return tf.pow(tf.constant(0.1, graph.dtype), passed)
+        return tf.pow(tf.constant(0.1, graph.dtype), wanted * passed)
 
     def step(fixed: Any, number: Any, x: Any, first: Any, second: Any, best: Any, best_score: Any) -> tuple[Any, ...]:
-        *known, y, iterations = fixed
-        scores, slopes = _scores_and_slopes(graph, known, x, y, decayed(number, iterations, settings.fade))
+        *known, y, iterations, rates = fixed
+        length, decays, smoothing, fades = tf.unstack(rates)
+        smoothing *= decayed(number, iterations, fades)
+        scores, slopes = _scores_and_slopes(graph, known, x, y, smoothing)
         better = scores < best_score
         best = tf.where(tf.reshape(better, [-1] + [1] * len(graph.inputs)), x, best)
         best_score = tf.where(better, scores, best_score)
         slopes = tf.where(tf.math.is_finite(slopes), slopes, tf.zeros_like(slopes))
-        slopes = tf.sign(slopes) if settings.signed else slopes
+        slopes = tf.sign(slopes) if signed else slopes
         first = BETAS[0] * first + (1 - BETAS[0]) * slopes
         second = BETAS[1] * second + (1 - BETAS[1]) * slopes**2
         count = tf.cast(number + 1, graph.dtype)
         corrected = tf.sqrt(second / (1 - tf.pow(tf.constant(BETAS[1], graph.dtype), count)))
         mean = first / (1 - tf.pow(tf.constant(BETAS[0], graph.dtype), count))
-        x -= graph.span * settings.step * decayed(number, iterations, settings.decay) * mean / (corrected + EPSILON)
+        length *= graph.span * decayed(number, iterations, decays)
+        x -= length * mean / (corrected + EPSILON)
         x = tf.clip_by_value(x, *graph.bounds) if graph.boxed else x
         return number + 1, x, first, second, best, best_score
 
@@ -365,15 +366,7 @@ def _descent(graph: Shape, settings: Descent, d: int, labels: tuple[int, ...], l
         told, (until, *state) = arguments[: len(fixed)], arguments[len(fixed) :]
         return tf.while_loop(lambda current, *_: current < until, lambda *now: step(told, *now), state)
 
-    def last(*arguments: Any) -> Any:
-        *known, y, iterations, current, x = arguments
-        smoothing = decayed(current, iterations, settings.fade)
-        return tf.stack([graph.objective(known, x[one], y[one], smoothing) for one in range(labels[0])])
-
-    return (
-        _traced(run, [*fixed, number, number, points, points, points, points, scores]),
-        _traced(last, [*fixed, number, points]),
-    )
+    return _traced(run, [*fixed, number, number, points, points, points, points, scores])
 
 
 def _traced(function: Any, signature: Sequence[Any]) -> Any:
@@ -381,10 +374,6 @@ def _traced(function: Any, signature: Sequence[Any]) -> Any:
     import tensorflow as tf
 
     return tf.function(function, input_signature=signature, autograph=False).get_concrete_function()
-
-
-def _better(last: Any, best: Any) -> list[tuple[Any, Any]]:
-    return [one if float(one[1]) < float(other[1]) else other for one, other in zip(last, best)]
 
 
 def _scores_and_slopes(graph: Shape, known: Any, x: Any, y: Any, smoothing: Any) -> tuple[Any, Any]:
@@ -447,20 +436,21 @@ def bend(
 
 
 def refine(
-    problem: Problem, labels: Numbers, begun: Best, settings: Bend, work: Work, *, classes: int = 0, keep: int = 0
+    problem: Problem, labels: Numbers, begun: Best, settings: Bend, work: Work, *, logits: float = 0.0, keep: int = 0
 ) -> Best:
     """The better of `begun` and what L-BFGS makes of it.
 
-    labels: (m,) as the model's loss takes them. classes: not 0 to move soft labels with the inputs, from logits that
-    are CERTAINTY where the labels (then integers) say. keep: evaluations of the work that are for later.
+    labels: as the model's loss takes them, given. logits: not 0 to have soft labels among the unknowns, beginning with
+    this number where `labels` (m, classes) are 1: at CERTAIN they stay. keep: evaluations of the work for later.
     """
     import tensorflow as tf
 
     start, fixed = _as_unknowns(problem, begun.inputs), problem.known
-    if classes:
-        start = np.concatenate([start, CERTAINTY * np.eye(classes)[labels].ravel()])
+    if logits:
+        start = np.concatenate([start, logits * labels.ravel()])
     else:
         fixed = (*fixed, tf.constant(labels))
+    classes = labels.shape[-1] if logits else 0
     traced = _joint(problem.graph, classes, tuple((tuple(one.shape), one.dtype) for one in fixed))
     best = Best(begun.inputs, evaluations=begun.evaluations)
 
@@ -468,7 +458,7 @@ def refine(
         return traced(*fixed, tf.constant(flat, problem.dtype))
 
     if work.left > keep and not work.over:
-        _one_start(problem, compiled, start, bool(classes), best, settings, work, keep)
+        _one_start(problem, compiled, start, logits > 0, best, settings, work, keep)
     return best if best.score < begun.score else dataclasses.replace(begun, evaluations=best.evaluations)
 
 

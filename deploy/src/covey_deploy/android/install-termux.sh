@@ -57,7 +57,7 @@ if ! inside python3 -c 'import ssl, sqlite3' 2>/dev/null; then
 fi
 
 # 3. the agent: the kit goes in by a pipe, so that no folder of the phone has to be shared with the container
-inside sh -c 'umask 077; rm -rf /root/covey-kit; mkdir /root/covey-kit; cat >/root/covey-kit/some.kit' <"$kit"
+inside sh -c 'umask 077; rm -rf /root/covey-kit; mkdir -p /root/covey-kit; cat >/root/covey-kit/some.kit' <"$kit"
 inside sh -c 'cd /root/covey-kit && tar -xf some.kit install.py'
 inside python3 /root/covey-kit/install.py /root/covey-kit/some.kit ${key:+--release-key "$key"}
 inside rm -rf /root/covey-kit

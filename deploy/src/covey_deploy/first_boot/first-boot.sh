@@ -94,9 +94,11 @@ take_identity() {
 take_data() {
   path=$(setting data_path)
   [ -n "$path" ] || return 0
-  mkdir -p "${path%/*}"
-  chmod 750 "${path%/*}"
-  chown covey:covey "${path%/*}"
+  folder=${path%/*}
+  if [ ! -d "$folder" ]; then # one that is there already is somebody else's: it stays as it is
+    install -d -m 750 -o covey -g covey "$folder.part"
+    mv "$folder.part" "$folder"
+  fi
   for file in "$covey"/data/*; do
     if [ -f "$file" ]; then take "$file" "$path" covey; fi
   done

@@ -32,14 +32,14 @@ from covey_deploy.rollout.state import (
 from covey_deploy.rollout.watching import Watch, seen_as
 from covey_edge.inbox import Inbox
 from covey_edge.mqtt import Broker, ConnectionDown, ConnectionUp, Incoming, MqttTransport, Refused
-from covey_edge.releasing import publish_release
+from covey_edge.releasing import check_size, put_release
 from covey_protocol.errors import ReleaseError, TransportError
 from covey_protocol.keys import Keys
 from covey_protocol.releases import Release, open_release, read_release_file
 from covey_protocol.seals import PublicKey
 
 TICK_S = 0.5
-SETTLE_S = 2.0  # after the connection: for what the broker retains to come, before anything is decided
+SETTLE_S = 3.0  # after the connection: for what the broker retains to come, before anything is decided
 AGAIN_S = 10.0  # between attempts to publish, and looks at the metrics
 PATIENCE_S = 5.0  # at most for a look at a fleet
 QUIET_S = 1.5  # without a message: then what was retained has come
@@ -72,6 +72,7 @@ class Rollout:
         self._watch = Watch(desk.fleet, desk.roster)
         self._inbox = Inbox()
         self._settled = float("inf")  # monotonic time from which on the broker's word is known
+        self._there: Optional[Release] = None  # that the broker has, as far as it was heard
         self._unheard: set[str] = set()  # devices of which this connection has brought nothing yet
         self._try_at = self._metrics_at = 0.0
         self._wheels = read_release_file(journal.release(), desk.key)[2]
@@ -150,6 +151,7 @@ class Rollout:
     def _hear_release(self, payload: bytes) -> None:
         """Another one of the same maker with a newer serial holds from now on, for every device."""
         other, plan = _opened(payload, self._desk.key), self._journal.state.plan
+        self._there = other or self._there
         if other is not None and other.serial > plan.serial + len(plan.rings):
             reason = f"another release took its place: {other.version}, serial {other.serial}"
             self._journal.add(Stopping(self._now(), reason, withdraw=False))
@@ -206,19 +208,17 @@ class Rollout:
                 raise
             self._shows.say(f"{exc}")
             return False
-        except ReleaseError as exc:
-            self._journal.add(Stopping(self._now(), f"{exc.what}", withdraw=False))
-            return True
         done = Published(self._now(), ring) if phase is Phase.OPENING else Stopped(self._now())
         self._journal.add(done)
         return True
 
     def _put(self, ring: int) -> None:
+        """Over the one connection: many brokers let a certificate in once, and a second would end the first."""
         sealed = self._journal.sealed(ring)
         release = open_release(sealed, self._desk.key)
-        publish_release(
-            self._desk.broker, self._desk.fleet, sealed, release, self._wheels, self._desk.key, lambda text: None
-        )
+        check_size(self._transport, release)
+        put_release(self._transport, self._watch.topics, sealed, release, self._wheels, self._there)
+        self._there = release
 
 
 def _differs(known: Saw, saw: Saw) -> bool:
