@@ -13,7 +13,7 @@ test: $(READY) ## the everyday tests
 test-slow: $(READY) ## everything but emulated machines, also what takes long
 	.venv/bin/python -m pytest -m "not device" $(ARGS)
 
-test-device: $(READY) ## a whole emulated machine, from the card to two rounds; a quarter of an hour
+test-device: $(READY) ## a whole emulated machine, from the card to two rounds; slow
 	.venv/bin/python -m pytest -m device -s tests/device $(ARGS)
 
 bench: $(READY) ## side-by-side measurements

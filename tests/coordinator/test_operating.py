@@ -314,10 +314,10 @@ def test_a_real_model_stops_at_its_first_ring_until_the_operator_accepts_it(clin
     configure([])
     for _ in range(2):
         serving = clinic.serve()
-        assert serving.ends() == 8
+        assert serving.process.wait(4 * PATIENCE_S) == 8, serving.out.read_text()
         assert "is worse than 0.01 of the baseline by more than 0.1" in serving.err.read_text()
         assert [one["device"] for one in clinic.facts("devices") if one["invited"]] == ["ward-1", "ward-2"]
     configure([2])
     serving = clinic.serve()
-    assert serving.ends() == 0
+    assert serving.process.wait(4 * PATIENCE_S) == 0, serving.out.read_text()
     assert "rollout: ring 1 of 1 ends, accepted by the operator" in serving.out.read_text()

@@ -25,6 +25,7 @@ from patience import PATIENCE_S
 from covey_coordinator.demo.devices import Shard
 from covey_deploy import provisioning
 from covey_deploy.fleet_folder import FleetFolder
+from covey_protocol.bundle import read_bundle, write_bundle
 from covey_protocol.seals import SealingKey
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -188,12 +189,11 @@ def fleet(tmp_path: Path, digits_bundle: bytes, coordinator_key: SealingKey, dig
     for folder in (tmp_path, *tmp_path.parents[:2]):
         folder.chmod(0o755)
     home = tmp_path / "home"
-    sealed_by = coordinator_key.public.hex()
-    provisioning.init(
-        home, "home", ["127.0.0.1"], free_port(), bundle="model.covey", bundle_key=sealed_by, num_devices=2
-    )
+    provisioning.init(home, "home", ["127.0.0.1"], free_port(), bundle="model.covey", num_devices=2)
     provisioning.add_devices(home, [provisioning.NewDevice(name) for name in DEVICES])
-    (home / "coordinator" / "model.covey").write_bytes(digits_bundle)
+    bundle = read_bundle(digits_bundle, coordinator_key.public)
+    seal = SealingKey.from_pem((home / "coordinator" / "seal.pem").read_bytes())
+    (home / "coordinator" / "model.covey").write_bytes(write_bundle(bundle.manifest, bundle.model, seal))
     config = home / "coordinator" / "coordinator.toml"
     text = config.read_text().replace("rounds = 20", f"rounds = {ROUNDS}")
     config.write_text(text.replace("[aggregation]", f'[metrics]\nlisten = "127.0.0.1:{free_port()}"\n\n[aggregation]'))

@@ -19,12 +19,13 @@ from typing import Any
 import numpy as np
 from brokers import free_port
 
-from covey_deploy.emulator import HOST_FROM_INSIDE, JOURNAL_ON_CONSOLE, Hardware
+from covey_deploy.emulator import HOST_FROM_INSIDE, JOURNAL_ON_CONSOLE, Hardware, Machine
 from covey_protocol.seals import SealingKey
 
 DEVICE = "kitchen-pi"
 # the memory of a Raspberry Pi Zero 2 or an old 3 would be 512 and 1024
 HARDWARE = Hardware(memory_mb=1024, cpus=2, kernel_arguments=JOURNAL_ON_CONSOLE)
+START_S = 900.0  # TensorFlow's import alone took two minutes at a load of twenty
 EPOCHS = 100  # so that a training lasts long enough to be cut in its middle: see test_device
 
 
@@ -124,7 +125,7 @@ def running(house: House, name: str, *arguments: str, ready: str) -> Iterator[su
         environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
         process = subprocess.Popen(command, cwd=house.folder, stdout=output, stderr=output, env=environment)
     try:
-        until(lambda: ready in log.read_text() or process.poll() is not None, 120, ready)
+        until(lambda: ready in log.read_text() or process.poll() is not None, START_S, ready)
         assert process.poll() is None, log.read_text()
         yield process
     finally:
@@ -134,6 +135,14 @@ def running(house: House, name: str, *arguments: str, ready: str) -> Iterator[su
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+@contextlib.contextmanager
+def booting(house: House, card: Path) -> Iterator[Machine]:
+    """The card's machine, from when its power is on."""
+    with Machine(card, house.folder / "console.log", HARDWARE) as machine:
+        machine.start()
+        yield machine
 
 
 def until(holds: Any, timeout_s: float, what: str) -> None:

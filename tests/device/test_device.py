@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from house import DEVICE, HARDWARE, House, flash, make_house, running, until, verdicts
+from house import DEVICE, House, booting, flash, make_house, running, until, verdicts
 
 from covey_deploy import debian_image, emulator
 from covey_deploy.boot_partition import open_boot
@@ -65,7 +65,7 @@ def test_a_device_enrols_trains_loses_its_power_in_a_training_and_finishes(folde
     told("fleet, kit and card are made")
     broker = running(house, "broker", "broker", "run", "--fleet-folder", "home", ready="listening on")
     serve = running(house, "serve", "serve", "--config", "home/coordinator/coordinator.toml", ready="waiting for")
-    with broker, serve as coordinator, Machine(card, folder / "console.log", HARDWARE) as machine:
+    with broker, booting(house, card) as machine, serve as coordinator:
         first_boot(machine, told)
         machine.wait_for("all is fetched, training begins", ROUND_S)
         told("it trains for the first round")
@@ -110,7 +110,7 @@ def test_cloud_init_makes_a_device_of_a_card_for_raspberry_pi_os_trixie(folder: 
     told("fleet, kit and card are made")
     broker = running(house, "broker", "broker", "run", "--fleet-folder", "home", ready="listening on")
     serve = running(house, "serve", "serve", "--config", "home/coordinator/coordinator.toml", ready="waiting for")
-    with broker, serve as coordinator, Machine(card, folder / "console.log", HARDWARE) as machine:
+    with broker, booting(house, card) as machine, serve as coordinator:
         first_boot(machine, told)
         machine.wait_for(TRAINED, ROUND_S)
         assert coordinator.wait(ROUND_S) == 0, (folder / "serve.log").read_text()
@@ -125,7 +125,6 @@ CUT_AFTER_S = 20.0
 
 
 def first_boot(machine: Machine, told: Told) -> None:
-    machine.start()
     machine.wait_for("covey first boot: taking the device's identity", BOOT_S)
     told("it boots, and takes its identity")
     machine.wait_for("covey first boot: done", BOOT_S)

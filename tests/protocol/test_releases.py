@@ -8,7 +8,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from covey_protocol.errors import ReleaseError, UsageError
@@ -55,6 +55,7 @@ def test_a_file_gives_back_what_was_put_into_it() -> None:
     assert read_release_file(release_file(sealed, [DATA]), KEY.public) == (sealed, release, [DATA])
 
 
+@settings(deadline=None)  # a busy machine is slow
 @given(st.binary(max_size=300))
 def test_any_bytes_are_a_release_or_a_refusal(data: bytes) -> None:
     for read in (open_release, read_release_file):
@@ -67,6 +68,7 @@ def test_any_bytes_are_a_release_or_a_refusal(data: bytes) -> None:
 WHOLE = release_file(seal_release(a_release(), KEY), [DATA])
 
 
+@settings(deadline=None)  # a busy machine is slow
 @given(st.integers(0, len(WHOLE) - 1), st.integers(1, 255))
 def test_no_byte_of_a_file_can_be_changed(place: int, change: int) -> None:
     changed = bytearray(WHOLE)
@@ -75,6 +77,7 @@ def test_no_byte_of_a_file_can_be_changed(place: int, change: int) -> None:
         read_release_file(bytes(changed), KEY.public)
 
 
+@settings(deadline=None)  # a busy machine is slow
 @given(st.integers(0, len(WHOLE) - 1))
 def test_a_file_that_ends_early_is_refused(length: int) -> None:
     with pytest.raises(ReleaseError, match=r"too early|not a covey release"):
