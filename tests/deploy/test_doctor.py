@@ -288,7 +288,7 @@ def test_a_broker_with_an_old_list_and_a_list_that_ended_are_named(fleet: FleetF
 def test_certificates_that_end_open_keys_and_changed_settings_are_named(tmp_path: Path) -> None:
     made = make_fleet(tmp_path / "home", devices=("kitchen-pi",))
     provisioning.renew(made.path, ["operator"], now=now() - timedelta(days=729))
-    (made.coordinator / "seal.pem").chmod(0o644)
+    made.release_key_path.chmod(0o644)
     ended = CliRunner().invoke(broker_command, ["config", "--fleet-folder", str(made.path)])
     assert ended.exit_code == 0, ended.output
     with (made.broker / "acl").open("a") as acl:
@@ -296,7 +296,7 @@ def test_certificates_that_end_open_keys_and_changed_settings_are_named(tmp_path
     found = from_the_desk(made, f"127.0.0.1:{free_port()}")
     assert "operator's certificate ends on" in words(found, WARNING)["certificates"]
     assert "acl in" in words(found, WARNING)["configuration"]
-    assert "seal.pem may be read by others: mode 644" in words(found, WRONG)["keys"]
+    assert "release.pem may be read by others: mode 644" in words(found, WRONG)["keys"]
     no_folder = CliRunner().invoke(command, ["--fleet-folder", str(tmp_path / "nowhere")])
     assert no_folder.exit_code == EXIT_CONFIG
 
