@@ -59,6 +59,7 @@ REFUSED = {
     "a link": (lambda: packed((installer.MANIFEST, b""), kind=tarfile.SYMTYPE), "which is not its own"),
     "another format": (lambda: resealed(format=2), "a kit of format 2"),
     "a name that is a path": (lambda: resealed(name="../../etc"), "not in its form"),
+    "a version that is a path": (lambda: resealed(version="../../etc"), "not in its form"),
     "a file that is a path": (
         lambda: resealed(files=[{"name": "wheels/../../x.whl", "sha256": "0" * 64, "size": 0}]),
         "not in its form",

@@ -144,6 +144,7 @@ def read_manifest(data: bytes) -> dict[str, Any]:
         names = [one["name"] for one in made["files"]]
         good = (
             _NAME.fullmatch(made["name"])
+            and _NAME.fullmatch(made["version"])  # a folder is called by it
             and all(_FILE.fullmatch(name) for name in names)
             and len(set(names)) == len(names)
             and all(re.fullmatch(r"[0-9a-f]{64}", one["sha256"]) and one["size"] >= 0 for one in made["files"])
