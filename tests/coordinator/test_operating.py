@@ -303,6 +303,7 @@ accept = {accept}
 """
 
 
+@pytest.mark.timeout(2400)  # three starts of a coordinator, which take minutes each on a busy machine
 @pytest.mark.slow
 def test_a_real_model_stops_at_its_first_ring_until_the_operator_accepts_it(clinic: Clinic) -> None:
     def configure(accept: list[int]) -> None:
