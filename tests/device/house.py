@@ -70,7 +70,7 @@ def make_house(folder: Path, rounds: int) -> House:
     covey("provision", "device", DEVICE, "--fleet-folder", "home", cwd=folder)
     seal = SealingKey.from_pem((house.fleet / "coordinator" / "seal.pem").read_bytes())
     (house.fleet / "coordinator" / "model.covey").write_bytes(small_model(seal))
-    (folder / "data.npz").write_bytes(digits(320))
+    (folder / "data.npz").write_bytes(digits(1700))
     settings = house.fleet / "coordinator" / "coordinator.toml"
     text = settings.read_text().replace(HOST_FROM_INSIDE, "127.0.0.1")  # the coordinator is not in the machine
     text = re.sub(r"^rounds = \d+", f"rounds = {rounds}", text, flags=re.M)
