@@ -18,9 +18,10 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, BinaryIO, Optional
 
 from covey_deploy.fat import Fat
@@ -37,6 +38,7 @@ JOURNAL_ON_CONSOLE = (
 )
 # an emulated machine on a busy host is slow, not broken
 PATIENT = ("systemd.default_timeout_start_sec=15min",)
+POWER_KEY: Mapping[str, Any] = {"keys": [{"type": "qcode", "data": "power"}]}
 POLL_S = 0.1
 
 
@@ -155,10 +157,15 @@ class Machine:
         return False
 
     def press_power_button(self) -> None:
-        """What asks an operating system to shut down. Where nothing listens, nothing happens."""
+        """What asks an operating system to shut down. Where nothing listens, nothing happens.
+
+        By ACPI, and as a keyboard's power key: without firmware there is no ACPI, and the machine's own button hangs on
+        a line that Debian's cloud kernel has no driver for.
+        """
         assert self._monitor is not None
-        with contextlib.suppress(OSError, ValueError):  # it has just ended
-            _ask(self._monitor, "system_powerdown")
+        for command, arguments in (("system_powerdown", MappingProxyType({})), ("send-key", POWER_KEY)):
+            with contextlib.suppress(OSError, ValueError):  # it has just ended
+                _ask(self._monitor, command, arguments)
 
     def stop(self, timeout_s: float = 60.0) -> bool:
         """Shut down in order, or cut the power after `timeout_s`. Whether it was in order."""
@@ -239,14 +246,14 @@ def qemu_command(image: Path, console: Path, hardware: Hardware, boot: BootFiles
         *("-device", "virtio-blk-pci,drive=card"),
         # without romfile= it looks for a boot ROM of the network card, which Debian packages elsewhere
         *("-netdev", "user,id=net", "-device", "virtio-net-pci,netdev=net,romfile="),
-        *("-device", "virtio-rng-pci"),
+        *("-device", "virtio-rng-pci", "-device", "virtio-keyboard-pci"),
         *("-chardev", f"file,id=console,path={serial},append=on", "-serial", "chardev:console"),
     ]
 
 
-def _ask(monitor: socket.socket, command: str) -> dict[str, Any]:
+def _ask(monitor: socket.socket, command: str, arguments: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
     """One QMP command and its answer; events and the greeting are passed over. ValueError where it is refused."""
-    monitor.sendall(json.dumps({"execute": command}).encode() + b"\n")
+    monitor.sendall(json.dumps({"execute": command, "arguments": dict(arguments)}).encode() + b"\n")
     with monitor.makefile("rb") as lines:
         for line in lines:
             answer: dict[str, Any] = json.loads(line)
