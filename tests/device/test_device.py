@@ -89,9 +89,12 @@ def test_a_device_enrols_trains_loses_its_power_in_a_training_and_finishes(folde
         assert machine.stop(180), "no orderly shutdown"
         told("it has shut down")
 
-    assert house.rows("SELECT number, phase FROM rounds ORDER BY number") == [(1, "published"), (2, "published")]
+    rounds = house.rows("SELECT number, phase FROM rounds ORDER BY number")
+    assert [number for number, phase in rounds if phase == "published"] == [1, 2]
+    # where the broker missed the device before it was back, the second round was given up without it and opened anew
+    assert [one for one in rounds if one[1] != "published"] in ([], [(2, "abandoned")])
     # one update of this device in each, taken and counted once, under one key: the roster has no other
-    delivered = house.rows("SELECT round, id, status, sha256 FROM devices")
+    delivered = house.rows("SELECT round, id, status, sha256 FROM devices WHERE sha256 IS NOT NULL")
     assert [(device, status) for _, device, status, _ in delivered] == [(DEVICE, "accepted")] * 2
     assert len({round_id for round_id, *_ in delivered}) == len({sha256 for *_, sha256 in delivered}) == 2
     (facts,) = verdicts(house)
