@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from brokers import RunningBroker, certificates, start_mosquitto, stop_broker, tls_lines
+from hypothesis import settings
 from proxy import Proxy
 
 from covey_coordinator.aggregation.worker import Worker
@@ -18,6 +19,10 @@ from covey_protocol.seals import SealingKey
 for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(name, "1")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+# An example that takes longer than 200 ms is a busy machine, not an error.
+settings.register_profile("covey", deadline=None)
+settings.load_profile("covey")
 
 # A shell script's `pytest &` ignores Ctrl-C, and so would every program that the tests start and interrupt: they hang.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
