@@ -25,13 +25,16 @@ def run(*arguments: object) -> Result:
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Path:
-    """A folder with a release key and a cache."""
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a release key, a cache, and a lock that names what is in it."""
     (tmp_path / "release.pem").write_bytes(MAKER.pem())
     name, data = small_wheel("tflite-runtime", "2.14.0", {}, "cp311-cp311-manylinux_2_34_aarch64")
     cache = tmp_path / "cache"
     cache.mkdir()
     (cache / name).write_bytes(data)
+    lock = tmp_path / "edge.txt"
+    lock.write_text(f"tflite-runtime==2.14.0 \\\n    --hash=sha256:{hashlib.sha256(data).hexdigest()}\n")
+    monkeypatch.setattr(wheelhouse, "lock_file", lambda: lock)
     key = wheelhouse._key(wheelhouse.pinned(wheelhouse.lock_file().read_text(), TARGET), TARGET)
     (cache / f"{key}.json").write_text(json.dumps({name: hashlib.sha256(data).hexdigest()}))
     return tmp_path

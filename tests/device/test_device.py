@@ -98,7 +98,7 @@ def test_a_device_enrols_trains_loses_its_power_in_a_training_and_finishes(folde
     assert [(device, status) for _, device, status, _ in delivered] == [(DEVICE, "accepted")] * 2
     assert len({round_id for round_id, *_ in delivered}) == len({sha256 for *_, sha256 in delivered}) == 2
     (facts,) = verdicts(house)
-    assert (facts["id"], facts["accepted"], facts["rejected"]) == (DEVICE, 2, 0)
+    assert (facts["device"], facts["accepted"], facts["rejected"]) == (DEVICE, 2, 0)
     no_secret_is_left_on_the_boot_partition(card, house)
     the_root_has_grown(card)
 

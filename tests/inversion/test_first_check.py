@@ -96,10 +96,10 @@ def test_the_same_seed_gives_the_same_record_and_the_model_keeps_its_weights(fre
     model.trainable_variables[0].assign_sub(0.5 * np.ones((3, 3, 1, 8)))
 
 
-def test_the_whole_check_of_a_digit_takes_less_than_eight_seconds(trained_digit_step):
-    start = time.monotonic()
+def test_the_whole_check_of_a_digit_takes_less_than_eight_seconds_of_the_processor(trained_digit_step):
+    start = time.process_time()  # not of the clock: other programs' work is no error
     check(trained_digit_step)
-    assert time.monotonic() - start < 8
+    assert time.process_time() - start < 8
 
 
 def test_a_table_row_is_read_off_a_dense_model_directly_with_its_label():
