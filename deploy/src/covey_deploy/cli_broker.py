@@ -71,10 +71,10 @@ def run_broker(fleet_folder: Optional[Path], host: Optional[str], port: Optional
 def disconnect_client(name: str, fleet_folder: Path, address: Optional[str], passphrase_file: Optional[Path]) -> None:
     """Take over the session of NAME, a device or `coordinator` or `operator`, and end it. Revoke its certificate and
     have the broker read the new list first: who may come back does so within a second."""
-    from covey_deploy.cli_provision import _asking
+    from covey_deploy.cli_provision import asking
     from covey_deploy.disconnecting import disconnect
     from covey_deploy.fleet_folder import FleetFolder
 
     fleet = FleetFolder.open(fleet_folder)
-    disconnect(fleet, name, address, _asking(passphrase_file))
+    disconnect(fleet, name, address, asking(passphrase_file))
     click.echo(f"{name} is disconnected, if it was connected")

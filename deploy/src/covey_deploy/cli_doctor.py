@@ -32,7 +32,7 @@ def doctor(
     so, and what to do where it is wrong. Give one of the three ends. Programs that run are not disturbed. Ends with
     code 0 where nothing is wrong (a warning is not), else with that of the first thing that is."""
     from covey_deploy import doctor as looks
-    from covey_deploy.cli_provision import _asking
+    from covey_deploy.cli_provision import asking
     from covey_edge.cli_check import report
 
     if sum(one is not None for one in (fleet_folder, config, coordinator)) != 1:
@@ -40,7 +40,7 @@ def doctor(
     if address and fleet_folder is None:
         raise click.UsageError("--address goes with --fleet-folder")
     if fleet_folder is not None:
-        found = looks.fleet_findings(fleet_folder, address, _asking(passphrase_file))
+        found = looks.fleet_findings(fleet_folder, address, asking(passphrase_file))
     elif config is not None:
         found = looks.device_findings(config)
     else:

@@ -145,10 +145,8 @@ def _check(options: Options) -> list[Wanted]:
         raise ConfigError("give --id or --csv, one of them", "--id kitchen-pi")
     if options.csv:
         wanted = series.from_csv(options.csv)
-    elif options.count > 1:
-        wanted = series.numbered(options.device_id, options.count, options.first)
     else:
-        wanted = series.numbered(options.device_id, 1, options.first)
+        wanted = series.numbered(options.device_id, options.count, options.first)
     if options.output and len(wanted) > 1 and "{id}" not in options.output:
         raise ConfigError("--output names one file for several devices", "write {id} in it: --output card-{id}.img")
     if options.hostname and len(wanted) > 1:
@@ -190,17 +188,18 @@ def _to_do(options: Options, wanted: list[Wanted], fleet: FleetFolder) -> list[W
 
 def _provision(options: Options, fleet: FleetFolder, wanted: list[Wanted]) -> None:
     """Devices that the fleet has not yet are made, all at once. ConfigError for revoked ones."""
-    from covey_deploy.cli_provision import _asking
+    from covey_deploy.cli_provision import asking
     from covey_deploy.fleet_folder import DEVICE
     from covey_deploy.provisioning import NewDevice, add_devices
 
     known = {one.id for one in fleet.issued() if one.role == DEVICE}  # an authority's id is a number
+    revoked = known - set(fleet.device_ids())
     for one in wanted:
-        if one.device_id in known - set(fleet.device_ids()):
+        if one.device_id in revoked:
             raise ConfigError(f"{one.device_id} is revoked", "choose a new id: covey provision list has those in use")
     new = [NewDevice(one.device_id) for one in wanted if one.device_id not in known]
     if new:
-        add_devices(fleet.path, new, _asking(options.passphrase_file))
+        add_devices(fleet.path, new, asking(options.passphrase_file))
         click.echo(f"new in the fleet {fleet.name}: {', '.join(one.device_id for one in new)}", err=True)
 
 

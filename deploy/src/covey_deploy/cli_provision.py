@@ -151,7 +151,7 @@ def device(
         raise ConfigError("no device is named", "give ids, --csv or --csr")
     if len(new) > MANY:
         click.echo(f"making the keys and certificates of {len(new)} devices", err=True)
-    keys = provisioning.add_devices(fleet, new, _asking(passphrase_file))
+    keys = provisioning.add_devices(fleet, new, asking(passphrase_file))
     folder = FleetFolder.open(fleet)
     for one in new:
         name = one.device_id
@@ -233,7 +233,7 @@ def renew(
     if not wanted:
         click.echo("nothing is due")
         return
-    made = provisioning.renew(fleet, wanted, new_key=new_key, request=request, passphrase=_asking(passphrase_file))
+    made = provisioning.renew(fleet, wanted, new_key=new_key, request=request, passphrase=asking(passphrase_file))
     for one in made:
         folder = fleet / provisioning.place(one.role, one.id)
         click.echo(f"{one.id}: valid until {one.not_after:%Y-%m-%d}; copy {folder}")
@@ -256,7 +256,7 @@ def revoke(name: str, fleet: Path, reason: str, passphrase_file: Optional[Path])
     from covey_deploy import provisioning
     from covey_deploy.fleet_folder import RESERVED, FleetFolder
 
-    count = provisioning.revoke(fleet, name, reason, _asking(passphrase_file))
+    count = provisioning.revoke(fleet, name, reason, asking(passphrase_file))
     folder = FleetFolder.open(fleet)
     click.echo(f"{name}: {count} certificates revoked" if count else f"{name} was revoked before; the list is new")
     click.echo(f"the broker: give it {folder.broker / 'crl.pem'} and let it read it again (kill -HUP)")
@@ -292,7 +292,7 @@ def next_authority(fleet: Path, passphrase_file: Optional[Path]) -> None:
     """Everybody's ca.pem holds both from now on, and certificates are signed by the new one."""
     from covey_deploy import provisioning
 
-    number = provisioning.next_authority(fleet, _asking(passphrase_file))
+    number = provisioning.next_authority(fleet, asking(passphrase_file))
     click.echo(f"authority {number} signs from now on; every ca.pem holds both")
     click.echo("1. copy ca.pem and crl.pem to the broker, ca.pem to every device, the coordinator and the operator")
     click.echo(f"2. renew the clients and copy their files: covey provision renew --all --fleet-folder {fleet}")
@@ -307,7 +307,7 @@ def retire(fleet: Path, passphrase_file: Optional[Path]) -> None:
     """Take the older authority out of every ca.pem and remove its key. Refused while a certificate of it is in use."""
     from covey_deploy import provisioning
 
-    number = provisioning.retire_authority(fleet, _asking(passphrase_file))
+    number = provisioning.retire_authority(fleet, asking(passphrase_file))
     click.echo(f"authority {number} is retired; copy ca.pem and crl.pem to the broker, ca.pem to everybody else")
 
 
@@ -371,7 +371,7 @@ def _new_passphrase(encrypt: bool, path: Optional[Path]) -> Optional[bytes]:
     return text.encode()
 
 
-def _asking(path: Optional[Path]) -> Callable[[], Optional[bytes]]:
+def asking(path: Optional[Path]) -> Callable[[], Optional[bytes]]:
     """Asked only where the key is encrypted."""
 
     def ask() -> Optional[bytes]:

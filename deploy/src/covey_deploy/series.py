@@ -62,10 +62,12 @@ def from_csv(path: Path) -> list[Wanted]:
 def _checked(wanted: list[Wanted]) -> list[Wanted]:
     if not wanted:
         raise ConfigError("there is no device to make a card for", "name at least one")
-    for number, one in enumerate(wanted):
+    seen: set[str] = set()
+    for one in wanted:
         check_device_id(one.device_id)
-        if any(other.device_id == one.device_id for other in wanted[:number]):
+        if one.device_id in seen:
             raise ConfigError(f"{one.device_id} is there twice", "each card needs an id of its own: pi-{n:03}")
+        seen.add(one.device_id)
     return wanted
 
 

@@ -66,9 +66,7 @@ def append_to(path: Path, data: bytes, *, durable: bool) -> int:
         try:
             size = os.fstat(descriptor).st_size
             try:
-                left = memoryview(data)
-                while left:
-                    left = left[os.write(descriptor, left) :]
+                write_all(descriptor, data)
                 if durable:
                     os.fsync(descriptor)
             except OSError:
@@ -154,14 +152,19 @@ def told_of(error: Exception) -> str:
     return f"this device cannot keep or read a file{why}; its log says which"
 
 
+def write_all(descriptor: int, data: bytes) -> None:
+    """`os.write` may take a part; this goes on until all is taken. OSError."""
+    left = memoryview(data)
+    while left:
+        left = left[os.write(descriptor, left) :]
+
+
 @contextlib.contextmanager
 def _written(path: Path, data: bytes, mode: int) -> Iterator[int]:
     """A new file with this content, and its descriptor: nothing is synced yet."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
     try:
-        left = memoryview(data)
-        while left:
-            left = left[os.write(descriptor, left) :]
+        write_all(descriptor, data)
         yield descriptor
     finally:
         os.close(descriptor)

@@ -18,7 +18,7 @@ from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed_version
 from pathlib import Path
 
-from covey_edge.files import make_folder, sync_folder
+from covey_edge.files import make_folder, sync_folder, write_all
 from covey_edge.wheel_files import WheelError, files_of, information_folder
 from covey_protocol.errors import ReleaseError, StorageError, UsageError
 from covey_protocol.releases import Release
@@ -159,9 +159,7 @@ def unpack(files: dict[str, bytes], folder: Path) -> None:
 def _write(path: Path, content: bytes) -> None:
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
     try:
-        left = memoryview(content)
-        while left:
-            left = left[os.write(descriptor, left) :]
+        write_all(descriptor, content)
         os.fsync(descriptor)
     finally:
         os.close(descriptor)

@@ -25,7 +25,7 @@ from typing import BinaryIO, TypeVar
 import msgspec
 from msgspec import Struct
 
-from covey_edge.files import make_folder, sync_folder
+from covey_edge.files import make_folder, sync_folder, write_all
 from covey_protocol.errors import ConfigError, DataError, StorageError
 from covey_protocol.seals import SEAL_BYTES, PublicKey, SealingKey
 from covey_protocol.topics import check_name
@@ -168,9 +168,7 @@ class _Sink:
         self.descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
 
     def write(self, data: bytes) -> int:
-        left = memoryview(data)
-        while left:
-            left = left[os.write(self.descriptor, left) :]
+        write_all(self.descriptor, data)
         return len(data)
 
 

@@ -20,7 +20,7 @@ import msgspec
 from covey_coordinator.backup.archive import BLOCK_BYTES, Checked, Header, read
 from covey_coordinator.backup.passphrase import decrypted
 from covey_coordinator.store import SCHEMA, is_held
-from covey_edge.files import make_folder, sync_folder, write_atomic
+from covey_edge.files import make_folder, sync_folder, write_all, write_atomic
 from covey_protocol.codec import Sequence
 from covey_protocol.errors import ConfigError, StorageError
 from covey_protocol.seals import PublicKey
@@ -144,9 +144,7 @@ class _Place:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         try:
             for block in blocks:
-                left = memoryview(block)
-                while left:
-                    left = left[os.write(descriptor, left) :]
+                write_all(descriptor, block)
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
