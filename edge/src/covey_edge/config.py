@@ -12,7 +12,7 @@ from msgspec import Meta, Struct
 from covey_edge.hours import window_of
 from covey_edge.mqtt import Broker, parse_broker
 from covey_edge.source_options import OPTIONS, check_together
-from covey_edge.strict import as_struct as as_struct
+from covey_edge.strict import as_struct
 from covey_protocol.errors import ConfigError
 from covey_protocol.forms import COMPRESSIONS
 from covey_protocol.keys import keys_from
