@@ -8,6 +8,7 @@ import os
 import signal
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple
 
@@ -114,6 +115,7 @@ class Pool:
         ours, theirs = context.Pipe()
         arguments = (theirs, self._work, self._shared, os.getpid())
         process = context.Process(target=_live, args=arguments, daemon=True)
+        resource_tracker.ensure_running()  # now, as it unblocks SIGINT where it starts with the first worker
         # a blocked signal is inherited: Ctrl-C never strikes a worker, not even while it starts, and we get it after
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
