@@ -26,7 +26,7 @@ DEVICE = "kitchen-pi"
 # the memory of a Raspberry Pi Zero 2 or an old 3 would be 512 and 1024
 HARDWARE = Hardware(memory_mb=1024, cpus=2, kernel_arguments=JOURNAL_ON_CONSOLE)
 START_S = 900.0  # TensorFlow's import alone took two minutes at a load of twenty
-EPOCHS = 200  # so that a training lasts long enough to be cut in its middle: see test_device
+EPOCHS = 100  # so that a training lasts long enough to be cut in its middle; as many as devices allow
 
 
 @dataclass(frozen=True)
