@@ -81,8 +81,8 @@ def small_net(digits: np.ndarray, batch_size: int, seed: int = 0) -> tuple[Keras
     layers = tf.keras.layers
     before = [
         tf.keras.Input(digits.shape[1:]),
-        layers.Conv2D(8, 3, padding="same", activation="sigmoid"),
-        layers.Conv2D(8, 3, strides=2, padding="same", activation="sigmoid"),
+        layers.Conv2D(8, 3, padding="same", activation="sigmoid", name="conv2d"),
+        layers.Conv2D(8, 3, strides=2, padding="same", activation="sigmoid", name="conv2d_1"),
         layers.Flatten(),
     ]
     keras = tf.keras.Sequential([*before, layers.Dense(10, name="last")])

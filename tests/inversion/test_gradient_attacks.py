@@ -57,7 +57,7 @@ def test_updates_share_a_graph_into_which_nothing_of_the_first_is_built(digits, 
     gradient = np.asarray(mlp.gradient(moved, digits[0][5:6], digits[1][5:6].astype(np.int32)))
     other = Seen(moved, -ONE_STEP.learning_rate * gradient, ONE_STEP, 1)
     attacks = {
-        matching._descent: InvertingGradients(20, 1, settings=matching.Descent(fade=False)),
+        matching._descent: InvertingGradients(20, 1, settings=matching.Descent(fade=1.0)),
         matching._joint: DeepLeakage(20, labels="read"),
     }
     for cache, attack in attacks.items():
@@ -80,6 +80,39 @@ def test_inverting_gradients_finds_a_picture_and_clipping_does_not_matter(digits
     norm = 0.05 * float(np.linalg.norm(seen.update))
     clipped = dataclasses.replace(seen, update=np.float32(0.05) * seen.update, clip_norm=norm)
     assert psnr_of(attack.run(mlp, clipped, seed=0), x, y) > 30
+
+
+def test_smoothness_fades_as_far_as_the_noise_lets_it(digits, mlp):
+    x, y = digits[0][:1], digits[1][:1]
+    clean = one_step(mlp, x, y)
+    problem = matching.problem_of(mlp, clean, 1, WholeBatch(mlp), matching.DIRECTION)
+    begun, length = matching.Descent(), float(np.linalg.norm(clean.update))
+
+    def last(noise_std: float) -> float:
+        told = matching.faded(begun, problem, dataclasses.replace(clean, noise_std=noise_std))
+        return told.smoothing * told.fade
+
+    assert last(0.0) == last(1e-9 * length) == matching.LAST_SMOOTHING
+    at = 0.01 * length
+    probable = 0.01**2 * x[0].size / matching.NEIGHBOURS / matching.DIRECTION.total_variation
+    assert last(at) == pytest.approx(probable)
+    assert last(10 * at) == pytest.approx(100 * probable)
+    assert 100 * probable > 1  # it rises there
+
+
+@pytest.mark.slow
+def test_a_little_noise_that_is_known_leaves_a_picture_a_little_less_exact(digits, mlp):
+    x, y = digits[0][:1], digits[1][:1]
+    clean, rng = one_step(mlp, x, y), np.random.default_rng(0)
+    size = float(np.linalg.norm(clean.update)) / np.sqrt(len(clean.update))
+    found = []
+    for share in (0.001, 0.01, 0.1):
+        noise = share * size * rng.standard_normal(len(clean.update))
+        sent = dataclasses.replace(clean, update=np.asarray(clean.update + noise, np.float32), noise_std=share * size)
+        found.append(psnr_of(InvertingGradients(600, 1, labels=y).run(mlp, sent, seed=0), x, y))
+    assert found == sorted(found, reverse=True)
+    assert found[0] > 40
+    assert found[1] > 30
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,6 @@ from covey_coordinator.inversion.labels import labels_for, soft_labels_possible
 from covey_coordinator.inversion.matching import (
     CERTAIN,
     DIRECTION,
-    LAST_SMOOTHING,
     LIKELY,
     SEES,
     Bend,
@@ -32,7 +32,6 @@ from covey_coordinator.inversion.matching import (
     in_the_bundles_form,
     problem_of,
     refine,
-    smoothed,
 )
 
 WITHOUT_END = 1_000_000  # evaluations: L-BFGS is not given up, there is no other start
@@ -42,8 +41,8 @@ WITHOUT_END = 1_000_000  # evaluations: L-BFGS is not given up, there is no othe
 class InvertingGradients:
     """iterations: of each start. restarts: starts, all side by side; the one of least distance wins. labels: one for
     each example; None reads them off the update. finish: the share of all iterations that L-BFGS gets, on the best
-    start; none where noise is known to be in the update, which it would fit. Of a batch whose labels were read, the
-    last part of it (`moving`, a share of all iterations) moves them with the inputs.
+    start, with as much smoothness as the noise known to be in the update asks for. Of a batch whose labels were read,
+    the last part of it (`moving`, a share of all iterations) moves them with the inputs.
 
     The paper's settings: 4,800 iterations or more, cosine distance, total variation of 0.01 to 0.0001 in its units,
     Adam alone.
@@ -72,25 +71,25 @@ class InvertingGradients:
         problem = problem_of(model, seen, seen.examples, WholeBatch(model), self.distance)
         labels = labels_for(model, seen, self.labels, seed)
         work = Work(self.iterations * self.restarts, stop, progress)
-        settings, finish = faded(self.settings, seen), 0.0 if seen.noise_std else self.finish
-        smoothing = LAST_SMOOTHING if settings.fade else 1.0
+        settings = faded(self.settings, problem, seen)
+        finish, last = self.finish, settings.smoothing * settings.fade
         starts = problem.starts(np.random.default_rng(seed), self.restarts)
         given = in_the_bundles_form(model, labels)
         found = descend(problem, np.stack([given] * self.restarts), starts, settings, work, 1.0 - finish)
         best = best_of(found)
         if finish:
-            exact = smoothed(problem, smoothing)
+            exact = partial(refine, problem, smoothing=last)
             if self.labels is None and seen.examples > 1 and soft_labels_possible(model):
                 # shares for both, so that labels that stay and labels that move have one graph
                 shares = np.eye(model.manifest.num_classes or 0)[labels]
                 keep = round(self.moving * work.total)
-                best = refine(exact, shares, best, self.finishing, work, logits=CERTAIN, keep=keep)
-                best = refine(exact, shares, best, self.finishing, work, logits=LIKELY)
+                best = exact(shares, best, self.finishing, work, logits=CERTAIN, keep=keep)
+                best = exact(shares, best, self.finishing, work, logits=LIKELY)
             else:
-                best = refine(exact, given, best, self.finishing, work)
+                best = exact(given, best, self.finishing, work)
         told = labels if best.labels is None else best.labels.argmax(-1)
         if not work.over:  # L-BFGS found no way down along its line; signs may
-            small = dataclasses.replace(settings, step=settings.step / 100, fade=False, smoothing=smoothing)
+            small = dataclasses.replace(settings, step=settings.step / 100, fade=1.0, smoothing=last)
             again = in_the_bundles_form(model, told)[None]
             best = best_of([best, *descend(problem, again, best.inputs[None], small, work)])
         return Finding(self.name, self.sees, best.inputs, told, best.score, work.seconds, work.done)

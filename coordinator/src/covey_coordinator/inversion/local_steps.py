@@ -92,7 +92,7 @@ class LocalSteps:
             later = [labels if self.labels is not None else rng.permutation(labels) for _ in range(self.restarts - 1)]
             orders, starts = [labels, *later], problem.starts(rng, self.restarts)
             given = np.stack([in_the_bundles_form(model, order) for order in orders])
-            found = descend(problem, given, starts, faded(self.descent, seen), work)
+            found = descend(problem, given, starts, faded(self.descent, problem, seen), work)
             best = best_of(found)
             labels = next(order for one, order in zip(found, orders) if one is best)
         return Finding(self.name, self.sees, best.inputs, labels, best.score, work.seconds, work.done)

@@ -40,6 +40,10 @@ UNBOUNDED = (-3.0, 3.0)  # where an input has no declared range: three deviation
 KEPT = 8  # traced graphs, with the models they hold
 LIKELY, CERTAIN = 4.0, 30.0  # logits of a label: 0.86 of ten classes and movable; one without a slope
 LAST_SMOOTHING = 1e-3  # of total variation's weight: where `Descent` has faded it to in the end
+NEIGHBOURS = (
+    1.0  # scale of the differences of neighbouring numbers, of the range; of 0.1 to 3 what did best on small digits
+)
+DECAYS = (3 / 8, 5 / 8, 7 / 8)  # of all iterations: where steps are divided by ten (Geiping et al.'s code)
 TINY = 1e-30  # keeps a norm's derivative finite at 0
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # Adam's own defaults (Kingma and Ba 2015), which Geiping et al. use
 
@@ -274,21 +278,31 @@ def _total_variation(x: Any) -> Any:
 class Descent:
     """step: of Adam, as a share of the inputs' range. signed: it sees only the signs of the derivative.
 
-    decay: the step is divided by ten at 3/8, 5/8 and 7/8 of all iterations, as in Geiping et al.'s code. fade: so is
-    the weight of total variation: smoothness leads to the right place, and then keeps from being exact. Ours; not under
-    noise. smoothing: multiplies that weight from the beginning.
+    decay: the step is divided by ten at 3/8, 5/8 and 7/8 of all iterations, as in Geiping et al.'s code. fade: what the
+    weight of total variation is multiplied by in the end, in the same three steps; 1 keeps it. Smoothness leads to the
+    right place, and then keeps from being exact. Ours. smoothing: multiplies that weight from the beginning.
     """
 
     step: float = 0.1
     signed: bool = True
     decay: bool = True
-    fade: bool = True
+    fade: float = LAST_SMOOTHING
     smoothing: float = 1.0
 
 
-def faded(settings: Descent, seen: Seen) -> Descent:
-    """The settings for this update: total variation stays where noise is known to be in it."""
-    return dataclasses.replace(settings, fade=settings.fade and not seen.noise_std)
+def faded(settings: Descent, problem: Problem, seen: Seen) -> Descent:
+    """The settings for this update: total variation keeps the weight that the noise known to be in it gives it.
+
+    With noise of variance s^2 on each number and neighbours that differ by a Laplace distribution, the most probable
+    inputs minimise |g|^2 / s^2 times the cosine distance plus the sum of differences over their scale, NEIGHBOURS.
+    """
+    weight = problem.graph.distance.total_variation
+    if not (weight and seen.noise_std):
+        return settings
+    loudness = seen.noise_std**2 / np.sum((seen.update * problem.mask) ** 2)
+    probable = float(loudness) * math.prod(problem.shape) / NEIGHBOURS / weight
+    last = max(settings.fade, probable)
+    return dataclasses.replace(settings, smoothing=settings.smoothing * max(last, 1.0), fade=min(last, 1.0))
 
 
 def descend(
@@ -303,7 +317,7 @@ def descend(
     trials, given = len(starts), tf.constant(labels)
     iterations = math.ceil(share * (work.left // trials))
     run = _descent(problem.graph, settings.signed, len(problem.seen), tuple(given.shape), given.dtype)
-    rates = (settings.step, settings.decay, settings.smoothing, settings.fade)
+    rates = (settings.step, settings.decay, settings.smoothing, -math.log10(settings.fade))
     fixed = (*problem.known, given, tf.constant(iterations, problem.dtype), tf.constant(rates, problem.dtype))
     x = tf.constant(starts, problem.dtype)
     zeros, nothing = tf.zeros_like(x), tf.fill([trials], tf.constant(math.inf, problem.dtype))
@@ -327,7 +341,7 @@ def _descent(graph: Shape, signed: bool, d: int, labels: tuple[int, ...], label:
     """Steps of Adam as a traced graph, for labels (t, m, ...) of the type `label`.
 
     Its first arguments: what is known, the labels, how many iterations there are in all, and the rates (step, whether
-    it decays, smoothing, whether that does).
+    it decays, smoothing, by how many powers of ten that does).
     """
     import tensorflow as tf
 
@@ -335,17 +349,15 @@ def _descent(graph: Shape, signed: bool, d: int, labels: tuple[int, ...], label:
     number, scores, points = tf.TensorSpec([], tf.int32), floats[3], floats[4]
     fixed = [floats[0]] * 3 + [tf.TensorSpec(labels, label), floats[1], floats[2]]
 
-    def decayed(number: Any, iterations: Any, wanted: Any) -> Any:
+    def decayed(number: Any, iterations: Any, decades: Any) -> Any:
         at = tf.cast(number, graph.dtype)
-        passed = tf.add_n(
-            [tf.cast(at >= tf.math.ceil(share * iterations), graph.dtype) for share in (3 / 8, 5 / 8, 7 / 8)]
-        )
-        return tf.pow(tf.constant(0.1, graph.dtype), wanted * passed)
+        passed = tf.add_n([tf.cast(at >= tf.math.ceil(share * iterations), graph.dtype) for share in DECAYS])
+        return tf.pow(tf.constant(0.1, graph.dtype), decades * passed)
 
     def step(fixed: Any, number: Any, x: Any, first: Any, second: Any, best: Any, best_score: Any) -> tuple[Any, ...]:
         *known, y, iterations, rates = fixed
-        length, decays, smoothing, fades = tf.unstack(rates)
-        smoothing *= decayed(number, iterations, fades)
+        length, decays, smoothing, decades = tf.unstack(rates)
+        smoothing *= decayed(number, iterations, decades / len(DECAYS))
         scores, slopes = _scores_and_slopes(graph, known, x, y, smoothing)
         better = scores < best_score
         best = tf.where(tf.reshape(better, [-1] + [1] * len(graph.inputs)), x, best)
@@ -417,7 +429,7 @@ def bend(
     """
     import tensorflow as tf
 
-    m, fixed = problem.shape[0], problem.known
+    m, fixed = problem.shape[0], (*problem.known, tf.constant(1.0, problem.dtype))
     if labels is not None:
         fixed = (*fixed, tf.constant(labels))
     given = tuple((tuple(one.shape), one.dtype) for one in fixed)
@@ -436,16 +448,25 @@ def bend(
 
 
 def refine(
-    problem: Problem, labels: Numbers, begun: Best, settings: Bend, work: Work, *, logits: float = 0.0, keep: int = 0
+    problem: Problem,
+    labels: Numbers,
+    begun: Best,
+    settings: Bend,
+    work: Work,
+    *,
+    smoothing: float = 1.0,
+    logits: float = 0.0,
+    keep: int = 0,
 ) -> Best:
     """The better of `begun` and what L-BFGS makes of it.
 
-    labels: as the model's loss takes them, given. logits: not 0 to have soft labels among the unknowns, beginning with
-    this number where `labels` (m, classes) are 1: at CERTAIN they stay. keep: evaluations of the work for later.
+    labels: as the model's loss takes them, given. smoothing: multiplies total variation's weight. logits: not 0 to
+    have soft labels among the unknowns, beginning with this number where `labels` (m, classes) are 1: at CERTAIN they
+    stay. keep: evaluations of the work for later.
     """
     import tensorflow as tf
 
-    start, fixed = _as_unknowns(problem, begun.inputs), problem.known
+    start, fixed = _as_unknowns(problem, begun.inputs), (*problem.known, tf.constant(smoothing, problem.dtype))
     if logits:
         start = np.concatenate([start, logits * labels.ravel()])
     else:
@@ -462,13 +483,6 @@ def refine(
     return best if best.score < begun.score else dataclasses.replace(begun, evaluations=best.evaluations)
 
 
-def smoothed(problem: Problem, share: float) -> Problem:
-    """The problem with this share of its total variation."""
-    distance = problem.graph.distance
-    less = dataclasses.replace(distance, total_variation=distance.total_variation * share)
-    return dataclasses.replace(problem, graph=dataclasses.replace(problem.graph, distance=less))
-
-
 def _as_unknowns(problem: Problem, inputs: Floats) -> Floats:
     """Inputs as L-BFGS sees them: flat, from 0 to 1 over their range."""
     return np.asarray((inputs - problem.bounds[0]).ravel() / problem.span)
@@ -477,21 +491,21 @@ def _as_unknowns(problem: Problem, inputs: Floats) -> Floats:
 @lru_cache(maxsize=KEPT)
 def _joint(graph: Shape, classes: int, given: tuple[tuple[tuple[int, ...], Any], ...]) -> Any:
     """The objective and its slope in the unknowns of L-BFGS: inputs from 0 to 1 over their range, then label logits
-    where no labels are given. A traced graph of what is known (and labels), then the unknowns.
+    where no labels are given. A traced graph of what is known, the smoothing (and labels), then the unknowns.
 
     given: shape and type of each of its arguments but the last.
     """
     import tensorflow as tf
 
-    m, size, sought = graph.inputs[0], math.prod(graph.inputs), len(given) == 3
+    m, size, sought = graph.inputs[0], math.prod(graph.inputs), len(given) == 4
 
     def joint(*arguments: Any) -> tuple[Any, Any]:
-        *known, flat = arguments
+        known, (smoothing, *labels, flat) = arguments[:3], arguments[3:]
         with tf.GradientTape() as tape:
             tape.watch(flat)
             x = graph.bounds[0] + graph.span * tf.reshape(flat[:size], graph.inputs)
-            y = tf.nn.softmax(tf.reshape(flat[size:], [m, classes])) if sought else known[3]
-            score = graph.objective(known[:3], x, y)
+            y = tf.nn.softmax(tf.reshape(flat[size:], [m, classes])) if sought else labels[0]
+            score = graph.objective(known, x, y, smoothing)
         return score, tape.gradient(score, flat)
 
     unknowns = tf.TensorSpec([size + (m * classes if sought else 0)], graph.dtype)
