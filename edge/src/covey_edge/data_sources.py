@@ -11,7 +11,6 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
-import traceback
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -126,6 +125,8 @@ def _given(name: str, path: Path, options: Any) -> Any:
     except Exception as exc:
         if name in OPTIONS:
             raise
+        import traceback
+
         traceback.print_exc()  # the child's stderr is the agent's
         what = f"{path}: data source {name!r} failed with {type(exc).__name__}"
         raise DataError(what, "the log has its message", told=f"{DATA} failed") from exc
