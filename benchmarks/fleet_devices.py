@@ -1,11 +1,11 @@
 """The processes that `fleet.py` starts: many simulated devices in one event loop, and the counter of the raw transfer.
 
 A simulated device is a device on the wire: its own MQTT connection, client id, key, last will and presence, and the
-production code of the device's side (DeviceMachine, Performer, codec, chunks and their hashes). Made up are:
+production code of the device's side (DeviceMachine, Performer, Fetching, codec, chunks and their hashes). Made up are:
 
 - training: it gives at once the same numbers every round, a little different for every device;
-- the outbox, which keeps the offers and makes the bytes of an update again when they are asked for. Two thousand
-  outboxes on one disk would measure the disk;
+- the outbox, which keeps the offers and makes the bytes of an update again when they are asked for, and the cache,
+  which keeps the names of what is whole. Two thousand of each on one disk would measure the disk;
 - the connection's threads: one loop serves all connections of a process with paho's own reading and writing. MQTT 5,
   QoS 1 and paho's window of 20 messages are as in covey_edge.mqtt. Reconnecting is left out: a lost connection ends the
   benchmark. The keep-alive is longer, because a loop that serves a thousand may not come to one of them for a while.
@@ -22,7 +22,7 @@ import socket
 import struct
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any, Optional
@@ -35,11 +35,12 @@ from paho.mqtt.properties import Properties
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from covey_edge.agent import FETCH_RETRY_MOST_S, FETCH_RETRY_S, OFFER_EXPIRY_S
+from covey_edge.fetching import Fetching
+from covey_edge.mqtt import TOPICS_AT_ONCE
 from covey_edge.outbox import Entry
 from covey_edge.performer import Performer
 from covey_edge.processes import die_with_parent
 from covey_protocol import codec, device
-from covey_protocol.blobs import BlobAssembly
 from covey_protocol.codec import ReplayGuard, Sequence
 from covey_protocol.errors import PeerError
 from covey_protocol.messages import (
@@ -124,6 +125,22 @@ class ReplayedOutbox:
         self._offers.pop(round_id, None)
 
 
+class NamesOfBlobs:
+    """In place of the cache."""
+
+    def __init__(self) -> None:
+        self._names: set[bytes] = set()
+
+    def has(self, ref: BlobRef) -> bool:
+        return ref.sha256 in self._names
+
+    def put(self, data: bytes, sha256: bytes) -> None:
+        self._names.add(sha256)
+
+    def prune(self, keep: set[bytes]) -> None:
+        self._names &= keep
+
+
 @dataclass
 class Counts:
     """Since the start. lost: connections. offers, chunks: said. ignored: messages that broke the protocol."""
@@ -159,8 +176,16 @@ class Link:
             properties.MessageExpiryInterval = int(expiry_s)
         self.client.publish(topic, payload, qos=1, retain=retain, properties=properties)
 
-    def subscribe(self, topics: list[str]) -> None:
-        self.client.subscribe([(topic, SubscribeOptions(qos=1)) for topic in topics])
+    def subscribe(self, topics: Iterable[str]) -> None:
+        for batch in _batches(topics):
+            self.client.subscribe([(topic, SubscribeOptions(qos=1)) for topic in batch])
+
+    def unsubscribe(self, topics: Iterable[str]) -> None:
+        for batch in _batches(topics):
+            self.client.unsubscribe(batch)
+
+    def forget(self, topics: Iterable[str]) -> None:
+        """There is no reconnection."""
 
     def wire_bytes(self) -> tuple[int, int]:
         """Bytes (up, down) on the wire since the connection began, as the kernel counts TCP payload."""
@@ -175,6 +200,12 @@ class Link:
         if not self.writing:
             self.writing = True
             self._loop.dirty.append(self)
+
+
+def _batches(topics: Iterable[str]) -> Iterator[list[str]]:
+    left = iter(topics)
+    while batch := list(itertools.islice(left, TOPICS_AT_ONCE)):
+        yield batch
 
 
 class Loop:
@@ -242,9 +273,6 @@ class SimulatedDevice:
         self._session = self._sequence.next()
         self._guard = ReplayGuard()
         self._topics = Topics(FLEET)
-        self._have: set[bytes] = set()
-        self._assemblies: dict[bytes, BlobAssembly] = {}
-        self._fetch_progress, self._fetch_patience_s = 0.0, FETCH_RETRY_S
         self.machine = device.DeviceMachine(self._id)
         outbox: Any = ReplayedOutbox(crowd.base, number)
         self._performer = Performer(self.machine, outbox, self, time.monotonic)
@@ -253,6 +281,10 @@ class SimulatedDevice:
         self.link = Link(crowd.loop, f"covey-{FLEET}-{self._id}", will)
         self.link.client.on_connect = self._on_connect
         self.link.client.on_message = self._on_message
+        self._cache: Any = NamesOfBlobs()
+        self._fetching = Fetching(
+            self._cache, self._topics, self.link, FETCH_RETRY_S, FETCH_RETRY_MOST_S, time.monotonic
+        )
         self.raw: Optional[RawDevice] = None
 
     # --- what comes in
@@ -275,7 +307,8 @@ class SimulatedDevice:
         blob = self._topics.parse_blob(topic)
         try:
             if blob is not None:
-                self._take_chunk(blob.sha256, blob.chunk, message.payload)
+                if self._fetching.take(blob.sha256, blob.chunk, message.payload):
+                    self._performer.handle(device.BlobReady(blob.sha256))
             elif message.payload:
                 self._take_message(topic, message.payload)
         except PeerError:
@@ -287,23 +320,9 @@ class SimulatedDevice:
             return
         self._performer.handle(EVENTS[type(message)](message))  # type: ignore[operator]
 
-    def _take_chunk(self, sha256: bytes, index: int, payload: bytes) -> None:
-        assembly = self._assemblies.get(sha256)
-        if assembly is None or not payload:
-            return
-        self._fetch_progress, self._fetch_patience_s = time.monotonic(), FETCH_RETRY_S
-        if assembly.add(index, payload) is None:
-            return
-        self._have.add(sha256)
-        self._stop_fetching(sha256)
-        self._performer.handle(device.BlobReady(sha256))
-
     def tick(self) -> None:
         self._performer.handle(device.Tick())
-        if self._assemblies and time.monotonic() - self._fetch_progress > self._fetch_patience_s:
-            self._fetch_patience_s = min(2 * self._fetch_patience_s, FETCH_RETRY_MOST_S)
-            for assembly in self._assemblies.values():
-                self._subscribe_missing(assembly)
+        self._fetching.tick()
 
     # --- what the performer uses
 
@@ -318,12 +337,7 @@ class SimulatedDevice:
         return device.ConditionsChecked(invitation.round_id, True)
 
     def fetch(self, blobs: tuple[BlobRef, ...]) -> None:
-        here = [ref for ref in blobs if ref.sha256 in self._have]
-        for ref in blobs:
-            if ref not in here and ref.sha256 not in self._assemblies:
-                self._assemblies[ref.sha256] = BlobAssembly(ref)
-                self._subscribe_missing(self._assemblies[ref.sha256])
-        for ref in here:
+        for ref in self._fetching.fetch(blobs):
             self._performer.handle(device.BlobReady(ref.sha256))
 
     def train(self, invitation: Invitation) -> None:
@@ -331,22 +345,10 @@ class SimulatedDevice:
         self._performer.handle(device.Trained(invitation.round_id, update, NUM_EXAMPLES, {"seconds": 0.0}))
 
     def stop_working(self) -> None:
-        for sha256 in list(self._assemblies):
-            self._stop_fetching(sha256)
+        self._fetching.stop()
         invitation = self.machine.invitation
-        self._have &= {invitation.bundle.sha256, invitation.parameters.sha256} if invitation else self._have
-
-    def _subscribe_missing(self, assembly: BlobAssembly) -> None:
-        self._fetch_progress = time.monotonic()
-        topics = [self._topics.blob(assembly.ref.sha256, index) for index in assembly.missing()]
-        for start in range(0, len(topics), 64):
-            self.link.subscribe(topics[start : start + 64])
-
-    def _stop_fetching(self, sha256: bytes) -> None:
-        assembly = self._assemblies.pop(sha256)
-        topics = [self._topics.blob(sha256, index) for index in range(assembly.ref.num_chunks)]
-        for start in range(0, len(topics), 64):
-            self.link.client.unsubscribe(topics[start : start + 64])
+        if invitation is not None:
+            self._cache.prune({ref.sha256 for ref in invitation.blobs})
 
     def _sealed(self, message: FromDevice, topic: str) -> bytes:
         return codec.encode(message, topic=topic, sender=self._id, sequence=self._sequence.next(), key=self._key)

@@ -94,6 +94,41 @@ def test_a_link_out_of_the_folder_is_cut_and_what_it_names_stays(agent: Agent, t
     assert (elsewhere / "photo").exists()
 
 
+def test_what_a_crash_left_of_a_file_that_was_being_written_goes_as_the_file_does(agent: Agent, tmp_path: Path) -> None:
+    for name in (
+        ".withheld-hall.msgpack.77.tmp",
+        ".data-report.txt.78.tmp",
+        ".ledger.json.79.tmp",
+        ".diary.txt.80.tmp",
+    ):
+        (tmp_path / name).write_bytes(b"12345")
+    delete(plan(tmp_path, agent.config, tmp_path, data=False, everything=False))
+    assert {path.name for path in tmp_path.glob(".*.tmp")} == {".ledger.json.79.tmp", ".diary.txt.80.tmp"}
+    delete(plan(tmp_path, agent.config, tmp_path, data=False, everything=True))
+    assert {path.name for path in tmp_path.glob(".*.tmp")} == {".diary.txt.80.tmp"}
+
+
+def test_data_go_once_with_what_lies_in_them_and_where_a_link_leads(config: Path, tmp_path: Path) -> None:
+    """Two tasks share a folder, a third's data lie in it, and a link leads to the fourth's on another disk."""
+    disk = tmp_path / "disk"
+    for folder in (tmp_path / "pictures" / "test", disk):
+        folder.mkdir(parents=True)
+        (folder / "0.png").write_bytes(b"123")
+    (tmp_path / "linked").symlink_to(disk)
+    paths = {"a": "pictures", "b": "pictures", "c": "pictures/test", "d": "linked"}
+    tables = "".join(f'[data.tasks.{task}]\nsource = "images"\npath = "{path}"\n' for task, path in paths.items())
+    config.write_text(config.read_text().replace('[data]\npath = "data.npz"\n', tables))
+    doomed = plan(tmp_path, load_agent(config).config, tmp_path / "state", data=True, everything=False)
+    assert [one.path for one in doomed] == [
+        tmp_path / "pictures",
+        tmp_path / "pictures/test",
+        tmp_path / "linked",
+        disk,
+    ]
+    delete(doomed)
+    assert not {"pictures", "linked", "disk"} & {path.name for path in tmp_path.iterdir()}
+
+
 def test_what_cannot_be_deleted_is_named_and_the_rest_is_gone(
     agent: Agent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

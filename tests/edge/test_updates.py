@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,15 +19,16 @@ from environments import FROM_LOCK, found_python, install, make_environment
 from patience import PATIENCE_S
 from release_helpers import MAKER, agent_files, as_file, released, small_wheel, wheel, write_device
 
-from covey_edge import __version__, releasing
+from covey_edge import __version__, cache, launcher, releasing
 from covey_edge.boot import ATTEMPTS, RELEASES, Boot, Folder, Staged, attempted, best, failed, taken_up
 from covey_edge.config import load_agent
+from covey_edge.inbox import Inbox
 from covey_edge.local_socket import ask
-from covey_edge.mqtt import parse_broker
+from covey_edge.mqtt import Refused, parse_broker
 from covey_edge.outbox import Entry, Outbox
 from covey_edge.updates import ARRIVED, REFETCH_S, Updates, updates_for
 from covey_protocol.blobs import blob_ref, chunks
-from covey_protocol.errors import ConfigError, CoveyError, ReleaseError, StorageError
+from covey_protocol.errors import ConfigError, CoveyError, ReleaseError, StorageError, TransportError
 from covey_protocol.messages import Offer
 from covey_protocol.releases import Release, place_of, seal_release
 from covey_protocol.seals import SealingKey
@@ -278,6 +281,33 @@ def test_a_given_file_that_is_no_release_is_told(device: Device) -> None:
     assert not (device.releases / ARRIVED).exists()
 
 
+def test_a_given_file_that_cannot_be_read_is_told_without_its_place(
+    device: Device, caplog: pytest.LogCaptureFixture
+) -> None:
+    (device.releases / ARRIVED).mkdir(parents=True)
+    device.now += 11
+    assert not device.updates.tick(idle=True)
+    assert "(Is a directory); its log says which" in device.updates.told
+    assert ARRIVED not in device.updates.told
+    assert str(device.releases / ARRIVED) in caplog.text
+
+
+def test_on_a_full_disk_what_has_come_of_a_release_goes_again(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    others = device.releases / "incoming" / ("0" * 64)
+    device.hears(released(SMALL))
+    others.parent.mkdir(parents=True, exist_ok=True)
+    others.write_bytes(bytes(1000))
+
+    def full(path: Path, data: bytes) -> None:
+        raise StorageError(f"cannot write {path} (No space left on device)")
+
+    monkeypatch.setattr(cache, "write_atomic", full)
+    device.fetches(SMALL[1])
+    assert not others.parent.exists()
+    assert str(device.releases) not in device.updates.told
+    assert (device.fetching(), device.staged) == (set(), "")
+
+
 def test_a_given_file_that_cannot_be_removed_is_looked_at_once(
     device: Device, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -330,6 +360,13 @@ def test_the_coordinators_key_is_no_release_key(device: Device) -> None:
         load_agent(device.config)
 
 
+def test_who_may_not_see_what_a_broker_has_does_not_publish_over_it() -> None:
+    inbox, topics = Inbox(), Topics("home")
+    inbox.put(Refused(topics.release, TransportError("the broker refused the subscription")))
+    with pytest.raises(TransportError, match="refused the subscription"):
+        releasing._retained(inbox, topics, MAKER.public)
+
+
 # --- the launcher, with releases that are no agents but quick
 
 PUPPET = """
@@ -354,26 +391,65 @@ WATCHED = {
 }
 
 
-@pytest.mark.parametrize("what", WATCHED)
-def test_a_launcher_watches_a_release(what: str, tmp_path: Path) -> None:
-    """On its last attempt. Afterwards an agent is started that ends at once: its file is not there."""
-    code, ready_s, watchdog_s, why = WATCHED[what]
-    folder = Folder(tmp_path / "releases")
+def puppet(state: Path, code: str) -> Folder:
+    """A release that does this, before its last attempt."""
+    folder = Folder(state / "releases")
     package = folder.path / "9.0" / "covey_edge"
     package.mkdir(parents=True)
     (package / "__init__.py").touch()
     (package / "__main__.py").write_text(PUPPET + code)
     folder.save(Boot(trial="9.0", attempts=ATTEMPTS - 1))
+    return folder
+
+
+def launched(state: Path, ready_s: float, watchdog_s: float) -> subprocess.CompletedProcess[str]:
     limits = f"--ready-within {ready_s} --healthy-for 0.4 --watchdog {watchdog_s} --pause 0.1".split()
-    command = [sys.executable, "-m", "covey_edge.launcher", "--state", str(tmp_path), *limits, "--"]
+    command = [sys.executable, "-m", "covey_edge.launcher", "--state", str(state), *limits, "--"]
     command += ["--config", "/none"]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE_S)
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE_S)
+
+
+@pytest.mark.parametrize("what", WATCHED)
+def test_a_launcher_watches_a_release(what: str, tmp_path: Path) -> None:
+    """On its last attempt. Afterwards an agent is started that ends at once: its file is not there."""
+    code, ready_s, watchdog_s, why = WATCHED[what]
+    folder = puppet(tmp_path, code)
+    ended = launched(tmp_path, ready_s, watchdog_s)
     boot = folder.boot()
     if why:
         assert (boot.failed, boot.bad, boot.trial) == (f"9.0 {why}", ("9.0",), "")
         assert (ended.returncode, "/none cannot be read" in ended.stderr) == (2, True)
     else:
         assert (boot, ended.returncode) == (Boot("9.0"), 0)
+
+
+def test_on_a_full_disk_a_healthy_release_runs_on_until_that_can_be_written_down(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trial = Boot(trial="9.0", attempts=ATTEMPTS)
+    folder = Folder(tmp_path / "releases")
+    folder.save(trial)
+    starter = launcher.Launcher(Namespace(state=str(tmp_path), watchdog=60.0), [])
+
+    def full(self: Folder, boot: Boot) -> None:
+        raise StorageError("cannot write boot.json (No space left on device)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Folder, "save", full)
+        assert not starter._confirm(trial)
+        assert not starter._confirm(trial)
+    assert capsys.readouterr().err.count("No space left on device") == 1
+    assert starter._confirm(trial)
+    assert folder.boot() == Boot("9.0")
+
+
+@pytest.mark.slow
+def test_a_release_that_was_healthy_on_its_last_attempt_and_hangs_later_stays(tmp_path: Path) -> None:
+    """Whoever watches the launcher starts it again."""
+    folder = puppet(tmp_path, f"say('READY=1')\n{LIVES}time.sleep(600)")
+    ended = launched(tmp_path, 60, 1)
+    assert "gave no sign of life" in ended.stderr
+    assert (folder.boot(), ended.returncode) == (Boot("9.0"), 128 + signal.SIGTERM)
 
 
 # --- with real processes

@@ -74,6 +74,7 @@ TICK_S = 1.0
 PROBE_TIMEOUT_S = 120.0
 FETCH_RETRY_S, FETCH_RETRY_MOST_S = 10.0, 160.0  # doubled each time: a broker that is behind must not send twice
 STEPS = {device.State.FETCHING: FETCHING, device.State.TRAINING: TRAINING}  # at which conditions are watched
+UNTOLD = "this device cannot use its data as its settings say; its log says why"
 OFFER_EXPIRY_S = 30.0  # the machine repeats an offer: while the broker is away only the newest few are kept for it
 
 
@@ -115,7 +116,7 @@ class AgentProgram:
         data = agent.config.data
         self._debugs = bool(data.debug) or any(task.debug for task in data.tasks.values())
         self._personal = Personal(agent, self._cache, lambda token, frame: self._inbox.put((token, frame)))
-        self._runtime = ""
+        self._runtime, self._problem = "", ""
         self._transport = MqttTransport(
             agent.broker, f"covey-{agent.config.fleet}-{agent.config.device_id}", self._inbox
         )
@@ -261,6 +262,7 @@ class AgentProgram:
             memory_mb=resident_mb(os.getpid()),
             child_memory_mb=resident_mb(self._child.pid),
             sections={name: section() for name, section in self.sections.items()},
+            problem=self._problem,
         )
 
     def _answer(self, request: Request) -> object:
@@ -352,8 +354,9 @@ class AgentProgram:
         if isinstance(frame, Problem):
             problem = f"{frame.what}; {frame.remedy}" if frame.remedy else frame.what
             log.error("round %s: %s", round_id, problem)
+            self._problem = f"round {round_id}: {problem}"
             self._keep_found(frame.found, "stopped")
-            self._handle(device.TrainingFailed(round_id, self._told(problem, frame.kind)))
+            self._handle(device.TrainingFailed(round_id, self._told(problem, frame)))
         elif isinstance(frame, Done) and not frame.update:
             _tell(frame.report)
             if frame.runtime != self._runtime:
@@ -365,14 +368,16 @@ class AgentProgram:
                 log.warning("round %s: %s", round_id, warning)
             done = "evaluated" if self._evaluates() else "trained"
             log.info("round %s: %s on %d examples with %s", round_id, done, frame.num_examples, frame.runtime)
+            self._problem = ""
             self._keep_found(frame.found, "teaching")
             self._keep_record(frame.record)
             self._personal.worked(self._machine.invitation)
             self._take_update(round_id, frame)
 
-    def _told(self, problem: str, kind: str) -> str:
-        """What a Failure says of it. In an encrypted round not how many examples are too few, or which row is wrong; of
-        a stopped update never what it would have told."""
+    def _told(self, problem: str, frame: Problem) -> str:
+        """What a Failure says of it. In an encrypted round not how many examples are too few, or how many rows are
+        wrong; of a stopped update never what it would have told; of data and settings nothing that names them."""
+        kind = frame.kind
         if kind == STOPPED:
             return TOLD
         if kind == SUSPECTED:
@@ -381,7 +386,11 @@ class AgentProgram:
             return told_of(errors.StorageError(problem))
         invitation = self._machine.invitation
         hidden = invitation is not None and invitation.encryption_key
-        return f"{kind}; in an encrypted round the reason is in the device's log alone" if hidden else problem
+        if hidden:
+            return f"{kind}; in an encrypted round the reason is in the device's log alone"
+        if kind in (errors.DataError.__name__, errors.ConfigError.__name__):
+            return frame.told or UNTOLD
+        return problem
 
     def _evaluates(self) -> bool:
         return self._machine.invitation is not None and bool(self._machine.invitation.plan.evaluate)

@@ -54,6 +54,8 @@ def lines_of(facts: dict[str, Any]) -> list[str]:
         lines.append(f"round      {facts['round_id']}{task}, ends in {_span(facts['ends_in_s'])}")
     if facts["working_s"] is not None:
         lines.append(f"training   for {_span(facts['working_s'])} in a process of {_mb(facts['child_memory_mb'])}")
+    if facts["problem"]:
+        lines.append(f"problem    {facts['problem']}")
     if facts["connected"] is not None:
         lines.append(f"broker     {facts['broker']}, MQTT {facts['mqtt']}, {facts['connection']}")
     else:

@@ -10,7 +10,7 @@ from typing import Any, Optional
 
 from covey_edge.source_options import CsvOptions
 from covey_edge.table_rows import Number, Rows, Table
-from covey_protocol.errors import DataError
+from covey_protocol.errors import DATA, DataError
 
 
 def read_csv(path: Path, options: CsvOptions) -> Table:
@@ -37,11 +37,12 @@ def _opened(path: Path, options: CsvOptions) -> Iterator[Any]:
                 strict=True,
             )
     except FileNotFoundError as exc:
-        raise DataError(f"{path} does not exist", "check data.path in agent.toml") from exc
+        raise DataError.at(path, " does not exist", "check data.path in agent.toml") from exc
     except OSError as exc:
-        raise DataError(f"{path} cannot be read ({exc.strerror})", "check its permissions") from exc
+        raise DataError.at(path, f" cannot be read ({exc.strerror})", "check its permissions") from exc
     except UnicodeError as exc:
-        raise DataError(f"{path} is not text in {options.encoding}", 'set `encoding`, perhaps to "latin-1"') from exc
+        remedy = 'set `encoding`, perhaps to "latin-1"'
+        raise DataError.at(path, f" is not text in {options.encoding}", remedy) from exc
 
 
 def _codec(encoding: str) -> str:
@@ -63,11 +64,12 @@ def _read(path: Path, reader: Any, options: CsvOptions) -> Table:
 
 def _names(path: Path, first: Optional[list[str]], options: CsvOptions) -> list[str]:
     if first is None:
-        raise DataError(f"{path} holds no rows", "record some data first")
+        raise DataError.at(path, " holds no rows", "record some data first")
     names = [cell.strip() for cell in first] if options.header else [str(place) for place in range(len(first))]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise DataError(f"{path} has two columns {twice[0]!r}", "rename one, or set `header = false`")
+        remedy = "rename one, or set `header = false`"
+        raise DataError(f"{path} has two columns {twice[0]!r}", remedy, told=f"{DATA} has a column twice")
     return names
 
 
@@ -82,7 +84,9 @@ def _filled(path: Path, reader: Any) -> Iterator[list[str]]:
             row = next(reader, None)
         except csv.Error as exc:
             raise DataError(
-                f"{path}, line {reader.line_num}: {exc}", "check the quotes, or set `quote` and `delimiter`"
+                f"{path}, line {reader.line_num}: {exc}",
+                "check the quotes, or set `quote` and `delimiter`",
+                told=f"{DATA} is no table that can be read",
             ) from exc
         if row is None:
             return

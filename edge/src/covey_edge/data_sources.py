@@ -24,7 +24,7 @@ from covey_edge.source_options import OPTIONS, NpzOptions, check_together
 from covey_edge.strict import as_struct
 from covey_edge.table_rows import Table
 from covey_protocol.bundle import Manifest, TensorSpec
-from covey_protocol.errors import ConfigError, DataError
+from covey_protocol.errors import DATA, ConfigError, DataError
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
@@ -41,12 +41,15 @@ def read_npz(path: Path, options: NpzOptions = NpzOptions()) -> Examples:  # noq
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             missing = [name for name in (options.x, options.y) if name not in archive]
             if missing:
-                raise DataError(f"{path} has no array {' and '.join(missing)}", remedy)
+                raise DataError(
+                    f"{path} has no array {' and '.join(missing)}", remedy, told=f"{DATA} lacks an array that is named"
+                )
             return archive[options.x], archive[options.y]
     except FileNotFoundError as exc:
-        raise DataError(f"{path} does not exist", "check data.path in agent.toml") from exc
+        raise DataError.at(path, " does not exist", "check data.path in agent.toml") from exc
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, AttributeError) as exc:
-        raise DataError(f"{path} is not a readable .npz file ({exc})", remedy) from exc
+        told = f"{DATA} is not a readable .npz file"
+        raise DataError(f"{path} is not a readable .npz file ({exc})", remedy, told=told) from exc
 
 
 def source(name: str) -> Callable[..., Any]:
@@ -97,18 +100,36 @@ def options_of(name: str, options: dict[str, Any]) -> Any:
 
 def read_source(name: str, path: Path, options: dict[str, Any]) -> Table:
     """What the source gives, with x and y numbers and of equal length, and at least one row. Else DataError."""
-    made = options_of(name, options)
-    given = source(name)(path) if made is None else source(name)(path, made)
+    given = _given(name, path, options_of(name, options))
     table = given if isinstance(given, Table) else Table(*given)
     x, y = table.x, table.y
     if x.ndim < 1 or y.ndim < 1 or len(x) != len(y):
-        raise DataError(f"{path}: x holds {x.shape[:1]} examples and y {y.shape[:1]}", "they must have the same length")
+        lengths = f": x holds {x.shape[:1]} examples and y {y.shape[:1]}"
+        raise DataError.at(path, lengths, "they must have the same length")
     if not len(x) and not table.left_out:
-        raise DataError(f"{path} holds no examples", "; ".join([*table.notes, "record some data first"]))
+        raise DataError.at(path, " holds no examples", "; ".join([*table.notes, "record some data first"]))
     for array, what in ((x, "x"), (y, "y")):
         if array.dtype.kind not in "fiub":
-            raise DataError(f"{path}: {what} holds {array.dtype}, not numbers", "store numbers")
+            told = f"{DATA}: {what} does not hold numbers"
+            raise DataError(f"{path}: {what} holds {array.dtype}, not numbers", "store numbers", told=told)
     return table
+
+
+def _given(name: str, path: Path, options: Any) -> Any:
+    """Whatever goes wrong in a source that is not ours is a DataError."""
+    read = source(name)
+    try:
+        return read(path) if options is None else read(path, options)
+    except (DataError, MemoryError):
+        raise
+    except Exception as exc:
+        if name in OPTIONS:
+            raise
+        import traceback
+
+        traceback.print_exc()  # the child's stderr is the agent's
+        what = f"{path}: data source {name!r} failed with {type(exc).__name__}"
+        raise DataError(what, "the log has its message", told=f"{DATA} failed") from exc
 
 
 def state_of(name: str, path: Path, options: dict[str, Any]) -> object:
@@ -125,7 +146,7 @@ def state_of(name: str, path: Path, options: dict[str, Any]) -> object:
             return state(path, options_of(name, options))
         stat = path.stat()
     except OSError as exc:
-        raise DataError(f"{path} cannot be read ({exc.strerror})", "check data.path in agent.toml") from exc
+        raise DataError.at(path, f" cannot be read ({exc.strerror})", "check data.path in agent.toml") from exc
     return stat.st_mtime_ns, stat.st_size
 
 
@@ -154,8 +175,9 @@ def check_shapes(x: npt.NDArray[Any], y: npt.NDArray[Any], manifest: Manifest, p
     """DataError where one example is not what the model takes."""
     for array, spec, what in ((x, manifest.input, "x"), (y, manifest.label, "labels")):
         if array.shape[1:] != tuple(spec.shape):
-            raise DataError(
-                f"{path}: {what} has examples of shape {array.shape[1:]}, the model takes {tuple(spec.shape)}",
+            raise DataError.at(
+                path,
+                f": {what} has examples of shape {array.shape[1:]}, the model takes {tuple(spec.shape)}",
                 "reshape the data",
             )
 
@@ -183,10 +205,11 @@ def as_the_model_takes(array: npt.NDArray[Any], spec: TensorSpec) -> npt.NDArray
 
 
 def refusal(fault: Fault, path: Path, place: str = "") -> DataError:
-    """place: where the first bad row is, "" for its index."""
+    """place: where the first bad row is, "" for its index. It is not told: the id of a row may say whose it is."""
     first = place or f"row {int(np.argmax(fault.rows))}"
     bad, rows = int(fault.rows.sum()), len(fault.rows)
-    return DataError(f"{path}: {fault.what} in {bad} of {rows} rows, first in {first}", fault.remedy)
+    what = f": {fault.what} in {bad} of {rows} rows"
+    return DataError(f"{path}{what}, first in {first}", fault.remedy, told=f"{DATA}{what}")
 
 
 def _refuse(faults: Iterator[Fault], path: Path) -> None:

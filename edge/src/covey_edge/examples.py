@@ -27,10 +27,12 @@ from covey_edge.data_sources import (
 )
 from covey_edge.reading import ALL, HELD_OUT, Reading, What
 from covey_edge.splitting import holdout_of, split_key
-from covey_edge.table_rows import Table
+from covey_edge.table_rows import MISSING, NO_CODE, NO_LABEL, NO_NUMBER, Table
 from covey_protocol.bundle import Manifest
-from covey_protocol.errors import DataError, UsageError
+from covey_protocol.errors import DATA, DataError, UsageError
 
+# reasons for a bad row that others may hear: another one may quote a file, or be a source's that is not ours
+TOLD = (NO_NUMBER, NO_CODE, MISSING, NO_LABEL)
 LABELS_COUNTED = 1000  # different ones; more are numbers to be predicted, not classes
 
 
@@ -49,8 +51,8 @@ class Prepared(NamedTuple):
         x, y = self.x[rows], self.y[rows]
         if not len(x):
             what = "held out" if name == HELD_OUT else "left to train on"
-            raise DataError(
-                f"{self.report.place}: none of {len(self.x)} examples is {what}", "record more, or mend `holdout`"
+            raise DataError.at(
+                self.report.place, f": none of {len(self.x)} examples is {what}", "record more, or mend `holdout`"
             )
         return x, y
 
@@ -121,10 +123,13 @@ class _Work:
         worst = max(self._left_out, key=lambda one: one.count)
         lost = sum(one.count for one in self._left_out)
         where = f", first in {self._named(worst.first[0])}" if worst.first[0].isdecimal() else ""
-        told = f"{self._path}: {worst.what} in {worst.count} of {self._rows} rows{where}"
+        rows = f"in {worst.count} of {self._rows} rows"
+        told = f"{DATA}: {worst.reason if worst.reason in TOLD else 'what is no example'} {rows}"
+        remedy = 'mend them, or set bad_rows = "drop" in [data]'
+        error = DataError(f"{self._path}: {worst.what} {rows}{where}", remedy, told=told)
         if self._reading.bad_rows == "refuse":
-            raise DataError(told, 'mend them, or set bad_rows = "drop" in [data]')
-        self._check_most(lost, told)
+            raise error
+        self._check_most(lost, error)
 
     def _leave_out(self, faults: Iterable[Fault]) -> None:
         bad, worst = np.zeros(len(self._x), np.bool_), None
@@ -137,18 +142,19 @@ class _Work:
         if worst is None:
             return
         first = self._named(self._place(int(np.argmax(worst.rows)))) if self._numbered else ""
+        error = refusal(worst, self._path, first)
         if self._reading.bad_rows == "refuse":
-            raise refusal(worst, self._path, first)
-        self._check_most(sum(one.count for one in self._left_out), refusal(worst, self._path, first).what)
+            raise error
+        self._check_most(sum(one.count for one in self._left_out), error)
         self._num_held -= int(bad[len(bad) - self._num_held :].sum())
         self._keep(np.flatnonzero(~bad))
 
-    def _check_most(self, lost: int, told: str) -> None:
+    def _check_most(self, lost: int, error: DataError) -> None:
+        """error: what was found most often."""
         if 2 * lost > self._rows:
-            raise DataError(
-                f"{told}; {lost} of {self._rows} rows would be left out, more than half",
-                "such data are refused: data-report.txt in the state folder has the reasons",
-            )
+            more = f"; {lost} of {self._rows} rows would be left out, more than half"
+            remedy = "such data are refused: data-report.txt in the state folder has the reasons"
+            raise DataError(f"{error.what}{more}", remedy, told=f"{error.told}{more}")
 
     def _keep(self, rows: npt.NDArray[np.intp]) -> None:
         self._x, self._y, self._owned = self._x[rows], self._y[rows], True
@@ -164,7 +170,7 @@ class _Work:
 
     @property
     def _numbered(self) -> bool:
-        """Whether rows have numbers. Names of files stay in the report: a refusal may be told to the coordinator."""
+        """Whether rows have numbers. Names of files are in the report."""
         return self._places is None or all(isinstance(one, int) for one in self._places[:1])
 
     # --- the split and the scale
@@ -195,8 +201,9 @@ class _Work:
             if drifted:
                 self._notes.append(f"the statistics are made anew where {path.name} is deleted")
         if used is None:
-            raise DataError(
-                f"{self._path}: there are no statistics to normalise by",
+            raise DataError.at(
+                self._path,
+                ": there are no statistics to normalise by",
                 "they are made from the data to train on when the agent starts",
             )
         if manifest is not None:

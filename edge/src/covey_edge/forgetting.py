@@ -64,18 +64,26 @@ class Doomed(NamedTuple):
 def plan(folder: Path, config: AgentConfig, state_dir: Path, *, data: bool, everything: bool) -> list[Doomed]:
     """All that is there to be deleted. folder: of agent.toml, beside which the data lie."""
     tables = {**FORGOTTEN, **(KEPT if everything else {})}
-    found = [Doomed(path, what, _size(path)) for name, what in tables.items() for path in sorted(state_dir.glob(name))]
+    found = [Doomed(path, what, _size(path)) for name, what in tables.items() for path in _kept(state_dir, name)]
     if data:
-        found += [Doomed(path, "your data", _size(path)) for path in _data(folder, config) if path.exists()]
+        paths = dict.fromkeys(path for path in _data(folder, config) if path.exists())
+        found += [Doomed(path, "your data", _size(path)) for path in paths]
     return found
 
 
+def _kept(state_dir: Path, name: str) -> list[Path]:
+    """With what a crash has left of a file that was being written."""
+    return [*sorted(state_dir.glob(name)), *sorted(state_dir.glob(f".{name}.*.tmp"))]
+
+
 def _data(folder: Path, config: AgentConfig) -> Iterator[Path]:
-    """Of every source that reads data from a file or a folder; programs (source = "python") stay."""
+    """Of every source that reads data from a file or a folder, also where a link leads to it; programs (source =
+    "python") stay."""
     for place in places(config.data):
         if place.source != "python":
-            path = folder / place.path
-            yield from (path, *(path.with_name(path.name + end) for end in ("-wal", "-shm", "-journal")))
+            named = folder / place.path
+            for path in (named, named.resolve()) if named.is_symlink() else (named,):
+                yield from (path, *(path.with_name(path.name + end) for end in ("-wal", "-shm", "-journal")))
 
 
 def unknown(state_dir: Path) -> list[str]:
@@ -93,7 +101,8 @@ def delete(doomed: list[Doomed]) -> None:
                 shutil.rmtree(one.path)
             else:
                 one.path.unlink(missing_ok=True)
-            sync_folder(one.path.parent)
+            if one.path.parent.is_dir():  # else it went before, with what lies in it
+                sync_folder(one.path.parent)
         except OSError as exc:
             problem = problem or StorageError(
                 f"cannot delete {one.path} ({exc.strerror or exc})", "check its permissions, then forget again"

@@ -119,12 +119,13 @@ class Done(msgspec.Struct, frozen=True, tag="done"):
 
 class Problem(msgspec.Struct, frozen=True, tag="problem"):
     """A request failed. kind: the error's class name in covey_protocol.errors, or `leak_gate.STOPPED`. found: as in
-    Done."""
+    Done. told: what a DataError lets others hear."""
 
     kind: str
     what: str
     remedy: str = ""
     found: dict[FileName, bytes] = {}
+    told: str = ""
 
 
 class Tune(msgspec.Struct, frozen=True):

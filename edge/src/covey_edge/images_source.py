@@ -15,7 +15,7 @@ from covey_edge.data_report import Tally
 from covey_edge.image_decoding import Pixels, decoded, grey, resized, rgb
 from covey_edge.source_options import ImagesOptions
 from covey_edge.table_rows import NO_CODE, Table
-from covey_protocol.errors import DataError
+from covey_protocol.errors import DATA, DataError
 
 ENDINGS = (".png", ".pgm", ".ppm", ".pnm", ".jpg", ".jpeg")
 
@@ -28,10 +28,14 @@ class _File(NamedTuple):
 def read_images(folder: Path, options: ImagesOptions) -> Table:
     """x (n, height, width, 1 or 3) in the order of the files' names. Pictures that cannot be read are left out."""
     if not folder.is_dir():
-        raise DataError(f"{folder} is no folder", "check data.path in agent.toml")
-    files = list(_labelled(folder, options) if options.labels else _in_folders(folder, options))
+        raise DataError.at(folder, " is no folder", "check data.path in agent.toml")
+    try:
+        files = list(_labelled(folder, options) if options.labels else _in_folders(folder, options))
+    except OSError as exc:
+        raise DataError.at(folder, f" cannot be listed ({exc.strerror})", "check its permissions") from exc
     if not files:
-        raise DataError(f"{folder} holds no images ({', '.join(ENDINGS)})", "put them into one folder for each class")
+        remedy = "put them into one folder for each class"
+        raise DataError.at(folder, f" holds no images ({', '.join(ENDINGS)})", remedy)
     return _read(folder, files, options)
 
 
@@ -83,14 +87,17 @@ def _codes(folder: Path, found: list[str], options: ImagesOptions) -> dict[str, 
     """Numbers of the folders. Never their order here: a device that lacks a class would number all others otherwise."""
     if not options.classes:
         if not all(name.isdecimal() for name in found):
-            raise DataError(
-                f"{folder} has folders that are no numbers, and options.classes does not say which classes they are",
+            raise DataError.at(
+                folder,
+                " has folders that are no numbers, and options.classes does not say which classes they are",
                 "name all classes of the model there, in its order, the same on every device",
             )
         return {name: float(name) for name in found}
     unknown = [name for name in found if name not in options.classes]
     if unknown:
-        raise DataError(f"{folder} has a folder {unknown[0]!r} that is none of options.classes", "add or move it")
+        what = "that is none of options.classes"
+        told = f"{DATA} has a folder {what}"
+        raise DataError(f"{folder} has a folder {unknown[0]!r} {what}", "add or move it", told=told)
     return {name: float(place) for place, name in enumerate(options.classes)}
 
 
@@ -101,11 +108,12 @@ def _labelled(folder: Path, options: ImagesOptions) -> Iterator[_File]:
         with table.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file)
             if not {"file", "label"} <= set(reader.fieldnames or ()):
-                raise DataError(f"{table} lacks the columns file and label", "name them in its first line")
+                raise DataError.at(table, " lacks the columns file and label", "name them in its first line")
             for row in reader:
                 yield _File(str(row["file"]), _label(row["label"], codes))
     except (OSError, UnicodeError, csv.Error) as exc:
-        raise DataError(f"{table} is no readable table ({exc})", "check options.labels") from exc
+        told = f"{DATA} has no readable table of labels"
+        raise DataError(f"{table} is no readable table ({exc})", "check options.labels", told=told) from exc
 
 
 def _label(text: Optional[str], codes: dict[str, float]) -> Optional[float]:

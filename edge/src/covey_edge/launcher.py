@@ -72,6 +72,7 @@ class Launcher:
         }
         self._watchdog_s = min(options.watchdog, watchdog_s(self._notifier.inherited) or options.watchdog)
         self._stopping = 0.0  # since when
+        self._unconfirmed = False  # and its owner knows
 
     def run(self) -> int:
         """The exit code of a trial that ended; where nothing is tried this does not return."""
@@ -150,7 +151,7 @@ class Launcher:
                     signal.signal(number, handler)
         if why:
             say(f"release {boot.trial} {why}")
-            if boot.attempts >= ATTEMPTS:
+            if boot.attempts >= ATTEMPTS and self._folder.boot().trial:  # else it was healthy, and hung later
                 self._folder.save(failed(boot, f"{boot.trial} {why}"))
                 say(f"release {boot.trial} is not tried again")
         elif self._stopping and self._folder.boot().trial:
@@ -179,13 +180,24 @@ class Launcher:
             if ready is None:
                 self._notifier.pet()  # for us: of a release that is not there yet nothing else can be said
             elif not healthy and now - ready >= self._options.healthy_for and now - alive < self._watchdog_s / 2:
-                healthy = True  # three signs are due in every interval: one that hangs already has not said so lately
-                self._folder.save(confirmed(boot))
-                say(f"release {boot.trial} is healthy")
+                # three signs are due in every interval: one that hangs already has not said so lately
+                healthy = self._confirm(boot)
         if healthy or self._stopping:
             return ""
         code = child.returncode
         return f"was ended by signal {-code}" if code < 0 else f"ended with code {code}"
+
+    def _confirm(self, boot: Boot) -> bool:
+        """Whether it could be written down; on a full disk it is tried again and again, and the release runs on."""
+        try:
+            self._folder.save(confirmed(boot))
+        except StorageError as exc:
+            if not self._unconfirmed:
+                say(f"release {boot.trial} is healthy, and {exc}")
+            self._unconfirmed = True
+            return False
+        say(f"release {boot.trial} is healthy")
+        return True
 
     def _pass_on(self, signs: socket.socket) -> list[str]:
         """What the child says goes on to whoever watches us; only a goodbye does not, unless it is ours."""

@@ -63,7 +63,8 @@ def kept(path: Path) -> Optional[Statistics]:
     try:
         return msgspec.json.decode(data, type=Statistics)
     except msgspec.MsgspecError as exc:
-        raise DataError(f"{path} is damaged ({exc})", "delete it: statistics are then made anew") from exc
+        told = "this device's statistics to normalise by are damaged"
+        raise DataError(f"{path} is damaged ({exc})", "delete it: statistics are then made anew", told=told) from exc
 
 
 def keep(path: Path, statistics: Statistics) -> None:
@@ -88,12 +89,11 @@ def scaled(
     out: where to, may be x. DataError for a model of whole numbers, and for statistics of other features.
     """
     if spec.dtype != "float32":
-        raise DataError(f"the model takes {spec.dtype}, which cannot be normalised", 'set normalise = "" in [data]')
+        what = f"the model takes {spec.dtype}, which cannot be normalised"
+        raise DataError(what, 'set normalise = "" in [data]', told=what)
     if statistics.shape != x.shape[1:]:
-        raise DataError(
-            f"the statistics are of examples of shape {statistics.shape}, these have {x.shape[1:]}",
-            "give all data of a task the same columns",
-        )
+        what = f"the statistics are of examples of shape {statistics.shape}, these have {x.shape[1:]}"
+        raise DataError(what, "give all data of a task the same columns", told=what)
     low, high = _ends(spec)
     least, most = np.array(statistics.minimum), np.array(statistics.maximum)
     changing = most > least

@@ -1,7 +1,8 @@
 """The data source `python`: a function of the owner's, `my_data.py:read` or `package.module:read`.
 
 It is called in the training child, with the agent's rights and its files; only agent.toml can name it. What goes wrong
-in it is told with the line; its own message, which may hold data, stays in this device's log.
+in it is told to the owner with the line; its own message, which may hold data, is in this device's log. Others hear
+only that it failed, unless it raises a DataError that says what they may hear.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import numpy as np
 
 from covey_edge.source_options import PythonOptions
 from covey_edge.table_rows import Table
-from covey_protocol.errors import DataError
+from covey_protocol.errors import DATA, DataError
 
 MODULE = "covey_owner_data"
 
@@ -31,14 +32,15 @@ def read_python(path: Path, options: PythonOptions) -> Table:
     """
     place, _, name = str(path).rpartition(":")
     if not place or not name.isidentifier():
-        raise DataError(f"{path} names no function", 'write path = "my_data.py:read" or "module:read"')
+        raise DataError.at(path, " names no function", 'write path = "my_data.py:read" or "module:read"')
     try:
         given = _function(Path(place), name)(**options.arguments)
     except DataError:
         raise
     except (Exception, SystemExit) as exc:
         traceback.print_exc()  # the child's stderr is the agent's
-        raise DataError(f"{path} failed with {type(exc).__name__}{_line(exc)}", "the log has its message") from exc
+        what = f"{path} failed with {type(exc).__name__}{_line(exc)}"
+        raise DataError(what, "the log has its message", told=f"{DATA} failed") from exc
     return _table(path, given)
 
 
@@ -46,7 +48,8 @@ def _function(place: Path, name: str) -> Callable[..., Any]:
     module = _from_file(place) if place.suffix == ".py" else _imported(place)
     function = getattr(module, name, None)
     if not callable(function):
-        raise DataError(f"{place} has no function {name!r}", "check data.path in agent.toml")
+        told = f"{DATA} lacks the function that is named"
+        raise DataError(f"{place} has no function {name!r}", "check data.path in agent.toml", told=told)
     checked: Callable[..., Any] = function
     return checked
 
@@ -56,12 +59,12 @@ def _from_file(file: Path) -> Any:
     try:
         mode = file.stat().st_mode
     except OSError as exc:
-        raise DataError(f"{file} cannot be read ({exc.strerror})", "check data.path in agent.toml") from exc
+        raise DataError.at(file, f" cannot be read ({exc.strerror})", "check data.path in agent.toml") from exc
     if mode & stat.S_IWOTH:
-        raise DataError(f"{file} can be changed by everybody on this device", f"run `chmod o-w {file.name}`")
+        raise DataError.at(file, " can be changed by everybody on this device", f"run `chmod o-w {file.name}`")
     spec = importlib.util.spec_from_file_location(MODULE, file)
     if spec is None or spec.loader is None:
-        raise DataError(f"{file} is no Python file", "check data.path in agent.toml")
+        raise DataError.at(file, " is no Python file", "check data.path in agent.toml")
     module = importlib.util.module_from_spec(spec)
     sys.modules[MODULE] = module
     spec.loader.exec_module(module)
@@ -85,8 +88,8 @@ def _line(exc: BaseException) -> str:
 def _table(path: Path, given: Any) -> Table:
     remedy = "return x and y, arrays with one entry for each example"
     if not isinstance(given, tuple) or len(given) != 2:
-        raise DataError(f"{path} returned {type(given).__name__}, not a pair", remedy)
+        raise DataError(f"{path} returned {type(given).__name__}, not a pair", remedy, told=f"{DATA} returned no pair")
     try:
         return Table(np.asarray(given[0]), np.asarray(given[1]))
     except ValueError as exc:
-        raise DataError(f"{path} returned what is no array", remedy) from exc
+        raise DataError.at(path, " returned what is no array", remedy) from exc

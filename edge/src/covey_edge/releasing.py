@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Optional
 
 from covey_edge.inbox import Inbox
-from covey_edge.mqtt import Broker, Incoming, MqttTransport
+from covey_edge.mqtt import Broker, Incoming, MqttTransport, Refused
 from covey_edge.wheels import AGENT, look_at
 from covey_protocol.blobs import blob_ref, chunks
 from covey_protocol.codec import CHUNK_ROOM_BYTES
@@ -117,13 +117,16 @@ def check_size(transport: MqttTransport, release: Release) -> None:
 
 
 def _retained(inbox: Inbox, topics: Topics, key: PublicKey) -> Optional[Release]:
-    """The release that devices find now; None where there is none, or not one of this maker's."""
+    """The release that devices find now; None where there is none, or not one of this maker's. Raises TransportError
+    where the broker does not let us see it."""
     end = time.monotonic() + RETAINED_S
     while (left := end - time.monotonic()) > 0:
         try:
             item = inbox.get(timeout=left)
         except queue.Empty:
             return None
+        if isinstance(item, Refused) and item.topic == topics.release:
+            raise item.error
         if isinstance(item, Incoming) and item.topic == topics.release and item.payload:
             try:
                 return open_release(item.payload, key)

@@ -48,6 +48,7 @@ def split_key(state_dir: Path, *, make: bool = True) -> bytes:
         raise DataError(
             f"{path} is damaged: it is not known any more which examples are held out",
             "delete it to split anew; some examples that were trained on are then held out",
+            told="this device does not know any more which of its examples are held out",
         )
     return key
 

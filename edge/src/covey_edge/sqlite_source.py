@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 from covey_edge.source_options import SqliteOptions
 from covey_edge.table_rows import Rows, Table
-from covey_protocol.errors import DataError
+from covey_protocol.errors import DATA, DataError
 
 BUSY_S = 30.0
 DAY_S = 86400.0
@@ -31,12 +31,13 @@ def read_sqlite(path: Path, options: SqliteOptions) -> Table:
     DataError for a file that is no database, and for SQL that it refuses.
     """
     if not path.exists():
-        raise DataError(f"{path} does not exist", "check data.path in agent.toml, or record something first")
+        raise DataError.at(path, " does not exist", "check data.path in agent.toml, or record something first")
     try:
         with contextlib.closing(_opened(path)) as database:
             return _read(path, database, options)
     except sqlite3.Error as exc:
-        raise DataError(f"{path} cannot be read ({exc})", "check the file and [data.options]") from exc
+        told = f"{DATA} is no database that can be read as its options say"
+        raise DataError(f"{path} cannot be read ({exc})", "check the file and [data.options]", told=told) from exc
 
 
 def _opened(path: Path) -> sqlite3.Connection:
@@ -50,7 +51,7 @@ def _read(path: Path, database: sqlite3.Connection, options: SqliteOptions) -> T
     cursor = database.execute(plan.sql, plan.values)
     names = [one[0] for one in cursor.description or ()]
     if not names:
-        raise DataError(f"{path}: the query gives no columns", "write a SELECT")
+        raise DataError.at(path, ": the query gives no columns", "write a SELECT")
     by_id = bool(options.table)  # then the first column is the row id
     rows = Rows(path, names[by_id:], options, skip=plan.skip)
     labels, unlabelled = [names[by_id:].index(one) for one in options.labels], 0
@@ -69,7 +70,8 @@ def _table_plan(path: Path, database: sqlite3.Connection, options: SqliteOptions
     table = _quoted(options.table)
     facts = database.execute(f"PRAGMA table_info({table})").fetchall()
     if not facts:
-        raise DataError(f"{path} has no table {options.table!r}", f"it has: {', '.join(_tables(database)) or 'none'}")
+        remedy = f"it has: {', '.join(_tables(database)) or 'none'}"
+        raise DataError(f"{path} has no table {options.table!r}", remedy, told=f"{DATA} lacks the table that is named")
     names = [name for _, name, *_ in facts]
     keys = tuple(name for _, name, kind, _, _, key in facts if key == 1 and kind.upper() == "INTEGER")
     where, values = _since(path, database, options, names)
@@ -93,7 +95,8 @@ def _order(path: Path, database: sqlite3.Connection, options: SqliteOptions, nam
         database.execute(f"SELECT rowid FROM {_quoted(options.table)} LIMIT 1").fetchone()  # noqa: S608
     except sqlite3.OperationalError as exc:
         if options.time not in names:
-            raise DataError(f"{path}: {options.table!r} has neither row ids nor a time", "name `time`") from exc
+            what = "has neither row ids nor a time"
+            raise DataError(f"{path}: {options.table!r} {what}", "name `time`", told=f"{DATA} {what}") from exc
         return _quoted(options.time)
     return "rowid"
 
@@ -105,7 +108,8 @@ def _since(
     if not options.days:
         return [], ()
     if options.time not in names:
-        raise DataError(f"{path}: {options.table!r} has no column {options.time!r} for `days`", "name `time`")
+        what = f"{path}: {options.table!r} has no column {options.time!r} for `days`"
+        raise DataError(what, "name `time`", told=f"{DATA} lacks the column for `days`")
     column, since = _quoted(options.time), time.time() - options.days * DAY_S
     (newest,) = database.execute(f"SELECT max({column}) FROM {_quoted(options.table)}").fetchone()  # noqa: S608
     if isinstance(newest, str):

@@ -60,7 +60,8 @@ class Status(Struct, frozen=True, kw_only=True):
     state: of the machine, or "stopped". doing: the same in words, and why. working_s: since the child began.
     outbox: rounds whose updates it owes. left_ms: Unix time at which the owner opted out. rounds: the newest lines of
     the log of what left that say what was made, what failed and what became of it. sections: of other parts, by name;
-    each is a value that JSON can hold.
+    each is a value that JSON can hold. problem: why the newest work failed, in full, for the owner alone; "" where it
+    did not.
     """
 
     device_id: str
@@ -86,6 +87,7 @@ class Status(Struct, frozen=True, kw_only=True):
     memory_mb: Optional[float] = None
     child_memory_mb: Optional[float] = None
     sections: dict[str, Any] = {}
+    problem: str = ""
 
 
 def doing(state: State, left_ms: Optional[int], connected: bool) -> str:

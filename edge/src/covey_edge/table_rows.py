@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from covey_edge.data_report import LeftOut, Tally
 from covey_edge.source_options import Codes, TableOptions
-from covey_protocol.errors import DataError
+from covey_protocol.errors import DATA, DataError
 
 Number = Callable[[Any], float]
 NO_NUMBER, NO_CODE, MISSING, NO_LABEL = "not a number", "a text without a code", "no value", "no label"
@@ -61,13 +61,13 @@ class Rows:
             if name not in places:
                 raise _no_column(path, name, names)
         if not inputs:
-            raise DataError(f"{path} has no column beside its label", "name the inputs in options.columns")
+            raise DataError.at(path, " has no column beside its label", "name the inputs in options.columns")
         self._inputs, self._labels = [places[one] for one in inputs], [places[one] for one in options.labels]
         self.columns = inputs
         self._shape = options.shape or (len(inputs),)
         if math.prod(self._shape) != len(inputs):
-            raise DataError(
-                f"{path}: {len(inputs)} columns do not make examples of shape {self._shape}", "mend `shape`"
+            raise DataError.at(
+                path, f": {len(inputs)} columns do not make examples of shape {self._shape}", "mend `shape`"
             )
         self._numbers = [_converter(options.codes.get(name), number) for name in names]
         self._plain = [one is number for one in self._numbers]
@@ -150,4 +150,5 @@ def _is_number(cell: object, number: Number) -> bool:
 def _no_column(path: Path, name: str, names: Sequence[str]) -> DataError:
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
     shown = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
-    return DataError(f"{path} has no column {name!r}", f"did you mean {close[0]!r}? it has: {shown}" if close else "")
+    remedy = f"did you mean {close[0]!r}? it has: {shown}" if close else ""
+    return DataError(f"{path} has no column {name!r}", remedy, told=f"{DATA} lacks a column that is named")

@@ -35,7 +35,7 @@ from covey_edge.works import Made, counted, made
 from covey_protocol.bundle import METRICS, Manifest, check_plan, read_bundle
 from covey_protocol.captures import Array, Work
 from covey_protocol.compression import decode, encode
-from covey_protocol.errors import BundleError, CoveyError, TrainingError
+from covey_protocol.errors import BundleError, CoveyError, DataError, TrainingError
 from covey_protocol.forms import WITHHOLDING, compression_of, update_seed
 from covey_protocol.messages import TRAIN, TrainingPlan
 from covey_protocol.parameters import MAX_UPDATE_NORM, offsets
@@ -77,7 +77,8 @@ class Trainer:
         except Stopped as exc:
             return Problem(STOPPED, exc.what, exc.remedy, dict(exc.found))
         except CoveyError as exc:
-            return Problem(type(exc).__name__, exc.what, exc.remedy)
+            told = exc.told if isinstance(exc, DataError) else ""
+            return Problem(type(exc).__name__, exc.what, exc.remedy, told=told)
         except MemoryError:
             return Problem("TrainingError", "the device ran out of memory while training", "raise training.memory_mb")
         finally:
@@ -89,7 +90,7 @@ class Trainer:
         if self._model is None or self._bundle_sha256 != request.bundle_sha256:
             data = Path(request.bundle_path).read_bytes()
             if hashlib.sha256(data).digest() != request.bundle_sha256:
-                raise BundleError(f"{request.bundle_path} does not have the announced hash", "it is fetched again")
+                raise BundleError("the bundle on the disk does not have the announced hash", "it is fetched again")
             keys = [PublicKey.from_hex(text) for text in (request.sealed_by, *request.or_by)]
             self._model = Model(opened(data, keys), request.threads)
             self._bundle_sha256, self._prepared = request.bundle_sha256, None

@@ -178,11 +178,17 @@ class Updates:
             self._refused[self._wanted.serial] = self._wanted.version
             self._say(f"release {self._wanted.version} was not installed", why)
         self._stop_fetching()
+        if not isinstance(why, ReleaseError):  # on a full disk what has come of it is in everything's way
+            self._forget_fetched()
+
+    def _forget_fetched(self) -> None:
+        shutil.rmtree(self._folder.path / "incoming", ignore_errors=True)
 
     def _say(self, what: str, why: Exception) -> None:
         """In full in the log; the operator hears of no file's place."""
         log.error("%s: %s", what, why)
-        self.told = reason_text(f"{what}: {why if isinstance(why, ReleaseError) else told_of(why)}")
+        of_a_file = not isinstance(why, ReleaseError) or isinstance(why.__cause__, OSError)
+        self.told = reason_text(f"{what}: {told_of(why) if of_a_file else why}")
 
     def _install_whole(self) -> None:
         release = self._wanted
@@ -195,7 +201,7 @@ class Updates:
             self._give_up(exc)
             return
         self._stop_fetching()
-        shutil.rmtree(self._folder.path / "incoming", ignore_errors=True)
+        self._forget_fetched()
 
     # --- from the owner, and the clock
 
@@ -262,7 +268,7 @@ def read_bounded(path: Path) -> bytes:
     except OSError as exc:
         raise ReleaseError(f"{path} cannot be read ({exc.strerror})", "check the path and the permissions") from exc
     if len(data) > MAX_FILE_BYTES:
-        raise ReleaseError(f"{path} is larger than any release", f"at most {MAX_FILE_BYTES} bytes are read")
+        raise ReleaseError("this is larger than any release", f"at most {MAX_FILE_BYTES} bytes are read")
     return data
 
 

@@ -19,6 +19,8 @@ EXIT_LEAK = 9
 EXIT_STORAGE = 10
 EXIT_INTERRUPTED = 130
 
+DATA = "this device's data source"  # what others hear in place of a path
+
 
 class CoveyError(Exception):
     """Base of all errors covey raises on purpose.
@@ -57,9 +59,21 @@ class MachineError(CoveyError):
 
 
 class DataError(CoveyError):
-    """A data file cannot be read or its content breaks the model's input specification."""
+    """A data file cannot be read or its content breaks the model's input specification.
+
+    told: what others may hear of it: no path, no name of a file or column, nothing of the content. "" for not even why.
+    """
 
     exit_code = EXIT_DATA
+
+    def __init__(self, what: str, remedy: str = "", *, told: str = "") -> None:
+        super().__init__(what, remedy)
+        self.told = told
+
+    @classmethod
+    def at(cls, place: object, what: str, remedy: str = "") -> DataError:
+        """what: goes on from the name of the place. Others hear it too, with no name before it."""
+        return cls(f"{place}{what}", remedy, told=f"{DATA}{what}")
 
 
 class TransportError(CoveyError):
