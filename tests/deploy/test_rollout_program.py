@@ -128,7 +128,7 @@ def test_a_torn_last_line_is_as_if_it_had_never_been(tmp_path: Path) -> None:
 
 def test_two_at_once_are_refused_and_an_open_rollout_is_not_forgotten(tmp_path: Path) -> None:
     desk = Desk(parse_broker("mqtt://127.0.0.1:1"), "home", {}, tmp_path, MAKER.public)
-    with alone(tmp_path), pytest.raises(ConfigError, match="another command works"):
+    with alone(tmp_path), pytest.raises(ConfigError, match="another rollout works"):
         commands.roll_out(desk, RELEASE, RINGS, QUICK, MAKER)
     made = new_journal(tmp_path)
     with pytest.raises(ConfigError, match=r"the rollout of 9\.0 is not over"):
