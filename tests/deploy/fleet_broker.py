@@ -53,8 +53,10 @@ class Identity:
         return context
 
 
-def make_fleet(folder: Path, name: str = "home", devices: tuple[str, ...] = ("kitchen-pi", "porch-pi")) -> FleetFolder:
-    provisioning.init(folder, name, ["127.0.0.1", "localhost"], num_devices=len(devices) or 1)
+def make_fleet(
+    folder: Path, name: str = "home", devices: tuple[str, ...] = ("kitchen-pi", "porch-pi"), port: int = 8883
+) -> FleetFolder:
+    provisioning.init(folder, name, ["127.0.0.1", "localhost"], port, num_devices=len(devices) or 1)
     if devices:
         provisioning.add_devices(folder, [provisioning.NewDevice(one) for one in devices])
     return FleetFolder.open(folder)

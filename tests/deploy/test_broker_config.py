@@ -10,15 +10,17 @@ import signal
 import subprocess
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
+from typing import Optional
 
 import pytest
-from brokers import mosquitto_binary
+from brokers import free_port, mosquitto_binary
 from click.testing import CliRunner
 from fleet_broker import BrokerRun, Client, FleetBroker, Identity, make_fleet, wait_for
 
 from covey_deploy import broker_run
 from covey_deploy.access import COORDINATOR, DEVICE, OPERATOR, Access
-from covey_deploy.broker_files import INSTALL_FOLDER, broker_files
+from covey_deploy.broker_files import DATA_FOLDER, INSTALL_FOLDER, broker_files
+from covey_deploy.broker_folder import write_broker_folder
 from covey_deploy.cli_broker import broker_command
 from covey_deploy.fleet_folder import FleetFolder
 from covey_deploy.mosquitto import MAX_PACKET_BYTES
@@ -47,6 +49,50 @@ def test_config_writes_a_folder_that_can_be_copied_to_the_broker(home: FleetFold
     written = [path for path in out.rglob("*") if path.is_file() and path.name != "key.pem"]
     assert not any(private in path.read_text() for path in written)
     assert private not in ended.output
+
+
+AS_THE_CONTAINER = f"""
+mount -t tmpfs tmpfs /etc/mosquitto && mkdir {INSTALL_FOLDER} && mount --bind -o ro "$1" {INSTALL_FOLDER} &&
+mount --bind "$1/data" {DATA_FOLDER} &&
+exec setpriv --reuid "$2" --regid "$3" --clear-groups --no-new-privs "$0" -c {INSTALL_FOLDER}/mosquitto.conf
+"""
+
+
+@pytest.mark.broker
+@pytest.mark.fleet
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+@pytest.mark.parametrize("out", [None, "copy"])
+def test_what_root_writes_is_read_by_the_containers_user_and_the_key_by_nobody_else(
+    out: Optional[str], tmp_path: Path
+) -> None:
+    """Mosquitto as compose.yaml starts it: that user, the folder read-only, data/ to write."""
+    program, port = mosquitto_binary(), free_port()
+    fleet = make_fleet(tmp_path / "home", port=port, devices=("kitchen-pi",))
+    folder = write_broker_folder(fleet, None if out is None else tmp_path / out, 100)
+    user, group = re.findall(r'user: "(\d+):(\d+)"', (folder / "compose.yaml").read_text())[0]
+    assert int(user) != 0
+    for name, mode in (("key.pem", 0o600), ("acl", 0o600), ("data", 0o700)):
+        found = (folder / name).stat()
+        assert (found.st_uid, found.st_mode & 0o777) == (int(user), mode), name
+    log = tmp_path / "mosquitto.log"
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            ["unshare", "--mount", "sh", "-c", AS_THE_CONTAINER, program, str(folder), user, group], stderr=file
+        )
+    try:
+        wait_for(lambda: process.poll() is not None or b" running" in log.read_bytes())
+        client = Client(FleetBroker(fleet, port, folder / "mosquitto.conf", process), Identity.of(fleet.coordinator))
+        assert client.publish("covey/1/home/device/coordinator/probe", b"kept", retain=True) == "Success"
+        client.close()
+        process.send_signal(signal.SIGHUP)  # it reads key.pem again, as that user
+        wait_for(lambda: b"Reloading config" in log.read_bytes())
+        client = Client(FleetBroker(fleet, port, folder / "mosquitto.conf", process), Identity.of(fleet.coordinator))
+        client.close()
+    finally:
+        process.terminate()
+        process.wait()
+    assert b"Error" not in log.read_bytes(), log.read_text()
+    assert (folder / "data" / "mosquitto.db").stat().st_uid == int(user)
 
 
 def test_the_largest_message_of_the_protocol_fits_the_brokers_limit() -> None:

@@ -102,13 +102,16 @@ Mosquitto reads key.pem again at every reload, as its own user: that user must b
 
 ## In a container
 
-`docker compose up -d` in this folder, as the user who made it.
+`docker compose up -d` in this folder. The container's user is who made the folder. Where root did, it is 1883, the
+image's own, to whom key.pem, acl and data/ belong then: copy the folder with its owners (`cp -a`).
 
 ## When a certificate is revoked or renewed
 
 Copy crl.pem (or cert.pem and key.pem) to {INSTALL_FOLDER} and reload: `sudo systemctl reload mosquitto`, or
 `docker compose kill --signal HUP broker`. New connections are judged by the new list at once; one that is open stays
 open: `covey broker disconnect ID --fleet-folder DIR` ends it.
+
+For a container, `covey broker config` copies them, and gives a new key to the container's user.
 
 ## Is it right?
 
