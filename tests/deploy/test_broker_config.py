@@ -17,7 +17,7 @@ from brokers import free_port, mosquitto_binary
 from click.testing import CliRunner
 from fleet_broker import BrokerRun, Client, FleetBroker, Identity, make_fleet, wait_for
 
-from covey_deploy import broker_run
+from covey_deploy import broker_run, provisioning
 from covey_deploy.access import COORDINATOR, DEVICE, OPERATOR, Access
 from covey_deploy.broker_files import DATA_FOLDER, INSTALL_FOLDER, broker_files
 from covey_deploy.broker_folder import write_broker_folder
@@ -84,7 +84,10 @@ def test_what_root_writes_is_read_by_the_containers_user_and_the_key_by_nobody_e
         client = Client(FleetBroker(fleet, port, folder / "mosquitto.conf", process), Identity.of(fleet.coordinator))
         assert client.publish("covey/1/home/device/coordinator/probe", b"kept", retain=True) == "Success"
         client.close()
-        process.send_signal(signal.SIGHUP)  # it reads key.pem again, as that user
+        provisioning.renew(fleet.path, ["broker"], new_key=True)
+        if out is not None:
+            write_broker_folder(fleet, folder, 100)
+        process.send_signal(signal.SIGHUP)  # it reads the new key.pem, as that user
         wait_for(lambda: b"Reloading config" in log.read_bytes())
         client = Client(FleetBroker(fleet, port, folder / "mosquitto.conf", process), Identity.of(fleet.coordinator))
         client.close()
@@ -92,6 +95,8 @@ def test_what_root_writes_is_read_by_the_containers_user_and_the_key_by_nobody_e
         process.terminate()
         process.wait()
     assert b"Error" not in log.read_bytes(), log.read_text()
+    assert (folder / "key.pem").read_bytes() == (fleet.broker / "key.pem").read_bytes()
+    assert (folder / "key.pem").stat().st_mode & 0o777 == 0o600
     assert (folder / "data" / "mosquitto.db").stat().st_uid == int(user)
 
 

@@ -282,6 +282,11 @@ def test_a_broker_with_an_old_list_and_a_list_that_ended_are_named(fleet: FleetF
             (fleet.broker / "crl.pem").write_bytes(authority.make_crl(made, [], 9, dates))
             told = words(from_the_desk(fleet, address), level)
             assert "covey provision renew broker" in told["revoked"], told
+        provisioning.next_authority(fleet.path)
+        told = words(from_the_desk(fleet, address), WRONG)
+        assert "copy broker/ca.pem and crl.pem to the broker" in told["certificate"]
+        broker.reload()
+        assert words(from_the_desk(fleet, address), WRONG) == {}
 
 
 @pytest.mark.slow

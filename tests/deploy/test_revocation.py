@@ -22,6 +22,7 @@ from fleet_broker import (
 
 from covey_deploy import authority, provisioning
 from covey_deploy.disconnecting import disconnect
+from covey_protocol.errors import ConfigError
 
 pytestmark = pytest.mark.broker
 
@@ -45,6 +46,8 @@ def test_a_revoked_device_is_kept_out_at_the_next_reload_and_its_session_ended_b
         assert live.publish("covey/1/home/device/porch-pi/up") == "Success"  # its session goes on ...
         disconnect(fleet, "porch-pi", f"127.0.0.1:{broker.port}")
         wait_for(lambda: live.ended)  # ... until it is taken from it
+        with pytest.raises(ConfigError, match="has no porch-p; see who there is"):
+            disconnect(fleet, "porch-p", f"127.0.0.1:{broker.port}")
         assert "certificate_revoked" in answer(broker, porch)
         assert other.publish("covey/1/home/device/kitchen-pi/up") == "Success"
         assert not other.ended

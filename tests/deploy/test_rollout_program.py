@@ -14,10 +14,14 @@ from pathlib import Path
 
 import pytest
 from brokers import RunningBroker, stop_broker
+from click.testing import CliRunner
+from fleet_broker import make_fleet
 from patience import PATIENCE_S
 from puppets import Puppets, write_roster
 from release_helpers import MAKER, as_file, released, small_wheel
 
+from covey_deploy import provisioning
+from covey_deploy.cli_fleet import fleet_command
 from covey_deploy.rollout import commands, journal, program
 from covey_deploy.rollout.descriptions import sealed_rings
 from covey_deploy.rollout.journal import Journal, alone, journals
@@ -75,6 +79,25 @@ def test_a_release_goes_from_ring_to_ring_and_a_bad_one_stops(mosquitto: Running
     assert "does not take 9.1; it ended with code 1" in text
     report = json.loads((journals(desk.rollouts)[-1] / "report.json").read_text())
     assert report["devices"] == {"barn": {"ring": "canary", "stand": "bad", "why": "it ended with code 1"}}
+
+
+@pytest.mark.broker
+def test_a_revoked_device_is_in_no_ring_and_is_shown_as_what_it_is(mosquitto: RunningBroker, tmp_path: Path) -> None:
+    fleet = make_fleet(tmp_path / "home", devices=("barn", "den"))
+    provisioning.revoke(fleet.path, "den", "key-compromise")
+    (tmp_path / "small.release").write_bytes(RELEASE)
+
+    def said(*arguments: str) -> str:
+        where = ["--fleet-folder", str(fleet.path), "--broker", mosquitto.url, "--release-key", MAKER.public.hex()]
+        ended = CliRunner().invoke(fleet_command, [*arguments, *where])
+        return ended.output if ended.exception is None else str(ended.exception)
+
+    rollout = ("rollout", str(tmp_path / "small.release"), "--dry-run")
+    assert "den is not in the roster, or revoked" in said(*rollout, "canary=den")
+    assert "release 9.0 for home, 1 devices; nothing is published" in said(*rollout, "100%")
+    status = said("status")
+    assert [line.split()[0] for line in status.splitlines() if line.endswith("revoked")] == ["den"]
+    assert "0 of 1 devices are online" in status
 
 
 @pytest.mark.broker

@@ -111,7 +111,7 @@ Copy crl.pem (or cert.pem and key.pem) to {INSTALL_FOLDER} and reload: `sudo sys
 `docker compose kill --signal HUP broker`. New connections are judged by the new list at once; one that is open stays
 open: `covey broker disconnect ID --fleet-folder DIR` ends it.
 
-For a container, `covey broker config` copies them, and gives a new key to the container's user.
+For a container nothing is copied in the fleet's own folder; elsewhere `covey broker config --out` does it.
 
 ## Is it right?
 

@@ -191,7 +191,7 @@ def _provision(options: Options, fleet: FleetFolder, wanted: list[Wanted]) -> No
     from covey_deploy.provisioning import DATA_PATH, DATA_SOURCE, NewDevice, add_devices
 
     known = {one.id for one in fleet.issued() if one.role == DEVICE}  # an authority's id is a number
-    revoked = known - set(fleet.device_ids())
+    revoked = fleet.revoked_ids()
     for one in wanted:
         if one.device_id in revoked:
             raise ConfigError(f"{one.device_id} is revoked", "choose a new id: covey provision list has those in use")

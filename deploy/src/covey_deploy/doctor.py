@@ -16,6 +16,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Optional
 
+import msgspec
 from msgspec import Struct
 
 from covey_deploy.access import COORDINATOR, DEVICE
@@ -36,6 +37,7 @@ from covey_protocol.keys import keys_from
 from covey_protocol.seals import SealingKey
 
 PASSING = "covey-doctor"  # begins the name of a device that does not exist
+NEWEST = "the doctor's is of the fleet's newest authority: copy broker/ca.pem and crl.pem to the broker and reload"
 RELOAD = "copy the fleet's broker/crl.pem to the broker and let it read it again (kill -HUP, systemctl reload)"
 
 
@@ -230,13 +232,18 @@ def _live(fleet: FleetFolder, address: Optional[str], passphrase: Passphrase) ->
     with passing_broker(fleet, name, address, passphrase) as broker:
         keys = keys_from(fleet.settings.coordinator_key, "the coordinator")
         patient = Patient(broker, fleet.name, DEVICE, name, keys)
-        found = list(reach(broker, "doctor's"))
+        found = [_from_the_desk(one) for one in reach(broker, "doctor's")]
         yield from found
         if any(one.level == WRONG for one in found):
             return
         yield from probe(patient)
         yield from takeover(patient)
     yield from _taken(fleet, url)
+
+
+def _from_the_desk(found: Finding) -> Finding:
+    """Where the broker does not know an authority, it is the broker whose files are old."""
+    return msgspec.structs.replace(found, remedy=NEWEST) if "UNKNOWN_CA" in found.what else found
 
 
 def _as(folder: Path, url: str) -> Broker:

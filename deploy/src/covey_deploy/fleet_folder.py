@@ -157,6 +157,10 @@ class FleetFolder:
         """Of the devices that are not revoked, sorted."""
         return sorted(one.id for one in self.newest() if one.role == DEVICE and one.revoked is None)
 
+    def revoked_ids(self) -> frozenset[str]:
+        """Of the devices that are."""
+        return frozenset(one.id for one in self.newest() if one.role == DEVICE and one.revoked is not None)
+
     def issued(self) -> list[Issued]:
         """Every certificate that the fleet's authorities have made, the oldest first."""
         return parse_issued(read_file(self.ca / "issued.jsonl"), self.ca / "issued.jsonl")

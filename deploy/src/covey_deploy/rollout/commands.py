@@ -56,9 +56,9 @@ def planned(desk: Desk, data: bytes, rings: Sequence[str], gates: Gates) -> tupl
         fleet=desk.fleet,
         version=release.version,
         serial=max(int(time.time() * 1000), least),
-        rings=rings_from(rings, desk.roster),
+        rings=rings_from(rings, desk.standing),
         gates=gates,
-        roster=tuple(sorted(desk.roster)),
+        roster=desk.standing,
     )
     return plan, release
 
