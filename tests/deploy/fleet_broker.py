@@ -103,6 +103,10 @@ class FleetBroker:
     def url(self) -> str:
         return f"mqtts://127.0.0.1:{self.port}"
 
+    @property
+    def is_open(self) -> bool:
+        return _open(self.port)
+
     def reload(self) -> None:
         """SIGHUP, until it is done: Mosquitto logs it."""
         log = self.config.with_suffix(".log")

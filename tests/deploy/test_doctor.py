@@ -284,7 +284,7 @@ def test_a_broker_with_an_old_list_and_a_list_that_ended_are_named(fleet: FleetF
             assert "covey provision renew broker" in told["revoked"], told
         provisioning.next_authority(fleet.path)
         told = words(from_the_desk(fleet, address), WRONG)
-        assert "copy broker/ca.pem and crl.pem to the broker" in told["certificate"]
+        assert "copy broker/ca.pem and crl.pem to the broker and restart it" in told["certificate"]
         broker.reload()
         assert words(from_the_desk(fleet, address), WRONG) == {}
 

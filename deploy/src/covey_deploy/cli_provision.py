@@ -235,8 +235,8 @@ def revoke(name: str, fleet: Path, reason: str, passphrase_file: Optional[Path])
     count = provisioning.revoke(fleet, name, reason, asking(passphrase_file))
     folder = FleetFolder.open(fleet)
     click.echo(f"{name}: certificates revoked: {count}" if count else f"{name} was revoked before; the list is new")
-    click.echo(f"the broker: give it {folder.broker / 'crl.pem'} and let it read it again (kill -HUP)")
-    click.echo(f"then, if {name} may be connected: covey broker disconnect {name} --fleet-folder {fleet}")
+    click.echo(f"the broker: give it {folder.broker / 'crl.pem'} and restart it (covey broker run: kill -HUP)")
+    click.echo(f"if it cannot be restarted, reload it, then: covey broker disconnect {name} --fleet-folder {fleet}")
     if name not in RESERVED_IDS:
         _tell_coordinator(name, folder.coordinator / "coordinator.toml", reason)
 
