@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import paho.mqtt.client as paho
+import psutil
 from brokers import free_port, mosquitto_binary
 from paho.mqtt.enums import CallbackAPIVersion
 from patience import PATIENCE_S
@@ -255,6 +256,9 @@ class BrokerRun:
         found = re.fullmatch(r"listening on mqtts://127\.0\.0\.1:(\d+) for the fleet home\n", line)
         assert found, (line, self.process.stderr and self.process.stderr.read())
         self.broker = FleetBroker(fleet, int(found[1]), fleet.broker / broker_run.RUN_CONFIG, self.process)  # type: ignore[arg-type]
+
+    def children(self) -> list[int]:
+        return [one.pid for one in psutil.Process(self.process.pid).children()]
 
     def ended(self) -> str:
         _, log = self.process.communicate(timeout=PATIENCE_S)
