@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import paho.mqtt.client as paho
+import psutil
 from brokers import free_port, mosquitto_binary
 from paho.mqtt.enums import CallbackAPIVersion
 from patience import PATIENCE_S
@@ -53,8 +54,10 @@ class Identity:
         return context
 
 
-def make_fleet(folder: Path, name: str = "home", devices: tuple[str, ...] = ("kitchen-pi", "porch-pi")) -> FleetFolder:
-    provisioning.init(folder, name, ["127.0.0.1", "localhost"], num_devices=len(devices) or 1)
+def make_fleet(
+    folder: Path, name: str = "home", devices: tuple[str, ...] = ("kitchen-pi", "porch-pi"), port: int = 8883
+) -> FleetFolder:
+    provisioning.init(folder, name, ["127.0.0.1", "localhost"], port, num_devices=len(devices) or 1)
     if devices:
         provisioning.add_devices(folder, [provisioning.NewDevice(one) for one in devices])
     return FleetFolder.open(folder)
@@ -100,6 +103,10 @@ class FleetBroker:
     @property
     def url(self) -> str:
         return f"mqtts://127.0.0.1:{self.port}"
+
+    @property
+    def is_open(self) -> bool:
+        return _open(self.port)
 
     def reload(self) -> None:
         """SIGHUP, until it is done: Mosquitto logs it."""
@@ -249,6 +256,9 @@ class BrokerRun:
         found = re.fullmatch(r"listening on mqtts://127\.0\.0\.1:(\d+) for the fleet home\n", line)
         assert found, (line, self.process.stderr and self.process.stderr.read())
         self.broker = FleetBroker(fleet, int(found[1]), fleet.broker / broker_run.RUN_CONFIG, self.process)  # type: ignore[arg-type]
+
+    def children(self) -> list[int]:
+        return [one.pid for one in psutil.Process(self.process.pid).children()]
 
     def ended(self) -> str:
         _, log = self.process.communicate(timeout=PATIENCE_S)

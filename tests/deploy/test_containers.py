@@ -13,10 +13,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import yaml
 from brokers import free_port
@@ -25,6 +27,7 @@ from patience import PATIENCE_S
 from covey_coordinator.demo.devices import Shard
 from covey_deploy import provisioning
 from covey_deploy.fleet_folder import FleetFolder
+from covey_deploy.wheelhouse import pip
 from covey_protocol.bundle import read_bundle, write_bundle
 from covey_protocol.seals import SealingKey
 
@@ -148,18 +151,21 @@ def base_image(folder: Path) -> None:
 
 def pip_settings(folder: Path) -> list[str]:
     """Options that let pip in a build find what pip finds here, wherever this machine's index is."""
-    told = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=True)
+    told = subprocess.run([*pip(), "config", "list"], capture_output=True, text=True, check=True)
     values: dict[str, str] = {}
     for line in told.stdout.splitlines():
         name, _, value = line.partition("=")
-        values[name.rpartition(".")[2]] = value.strip("'\"")
+        words = value.strip("'\"").split()
+        values[name.rpartition(".")[2]] = " ".join(word for word in words if not word.startswith("file:"))
     options = []
     for name in ("cert", "find-links"):
-        if name in values and Path(values[name]).exists():
+        if values.get(name) and Path(values[name]).exists():
             options += ["--volume", f"{values[name]}:/opt/of-this-machine/{name}:ro"]
             values[name] = f"/opt/of-this-machine/{name}"
     kept = {
-        name: value for name, value in values.items() if name in ("cert", "find-links", "index-url", "extra-index-url")
+        name: value
+        for name, value in values.items()
+        if value and name in ("cert", "find-links", "index-url", "extra-index-url")
     }
     (folder / "pip.conf").write_text("[global]\n" + "".join(f"{name} = {value}\n" for name, value in kept.items()))
     return [*options, "--volume", f"{folder / 'pip.conf'}:/etc/pip.conf:ro"]
@@ -258,9 +264,16 @@ class Running:
         ]
         return [name for name in new if not name.startswith(allowed)]
 
-    def remove(self) -> None:
-        self.process.kill()
+    def kill(self) -> None:
+        """With what runs inside, which would outlive `buildah run`."""
+        with suppress(psutil.NoSuchProcess):
+            for process in (outer := psutil.Process(self.process.pid), *outer.children(recursive=True)):
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
         self.process.wait()
+
+    def remove(self) -> None:
+        self.kill()
         buildah("rm", self.name)
 
 
@@ -300,8 +313,7 @@ def test_images_train_a_model_with_the_fleets_broker(
         assert {one.log.stem: one.written() for one in running} == {one.log.stem: [] for one in running}
         owners = {path.stat().st_uid for path in (config.parent / "runs").rglob("*")}
         assert owners == {USER}
-        running[0].process.kill()
-        running[0].process.wait()
+        running[0].kill()
         assert not running[0].is_healthy()
     finally:
         for one in running:

@@ -12,6 +12,7 @@ from patience import PATIENCE_S
 
 from covey_deploy import debian_image
 from covey_deploy.boot_partition import detect, open_boot
+from covey_deploy.cache import cache_folder
 from covey_deploy.debian_image import MIB, build, overlay, root_offset
 from covey_deploy.programs import found_program
 from covey_protocol.errors import MachineError
@@ -36,8 +37,27 @@ def test_a_machine_that_does_not_run_arm64_programs_is_told_what_to_do(monkeypat
     monkeypatch.setattr(debian_image, "EMULATION", {})
     monkeypatch.setattr(debian_image, "BINFMT", Path("/nonexistent"))
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
-    with pytest.raises(MachineError, match=r"binfmt_misc\); sudo apt install qemu-user-static"):
+    with pytest.raises(MachineError, match=r"binfmt_misc\); sudo apt install qemu-user-static.*mount -t binfmt_misc"):
         debian_image.require_emulation()
+
+
+@pytest.mark.parametrize(
+    ("told", "expected"),
+    [
+        ({}, "/home/me/.cache/covey"),
+        ({"XDG_CACHE_HOME": "/big/cache"}, "/big/cache/covey"),
+        ({"XDG_CACHE_HOME": "/big/cache", "COVEY_CACHE": "/mine"}, "/mine"),
+        ({"XDG_CACHE_HOME": "", "COVEY_CACHE": ""}, "/home/me/.cache/covey"),
+    ],
+)
+def test_images_and_wheels_are_kept_where_the_user_keeps_caches(
+    told: dict[str, str], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("COVEY_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"HOME": "/home/me", **told}.items():
+        monkeypatch.setenv(name, value)
+    assert cache_folder() == Path(expected)
 
 
 class Factory:

@@ -278,10 +278,15 @@ def test_a_broker_with_an_old_list_and_a_list_that_ended_are_named(fleet: FleetF
         assert words(from_the_desk(fleet, address), WRONG) == {}
         made = own_authority(fleet)
         for days, level in ((-0.5, WRONG), (9, WARNING)):
-            end = now() + timedelta(days=days)
-            (fleet.broker / "crl.pem").write_bytes(authority.make_crl(made, [], 9, now() - timedelta(days=1), end))
+            dates = authority.Dates(now() - timedelta(days=1), now() + timedelta(days=days))
+            (fleet.broker / "crl.pem").write_bytes(authority.make_crl(made, [], 9, dates))
             told = words(from_the_desk(fleet, address), level)
             assert "covey provision renew broker" in told["revoked"], told
+        provisioning.next_authority(fleet.path)
+        told = words(from_the_desk(fleet, address), WRONG)
+        assert "copy broker/ca.pem and crl.pem to the broker and restart it" in told["certificate"]
+        broker.reload()
+        assert words(from_the_desk(fleet, address), WRONG) == {}
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from covey_deploy.fat import Fat
 from covey_deploy.fleet_folder import FleetFolder
 from covey_deploy.provisioning import init, revoke
 from covey_edge.cli import main
+from covey_edge.config import load_agent
 from covey_protocol.errors import EXIT_BUNDLE, EXIT_CONFIG
 from covey_protocol.seals import SealingKey
 
@@ -64,6 +65,14 @@ def test_a_series_makes_its_devices_and_goes_on_where_it_was_broken_off(
         assert f'device_id = "{device_id}"'.encode() in boot_of(image, "covey/device/agent.toml")
     assert flash(fleet, *series) == 0
     assert "made already; --again" in capsys.readouterr().out
+
+
+def test_a_table_for_provision_makes_the_same_devices_here(fleet: FleetFolder, tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("id,hostname,data_source,data_path\nden-pi,den,csv,/data/den.csv\n")
+    assert flash(fleet, "--csv", str(tmp_path / "t.csv"), "--output", str(tmp_path / "den.img")) == 0
+    assert load_agent(fleet.device("den-pi") / "agent.toml").config.data.path == "/data/den.csv"
+    settings = boot_of(tmp_path / "den.img", "covey/device/agent.toml")
+    assert b'source = "csv"\npath = "/data/den.csv"' in settings
 
 
 def test_a_number_is_a_devices_id_as_well_as_the_authoritys(fleet: FleetFolder, tmp_path: Path) -> None:

@@ -24,12 +24,13 @@ from made_up_image import TRIXIE, make_image
 
 from covey_deploy.card_writing import opened
 from covey_deploy.cli_flash import _write_file
+from covey_deploy.device_table import Wanted, read_table
 from covey_deploy.disks import LARGE, Disk, Machine
 from covey_deploy.images import CHUNK, find_image
 from covey_deploy.partitions import label, read_partitions
 from covey_deploy.prepared import Prepared
 from covey_deploy.progress_line import ProgressLine
-from covey_deploy.series import Wanted, finished, from_csv, left_to_do, note, numbered, wait_for_next_card
+from covey_deploy.series import finished, left_to_do, note, numbered, wait_for_next_card
 from covey_protocol.errors import ConfigError, CoveyError, DataError
 
 SECTOR = b"\0" * 510 + b"\x55\xaa"
@@ -303,11 +304,11 @@ def test_numbers_and_tables_name_devices_once_each(tmp_path: Path) -> None:
             numbered(pattern, 2, 1)
     table = tmp_path / "t.csv"
     table.write_text("id, hostname, data\nkitchen, kitchen.lan, k.npz\nhall,,\n")
-    assert from_csv(table) == [Wanted("kitchen", "kitchen.lan", str(tmp_path / "k.npz")), Wanted("hall")]
-    for text in ("name\na\n", "id\n", "id,hostname\na\n", "id\na\na\n", "id\na,b\n"):
+    assert read_table(table) == [Wanted("kitchen", "kitchen.lan", str(tmp_path / "k.npz")), Wanted("hall")]
+    for text in ("name\na\n", "id\n", "id,hostname\na\n", "id\na\na\n", "id\na,b\n", "id\noperator\n", 'id\n"a\n'):
         table.write_text(text)
         with pytest.raises(ConfigError):
-            from_csv(table)
+            read_table(table)
 
 
 def test_a_series_that_was_broken_off_goes_on_after_its_last_whole_line(tmp_path: Path) -> None:

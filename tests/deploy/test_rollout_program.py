@@ -14,10 +14,14 @@ from pathlib import Path
 
 import pytest
 from brokers import RunningBroker, stop_broker
+from click.testing import CliRunner
+from fleet_broker import make_fleet
 from patience import PATIENCE_S
 from puppets import Puppets, write_roster
 from release_helpers import MAKER, as_file, released, small_wheel
 
+from covey_deploy import provisioning
+from covey_deploy.cli_fleet import fleet_command
 from covey_deploy.rollout import commands, journal, program
 from covey_deploy.rollout.descriptions import sealed_rings
 from covey_deploy.rollout.journal import Journal, alone, journals
@@ -78,6 +82,25 @@ def test_a_release_goes_from_ring_to_ring_and_a_bad_one_stops(mosquitto: Running
 
 
 @pytest.mark.broker
+def test_a_revoked_device_is_in_no_ring_and_is_shown_as_what_it_is(mosquitto: RunningBroker, tmp_path: Path) -> None:
+    fleet = make_fleet(tmp_path / "home", devices=("barn", "den"))
+    provisioning.revoke(fleet.path, "den", "key-compromise")
+    (tmp_path / "small.release").write_bytes(RELEASE)
+
+    def said(*arguments: str) -> str:
+        where = ["--fleet-folder", str(fleet.path), "--broker", mosquitto.url, "--release-key", MAKER.public.hex()]
+        ended = CliRunner().invoke(fleet_command, [*arguments, *where])
+        return ended.output if ended.exception is None else str(ended.exception)
+
+    rollout = ("rollout", str(tmp_path / "small.release"), "--dry-run")
+    assert "den is not in the roster, or revoked" in said(*rollout, "canary=den")
+    assert "release 9.0 for home, 1 devices; nothing is published" in said(*rollout, "100%")
+    status = said("status")
+    assert [line.split()[0] for line in status.splitlines() if line.endswith("revoked")] == ["den"]
+    assert "0 of 1 devices are online" in status
+
+
+@pytest.mark.broker
 def test_an_older_release_than_the_brokers_is_not_rolled_out(mosquitto: RunningBroker, tmp_path: Path) -> None:
     """Devices that have the newer one would count as healthy, and those that wait for it would get the older one."""
     desk, newer = desk_for(mosquitto, tmp_path), small_wheel("9.0.1")
@@ -128,7 +151,7 @@ def test_a_torn_last_line_is_as_if_it_had_never_been(tmp_path: Path) -> None:
 
 def test_two_at_once_are_refused_and_an_open_rollout_is_not_forgotten(tmp_path: Path) -> None:
     desk = Desk(parse_broker("mqtt://127.0.0.1:1"), "home", {}, tmp_path, MAKER.public)
-    with alone(tmp_path), pytest.raises(ConfigError, match="another command works"):
+    with alone(tmp_path), pytest.raises(ConfigError, match="another rollout works"):
         commands.roll_out(desk, RELEASE, RINGS, QUICK, MAKER)
     made = new_journal(tmp_path)
     with pytest.raises(ConfigError, match=r"the rollout of 9\.0 is not over"):

@@ -18,7 +18,6 @@ from covey_protocol.seals import SealingKey
 
 MAKER = SealingKey.from_seed(b"maker of kits".ljust(32, b"."))
 CACHE = Path(os.environ.get("COVEY_CACHE", ROOT / ".bench")) / "wheels"
-EMULATED_S = 900.0  # one start of Python, numpy and the runtime took 60 s in emulation
 
 
 def real_kit(target: Target) -> bytes:

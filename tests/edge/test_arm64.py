@@ -20,9 +20,7 @@ from reporting import one_round
 from covey_coordinator.demo.devices import Shard
 from covey_protocol.seals import SealingKey
 
-pytestmark = [pytest.mark.slow, pytest.mark.broker, pytest.mark.timeout(1800)]
-
-PATIENCE_S = 900.0  # starting Python, numpy and the runtime in emulation took 60 s on a busy machine
+pytestmark = [pytest.mark.slow, pytest.mark.broker, pytest.mark.timeout(7200)]
 
 
 @pytest.fixture
@@ -58,7 +56,6 @@ def test_the_agent_trains_and_reports_on_arm64(
         shard,
         seen_as=Path("/") / inside.relative_to(root) / "pi",
         environment={"PYTHONPATH": f"/{PACKED}", "PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"},
-        patience_s=PATIENCE_S,
     )
     assert reported.outcome == "published"
     assert reported.change > 0.001

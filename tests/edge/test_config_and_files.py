@@ -73,7 +73,8 @@ BAD = {
         "ca_file without TLS",
     ),
     "a password file without a user": (GOOD.replace('username = "pi"\n', ""), "password_file needs"),
-    "the coordinator's own name": (GOOD.replace("kitchen-pi", "coordinator"), "own name"),
+    "the coordinator's own name": (GOOD.replace("kitchen-pi", "coordinator"), "the coordinator's own name"),
+    "a name with other rights at the broker": (GOOD.replace("kitchen-pi", "operator"), "the operator's own name"),
     "a replica that adds noise": (
         GOOD.replace("[data]\n", '[data]\nreplica = "hall"\n') + "[privacy]\nclip_norm = 1.0\nnoise_multiplier = 1.0\n",
         "replica = 'hall' with noise_multiplier",

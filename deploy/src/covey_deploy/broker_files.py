@@ -59,6 +59,8 @@ Group=mosquitto
 ExecStartPre=
 ExecStart=
 ExecStart=/usr/sbin/mosquitto -c {INSTALL_FOLDER}/{mosquitto.CONFIG_NAME}
+# no reload, which Debian's logrotate asks for, too: 2.0.11 may crash of one while a client is away
+ExecReload=
 Restart=always
 RestartSec=2
 StateDirectory=mosquitto
@@ -98,17 +100,20 @@ sudo systemctl daemon-reload
 sudo systemctl restart mosquitto
 ```
 
-Mosquitto reads key.pem again at every reload, as its own user: that user must be able to read it.
+Mosquitto's own user must be able to read key.pem.
 
 ## In a container
 
-`docker compose up -d` in this folder, as the user who made it.
+`docker compose up -d` in this folder. The container's user is who made the folder. Where root did, it is 1883, the
+image's own, to whom key.pem, acl and data/ belong then: copy the folder with its owners (`cp -a`).
 
 ## When a certificate is revoked or renewed
 
-Copy crl.pem (or cert.pem and key.pem) to {INSTALL_FOLDER} and reload: `sudo systemctl reload mosquitto`, or
-`docker compose kill --signal HUP broker`. New connections are judged by the new list at once; one that is open stays
-open: `covey broker disconnect ID --fleet-folder DIR` ends it.
+Copy crl.pem (or cert.pem and key.pem) to {INSTALL_FOLDER} and restart: `sudo systemctl restart mosquitto`, or
+`docker compose restart broker`. What is retained stays, clients come back within seconds, and whoever is on the list
+does not. Do not reload (SIGHUP) a Mosquitto 2.0.11: while a client is away it may crash of that, minutes later.
+
+For a container nothing is copied in the fleet's own folder; elsewhere `covey broker config --out` does it.
 
 ## Is it right?
 

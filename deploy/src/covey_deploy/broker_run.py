@@ -1,6 +1,8 @@
 """A local Mosquitto with a fleet's own configuration, in the foreground, as the user who asks for it.
 
 The same access rules and settings as `covey broker config` writes; only the paths, the address and the user differ.
+Files are read again by starting anew: Mosquitto 2.0.11 that gets SIGHUP while the session of a client waits for it to
+come back reads freed memory when that session ends, and may crash (docs/broker.md).
 """
 
 from __future__ import annotations
@@ -48,7 +50,8 @@ def find_mosquitto() -> str:
 def run(
     fleet: str, folder: Path, host: Optional[str], port: int, ready: Callable[[str], None], say: Callable[[str], None]
 ) -> int:
-    """Until Mosquitto ends; its exit code. SIGINT and SIGTERM end it, SIGHUP makes it read its files again.
+    """Until Mosquitto ends; its exit code. SIGINT and SIGTERM end it, SIGHUP makes it read its files again:
+    Mosquitto ends in order, keeping what is retained, and starts anew.
 
     folder: with its certificates, where the configuration and the data go, too. port: 0 for a free one. ready: gets the
     address. Raises MachineError, TransportError (the port is taken), ConfigError (Mosquitto does not take its files).
@@ -57,18 +60,42 @@ def run(
     port = port or _free_port(host)
     check_port(host or "", port)
     config = write_run_config(fleet, folder, host, port)
-    child = subprocess.Popen(
-        [program, "-c", str(config)],
-        preexec_fn=functools.partial(die_with_parent, os.getpid(), signal.SIGTERM),
-        start_new_session=True,  # Ctrl-C reaches it through us, once
-    )
-    _pass_on_signals(child)
-    _wait_until_open(child, host or "127.0.0.1", port, config)
+    running = _Running(program, config)
+    _obey_signals(running)
+    _wait_until_open(running.child, host or "127.0.0.1", port, config)
     ready(f"mqtts://{host or socket.gethostname()}:{port}")
-    code = child.wait()
+    code = running.child.wait()
+    while running.again:
+        running.start()
+        _wait_until_open(running.child, host or "127.0.0.1", port, config)
+        code = running.child.wait()
     if code > 0:
         say(f"mosquitto ended with code {code}")
     return max(code, 0)
+
+
+class _Running:
+    """The Mosquitto of now. again: it ends so that another starts. over: none is to follow it."""
+
+    def __init__(self, program: str, config: Path) -> None:
+        self._command = [program, "-c", str(config)]
+        self.over = False
+        self.start()
+
+    def start(self) -> None:
+        self.again = False
+        self.child = subprocess.Popen(
+            self._command,
+            preexec_fn=functools.partial(die_with_parent, os.getpid(), signal.SIGTERM),
+            start_new_session=True,  # Ctrl-C reaches it through us, once
+        )
+        if self.over:  # a signal came between the two
+            self.child.terminate()
+
+    def end(self, again: bool) -> None:
+        self.over = self.over or not again
+        self.again = not self.over
+        self.child.terminate()
 
 
 def write_run_config(fleet: str, folder: Path, host: Optional[str], port: int) -> Path:
@@ -94,12 +121,12 @@ def _free_port(host: Optional[str]) -> int:
         return port
 
 
-def _pass_on_signals(child: subprocess.Popen[bytes]) -> None:
-    def pass_on(number: int, frame: Optional[FrameType]) -> None:
-        child.send_signal(signal.SIGTERM if number == signal.SIGINT else number)
+def _obey_signals(running: _Running) -> None:
+    def obey(number: int, frame: Optional[FrameType]) -> None:
+        running.end(again=number == signal.SIGHUP)
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, pass_on)
+        signal.signal(number, obey)
 
 
 def _wait_until_open(child: subprocess.Popen[bytes], host: str, port: int, config: Path) -> None:

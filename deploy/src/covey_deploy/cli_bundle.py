@@ -41,7 +41,7 @@ def _list_targets(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
 @click.option("--out", type=click.Path(path_type=Path), help="Default: covey-agent-VERSION-TARGET.kit here.")
 @click.option("--wheel", "own", type=click.Path(path_type=Path), multiple=True, help="One more wheel; or covey-edge's.")
 @click.option("--lock", "lock_path", type=click.Path(path_type=Path), help="Default: covey's own.")
-@click.option("--cache", type=click.Path(path_type=Path), help="Of wheels. Default: in COVEY_CACHE or ~/.cache.")
+@click.option("--cache", type=click.Path(path_type=Path), help="Of wheels. Default: in COVEY_CACHE or ~/.cache/covey.")
 @click.option("--offline", is_flag=True, help="Take wheels from the cache alone.")
 @click.pass_context
 def bundle(ctx: click.Context, /, **options: Any) -> None:
@@ -66,8 +66,9 @@ def _make(
     offline: bool,
 ) -> None:
     from covey_deploy import targets
+    from covey_deploy.cache import cache_folder
     from covey_deploy.kit import make_kit, read_kit
-    from covey_deploy.wheelhouse import Wheelhouse, default_cache, lock_file, pinned
+    from covey_deploy.wheelhouse import Wheelhouse, lock_file, pinned
     from covey_edge.config import read_file
     from covey_edge.files import write_atomic
     from covey_protocol.errors import ConfigError
@@ -81,7 +82,7 @@ def _make(
     key = SealingKey.from_pem(read_file(key_path), str(key_path))
     wanted = pinned(read_file(lock_path or lock_file()).decode(), target)
     click.echo(f"{target.name}: {len(wanted)} packages for Python {target.python} on {target.machine}", err=True)
-    wheels = Wheelhouse(cache or default_cache()).wheels(wanted, target, offline=offline)
+    wheels = Wheelhouse(cache or cache_folder() / "wheels").wheels(wanted, target, offline=offline)
     wheels = {**wheels, **_own_wheels(own)}
     data = make_kit(target, wheels, key)
     manifest = read_kit(data, key.public).manifest

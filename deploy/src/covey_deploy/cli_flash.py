@@ -18,11 +18,11 @@ from covey_protocol.errors import ConfigError
 
 if TYPE_CHECKING:
     from covey_deploy.card import Card, Login, System, Wifi
+    from covey_deploy.device_table import Wanted
     from covey_deploy.disks import Disk, Machine
     from covey_deploy.fleet_folder import FleetFolder
     from covey_deploy.kit import Kit
     from covey_deploy.prepared import Base, Prepared
-    from covey_deploy.series import Wanted
 
 FILE = click.Path(path_type=Path)
 FIXED = "Allow a disk that is built in."
@@ -72,7 +72,7 @@ class Options:
 @click.option("--hostname", default="", help="Default: the id.")
 @click.option("--count", type=click.IntRange(1, 10_000), default=1, help="So many cards, one after the other.")
 @click.option("--first", type=click.IntRange(0), default=1, show_default=True, help="The first number of --count.")
-@click.option("--csv", type=FILE, help="A table of devices: id, and if you like hostname and data.")
+@click.option("--csv", type=FILE, help="A table of devices: docs/flashing.md has its columns.")
 @click.option("--wifi", default="", metavar="SSID", help="Asks for the password, unless a file has it.")
 @click.option("--wifi-password-file", type=FILE, help="Its first line is the password.")
 @click.option("--wifi-country", default="", metavar="XX", help="Where the device is, such as DE.")
@@ -132,7 +132,8 @@ def _list(machine: Machine) -> None:
 
 def _check(options: Options) -> list[Wanted]:
     """What was asked for fits together; the devices."""
-    from covey_deploy import series
+    from covey_deploy.device_table import read_table
+    from covey_deploy.series import numbered
 
     for given, what in ((options.fleet, "--fleet-folder"), (options.kit, "--kit")):
         if given is None:
@@ -143,10 +144,7 @@ def _check(options: Options) -> list[Wanted]:
         raise ConfigError("give --device or --output, one of them", "--device /dev/sdX; covey flash --list shows them")
     if bool(options.csv) == bool(options.device_id):
         raise ConfigError("give --id or --csv, one of them", "--id kitchen-pi")
-    if options.csv:
-        wanted = series.from_csv(options.csv)
-    else:
-        wanted = series.numbered(options.device_id, options.count, options.first)
+    wanted = read_table(options.csv) if options.csv else numbered(options.device_id, options.count, options.first)
     if options.output and len(wanted) > 1 and "{id}" not in options.output:
         raise ConfigError("--output names one file for several devices", "write {id} in it: --output card-{id}.img")
     if options.hostname and len(wanted) > 1:
@@ -190,14 +188,18 @@ def _provision(options: Options, fleet: FleetFolder, wanted: list[Wanted]) -> No
     """Devices that the fleet has not yet are made, all at once. ConfigError for revoked ones."""
     from covey_deploy.cli_provision import asking
     from covey_deploy.fleet_folder import DEVICE
-    from covey_deploy.provisioning import NewDevice, add_devices
+    from covey_deploy.provisioning import DATA_PATH, DATA_SOURCE, NewDevice, add_devices
 
     known = {one.id for one in fleet.issued() if one.role == DEVICE}  # an authority's id is a number
-    revoked = known - set(fleet.device_ids())
+    revoked = fleet.revoked_ids()
     for one in wanted:
         if one.device_id in revoked:
             raise ConfigError(f"{one.device_id} is revoked", "choose a new id: covey provision list has those in use")
-    new = [NewDevice(one.device_id) for one in wanted if one.device_id not in known]
+    new = [
+        NewDevice(one.device_id, one.data_source or DATA_SOURCE, one.data_path or DATA_PATH)
+        for one in wanted
+        if one.device_id not in known
+    ]
     if new:
         add_devices(fleet.path, new, asking(options.passphrase_file))
         click.echo(f"new in the fleet {fleet.name}: {', '.join(one.device_id for one in new)}", err=True)

@@ -48,8 +48,10 @@ def _desk(given: dict[str, Any]) -> Desk:
 
     said = {name: given.pop(name) for name in NAMES}
     path = said.pop("fleet_folder")
+    revoked: frozenset[str] = frozenset()
     if path is not None:
         folder = FleetFolder.open(path)
+        revoked = folder.revoked_ids()
         own = {
             "url": folder.broker_url,
             "fleet": folder.name,
@@ -69,7 +71,7 @@ def _desk(given: dict[str, Any]) -> Desk:
     broker = parse_broker(said["url"], ca_file=said["ca"], cert_file=said["cert"], key_file=said["cert_key"])
     rollouts = said["rollouts"] if said["rollouts"] is not None else Path("rollouts")
     key = PublicKey.from_hex(said["release_key"])
-    return Desk(broker, said["fleet"], read_roster(said["roster"]), rollouts, key)
+    return Desk(broker, said["fleet"], read_roster(said["roster"]), rollouts, key, revoked)
 
 
 def _key_path(given: Optional[Path], fleet_folder: Optional[Path]) -> Optional[Path]:
@@ -131,7 +133,7 @@ def status(as_json: bool, **given: Any) -> None:
 
     desk = _desk(given)
     watch, release = look(desk)
-    found = rows(watch, seen_now(desk.rollouts, watch, time.time()))
+    found = rows(watch, seen_now(desk.rollouts, watch, time.time()), desk.revoked)
     if as_json:
         facts = {
             "fleet": desk.fleet,

@@ -119,9 +119,7 @@ def _checked_bundle(model: Optional[Path], sealed_by: str, folder: Path) -> str:
 @provision.command(short_help="Make the keys, certificate and settings of devices, or sign their requests.")
 @click.argument("ids", metavar="[ID]...", nargs=-1)
 @fleet_option
-@click.option(
-    "--csv", "table", type=FILE, help="A table with the column id, and data_source and data_path if you like."
-)
+@click.option("--csv", "table", type=FILE, help="A table of devices: docs/provisioning.md has its columns.")
 @click.option("--csr", "requests", type=FILE, multiple=True, help="A device's request (covey key request). Repeat it.")
 @click.option("--data-source", default="npz", show_default=True, help="As in agent.toml.")
 @click.option("--data-path", default="/var/lib/covey-data/data.npz", show_default=True, help="On the device.")
@@ -137,13 +135,15 @@ def device(
 ) -> None:
     """Add devices to the fleet: all that are named, or none. They are in the coordinator's roster then, too."""
     from covey_deploy import provisioning
+    from covey_deploy.device_table import read_table
     from covey_deploy.fleet_folder import FleetFolder
     from covey_edge.certificate_request import read_request
     from covey_edge.config import read_file
     from covey_protocol.errors import ConfigError
 
     new = [provisioning.NewDevice(one, data_source, data_path) for one in ids]
-    new += _rows(table, data_source, data_path) if table is not None else []
+    for row in read_table(table) if table is not None else ():
+        new.append(provisioning.NewDevice(row.device_id, row.data_source or data_source, row.data_path or data_path))
     for path in requests:
         request = read_request(read_file(path), str(path))
         new.append(provisioning.NewDevice(request.device_id, data_source, data_path, request))
@@ -161,31 +161,6 @@ def device(
         click.echo("into [devices] of coordinator.toml:")
         for name, key in keys.items():
             click.echo(f'{name} = "{key}"')
-
-
-def _rows(path: Path, data_source: str, data_path: str) -> list[Any]:
-    """Columns of other commands (`covey flash`) are passed over."""
-    import csv
-
-    from covey_deploy.provisioning import NewDevice
-    from covey_edge.config import read_file
-    from covey_protocol.errors import ConfigError
-
-    try:
-        text = read_file(path).decode("utf-8-sig")
-        rows = list(csv.DictReader(text.splitlines(), strict=True, skipinitialspace=True))
-    except (UnicodeDecodeError, csv.Error) as exc:
-        raise ConfigError(f"{path} is no table ({exc})", "save it as CSV in UTF-8") from exc
-    found = [
-        NewDevice(row["id"].strip(), row.get("data_source") or data_source, row.get("data_path") or data_path)
-        for row in rows
-        if row.get("id")
-    ]
-    if not found or len(found) < len(rows):
-        raise ConfigError(
-            f"{path}: {len(rows) - len(found)} of {len(rows)} rows have no id", "name one in the column `id` of each"
-        )
-    return found
 
 
 # --- renewing and revoking
@@ -254,14 +229,15 @@ def renew(
 def revoke(name: str, fleet: Path, reason: str, passphrase_file: Optional[Path]) -> None:
     """Put all certificates of ID on the list that the broker reads, and tell the coordinator."""
     from covey_deploy import provisioning
-    from covey_deploy.fleet_folder import RESERVED, FleetFolder
+    from covey_deploy.fleet_folder import FleetFolder
+    from covey_protocol.topics import RESERVED_IDS
 
     count = provisioning.revoke(fleet, name, reason, asking(passphrase_file))
     folder = FleetFolder.open(fleet)
-    click.echo(f"{name}: {count} certificates revoked" if count else f"{name} was revoked before; the list is new")
-    click.echo(f"the broker: give it {folder.broker / 'crl.pem'} and let it read it again (kill -HUP)")
-    click.echo(f"then, if {name} may be connected: covey broker disconnect {name} --fleet-folder {fleet}")
-    if name not in RESERVED:
+    click.echo(f"{name}: certificates revoked: {count}" if count else f"{name} was revoked before; the list is new")
+    click.echo(f"the broker: give it {folder.broker / 'crl.pem'} and restart it (covey broker run: kill -HUP)")
+    click.echo(f"if it cannot be restarted, reload it, then: covey broker disconnect {name} --fleet-folder {fleet}")
+    if name not in RESERVED_IDS:
         _tell_coordinator(name, folder.coordinator / "coordinator.toml", reason)
 
 

@@ -26,6 +26,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Optional
 
+from covey_deploy.cache import cache_folder
 from covey_deploy.fat import Fat
 from covey_deploy.initramfs import initramfs
 from covey_deploy.programs import found_program, require_programs
@@ -121,11 +122,6 @@ def build(*, cloud_init: bool = False, renew: bool = False, say: Say = print) ->
     return image
 
 
-def cache_folder() -> Path:
-    """COVEY_CACHE, or .cache/covey of the user."""
-    return Path(os.environ.get("COVEY_CACHE") or Path.home() / ".cache" / "covey")
-
-
 def mmdebstrap_command(packages: tuple[str, ...], target: str, base: Optional[Path] = None) -> list[str]:
     """Makes a tar of the root file system, all packages set up. base: such a tar, to which these are added."""
     excluded = [f"--dpkgopt=path-exclude={pattern}" for pattern in (*LEFT_OUT, *NO_INITRAMFS)]
@@ -193,7 +189,11 @@ def require_emulation() -> None:
         require_programs(EMULATION)
         entry = BINFMT.read_text() if BINFMT.exists() else ""
         if "enabled" not in entry or "F" not in entry.partition("flags:")[2].split("\n")[0]:
-            remedy = "sudo apt install qemu-user-static binfmt-support; then sudo systemctl restart systemd-binfmt"
+            remedy = (
+                "sudo apt install qemu-user-static; then sudo systemctl restart systemd-binfmt, or without systemd "
+                "sudo mount -t binfmt_misc binfmt_misc /proc/sys/fs/binfmt_misc; sudo update-binfmts --enable "
+                "qemu-aarch64 (docs/emulation.md)"
+            )
             raise MachineError("programs for arm64 are not given to qemu here (binfmt_misc)", remedy)
     if os.geteuid() != 0 and not _has_subordinate_ids():
         ids = "100000-165535"

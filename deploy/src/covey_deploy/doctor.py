@@ -16,6 +16,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Optional
 
+import msgspec
 from msgspec import Struct
 
 from covey_deploy.access import COORDINATOR, DEVICE
@@ -36,7 +37,8 @@ from covey_protocol.keys import keys_from
 from covey_protocol.seals import SealingKey
 
 PASSING = "covey-doctor"  # begins the name of a device that does not exist
-RELOAD = "copy the fleet's broker/crl.pem to the broker and let it read it again (kill -HUP, systemctl reload)"
+NEWEST = "the doctor's is of the fleet's newest authority: copy broker/ca.pem and crl.pem to the broker and restart it"
+RESTART = "copy the fleet's broker/crl.pem to the broker and restart it (systemctl restart, kill -HUP of broker run)"
 
 
 def _told(check: str, look: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
@@ -171,7 +173,7 @@ def _list(fleet: FleetFolder) -> Iterator[Finding]:
     except ValueError as exc:
         raise ConfigError(f"{fleet.broker / 'crl.pem'} is no list of revoked certificates", "renew the broker") from exc
     days = (end - datetime.now(timezone.utc)).days
-    renew = f"covey provision renew broker; {RELOAD}"
+    renew = f"covey provision renew broker; {RESTART}"
     if days < 0:
         what = f"the list of revoked certificates ended on {end:%Y-%m-%d}: brokers take nobody by it"
         yield Finding("revoked", WRONG, what, renew, EXIT_CONFIG)
@@ -230,13 +232,18 @@ def _live(fleet: FleetFolder, address: Optional[str], passphrase: Passphrase) ->
     with passing_broker(fleet, name, address, passphrase) as broker:
         keys = keys_from(fleet.settings.coordinator_key, "the coordinator")
         patient = Patient(broker, fleet.name, DEVICE, name, keys)
-        found = list(reach(broker, "doctor's"))
+        found = [_from_the_desk(one) for one in reach(broker, "doctor's")]
         yield from found
         if any(one.level == WRONG for one in found):
             return
         yield from probe(patient)
         yield from takeover(patient)
     yield from _taken(fleet, url)
+
+
+def _from_the_desk(found: Finding) -> Finding:
+    """Where the broker does not know an authority, it is the broker whose files are old."""
+    return msgspec.structs.replace(found, remedy=NEWEST) if "UNKNOWN_CA" in found.what else found
 
 
 def _as(folder: Path, url: str) -> Broker:
@@ -255,6 +262,6 @@ def _taken(fleet: FleetFolder, url: str) -> Iterator[Finding]:
         told = [one for one in reach(_as(folder, url), f"revoked {name}'s") if one.check == "certificate"]
         if told and told[0].level == OK:
             what = f"the broker takes {name}, which is revoked: it has not read the newest list"
-            yield Finding("revoked", WRONG, what, RELOAD, EXIT_TRANSPORT)
+            yield Finding("revoked", WRONG, what, RESTART, EXIT_TRANSPORT)
         elif told:
             yield Finding("revoked", OK, f"the broker refuses {name}, which is revoked")

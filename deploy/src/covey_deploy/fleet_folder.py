@@ -21,10 +21,10 @@ from covey_edge.config import read_file, read_toml
 from covey_protocol.errors import ConfigError
 from covey_protocol.keys import keys_from
 from covey_protocol.seals import PublicKey
-from covey_protocol.topics import check_device_id, check_name
+from covey_protocol.topics import RESERVED_IDS, check_device_id, check_name
 
-BROKER, COORDINATOR, OPERATOR, DEVICE = "broker", "coordinator", "operator", "device"  # the roles of certificates
-RESERVED = (BROKER, COORDINATOR, OPERATOR)  # names that are no device's
+DEVICE = "device"  # a role of certificates, as are those below, of which each has one name
+BROKER, COORDINATOR, OPERATOR = RESERVED_IDS
 Days = Annotated[float, Meta(gt=0, le=36525)]
 Port = Annotated[int, Meta(ge=1, le=65535)]
 
@@ -144,7 +144,7 @@ class FleetFolder:
     def device(self, device_id: str) -> Path:
         """The folder of one device: cert.pem, ca.pem, agent.toml, and key.pem and seal.pem where they were made here.
         ConfigError where there is none."""
-        check_fleet_id(device_id)
+        check_device_id(device_id)
         folder = self.path / "devices" / device_id
         if not (folder / "cert.pem").is_file():
             raise ConfigError(
@@ -156,6 +156,10 @@ class FleetFolder:
     def device_ids(self) -> list[str]:
         """Of the devices that are not revoked, sorted."""
         return sorted(one.id for one in self.newest() if one.role == DEVICE and one.revoked is None)
+
+    def revoked_ids(self) -> frozenset[str]:
+        """Of the devices that are."""
+        return frozenset(one.id for one in self.newest() if one.role == DEVICE and one.revoked is not None)
 
     def issued(self) -> list[Issued]:
         """Every certificate that the fleet's authorities have made, the oldest first."""
@@ -175,14 +179,6 @@ def parse_issued(data: bytes, path: Path) -> list[Issued]:
 
 def issued_lines(issued: Iterable[Issued]) -> bytes:
     return b"".join(msgspec.json.encode(one) + b"\n" for one in issued)
-
-
-def check_fleet_id(device_id: str) -> str:
-    """The id itself; ConfigError where no device may have it: it is the MQTT user of another role, too."""
-    check_device_id(device_id)
-    if device_id in RESERVED:
-        raise ConfigError(f"{device_id!r} is the name of another role", "choose another id")
-    return device_id
 
 
 def url_host(host: str) -> str:

@@ -23,13 +23,11 @@ from covey_deploy.authority import Authority, Dates, Revoked
 from covey_deploy.fleet_folder import (
     BROKER,
     DEVICE,
-    RESERVED,
     BrokerPlace,
     FleetFolder,
     FleetSettings,
     Issued,
     Lifetimes,
-    check_fleet_id,
     issued_lines,
     utc_now,
 )
@@ -39,7 +37,7 @@ from covey_edge.certificate_request import Request
 from covey_edge.config import read_file
 from covey_protocol.errors import ConfigError
 from covey_protocol.seals import SealingKey
-from covey_protocol.topics import check_name
+from covey_protocol.topics import RESERVED_IDS, check_device_id, check_name
 
 AUTHORITY = "authority"  # in issued.jsonl, with its number as id
 Passphrase = Callable[[], Optional[bytes]]  # asked only where the key is encrypted
@@ -170,7 +168,7 @@ def init(
         ca_pem = ca.certificate_pem(made.certificate)
         first = Issued(f"{made.certificate.serial_number:x}", "1", AUTHORITY, made.certificate.not_valid_after_utc)
         work = _Work(fleet, made, 1, now, [first], ca_pem, passphrase)
-        for role in RESERVED:
+        for role in RESERVED_IDS:
             work.certificate(role, role, work.key(role, role), hosts if role == BROKER else ())
         _list_revoked(work, [made])
         work.files |= {
@@ -196,7 +194,7 @@ def add_devices(
         known = {one.id for one in work.issued if one.role == DEVICE}
         keys: dict[str, str] = {}
         for device in devices:
-            name = check_fleet_id(device.device_id)
+            name = check_device_id(device.device_id)
             if name in known or name in keys or (path / "devices" / name).exists():
                 raise ConfigError(
                     f"{name} exists in {path}", f"choose another id, or renew it: covey provision renew {name}"
@@ -430,7 +428,7 @@ def retire_authority(path: Path, passphrase: Passphrase = no_passphrase, now: Op
 def _trust(work: _Work, ca_pem: bytes) -> None:
     """Into every folder that has a ca.pem."""
     fleet = work.fleet.path
-    folders = [fleet / "ca", *(fleet / role for role in RESERVED), *sorted((fleet / "devices").glob("*"))]
+    folders = [fleet / "ca", *(fleet / role for role in RESERVED_IDS), *sorted((fleet / "devices").glob("*"))]
     for folder in folders:
         if (folder / "ca.pem").exists():
             work.files[f"{folder.relative_to(fleet)}/ca.pem"] = ca_pem

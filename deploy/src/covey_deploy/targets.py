@@ -100,7 +100,7 @@ def named(name: str) -> Target:
     import difflib
 
     close = difflib.get_close_matches(name, TARGETS, n=1)
-    hint = f"did you mean {close[0]}?" if close else "`covey bundle --list-targets` has them"
+    hint = f"did you mean {close[0]}?" if close else "`covey bundle --list-targets` has them."
     raise ConfigError(f"there is no target {name!r}", f"{hint} Or give --python, --arch and --glibc")
 
 

@@ -72,14 +72,6 @@ def pinned(lock: str, target: Target) -> tuple[Pinned, ...]:
     return tuple(sorted(found, key=lambda one: one.name))
 
 
-def default_cache() -> Path:
-    """COVEY_CACHE, or covey's folder among the user's caches."""
-    if os.environ.get("COVEY_CACHE"):
-        return Path(os.environ["COVEY_CACHE"]) / "wheels"
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(base) / "covey" / "wheels"
-
-
 class Wheelhouse:
     """A folder of wheels, with a list of them for each target and lock. Two programs may use it at the same time."""
 

@@ -47,6 +47,31 @@ def installed() -> tuple[Any, str]:
         ) from exc
 
 
+class _ScalarsStay:
+    """The runtime's own wrapper of an interpreter, but that inputs without dimensions are not resized to none.
+
+    That call, which changes nothing, overwrites memory in ai-edge-litert 2.3.0 for arm64: it takes the first of a list
+    of no numbers, and then sets minus four bytes to zero. Every training has such an input, the learning rate.
+    """
+
+    def __init__(self, wrapper: Any) -> None:
+        self._wrapper = wrapper
+
+    def ResizeInputTensor(self, index: int, shape: Numbers, *more: Any) -> None:
+        if len(shape):
+            self._wrapper.ResizeInputTensor(index, shape, *more)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._wrapper, name)
+
+
+def runner(interpreter: Any, entry_point: str) -> Any:
+    """To call an entry point with, by the names of its inputs."""
+    found = interpreter.get_signature_runner(entry_point)
+    found._interpreter_wrapper = _ScalarsStay(found._interpreter_wrapper)
+    return found
+
+
 class Model:
     """A loaded bundle. All batches are padded to the bundle's fixed batch size with examples of weight 0.
 
@@ -64,7 +89,7 @@ class Model:
     def _load(self) -> None:
         try:
             interpreter = self._interpreter_class(model_content=self._model, num_threads=self._threads)
-            self._run = {name: interpreter.get_signature_runner(name) for name in self.manifest.signatures}
+            self._run = {name: runner(interpreter, name) for name in self.manifest.signatures}
         except _REFUSALS as exc:
             raise BundleError(f"bundle {self.manifest.name!r} cannot be loaded ({exc})", "export it again") from exc
 

@@ -26,12 +26,13 @@ class DeviceTopic(NamedTuple):
 
 
 RESERVED_ID = "coordinator"  # the sender and MQTT client name of the coordinator
+RESERVED_IDS = ("broker", RESERVED_ID, "operator")  # names in certificates to which brokers give other rights
 
 
 def check_device_id(name: str) -> str:
     """The device id itself; ConfigError where it cannot be one."""
-    if name == RESERVED_ID:
-        raise ConfigError(f"device_id {name!r} is the coordinator's own name", "choose another")
+    if name in RESERVED_IDS:
+        raise ConfigError(f"device_id {name!r} is the {name}'s own name", "choose another")
     return check_name(name, "device_id")
 
 

@@ -20,8 +20,8 @@ import numpy as np
 from msgspec import Struct
 
 from covey_coordinator.audit.results import Pictures, Result
-from covey_coordinator.held import alone_in
 from covey_edge.files import make_folder, write_all_atomic, write_atomic
+from covey_edge.held import alone_in
 from covey_protocol.errors import ConfigError, StorageError
 
 FORMAT = 2

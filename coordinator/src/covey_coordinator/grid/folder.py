@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from covey_coordinator.grid.settings import Cell
-from covey_coordinator.held import alone_in
 from covey_edge.files import write_atomic
+from covey_edge.held import alone_in
 from covey_protocol.errors import ConfigError, StorageError
 
 FORMAT = 1  # grows when cells of an older version would not mean the same

@@ -29,10 +29,10 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from covey_coordinator.held import alone_in
 from covey_coordinator.simulation.results import RoundRecord, RunResult
 from covey_edge.config import toml_content
 from covey_edge.files import write_atomic
+from covey_edge.held import alone_in
 from covey_protocol.errors import ConfigError, StorageError
 
 if sys.version_info >= (3, 11):

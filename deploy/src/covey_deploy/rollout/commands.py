@@ -11,7 +11,7 @@ import click
 import msgspec
 
 from covey_deploy.rollout.descriptions import sealed_rings
-from covey_deploy.rollout.journal import STOP, Busy, Journal, alone, journals
+from covey_deploy.rollout.journal import STOP, Journal, alone, journals
 from covey_deploy.rollout.metrics import abandoned_rounds
 from covey_deploy.rollout.program import Desk, Rollout, look
 from covey_deploy.rollout.reversion import version_above, with_version
@@ -20,6 +20,7 @@ from covey_deploy.rollout.state import ENDED, Gates, Phase, Plan, Resumed, State
 from covey_deploy.rollout.words import Progress, picture, report_facts, report_text
 from covey_edge.config import read_file
 from covey_edge.files import write_atomic
+from covey_edge.held import Busy
 from covey_edge.releasing import described
 from covey_edge.updates import read_bounded
 from covey_edge.wheels import AGENT, look_at
@@ -55,9 +56,9 @@ def planned(desk: Desk, data: bytes, rings: Sequence[str], gates: Gates) -> tupl
         fleet=desk.fleet,
         version=release.version,
         serial=max(int(time.time() * 1000), least),
-        rings=rings_from(rings, desk.roster),
+        rings=rings_from(rings, desk.standing),
         gates=gates,
-        roster=tuple(sorted(desk.roster)),
+        roster=desk.standing,
     )
     return plan, release
 

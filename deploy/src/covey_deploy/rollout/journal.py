@@ -7,7 +7,6 @@ descriptions of all rings. One process at a time works in ROLLOUTS.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,17 +15,14 @@ import msgspec
 
 from covey_deploy.rollout.state import Began, Event, Plan, State, apply, begin
 from covey_edge.files import append_to, make_folder, write_atomic
+from covey_edge.held import alone_in
 from covey_protocol.errors import ConfigError, StorageError, UsageError
 
 JOURNAL, RELEASE = "journal.jsonl", "release.covey-release"
-LOCK, STOP = "lock", "stop"
+STOP = "stop"
 
 _encoder = msgspec.json.Encoder()
 _decoder: msgspec.json.Decoder[Event] = msgspec.json.Decoder(Event)
-
-
-class Busy(ConfigError):
-    """Another process works on a rollout here."""
 
 
 class Journal:
@@ -113,15 +109,9 @@ def _is_begun(folder: Path) -> bool:
 
 @contextlib.contextmanager
 def alone(rollouts: Path) -> Iterator[None]:
-    """Busy where another process works here. The lock goes with the process, however it ends."""
+    """Busy where another process works on a rollout here."""
     make_folder(rollouts)
-    with (rollouts / LOCK).open("wb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as exc:
-            raise Busy(
-                f"another command works on a rollout in {rollouts}", "wait for it, or end it with `--stop`"
-            ) from exc
+    with alone_in(rollouts, "rollout", "wait for it, or end it with `--stop`"):
         yield
 
 

@@ -47,13 +47,20 @@ QUIET_S = 1.5  # without a message: then what was retained has come
 
 @dataclass(frozen=True)
 class Desk:
-    """Where a fleet is, as its operator reaches it. key: of who makes releases, its public half."""
+    """Where a fleet is, as its operator reaches it. key: of who makes releases, its public half. revoked: devices whose
+    certificates were taken back, as far as this desk knows."""
 
     broker: Broker
     fleet: str
     roster: Mapping[str, Keys]
     rollouts: Path
     key: PublicKey
+    revoked: frozenset[str] = frozenset()
+
+    @property
+    def standing(self) -> tuple[str, ...]:
+        """The devices that a rollout is for: those that a broker lets in."""
+        return tuple(sorted(self.roster.keys() - self.revoked))
 
 
 class Shows(Protocol):

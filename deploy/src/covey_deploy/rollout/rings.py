@@ -64,7 +64,8 @@ def _by_name(text: str, before: Ring, roster: Collection[str]) -> Ring:
         raise ConfigError(f"ring {text!r} names no devices", "write NAME=ID,ID, or a share such as 10%")
     unknown = sorted(set(devices) - set(roster))
     if unknown:
-        raise ConfigError(f"ring {name}: {', '.join(unknown)} is not in the roster", "name devices of this fleet")
+        what = f"ring {name}: {', '.join(unknown)} is not in the roster, or revoked"
+        raise ConfigError(what, "name devices of this fleet")
     every = tuple(dict.fromkeys((*before.devices, *devices)))
     if len(every) > MAX_NAMED:
         raise ConfigError(f"ring {name} names {len(every)} devices", f"a release names at most {MAX_NAMED}; use shares")

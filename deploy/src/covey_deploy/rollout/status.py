@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Optional
 
@@ -30,15 +30,16 @@ class Row(Struct, frozen=True, kw_only=True):
     bad: tuple[str, ...] = ()
     trouble: str = ""
     last_seen: Optional[float] = None
+    revoked: bool = False
 
 
-def rows(watch: Watch, seen: Mapping[str, float]) -> list[Row]:
+def rows(watch: Watch, seen: Mapping[str, float], revoked: Collection[str] = ()) -> list[Row]:
     """Of the whole roster."""
     found = []
     for name in watch.roster:
         presence = watch.newest.get(name)
         if presence is None:
-            found.append(Row(device=name, last_seen=seen.get(name)))
+            found.append(Row(device=name, last_seen=seen.get(name), revoked=name in revoked))
             continue
         found.append(
             Row(
@@ -50,6 +51,7 @@ def rows(watch: Watch, seen: Mapping[str, float]) -> list[Row]:
                 bad=presence.bad or (),
                 trouble=presence.trouble or "",
                 last_seen=seen.get(name),
+                revoked=name in revoked,
             )
         )
     return found
@@ -73,14 +75,15 @@ def status_text(found: list[Row], release: Optional[Release], refused: Mapping[s
     for row in found:
         here = {True: "online", False: "away", None: "not heard"}[row.online]
         cells.append((row.device, here, row.version or "-", row.runtime or "-", _seen(row, now), remarks(row)))
-    online = sum(row.online is True for row in found)
-    lines = [table(cells), "", f"{online} of {len(found)} devices are online; {release_words(release)}"]
+    online, standing = sum(row.online is True for row in found), sum(not row.revoked for row in found)
+    lines = [table(cells), "", f"{online} of {standing} devices are online; {release_words(release)}"]
     lines += [f"ignored on {topic}: {why}" for topic, why in sorted(refused.items())[:5]]
     return "\n".join(lines)
 
 
 def remarks(row: Row) -> str:
-    said = ["on trial"] if row.on_trial else []
+    said = ["revoked"] if row.revoked else []
+    said += ["on trial"] if row.on_trial else []
     said += [f"does not take {', '.join(row.bad)}"] if row.bad else []
     said += [row.trouble] if row.trouble else []
     return "; ".join(said)

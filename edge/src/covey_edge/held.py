@@ -1,4 +1,4 @@
-"""One process at a time in a folder of results."""
+"""One process at a time in a folder."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ from pathlib import Path
 from covey_protocol.errors import ConfigError, StorageError
 
 
+class Busy(ConfigError):
+    """Another process works there."""
+
+
 @contextlib.contextmanager
-def alone_in(folder: Path, command: str) -> Iterator[None]:
+def alone_in(folder: Path, command: str, remedy: str = "wait for it") -> Iterator[None]:
     """For this process alone: two would spoil each other's results. A process that dies lets go.
 
-    command: who works there, for the error: ConfigError where another does. StorageError where the folder cannot be
-    used.
+    command: who works there, for the error: Busy where another does. StorageError where the folder cannot be used.
     """
     try:
         lock = (folder / ".lock").open("w")
@@ -25,5 +28,5 @@ def alone_in(folder: Path, command: str) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as exc:
-            raise ConfigError(f"another {command} works in {folder}", "wait for it") from exc
+            raise Busy(f"another {command} works in {folder}", remedy) from exc
         yield
