@@ -14,7 +14,7 @@ from covey_edge import sent_log
 from covey_edge.cli_agent import agent as command
 from covey_edge.cli_status import _span
 from covey_edge.config import Agent, load_agent
-from covey_edge.forgetting import FORGOTTEN, KEPT, STAYS, delete, gone, plan, unknown
+from covey_edge.forgetting import FORGOTTEN, KEPT, STAYS, delete, gone, plan, sweep, unknown
 from covey_edge.local_socket import StateLock
 from covey_edge.opting_out import NAME as LEFT_NAME
 from covey_edge.opting_out import OptOut
@@ -82,6 +82,17 @@ def test_only_what_covey_makes_is_deleted_also_where_the_state_lies_beside_keys_
     assert before - set(tmp_path.iterdir()) == {one.path for one in doomed}
     everything = plan(tmp_path, agent.config, tmp_path, data=True, everything=True)
     assert {one.path.name for one in everything} == {*(name.replace("*", "x") for name in KEPT), "data.npz"}
+
+
+def test_what_a_crash_left_unfinished_goes_and_what_is_not_coveys_stays(agent: Agent) -> None:
+    names = (".sequence.4711.tmp", ".withheld-digits.msgpack.4711.tmp", "records/.r.1.record.4711.tmp")
+    for name in (*names, ".theirs.4711.tmp"):
+        (agent.state_dir / name).parent.mkdir(parents=True, exist_ok=True)
+        (agent.state_dir / name).write_bytes(b"half")
+    doomed = {one.path.name for one in plan(agent.folder, agent.config, agent.state_dir, data=False, everything=False)}
+    assert doomed == {".sequence.4711.tmp", ".withheld-digits.msgpack.4711.tmp", "records"}
+    sweep(agent.state_dir)
+    assert [path.name for path in agent.state_dir.rglob(".*")] == [".theirs.4711.tmp"]
 
 
 def test_a_link_out_of_the_folder_is_cut_and_what_it_names_stays(agent: Agent, tmp_path: Path) -> None:

@@ -328,12 +328,24 @@ def test_a_given_file_that_cannot_be_removed_is_looked_at_once(
 def test_what_is_not_run_any_more_goes(device: Device) -> None:
     for version in ("7.0", "8.0", "8.1", "9.0", ".9.2.new.tmp"):
         (device.releases / version).mkdir(parents=True)
+    (device.releases / ".boot.json.4711.tmp").write_bytes(b"half")
+    (device.releases / "incoming").mkdir(exist_ok=True)
+    (device.releases / "incoming" / f".{'0' * 64}.4711.tmp").write_bytes(b"half")
     folder = Folder(device.releases)
     folder.save(Boot("8.1", "8.0"))
     folder.stage(Staged("9.0"))
     device.start()
     assert folder.here() == ["8.0", "8.1", "9.0"]
-    assert not (device.releases / ".9.2.new.tmp").exists()
+    assert not list(device.releases.rglob(".*"))
+
+
+def test_pieces_of_a_release_that_is_not_wanted_any_more_go(device: Device) -> None:
+    for serial, version in enumerate(("9.0", "9.1", "9.2"), 1):
+        evil = wheel({"covey_edge/__init__.py": b""}, version, requires=("no-such-thing",))
+        device.hears(released(evil, serial=serial))
+        device.fetches(evil[1])
+        assert device.updates.bad[-1] == version
+        assert len(list((device.releases / "incoming").iterdir())) == 1
 
 
 def test_an_owner_who_wants_files_only_listens_to_nobody(tmp_path: Path) -> None:

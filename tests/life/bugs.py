@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from covey_edge import agent, files
+from covey_edge import agent, boot, files, launcher, mqtt, updates, wheels
 from covey_edge.cache import BlobCache
 from covey_edge.fetching import Fetching
 from covey_edge.ledger import Ledger
@@ -18,6 +20,7 @@ from covey_edge.retired import RetiredKeys
 from covey_protocol import device
 from covey_protocol.keys import KeyRing
 from covey_protocol.messages import Failure, Offer, Receipt
+from covey_protocol.releases import described_unverified
 
 Patch = Any  # pytest.MonkeyPatch
 BUGS: dict[str, Callable[[Patch], None]] = {}
@@ -57,15 +60,16 @@ def _(patch: Patch) -> None:
     patch.setattr(files, "sync_folder", lambda folder: None)
 
 
+def in_place(path: Path, data: bytes, mode: int = 0o644) -> None:
+    files.make_folder(path.parent)
+    with files._written(path, data, mode) as descriptor:
+        files.os.fsync(descriptor)
+    files.sync_folder(path.parent)
+
+
 @bug("a file is written in place")
 def _(patch: Patch) -> None:
-    def write(path: Path, data: bytes, mode: int = 0o644) -> None:
-        files.make_folder(path.parent)
-        with files._written(path, data, mode) as descriptor:
-            files.os.fsync(descriptor)
-        files.sync_folder(path.parent)
-
-    patch.setattr(files, "write_atomic", write)
+    patch.setattr(files, "write_atomic", in_place)
 
 
 @bug("a file is written around the layer that is watched")
@@ -80,6 +84,11 @@ def _(patch: Patch) -> None:
 @bug("what a crash left of unfinished writes stays")
 def _(patch: Patch) -> None:
     patch.setattr(files.Disk, "sweep", lambda self, folder: None)
+
+
+@bug("what a crash left of unfinished writes outside the outbox stays")
+def _(patch: Patch) -> None:
+    patch.setattr(agent, "sweep", lambda state_dir: None)
 
 
 # --- what is said, and what it stands on
@@ -219,3 +228,101 @@ def _(patch: Patch) -> None:
 @bug("a retired key is taken")
 def _(patch: Patch) -> None:
     patch.setattr(KeyRing, "_heard", lambda self, key: None)
+
+
+# --- releases
+
+
+@bug("a release is marked healthy as soon as it is ready")
+def _(patch: Patch) -> None:
+    patch.setattr(launcher, "HEALTHY_S", 0.0)
+
+
+@bug("the attempts of a release are not counted")
+def _(patch: Patch) -> None:
+    patch.setattr(launcher, "attempted", lambda known, here, base: known)
+
+
+@bug("an attempt is counted after it was made")
+def _(patch: Patch) -> None:
+    def next_(original: Any, self: launcher.Launcher) -> boot.Boot:
+        save = self._folder.save
+        self._folder.save = lambda known: None  # type: ignore[method-assign]
+        try:
+            return original(self)  # type: ignore[no-any-return]
+        finally:
+            self._folder.save = save  # type: ignore[method-assign]
+
+    wrapped(patch, launcher.Launcher, "_next", next_)
+
+
+@bug("a release that failed is forgotten")
+def _(patch: Patch) -> None:
+    def failed(known: boot.Boot, why: str) -> boot.Boot:
+        return dataclasses.replace(known, trial="", attempts=0, failed=why)
+
+    patch.setattr(launcher, "failed", failed)
+    patch.setattr(boot, "failed", failed)
+
+
+@bug("what the launcher knows is written in place")
+def _(patch: Patch) -> None:
+    patch.setattr(boot, "write_atomic", in_place)
+
+
+@bug("the release before is removed as soon as another is to be tried")
+def _(patch: Patch) -> None:
+    def stage(original: Any, self: boot.Folder, staged: boot.Staged) -> None:
+        original(self, staged)
+        self.remove_others([staged.version])
+
+    wrapped(patch, boot.Folder, "stage", stage)
+
+
+@bug("old releases stay on the disk")
+def _(patch: Patch) -> None:
+    patch.setattr(boot.Folder, "remove_others", lambda self, keep: None)
+
+
+@bug("a release is named before it is durable")
+def _(patch: Patch) -> None:
+    patch.setattr(wheels, "_write", lambda path, content: files.Disk().write_scratch(path, content))
+
+
+@bug("the seal of a release is not looked at")
+def _(patch: Patch) -> None:
+    patch.setattr(updates, "open_release", lambda data, key: described_unverified(data))
+
+
+@bug("older news of releases are followed")
+def _(patch: Patch) -> None:
+    wrapped(patch, updates.Updates, "_is_for_us", _unremembering)
+
+
+def _unremembering(original: Any, self: updates.Updates, release: Any) -> bool:
+    self._heard = 0
+    return bool(original(self, release))
+
+
+# --- certificates
+
+
+@bug("certificate files are read only once")
+def _(patch: Patch) -> None:
+    patch.setattr(mqtt, "tls_context", functools.lru_cache(None)(mqtt.tls_context))
+
+
+@bug("nobody is warned of a certificate's end")
+def _(patch: Patch) -> None:
+    patch.setattr(agent.AgentProgram, "_warn_of_certificate", lambda self: None)
+
+
+@bug("the key of a certificate is in the log")
+def _(patch: Patch) -> None:
+    def warn(original: Any, self: agent.AgentProgram) -> None:
+        original(self)
+        path = self._agent.broker.key_file
+        if path is not None:
+            agent.log.warning("connected with %s", path.read_text())
+
+    wrapped(patch, agent.AgentProgram, "_warn_of_certificate", warn)

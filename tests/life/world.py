@@ -1,9 +1,10 @@
 """Days of one agent's life on a virtual clock: the production agent, its state in real files, the rest made up.
 
-Real: `AgentProgram` with its loop, machine, performer, outbox, ledger, logs and every file it writes (below them
-`power.PoweredDisk`, which knows what would survive a power cut); the codec, seals and message numbers of both sides;
-in `real_training` also the Trainer, in this process. Made up, and driven by one seed: time, the broker, the
-coordinator's script, the training child's process, and when which misfortune comes.
+Real: `AgentProgram` with its loop, machine, performer, outbox, ledger, logs, the launcher that starts it, releases of
+it, its TLS, and every file it writes (below them `power.PoweredDisk`, which knows what would survive a power cut); the
+codec, seals and message numbers of both sides; in `real_training` also the Trainer, in this process. Made up, and
+driven by one seed: time, the broker, the coordinator's script, processes (`processes`), what a release does
+(`releases`), when certificates are renewed (`certificates`), and when which misfortune comes.
 
 Every message that leaves the agent is looked at when it leaves (`Inspector`): what it stands on must be sure by then.
 """
@@ -22,25 +23,26 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Optional
 
 import msgspec
 import numpy as np
+from release_helpers import MAKER
 
-from covey_edge import agent
-from covey_edge.config import load_agent
+from covey_edge import __version__, agent, mqtt, mqtt_reasons, updates
 from covey_edge.frames import Done, Frame, Problem, Run
 from covey_edge.inbox import Inbox, waiting_bytes
 from covey_edge.ledger import Book
 from covey_edge.mqtt import ConnectionDown, ConnectionUp, Incoming
+from covey_edge.mqtt_reasons import delay_s
 from covey_edge.outbox import Entry
 from covey_edge.sent_log import SentLog
 from covey_protocol import codec
 from covey_protocol.blobs import blob_ref, chunk, chunks
 from covey_protocol.codec import COORDINATOR, ReplayGuard, Sequence
-from covey_protocol.errors import CoveyError, PeerError, StorageError, TransportError
+from covey_protocol.errors import EXIT_CONFIG, ConfigError, PeerError, StorageError, TransportError
 from covey_protocol.messages import (
     Answer,
     BlobRef,
@@ -58,12 +60,17 @@ from covey_protocol.messages import (
 )
 from covey_protocol.seals import SealingKey
 from covey_protocol.topics import Topics
+from life.certificates import BROKER, HOST, Certificates, virtual
 from life.power import PowerCut, PoweredDisk
+from life.processes import Processes
+from life.releases import Releases
 
 FLEET, DEVICE = "home", "pi"
 D, CHUNK_BYTES, NUM_EXAMPLES = 200, 320, 5
 START_S = 1_800_000_000
 HOUR_S = 3600.0
+SETTLED_S = 200.0  # an agent that runs so long in the end has brought all to its end
+PAUSES_S = [1.0, 10.0, 60.0]  # between an end and the next start
 EVIL = "evil.1.a"  # a round that only somebody else can have made
 CANARY = b"examples of the owner's; " * 40
 TOPICS = Topics(FLEET)
@@ -76,12 +83,16 @@ class Broken(AssertionError):
 class Clock:
     """Stands where the module `time` does. monotonic never jumps; the wall clock is off by `offset_s`."""
 
-    def __init__(self) -> None:
+    def __init__(self, pass_time: Callable[[float, Callable[[], bool]], None]) -> None:
         self.now = 0.0
         self.offset_s = 0.0
+        self.pass_time = pass_time
 
     def monotonic(self) -> float:
         return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.pass_time(seconds, lambda: False)
 
     def time(self) -> float:
         return START_S + self.now + self.offset_s
@@ -143,10 +154,12 @@ class Wire:
     protocol = "5"
     alive = True
 
-    def __init__(self, world: Life, inbox: Inbox) -> None:
-        self._world, self._inbox = world, inbox
+    def __init__(self, world: Life, broker: mqtt.Broker, inbox: Inbox) -> None:
+        self._world, self._broker, self._inbox = world, broker, inbox
+        mqtt.tls_context(broker)
         self.connected = False
-        self.subscriptions: set[str] = set()
+        self._failures, self._ups, self._said = 0, 0, ""
+        self.subscriptions: dict[str, None] = {}  # in their order: with a set's no life could be repeated
         self._will: Optional[tuple[str, bytes]] = None
         self._queue: list[tuple[str, bytes, bool]] = []
         self._numbers = 0
@@ -156,17 +169,28 @@ class Wire:
         self._will = (topic, payload)
 
     def connect(self, timeout_s: float = 0.0) -> None:
+        self._up(self._knock())
+
+    def _knock(self) -> float:
+        """For how long the broker lets us in. Raises as MqttTransport's connections do."""
         if not self._world.broker_up:
             raise TransportError("mqtt://made-up cannot be reached", "start it")
-        self._up()
+        context = mqtt.tls_context(self._broker)
+        return self._world.certificates.admit(context) if context is not None else float("inf")
 
-    def _up(self) -> None:
+    def _up(self, seconds: float) -> None:
         self.connected = True
+        self._ups, self._failures, self._said = self._ups + 1, 0, ""
         self._inbox.put(ConnectionUp())
+        self._world.since = self._world.clock.now
+        self._world.certificates.ups += 1
         queue, self._queue = self._queue, []
         for topic, payload, retain in queue:
             self._world.carry(topic, payload, retain)
         self.subscribe(list(self.subscriptions))
+        ups = self._ups
+        if seconds < float("inf"):
+            self._world.at(seconds, lambda: self.lose() if ups == self._ups else None)  # its certificate has ended
 
     def lose(self, *, said: bool = True) -> None:
         """The connection breaks; the broker says the last will."""
@@ -177,15 +201,24 @@ class Wire:
             self._world.carry(*self._will, True)
         if said:
             self._inbox.put(ConnectionDown("made up"))
-            self._world.at(self._world.rng.uniform(0.5, 60.0), self._try_again)
+            self._wait(hopeless=False)
+
+    def _wait(self, *, hopeless: bool) -> None:
+        self._world.at(delay_s(self._failures, hopeless, self._world.rng), self._try_again)
+        self._failures += 1
 
     def _try_again(self) -> None:
         if self._world.wire is not self or self.connected:
             return
-        if self._world.broker_up:
-            self._up()
-        else:
-            self._world.at(self._world.rng.uniform(0.5, 60.0), self._try_again)
+        try:
+            seconds = self._knock()
+        except (ConfigError, TransportError) as exc:
+            if str(exc) != self._said:
+                self._inbox.put(ConnectionDown(str(exc)))
+            self._said = str(exc)
+            self._wait(hopeless=not getattr(exc, "transient", False))
+            return
+        self._up(seconds)
 
     def publish(self, topic: str, payload: bytes, *, retain: bool = False, expiry_s: Optional[float] = None) -> int:
         self._world.inspector.look(topic, payload)
@@ -201,13 +234,14 @@ class Wire:
 
     def subscribe(self, topics: Iterable[str]) -> None:
         wanted = list(topics)
-        self.subscriptions.update(wanted)
+        self.subscriptions.update(dict.fromkeys(wanted))
         for topic in wanted:
             if self.connected and topic in self._world.retained:
                 self._world.deliver(topic, self._world.retained[topic])
 
     def unsubscribe(self, topics: Iterable[str]) -> None:
-        self.subscriptions.difference_update(topics)
+        for topic in topics:
+            self.subscriptions.pop(topic, None)
 
     forget = unsubscribe
 
@@ -288,7 +322,7 @@ class Inspector:
     def look(self, topic: str, payload: bytes) -> None:
         world, require = self._world, self._world.require
         require(topic in (TOPICS.up(DEVICE), TOPICS.presence(DEVICE)), "speaks on a topic that is not its own", topic)
-        for secret in self.secrets:
+        for secret in (*self.secrets, *world.certificates.secrets):
             require(secret not in payload, "a secret leaves the device", topic)
         try:
             message, number = codec.decode_from_device(payload, topic=topic, sender=DEVICE, key=world.device_key.public)
@@ -418,6 +452,8 @@ class Coordinator:
 
     def hear(self, topic: str, payload: bytes) -> None:
         message, _ = codec.decode_from_device(payload, topic=topic, sender=DEVICE, key=self._world.device_key.public)
+        if isinstance(message, Presence):
+            self._world.releases.heard(message)
         one = self.rounds.get(getattr(message, "round_id", ""))
         if one is not None and one.key is self.keys[1] and not self._forging:
             self._forging = True  # the agent has heard the new key: from here on the old one is nothing to it
@@ -470,7 +506,7 @@ fleet = "{fleet}"
 state_dir = "state"
 
 [broker]
-url = "mqtt://made-up"
+{broker}
 
 [identity]
 key_file = "device.pem"
@@ -478,6 +514,10 @@ coordinator_key = ["{first}", "{second}"]
 
 [data]
 path = "data.npz"
+
+[update]
+release_key = "{maker}"
+
 {more}
 """
 NOISED = "[privacy]\nclip_norm = 1.0\nnoise_multiplier = 0.5\nepsilon_limit = 1e6\n"
@@ -503,7 +543,8 @@ class Life:
     """One agent's life in `folder`. `run` raises Broken, with the seed and the end of the story.
 
     cut_at: the power goes before that step of the disk, once, and the files are then in `state`; otherwise misfortunes
-    come as `trouble` says. full_at: from that step on the disk is full for a minute.
+    come as `trouble` says. full_at: from that step on the disk is full for a minute. release_s: mean time between two
+    releases, which are of these kinds first. certificate_s: how long each client certificate lives. 0: none.
     """
 
     def __init__(
@@ -518,22 +559,32 @@ class Life:
         full_at: int = -1,
         work: Optional[Callable[[Life, Frame], Frame]] = None,
         bundle: bytes = b"",
+        release_s: float = 0.0,
+        kinds: tuple[str, ...] = (),
+        certificate_s: float = 0.0,
     ) -> None:
+        folder = folder.resolve()
         self.rng, self.seed, self.trouble = random.Random(seed), seed, trouble
-        self.clock, self.over, self.left = Clock(), False, False
+        self.clock, self.over, self.left = Clock(self.pass_time), False, False
         self.noised = seed % 2 == 1
         self.device_key = SealingKey.from_seed(bytes([9]) * 32)
-        self.state = folder / "device" / "state"
+        self.state, self.config = folder / "device" / "state", folder / "device" / "agent.toml"
         self.trace: list[tuple[float, str]] = []
         self.seen: Counter[str] = Counter()
-        self.steps = 0
+        self.steps: list[str] = []  # of the disk
+        self.quiet = trouble is QUIET and cut_at < 0 and full_at < 0 and not certificate_s
         self.measured: list[tuple[float, dict[str, int]]] = []
         self.retained: dict[str, bytes] = {}
         self.broker_up = True
+        self.off = False  # the device is, for want of power
+        self.since = 0.0  # its agent has been running and connected
         self.wire: Optional[Wire] = None
         self.program: Optional[agent.AgentProgram] = None
         self.inspector = Inspector(self)
         self.coordinator = Coordinator(self, every_s)
+        self.releases = Releases(self, release_s, kinds)
+        self.certificates = Certificates(self, folder / "device", certificate_s)
+        self.processes = Processes(self)
         self.bundle = bundle or self.rng.randbytes(700)
         self._work = work
         self._events: list[tuple[float, int, Callable[[], None]]] = []
@@ -541,16 +592,20 @@ class Life:
         self._cut_at, self._full_at, self._state, self._full_until = cut_at, full_at, state, -1.0
         self._write_files(folder / "device")
         self.disk = PoweredDisk(folder / "device")
+        self.disk.now = lambda: int(1e9 * (START_S + self.clock.now))
         self.disk.on_step, self.disk.full = self._step, lambda: self.clock.now < self._full_until
 
     def _write_files(self, folder: Path) -> None:
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         pem = self.device_key.pem()
         (folder / "device.pem").write_bytes(pem)
         first, second = (key.public.hex() for key in self.coordinator.keys)
         more = NOISED if self.noised else ""
-        text = AGENT.format(device=DEVICE, fleet=FLEET, first=first, second=second, more=more)
-        (folder / "agent.toml").write_text(text)
+        broker = f'url = "mqtts://{HOST}"{BROKER}' if self.certificates.on else f'url = "mqtt://{HOST}"'
+        text = AGENT.format(
+            device=DEVICE, fleet=FLEET, first=first, second=second, more=more, broker=broker, maker=MAKER.public.hex()
+        )
+        self.config.write_text(text)
         if not (folder / "data.npz").exists():
             (folder / "data.npz").write_bytes(CANARY)
         self.inspector.secrets += [bytes([9]) * 16, pem.splitlines()[1][-20:]]
@@ -584,6 +639,10 @@ class Life:
 
     # --- time
 
+    def true_time(self) -> datetime:
+        """Not the device's."""
+        return datetime.fromtimestamp(START_S + self.clock.now, timezone.utc)
+
     def at(self, delay_s: float, action: Callable[[], None]) -> None:
         self._counter += 1
         heapq.heappush(self._events, (self.clock.now + delay_s, self._counter, action))
@@ -613,11 +672,11 @@ class Life:
     # --- misfortunes
 
     def _step(self, what: str) -> None:
-        self.steps += 1
-        if self.steps == self._full_at:
+        self.steps.append(what)
+        if len(self.steps) == self._full_at:
             self._full_until = self.clock.now + 60.0
             self.log(f"the disk is full at {what}")
-        if self.steps == self._cut_at:
+        if len(self.steps) == self._cut_at:
             self.log(f"power cut at {what}")
             self.seen[f"power cut at {what.split('.')[0]}"] += 1
             raise PowerCut
@@ -636,9 +695,12 @@ class Life:
         self.at(self.rng.choice([5.0, 60.0, 900.0]), back)
 
     def _restart(self) -> None:
-        if self.program is not None:
+        if self.program is not None or self.processes.trying:
             self.seen["restart"] += 1
-            self.program.stop()
+            self.processes.terminate()
+
+    def misfortunes(self) -> dict[str, int]:
+        return {what: count for what, count in self.seen.items() if what.startswith(("outage", "full", "clock"))}
 
     def _cut(self) -> None:
         """At one of the next steps of the disk, or at once."""
@@ -648,7 +710,7 @@ class Life:
         if self.rng.random() < 0.3:
             self.seen["power cut between steps"] += 1
             raise PowerCut
-        self._cut_at = self.steps + self.rng.randrange(1, 60)
+        self._cut_at = len(self.steps) + self.rng.randrange(1, 60)
 
     def _fill(self) -> None:
         self.seen["full disk"] += 1
@@ -671,6 +733,11 @@ class Life:
         year_s = 365 * 86400.0
         self.seen["clock jump"] += 1
         self.clock.offset_s += self.rng.choice([-year_s, -5000.0, -1.0, 1.0, 5000.0, year_s])
+        if self.certificates.on:  # with a clock that is wrong for ever there is no TLS: the network tells the time
+            self.at(self.rng.choice([5.0, 300.0, 1800.0]), self._set_clock)
+
+    def _set_clock(self) -> None:
+        self.clock.offset_s = 0.0
 
     # --- the broker
 
@@ -704,15 +771,16 @@ class Life:
                 (self.trouble.jump, self._jump),
             ):
                 self._sometimes(mean_s, misfortune)
-            self.at(0.0, self.coordinator.start)
+            for start in (self.coordinator.start, self.releases.start, self.certificates.start):
+                self.at(0.0, start)
             self.at(hours * HOUR_S / 2, self.coordinator.rotate)
             for quarter in range(1, int(4 * hours) + 1):
                 self.at(quarter * HOUR_S / 4 - 1.0, self._measure)
             self.at(hours * HOUR_S, self._calm)
-            self.at(hours * HOUR_S + calm_s, self._restart)
+            self.at(hours * HOUR_S + calm_s, self._finish)
             while not (self._one_start() and self.clock.now >= hours * HOUR_S + calm_s):
                 if self.clock.now >= hours * HOUR_S + calm_s:
-                    self.at(calm_s, self._restart)
+                    self.at(calm_s, self._finish)
         self.check_end()
         return self
 
@@ -721,45 +789,44 @@ class Life:
         self.over = self.broker_up = True
         if self.trouble is not QUIET:
             self.trouble, self._full_until, self._cut_at = QUIET, -1.0, -1
+        if self.certificates.on:
+            self._set_clock()
+            self.certificates.calm()
+
+    def _finish(self) -> None:
+        """The end, when an agent that is not on trial has been connected for a while."""
+        connected = self.wire is not None and self.wire.connected and not self.processes.trying
+        if connected and self.clock.now >= self.since + SETTLED_S:
+            self._restart()
+        else:
+            self.at(5.0, self._finish)
 
     def _one_start(self) -> bool:
         """Whether the agent ran until it was asked to end."""
-        good = False
-        self.log("starts")
+        code = -1
         self.seen["start"] += 1
         try:
             with self.disk.watched():
-                self.program = agent.AgentProgram(load_agent(self.state.parent / "agent.toml"))
-                try:
-                    self.program.start()
-                    self.program.run()
-                finally:
-                    if not isinstance(sys.exc_info()[1], PowerCut):
-                        self.program.close()
-            self.disk.check_complete()
-            good = True
+                code = self.processes.start()
+                self.disk.check_complete()
+                # not started again after code 2 (systemd): its owner sees it
+                self.pass_time(self.rng.choice([60.0, 900.0] if code == EXIT_CONFIG else PAUSES_S), lambda: False)
         except PowerCut:
-            self._lose_power()
-        except CoveyError as exc:  # as the command does: an exit code, and systemd starts it again
-            self.log(f"ends: {exc}")
-            self.seen[f"ends: {type(exc).__name__}"] += 1
-        finally:
-            self.program, self.wire = None, None
-        self.pass_time(self.rng.choice([1.0, 10.0, 60.0]), lambda: False)
-        return good
-
-    def _lose_power(self) -> None:
-        self.log("the power is gone")
-        if self.wire is not None:
-            self.wire.lose(said=False)
-        self.disk.lose_power(self._state, self.rng)  # type: ignore[arg-type]
+            self.log("the power is gone")
+            self.releases.note()
+            self.disk.lose_power(self._state, self.rng)  # type: ignore[arg-type]
+            self.releases.woke()
+            self.off = True
+            self.pass_time(self.rng.choice(PAUSES_S), lambda: False)
+            self.off = False
+        return code == 0
 
     @contextlib.contextmanager
     def _instead_of_the_world(self) -> Iterator[None]:
         """The agent's modules see this world's time, inbox, connection and child."""
 
         def wire(broker: Any, client_id: str, inbox: Inbox, *more: Any, **named: Any) -> Wire:
-            self.wire = Wire(self, inbox)
+            self.wire = Wire(self, broker, inbox)
             return self.wire
 
         names: dict[str, Any] = {
@@ -768,21 +835,30 @@ class Life:
             "MqttTransport": wire,
             "TrainingProcess": lambda on_answer, *more, **named: Child(self, on_answer),
         }
-        changed: list[tuple[ModuleType, str, Any]] = [(agent, name, getattr(agent, name)) for name in names]
+        new: list[tuple[Any, str, Any]] = [(agent, name, one) for name, one in names.items()]
+        new += [*self.processes.instead(), (mqtt_reasons, "datetime", virtual(self.clock))]
         for name, module in list(sys.modules.items()):
             if name.split(".")[0] in ("covey_edge", "covey_protocol") and getattr(module, "time", None) is time:
-                changed.append((module, "time", time))
-        logger = logging.getLogger("covey")
-        level, hidden = logger.level, logging.CRITICAL + 1
+                new.append((module, "time", self.clock))
+        new += [(module, "__version__", __version__) for module in (agent, updates)]  # releases change these
+        old = [(module, name, getattr(module, name)) for module, name, _ in new]
+        logger, environment, listener = logging.getLogger("covey"), dict(os.environ), self.certificates.listener()
+        level, propagates = logger.level, logger.propagate
         try:
-            logger.setLevel(hidden)
-            for module, name, _ in changed:
-                setattr(module, name, names.get(name, self.clock))
+            logger.addHandler(listener)
+            logger.setLevel(logging.WARNING if self.certificates.on else logging.CRITICAL + 1)
+            logger.propagate = False
+            for module, name, value in new:
+                setattr(module, name, value)
             yield
         finally:
+            logger.removeHandler(listener)
             logger.setLevel(level)
-            for module, name, value in changed:
+            logger.propagate = propagates
+            for module, name, value in old:
                 setattr(module, name, value)
+            os.environ.clear()
+            os.environ.update(environment)
 
     # --- what must hold
 
@@ -795,7 +871,9 @@ class Life:
         if self.program is None or self.wire is None:
             return
         logs = self.sent_logs()  # these grow, to a bound of their own
+        apart = self.state / "releases"
         files = [path for path in self.state.rglob("*") if path.is_file() and path not in logs]
+        files = [path for path in files if apart not in path.parents]
         self.measured.append(
             (
                 self.clock.now,
@@ -806,6 +884,7 @@ class Life:
                     "threads": threading.active_count(),
                     "descriptors": len(os.listdir("/proc/self/fd")),
                     "held": held(self.program, set()),
+                    **self.releases.sizes(),
                 },
             )
         )
@@ -822,10 +901,12 @@ class Life:
         left = sorted(path.name for path in (self.state / "outbox").glob("*"))
         self.require(not left, "the outbox is not empty in the end", left)
         self.require(not list(self.state.rglob("*.tmp")), "unfinished files are left")
+        self.releases.check_end()
+        self.certificates.check_end()
 
     def log(self, what: str) -> None:
         self.trace.append((self.clock.now, what))
 
     def story(self, last: int = 30) -> str:
         lines = [f"{now:10.2f}  {what}" for now, what in self.trace[-last:]]
-        return "\n".join([f"seed {self.seed}, {self.steps} steps of the disk", *lines])
+        return "\n".join([f"seed {self.seed}, {len(self.steps)} steps of the disk", *lines])

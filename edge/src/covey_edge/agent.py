@@ -24,6 +24,7 @@ from covey_edge.config import Agent
 from covey_edge.data_report import DataReport
 from covey_edge.fetching import Fetching
 from covey_edge.files import DISK, told_of
+from covey_edge.forgetting import sweep
 from covey_edge.frames import SUSPECTED, SUSPECTED_TOLD, Done, Frame, Open, Probe, Problem, Run
 from covey_edge.inbox import Inbox
 from covey_edge.leak_told import STOPPED, TOLD
@@ -160,6 +161,7 @@ class AgentProgram:
         """Check the data, take up what the outbox holds, connect. Raises DataError, TransportError, StorageError, and
         ConfigError where another agent works in this state_dir."""
         self._lock = StateLock(self._agent.state_dir)
+        sweep(self._agent.state_dir)
         self._check_data()
         self._performer.start()
         if self._opt_out.since_ms() is not None:

@@ -139,12 +139,21 @@ class Folder:
             return []
 
     def remove_others(self, keep: Sequence[str]) -> None:
-        """What is neither run nor tried any more, and what an unfinished installation left."""
+        """What is neither run nor tried any more, and what installing or writing a file left unfinished."""
         with contextlib.suppress(OSError):
             for name in os.listdir(self.path):
                 unfinished = name.startswith(".") and name.endswith(".tmp")
                 if unfinished or (_VERSION.fullmatch(name) and name not in keep):
-                    shutil.rmtree(self.path / name, ignore_errors=True)
+                    _remove(self.path / name)
+
+
+def _remove(path: Path) -> None:
+    """A file, or a folder with all that is in it. What cannot be removed stays."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def _json(path: Path) -> dict[str, Any]:

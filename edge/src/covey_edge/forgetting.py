@@ -51,6 +51,7 @@ STAYS = {
     "*.sock": "local sockets",
     "releases": "releases of the agent itself",
 }
+FOLDERS = ("blobs", "teaching", "stopped", "records")  # outbox, models and releases are swept by who writes them
 
 
 class Doomed(NamedTuple):
@@ -64,16 +65,25 @@ class Doomed(NamedTuple):
 def plan(folder: Path, config: AgentConfig, state_dir: Path, *, data: bool, everything: bool) -> list[Doomed]:
     """All that is there to be deleted. folder: of agent.toml, beside which the data lie."""
     tables = {**FORGOTTEN, **(KEPT if everything else {})}
-    found = [Doomed(path, what, _size(path)) for name, what in tables.items() for path in _kept(state_dir, name)]
+    found = [Doomed(path, what, _size(path)) for name, what in tables.items() for path in sorted(state_dir.glob(name))]
+    found += [Doomed(path, "what a crash left unfinished", _size(path)) for path in _unfinished(state_dir)]
     if data:
         paths = dict.fromkeys(path for path in _data(folder, config) if path.exists())
         found += [Doomed(path, "your data", _size(path)) for path in paths]
     return found
 
 
-def _kept(state_dir: Path, name: str) -> list[Path]:
-    """With what a crash has left of a file that was being written."""
-    return [*sorted(state_dir.glob(name)), *sorted(state_dir.glob(f".{name}.*.tmp"))]
+def sweep(state_dir: Path) -> None:
+    """Remove what crashes have left of unfinished writes: each names its own process, so no later write does. Only for
+    who holds the lock."""
+    own = [state_dir / name for name in FOLDERS if not (state_dir / name).is_symlink()]
+    for path in (*_unfinished(state_dir), *(path for folder in own for path in folder.rglob(".*.tmp"))):
+        DISK.remove(path)
+
+
+def _unfinished(state_dir: Path) -> list[Path]:
+    """In state_dir itself; only what is named like a file of ours."""
+    return sorted({path for name in (*FORGOTTEN, *KEPT, *STAYS) for path in state_dir.glob(f".{name}.*.tmp")})
 
 
 def _data(folder: Path, config: AgentConfig) -> Iterator[Path]:

@@ -22,14 +22,13 @@ from covey_edge.boot import RELEASE, RELEASES, TRIAL, Folder, Staged
 from covey_edge.cache import BlobCache
 from covey_edge.config import Agent
 from covey_edge.fetching import Fetching, Subscribes
-from covey_edge.files import told_of, write_atomic
+from covey_edge.files import DISK, sync_folder, told_of, write_atomic
 from covey_protocol.errors import ConfigError, ReleaseError, StorageError
 from covey_protocol.messages import MAX_BAD, reason_text
 from covey_protocol.releases import (
     MAGIC,
     MAX_RELEASE_BYTES,
     MAX_SEALED_BYTES,
-    MAX_WHEELS,
     Release,
     check_wheel,
     is_for,
@@ -59,7 +58,7 @@ class Updates:
         self._from_fleet = agent.config.update.from_fleet
         self._topics, self._clock = Topics(agent.config.fleet), clock
         self._folder = Folder(agent.state_dir.resolve() / "releases")
-        self._cache = BlobCache(self._folder.path / "incoming", MAX_WHEELS)
+        self._cache = BlobCache(self._folder.path / "incoming", keep=0)
         self._fetching = Fetching(self._cache, self._topics, transport, REFETCH_S, REFETCH_S, clock)
         _check_folder(self._folder.path)
         self._boot = self._folder.boot()
@@ -77,6 +76,7 @@ class Updates:
             log.error("release %s could not be tried; see what the launcher said, and start the agent anew", self._left)
         if not self.on_trial:
             self._folder.remove_others([self._boot.current, self._boot.previous, self._boot.trial, self._left])
+            DISK.sweep(self._folder.path / "incoming")
 
     @property
     def on_trial(self) -> bool:
@@ -128,6 +128,7 @@ class Updates:
             return
         self._stop_fetching()
         self._wanted = release
+        self._cache.prune({wheel.blob.sha256 for wheel in release.wheels})
         self._fetching.fetch(wheel.blob for wheel in release.wheels)
         log.info("release %s: fetching %d of %d wheels", release.version, len(self._fetching), len(release.wheels))
         self._install_whole()
@@ -230,6 +231,7 @@ class Updates:
             self._say("a release that was given to this device was not installed", exc)
         try:
             path.unlink(missing_ok=True)
+            sync_folder(path.parent)  # or a power cut gives it once more
         except OSError as exc:  # put there by somebody else in a folder of his: do not begin again and again
             self._cannot_remove = True
             log.error("cannot remove %s (%s); give the folder to the user of this agent", path, exc.strerror)
@@ -257,7 +259,7 @@ def updates_for(agent: Agent, transport: Subscribes) -> Optional[Updates]:
     if not os.environ.get(RELEASES):
         log.warning("no release is taken: start this agent with `python -m covey_edge.launcher` (docs/updates.md)")
         return None
-    return Updates(agent, transport)
+    return Updates(agent, transport, time.monotonic)
 
 
 def read_bounded(path: Path) -> bytes:
