@@ -21,9 +21,9 @@ ROOT = Path(__file__).resolve().parent.parent
 PYTEST = [sys.executable, "-m", "pytest"]
 # folders of tests; what is named nowhere here is in the last part
 PARTS = (
-    ("audit", "capture", "inversion", "models", "report", "reproduce"),
-    ("aggregation", "algorithms", "experiments", "grid", "teaching"),
-    ("edge", "protocol", "simulation"),
+    ("audit", "capture", "grid", "inversion", "models", "report", "reproduce"),
+    ("aggregation", "algorithms", "experiments", "teaching"),
+    ("coding", "demo", "edge", "life", "protocol", "simulation"),
 )
 
 
