@@ -29,6 +29,12 @@ HEAVY = (
     "numba",
     "matplotlib.backends.backend_agg",
     "amqtt.broker",
+    "pytest",
+    "hypothesis",
+    "covey_coordinator.cli",
+    "covey_coordinator.serve",
+    "covey_edge.cli",
+    "covey_edge.agent",
 )
 EXIT_MACHINE, EXIT_TRANSPORT = 3, 5
 WANTED = (3, 11)
@@ -115,11 +121,14 @@ def compile_bytecode() -> None:
 
     uv leaves none. Without it every process that imports TensorFlow Federated compiles 4,500 files anew: 18 s of
     processor time instead of 7. Compiling all 12,700 files of the environment would take three times as long as this.
+    Our own packages are compiled whole, which takes a second: an agent then starts in half the time.
     """
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     environment["TF_CPP_MIN_LOG_LEVEL"] = "3"
     say("compiling the libraries' bytecode")
-    if not run([str(VENV / "bin" / "python"), "-W", "ignore", "-c", f"import {', '.join(HEAVY)}"], environment):
+    python = str(VENV / "bin" / "python")
+    run([python, "-m", "compileall", "-q", *(str(ROOT / name / "src") for name in PACKAGES)])
+    if not run([python, "-W", "ignore", "-c", f"import {', '.join(HEAVY)}"], environment):
         fail(
             "the packages are installed and cannot be imported (see above)",
             "TensorFlow needs a processor with AVX and glibc 2.31 or newer",

@@ -1,9 +1,10 @@
-"""The everyday tests in three pytest processes side by side, for machines with two cores or more.
+"""The everyday tests in four pytest processes side by side, for machines with two cores or more.
 
-Most tests keep one core busy with Python; those of the coordinator mostly wait for processes of theirs. The parts share
-nothing: ports are free ones, folders pytest's own, and each has its own TFF worker. The first part's lines are seen as
-they come, the others' when they have ended. Arguments go to one plain pytest. Each part takes up to 2.5 GB of memory.
-Exit code: the largest of the three. Standard library only.
+Those of the first two parts keep one core busy with Python; those of the edge, the coordinator and deploy mostly wait
+for processes, brokers and clocks, so two cores bear four parts. The parts share nothing: ports are free ones, folders
+pytest's own, and each has its own TFF worker. The first part's lines are seen as they come, the others' when they have
+ended. Arguments go to one plain pytest. Each part takes up to 2.5 GB of memory. Exit code: the largest of the four.
+Standard library only.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ ROOT = Path(__file__).resolve().parent.parent
 PYTEST = [sys.executable, "-m", "pytest"]
 # folders of tests; what is named nowhere here is in the last part
 PARTS = (
-    ("audit", "capture", "grid", "inversion", "models", "report", "reproduce", "simulation"),
-    ("aggregation", "edge", "experiments", "protocol"),
+    ("audit", "capture", "grid", "inversion", "models", "report", "reproduce"),
+    ("aggregation", "algorithms", "experiments", "teaching"),
+    ("coding", "demo", "edge", "life", "protocol", "simulation"),
 )
 
 

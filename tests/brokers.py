@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import ipaddress
 import os
+import queue
 import shutil
 import socket
 import subprocess
@@ -13,10 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import paho.mqtt.client as paho
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from paho.mqtt.enums import CallbackAPIVersion
 from patience import PATIENCE_S
 
 
@@ -61,7 +64,7 @@ def start_mosquitto(folder: Path, lines: tuple[str, ...] = (), port: int = 0) ->
                 return RunningBroker("127.0.0.1", port, process)
         if process.poll() is not None:
             break
-        time.sleep(0.05)
+        time.sleep(0.01)
     process.kill()
     process.wait()
     raise AssertionError(f"mosquitto did not start: {(folder / f'mosquitto-{port}.log').read_text()}")
@@ -74,6 +77,21 @@ def stop_broker(broker: RunningBroker) -> None:
     except subprocess.TimeoutExpired:
         broker.process.kill()
         broker.process.wait()
+
+
+def retained(port: int, *topics: str) -> dict[str, bytes]:
+    """What the broker keeps on these topics: all that comes before our own message."""
+    came: queue.SimpleQueue[tuple[str, bytes]] = queue.SimpleQueue()
+    client = paho.Client(CallbackAPIVersion.VERSION2)
+    client.on_subscribe = lambda *_: client.publish("end", b"end", qos=1)
+    client.on_connect = lambda *_: client.subscribe([(topic, 1) for topic in (*topics, "end")])
+    client.on_message = lambda client, userdata, message: came.put((message.topic, message.payload))
+    client.connect("127.0.0.1", port)
+    client.loop_start()
+    found = dict(iter(lambda: came.get(timeout=PATIENCE_S), ("end", b"end")))
+    client.disconnect()
+    client.loop_stop()
+    return found
 
 
 def tls_lines(files: dict[str, Path]) -> tuple[str, ...]:

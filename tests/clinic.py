@@ -6,7 +6,6 @@ import inspect
 import json
 import os
 import pickle
-import queue
 import random
 import re
 import signal
@@ -21,10 +20,7 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
-import paho.mqtt.client as paho
-from brokers import free_port, start_mosquitto, stop_broker
-from paho.mqtt.enums import CallbackAPIVersion
-from patience import PATIENCE_S
+from brokers import free_port, retained, start_mosquitto, stop_broker
 
 from covey_coordinator.aggregation.engines import make_engine
 from covey_coordinator.aggregation.registry import make_rule
@@ -244,7 +240,8 @@ def check(clinic: Clinic, bundle: bytes, rounds: int) -> None:
     assert [row for row in kept if row[0] not in (ACCEPTED, REJECTED)] == []
     assert [row for row in kept if row[0] == REJECTED and not row[1]] == []
     told_by_devices(clinic)
-    assert {topic.split("/")[-1] for topic in retained_topics(clinic.port)} <= {"presence"}  # no round and no model
+    left = retained(clinic.port, "covey/1/clinic/#")
+    assert {topic.split("/")[-1] for topic in left} <= {"presence"}  # no round and no model
     same_bits(clinic, bundle, rounds)
 
 
@@ -260,21 +257,6 @@ def told_by_devices(clinic: Clinic) -> None:
         assert {round_id: facts[name, round_id] for round_id in heard} == heard
         kept = {path.stem for path in (clinic.folder / name / "state" / "outbox").glob("*.msgpack")}
         assert {round_id for device, round_id in facts if device == name} <= heard.keys() | kept, clinic.story()
-
-
-def retained_topics(port: int) -> list[str]:
-    """Topics under which the broker keeps something: all that comes before our own message."""
-    topics: queue.SimpleQueue[str] = queue.SimpleQueue()
-    client = paho.Client(CallbackAPIVersion.VERSION2)
-    client.on_subscribe = lambda *_: client.publish("covey/1/clinic/end", b"end", qos=1)
-    client.on_connect = lambda *_: client.subscribe("covey/1/clinic/#", qos=1)
-    client.on_message = lambda client, userdata, message: topics.put(message.topic)
-    client.connect("127.0.0.1", port)
-    client.loop_start()
-    found = list(iter(lambda: topics.get(timeout=PATIENCE_S), "covey/1/clinic/end"))
-    client.disconnect()
-    client.loop_stop()
-    return found
 
 
 def same_bits(clinic: Clinic, bundle: bytes, rounds: int) -> None:

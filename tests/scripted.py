@@ -21,6 +21,7 @@ from covey_protocol.messages import (
     Offer,
     Receipt,
     RoundClosed,
+    Seen,
     Verdict,
 )
 from covey_protocol.parameters import ParameterSpec
@@ -106,6 +107,7 @@ class Scripted:
             self.receipts[device_id] = message
         elif isinstance(message, Verdict):
             self.verdicts.append((device_id, message))
+            self._inbox.append(FromFleet(device_id, Seen(message.round_id)))  # a run lingers for those who have not
 
     def next(self, timeout_s: float) -> FromFleet | None:
         if not self._inbox:

@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from algorithms import words
-from brokers import RunningBroker
-from clinic import retained_topics
+from brokers import RunningBroker, retained
 from numpy.testing import assert_allclose
 from patience import PATIENCE_S
 
@@ -138,7 +137,7 @@ def test_every_algorithm_is_what_numpy_says_also_where_the_coordinator_is_killed
         assert_allclose(model, right, atol=1e-5)
 
     assert_allclose(fleet.models("near")[0], near(0.5, 2, 0.3), atol=5e-6)
-    left = {topic.split("/")[-1] for topic in retained_topics(mosquitto.port)}
+    left = {topic.split("/")[-1] for topic in retained(mosquitto.port, "covey/1/clinic/#")}
     assert left <= {"presence"}  # no model and no vector stays on the broker
 
 

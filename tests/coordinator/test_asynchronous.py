@@ -47,6 +47,8 @@ def run_to_the_end(clinic: Clinic, kill_at: int = 0) -> None:
         time.sleep(0.05)
 
 
+# every day: tests/protocol/test_late_updates has the goal and the reason, test_clean_room_rounds a goal over a broker
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_round_ends_at_its_goal_and_who_was_slow_is_told(
     clinic: Clinic,

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import paho.mqtt.client as paho
 import pytest
-from clinic import IDS, Clinic, check, digits_shards, make_clinic, retained_topics, same_bits
+from brokers import retained
+from clinic import IDS, Clinic, check, digits_shards, make_clinic, same_bits
 from paho.mqtt.enums import CallbackAPIVersion
 from patience import PATIENCE_S
 
@@ -174,4 +175,4 @@ def test_an_older_backup_loses_the_rounds_since_and_nothing_of_them_can_be_repla
     same_bits(clinic, digits_bundle, ROUNDS)
     outboxes = [path for name in IDS for path in (clinic.folder / name / "state" / "outbox").glob("*.msgpack")]
     assert outboxes == [], clinic.story()
-    assert {topic.split("/")[-1] for topic in retained_topics(clinic.port)} <= {"presence"}
+    assert {topic.split("/")[-1] for topic in retained(clinic.port, "covey/1/clinic/#")} <= {"presence"}

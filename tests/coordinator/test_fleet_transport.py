@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
-import queue
 import signal
 import subprocess
 import sys
@@ -17,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from brokers import RunningBroker
+from brokers import RunningBroker, retained
 from proxy import Proxy
 
 from covey_coordinator.coordinator import Coordinator, RoundResult, Timing
@@ -26,8 +24,7 @@ from covey_coordinator.demo.processes import AgentProcesses
 from covey_coordinator.fleet import MAX_REFUSED, Fleet
 from covey_coordinator.retained import RetainedNote
 from covey_coordinator.store import RunStore
-from covey_edge.inbox import Inbox
-from covey_edge.mqtt import Incoming, MqttTransport, parse_broker
+from covey_edge.mqtt import Incoming, parse_broker
 from covey_protocol import codec
 from covey_protocol.blobs import blob_ref
 from covey_protocol.bundle import read_bundle
@@ -70,28 +67,12 @@ def join(coordinator_key: SealingKey) -> Iterator[Join]:
         fleet.close()
 
 
-def retained(url: str, topics: list[str], wait_s: float = 1.0) -> dict[str, bytes]:
-    """What the broker keeps on these topics."""
-    inbox = Inbox()
-    transport = MqttTransport(parse_broker(url), "onlooker", inbox)
-    transport.subscribe(topics)
-    transport.connect()
-    time.sleep(wait_s)
-    transport.close()
-    items = []
-    with contextlib.suppress(queue.Empty):
-        while True:
-            items.append(inbox.get(timeout=0))
-    found = {item.topic: item.payload for item in items if isinstance(item, Incoming)}
-    return {topic: payload for topic, payload in found.items() if payload}  # an empty one says that it was cleared
-
-
 @pytest.mark.parametrize("limit", [16_384, 131_072])
 def test_chunks_fit_the_limit_that_the_broker_announces(broker_with: Start, join: Join, limit: int) -> None:
     broker = broker_with(ANYONE, f"max_packet_size {limit}")
     ref = join(broker.url).publish_blob(DATA)
     assert ref.chunk_bytes == min(65536, limit - CHUNK_ROOM_BYTES)
-    kept = retained(broker.url, [TOPICS.all_blob_chunks(ref.sha256)])
+    kept = retained(broker.port, TOPICS.all_blob_chunks(ref.sha256))
     assert b"".join(kept[TOPICS.blob(ref.sha256, index)] for index in range(ref.num_chunks)) == DATA
 
 
@@ -110,8 +91,9 @@ WORDS = {
 
 @pytest.mark.parametrize("protocol", WORDS)
 def test_a_limit_that_nobody_announced_is_an_error_that_names_the_size(
-    broker_with: Start, join: Join, protocol: str
+    broker_with: Start, join: Join, protocol: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("covey_coordinator.fleet.CONFIRM_S", 1.0)
     fleet = join(broker_with(ANYONE, "message_size_limit 16384").url, protocol=protocol)
     with pytest.raises(TransportError, match=WORDS[protocol]) as caught:
         fleet.publish_blob(DATA)
@@ -140,12 +122,13 @@ def test_what_a_killed_coordinator_left_on_the_broker_is_cleared_by_the_next(
     after = join(broker.url, note=RetainedNote(path))
     assert after.publish_blob(DATA + bytes([1])) == kept
     topics = [TOPICS.all_blob_chunks(ref.sha256) for ref in (left, kept)]
-    assert len(retained(broker.url, topics)) == left.num_chunks + kept.num_chunks
+    assert len(retained(broker.port, *topics)) == left.num_chunks + kept.num_chunks
     after.publish_round(invitation(60_000))
-    assert len(retained(broker.url, topics[:1])) == 0
-    assert len(retained(broker.url, topics[1:])) == kept.num_chunks
+    after.publish_blob(DATA[1:])  # acknowledged, and so is all that went before it
+    assert len(retained(broker.port, topics[0])) == 0
+    assert len(retained(broker.port, topics[1])) == kept.num_chunks
     after.close()
-    assert retained(broker.url, topics) == {}
+    assert retained(broker.port, *topics) == {}
     assert RetainedNote(path).noted == {}
 
 
@@ -190,10 +173,13 @@ def test_a_coordinator_that_died_leaves_no_invitation_longer_than_its_round(brok
     broker = broker_with()
     fleet = join(broker.url)
     fleet.publish_round(invitation(60_000))
-    assert TOPICS.round in retained(broker.url, [TOPICS.round])
+    fleet.publish_blob(DATA)  # acknowledged, and so is all that went before it
+    assert TOPICS.round in retained(broker.port, TOPICS.round)
     fleet.publish_round(invitation(1_000))
-    time.sleep(2.5)
-    assert retained(broker.url, [TOPICS.round]) == {}
+    end = time.monotonic() + 3.5
+    while retained(broker.port, TOPICS.round):
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 def test_a_model_is_renewed_before_the_broker_forgets_it(
@@ -207,9 +193,11 @@ def test_a_model_is_renewed_before_the_broker_forgets_it(
     end = time.monotonic() + 4.0
     while time.monotonic() < end:
         fleet.next(0.1)
-    assert len(retained(broker.url, topics, 0.5)) == ref.num_chunks
-    time.sleep(4.0)  # nobody looks after it any more
-    assert retained(broker.url, topics, 0.5) == {}
+    assert len(retained(broker.port, *topics)) == ref.num_chunks
+    end = time.monotonic() + 4.5
+    while retained(broker.port, *topics):  # nobody looks after it any more
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 def test_strangers_under_ever_new_names_do_not_fill_the_memory(coordinator_key: SealingKey) -> None:

@@ -11,8 +11,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
-from brokers import RunningBroker
-from clinic import retained_topics
+from brokers import RunningBroker, retained
 from patience import PATIENCE_S
 
 from covey_coordinator.demo.devices import Shard, make_device
@@ -136,7 +135,7 @@ def test_a_stop_by_the_service_manager_is_orderly(clinic: Path, mosquitto: Runni
         noted = history.run()
     assert (noted["state"], noted["code"], noted["reason"]) == ("stopped", 130, "stopped by a signal")
     presence = [f"covey/1/clinic/device/ward-{number}/presence" for number in (1, 2, 3)]
-    assert sorted(retained_topics(mosquitto.port)) == presence  # the round and the model are gone
+    assert sorted(retained(mosquitto.port, "covey/1/clinic/#")) == presence  # the round and the model are gone
 
 
 BAD = {
