@@ -105,20 +105,6 @@ def test_a_link_out_of_the_folder_is_cut_and_what_it_names_stays(agent: Agent, t
     assert (elsewhere / "photo").exists()
 
 
-def test_what_a_crash_left_of_a_file_that_was_being_written_goes_as_the_file_does(agent: Agent, tmp_path: Path) -> None:
-    for name in (
-        ".withheld-hall.msgpack.77.tmp",
-        ".data-report.txt.78.tmp",
-        ".ledger.json.79.tmp",
-        ".diary.txt.80.tmp",
-    ):
-        (tmp_path / name).write_bytes(b"12345")
-    delete(plan(tmp_path, agent.config, tmp_path, data=False, everything=False))
-    assert {path.name for path in tmp_path.glob(".*.tmp")} == {".ledger.json.79.tmp", ".diary.txt.80.tmp"}
-    delete(plan(tmp_path, agent.config, tmp_path, data=False, everything=True))
-    assert {path.name for path in tmp_path.glob(".*.tmp")} == {".diary.txt.80.tmp"}
-
-
 def test_data_go_once_with_what_lies_in_them_and_where_a_link_leads(config: Path, tmp_path: Path) -> None:
     """Two tasks share a folder, a third's data lie in it, and a link leads to the fourth's on another disk."""
     disk = tmp_path / "disk"
