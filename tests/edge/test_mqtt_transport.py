@@ -48,12 +48,14 @@ class Ends:
     def __init__(self) -> None:
         self.made: list[MqttTransport] = []
 
-    def connect(self, url: str, name: str = "a", topics: tuple[str, ...] = (), **changes: Any) -> MqttTransport:
+    def connect(
+        self, url: str, name: str = "a", topics: tuple[str, ...] = (), timeout_s: float = 10.0, **changes: Any
+    ) -> MqttTransport:
         files = {key: changes.pop(key) for key in ("ca_file", "cert_file", "key_file") if key in changes}
         broker = dataclasses.replace(parse_broker(url, **files), **changes)
         transport = MqttTransport(broker, f"covey-test-{name}", Inbox())
         transport.subscribe([*topics, f"ready/{name}"])
-        transport.connect()
+        transport.connect(timeout_s)
         self.made.append(transport)
         assert isinstance(self.next(transport), ConnectionUp)
         transport.publish(f"ready/{name}", b"")  # it comes back when the subscriptions before it are in force
@@ -119,7 +121,7 @@ def test_a_broker_that_knows_only_the_older_mqtt_gets_it(ends: Ends) -> None:
             assert transport.flush([transport.publish(UP, b"hello", expiry_s=60.0)], 20)
             assert ends.next(transport) == Incoming(UP, b"hello")
             with pytest.raises(TransportError, match="does not answer"):
-                ends.connect(url, "b", protocol="5")
+                ends.connect(url, "b", timeout_s=2.0, protocol="5")
         finally:
             ends.close()
             process.terminate()
