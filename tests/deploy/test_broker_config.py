@@ -201,12 +201,19 @@ def fleet(tmp_path: Path) -> FleetFolder:
 @pytest.mark.broker
 @pytest.mark.fleet
 @pytest.mark.slow
+@pytest.mark.timeout(120)
 def test_a_broker_that_is_run_ends_with_ctrl_c_and_keeps_what_it_retained(fleet: FleetFolder) -> None:
     topic = "covey/1/home/device/coordinator/probe"
     run = BrokerRun(fleet)
     client = Client(run.broker, Identity.of(fleet.coordinator))
     client.publish(topic, b"kept", retain=True)
-    before = run.children()
+    before, whole = run.children(), (fleet.broker / "crl.pem").read_bytes()
+    (fleet.broker / "crl.pem").write_bytes(whole[:-40])
+    run.process.send_signal(signal.SIGHUP)
+    assert run.process.stderr is not None
+    next(line for line in run.process.stderr if "goes on" in line and "crl.pem cannot be used" in line)
+    assert run.children() == before  # a torn list ends nothing
+    (fleet.broker / "crl.pem").write_bytes(whole)
     run.process.send_signal(signal.SIGHUP)
     wait_for(lambda: client.ended)
     wait_for(lambda: run.children() not in ([], before) and run.broker.is_open)  # the port is another one's

@@ -13,6 +13,7 @@ import pwd
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import time
 from collections.abc import Callable
@@ -51,7 +52,7 @@ def run(
     fleet: str, folder: Path, host: Optional[str], port: int, ready: Callable[[str], None], say: Callable[[str], None]
 ) -> int:
     """Until Mosquitto ends; its exit code. SIGINT and SIGTERM end it, SIGHUP makes it read its files again:
-    Mosquitto ends in order, keeping what is retained, and starts anew.
+    Mosquitto ends in order, keeping what is retained, and starts anew. With a torn file it is left as it runs.
 
     folder: with its certificates, where the configuration and the data go, too. port: 0 for a free one. ready: gets the
     address. Raises MachineError, TransportError (the port is taken), ConfigError (Mosquitto does not take its files).
@@ -61,7 +62,7 @@ def run(
     check_port(host or "", port)
     config = write_run_config(fleet, folder, host, port)
     running = _Running(program, config)
-    _obey_signals(running)
+    _obey_signals(running, folder, say)
     _wait_until_open(running.child, host or "127.0.0.1", port, config)
     ready(f"mqtts://{host or socket.gethostname()}:{port}")
     code = running.child.wait()
@@ -114,6 +115,20 @@ def write_run_config(fleet: str, folder: Path, host: Optional[str], port: int) -
     return folder / RUN_CONFIG
 
 
+def check_certificates(folder: Path) -> None:
+    """ConfigError where one of the files in PEM form is torn, or key.pem is not that of cert.pem."""
+    certificate, key, *trusted = (folder / name for name in mosquitto.CERTIFICATE_FILES)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    for path in (certificate, *trusted):
+        try:
+            if path == certificate:
+                context.load_cert_chain(path, key)
+            else:
+                context.load_verify_locations(path)
+        except OSError as exc:  # ssl.SSLError is one
+            raise ConfigError(f"{path} cannot be used ({exc})", "copy it again, whole") from exc
+
+
 def _free_port(host: Optional[str]) -> int:
     with socket.socket() as probe:
         probe.bind((host or "", 0))
@@ -121,9 +136,15 @@ def _free_port(host: Optional[str]) -> int:
         return port
 
 
-def _obey_signals(running: _Running) -> None:
+def _obey_signals(running: _Running, folder: Path, say: Callable[[str], None]) -> None:
     def obey(number: int, frame: Optional[FrameType]) -> None:
-        running.end(again=number == signal.SIGHUP)
+        try:
+            if number == signal.SIGHUP:
+                check_certificates(folder)
+        except ConfigError as exc:
+            say(f"goes on with the files that were read before: {exc}")
+        else:
+            running.end(again=number == signal.SIGHUP)
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, obey)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from pathlib import Path
 from typing import Optional
@@ -59,7 +60,8 @@ def run_broker(fleet_folder: Optional[Path], host: Optional[str], port: Optional
     fleet = FleetFolder.open(fleet_folder)
     port = fleet.settings.broker.port if port is None else port
     ready = f"listening on {{}} for the fleet {fleet.name}"
-    code = broker_run.run(fleet.name, fleet.broker, host, port, lambda url: click.echo(ready.format(url)), click.echo)
+    warn = functools.partial(click.echo, err=True)
+    code = broker_run.run(fleet.name, fleet.broker, host, port, lambda url: click.echo(ready.format(url)), warn)
     sys.exit(code)
 
 
