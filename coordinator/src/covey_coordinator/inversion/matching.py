@@ -40,9 +40,7 @@ UNBOUNDED = (-3.0, 3.0)  # where an input has no declared range: three deviation
 KEPT = 8  # traced graphs, with the models they hold
 LIKELY, CERTAIN = 4.0, 30.0  # logits of a label: 0.86 of ten classes and movable; one without a slope
 LAST_SMOOTHING = 1e-3  # of total variation's weight: where `Descent` has faded it to in the end
-NEIGHBOURS = (
-    1.0  # scale of the differences of neighbouring numbers, of the range; of 0.1 to 3 what did best on small digits
-)
+NEIGHBOURS = 1.0  # scale of neighbouring numbers' differences, of the range; of four tried the best on small digits
 DECAYS = (3 / 8, 5 / 8, 7 / 8)  # of all iterations: where steps are divided by ten (Geiping et al.'s code)
 TINY = 1e-30  # keeps a norm's derivative finite at 0
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # Adam's own defaults (Kingma and Ba 2015), which Geiping et al. use
