@@ -69,7 +69,7 @@ class Change:
 
 
 class PoweredDisk:
-    """on_step: called with words before every operation; may raise PowerCut. full: whether there is no space. now: the
+    """on_step: called with words before every operation; may `cut`. full: whether there is no space. now: the
     time that files bear, in ns; no two the same, and folders are read in the order of names, so that lives can be
     repeated.
     """
@@ -80,6 +80,7 @@ class PoweredDisk:
         self.full: Callable[[], bool] = lambda: False
         self.now: Callable[[], int] = lambda: 0
         self._changes = 0
+        self._gone = False
         self._root = Node(folder=True)
         self._open: dict[int, tuple[str, Node]] = {}
         self.adopt()
@@ -87,6 +88,16 @@ class PoweredDisk:
     def adopt(self) -> None:
         """What is in the folder now is sure."""
         self._root, self._open = _read(Path(self.folder)), {}
+
+    def cut(self) -> None:
+        """The power is gone: also what a program would put right while the exception passes does not happen."""
+        self._gone = True
+        raise PowerCut
+
+    def _step(self, what: str) -> None:
+        if self._gone:
+            raise PowerCut
+        self.on_step(what)
 
     # --- what a program does
 
@@ -157,7 +168,7 @@ class PoweredDisk:
         name = self._inside(path, dir_fd)
         new = bool(name) and bool(flags & os.O_CREAT) and self._find(name) is None
         if name and flags & (os.O_CREAT | os.O_TRUNC):
-            self.on_step(f"open {self._short(name)}")
+            self._step(f"open {self._short(name)}")
             if new:
                 self._need_space(name)
         descriptor: int = REAL["open"](path, flags, mode, dir_fd=dir_fd)
@@ -178,7 +189,7 @@ class PoweredDisk:
         if descriptor not in self._open:
             return int(REAL["write"](descriptor, data))
         name, node = self._open[descriptor]
-        self.on_step(f"write {self._short(name)}")
+        self._step(f"write {self._short(name)}")
         self._need_space(name)
         count = int(REAL["write"](descriptor, data))
         node.written += bytes(data[:count])  # all our files are written from their end on
@@ -199,6 +210,8 @@ class PoweredDisk:
             REAL["utime"](path, *times, **more)
 
     def _do_ftruncate(self, descriptor: int, size: int) -> None:
+        if descriptor in self._open and self._gone:
+            raise PowerCut
         REAL["ftruncate"](descriptor, size)
         if descriptor in self._open:
             node = self._open[descriptor][1]
@@ -209,11 +222,11 @@ class PoweredDisk:
             REAL["fsync"](descriptor)
             return
         name, node = self._open[descriptor]  # the real one would only cost time
-        self.on_step(f"fsync {self._short(name)}")
+        self._step(f"fsync {self._short(name)}")
         node.synced = node.written
         if node.folder:
             node.sure, node.pending = dict(node.names), []
-        self.on_step(f"synced {self._short(name)}")
+        self._step(f"synced {self._short(name)}")
 
     def _do_close(self, descriptor: int) -> None:
         self._open.pop(descriptor, None)
@@ -225,14 +238,14 @@ class PoweredDisk:
             REAL["replace"](old, new, **more)
             return
         assert os.path.dirname(source) == os.path.dirname(target), "renamed into another folder"
-        self.on_step(f"rename {self._short(target)}")
+        self._step(f"rename {self._short(target)}")
         REAL["replace"](old, new)
         self._around(target).change(Change(os.path.basename(source), os.path.basename(target), self._find(source)))
 
     def _do_unlink(self, path: Any, how: str = "unlink", *, dir_fd: Optional[int] = None) -> None:
         name = self._inside(path, dir_fd)
         if name:
-            self.on_step(f"{how} {self._short(name)}")
+            self._step(f"{how} {self._short(name)}")
         REAL[how](path, dir_fd=dir_fd)
         if name:
             self._around(name).change(Change(old=os.path.basename(name)))
@@ -240,7 +253,7 @@ class PoweredDisk:
     def _do_mkdir(self, path: Any, mode: int = 0o777, **more: Any) -> None:
         name = self._inside(path)
         if name:
-            self.on_step(f"mkdir {self._short(name)}")
+            self._step(f"mkdir {self._short(name)}")
             self._need_space(name)
         REAL["mkdir"](path, mode, **more)
         if name:
@@ -269,6 +282,7 @@ class PoweredDisk:
 
     def lose_power(self, state: State, rng: random.Random) -> None:
         """The folder as it is found afterwards. least: nothing that was not synced is there; most: all is."""
+        self._gone = False
         left = dict(self._left(self.folder, self._root, state, rng))
         there = dict(_below(self.folder, self._root))
         same = {name for name, (node, data) in left.items() if _is(there.get(name), node, data)}

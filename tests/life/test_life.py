@@ -253,7 +253,7 @@ def _left(folder: Path, name: str, seed: int) -> bytes | None:
 
     def step(what: str) -> None:
         if next(left, None) is None:
-            raise PowerCut
+            disk.cut()
 
     disk.on_step = step
     with disk.watched(), contextlib.suppress(PowerCut):

@@ -679,7 +679,7 @@ class Life:
         if len(self.steps) == self._cut_at:
             self.log(f"power cut at {what}")
             self.seen[f"power cut at {what.split('.')[0]}"] += 1
-            raise PowerCut
+            self.disk.cut()
 
     def _outage(self) -> None:
         if not self.broker_up:
@@ -709,7 +709,7 @@ class Life:
         self._state = self.rng.choice(["least", "most", "mixed", "mixed"])
         if self.rng.random() < 0.3:
             self.seen["power cut between steps"] += 1
-            raise PowerCut
+            self.disk.cut()
         self._cut_at = len(self.steps) + self.rng.randrange(1, 60)
 
     def _fill(self) -> None:
