@@ -25,6 +25,7 @@ def test_every_file_of_tests_is_in_one_part(run_tests: ModuleType) -> None:
     named = [ROOT / path for part in run_tests.parts(ROOT) for path in part]
     files = [file for path in named for file in ([path] if path.is_file() else path.rglob("test_*.py"))]
     assert sorted(files) == sorted((ROOT / "tests").rglob("test_*.py"))
+    assert len({file.name for file in files}) == len(files)  # pytest imports them by their names
     assert [{Path(path).name for path in part} for part in run_tests.parts(ROOT)[:-1]] == list(
         map(set, run_tests.PARTS)
     )

@@ -474,9 +474,8 @@ def cut_at(disk: PoweredDisk, act: Callable[[], Any], place: int) -> None:
 
 
 def test_a_backup_that_loses_power_at_any_step_is_whole_or_not_there(home: Path, tmp_path: Path) -> None:
-    disk = PoweredDisk(tmp_path / "disk")
     (tmp_path / "disk").mkdir()
-    disk.adopt()
+    disk = PoweredDisk(tmp_path / "disk")
     out, rng = tmp_path / "disk" / "home.backup", random.Random(0)
     act = lambda: back_up(home / "coordinator.toml", out, None)  # noqa: E731
     steps = steps_of(disk, act)

@@ -369,7 +369,7 @@ class MqttTransport:
             client.connect(self.broker.host, self.broker.port, KEEPALIVE_S, **self._connect_options())
         except ConfigError as exc:
             return _Ended(exc.what, exc.remedy, hopeless=True)
-        except TransportError as exc:  # a certificate that begins later
+        except TransportError as exc:  # a certificate that has ended, or begins later
             return _Ended(exc.what, exc.remedy)
         except ssl.SSLError as exc:
             words = getattr(exc, "verify_message", "") or exc.reason or exc
@@ -658,7 +658,7 @@ def _lacking(properties: Properties) -> str:
 
 def tls_context(broker: Broker) -> Optional[ssl.SSLContext]:
     """As every connection to this broker uses it; None without TLS. ConfigError where a file is wrong, TransportError
-    where this machine's clock is behind."""
+    where the client's certificate is not valid now."""
     if not broker.tls:
         return None
     try:

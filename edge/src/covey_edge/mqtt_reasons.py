@@ -100,15 +100,15 @@ def tls_remedy(error: Optional[BaseException], text: str = "") -> str:
 
 
 def check_certificate(path: Path) -> None:
-    """Raises where the first certificate of a PEM file is not valid today, by this machine's clock.
+    """TransportError where the first certificate of a PEM file is not valid today, by this machine's clock.
 
-    ConfigError where it has expired. A TransportError where it begins later: a machine without a battery for its clock
-    wakes up in the past, and is right when the network has told it the time.
+    Not a ConfigError, after which nobody starts the agent again: a device that comes out of a drawer gets its renewed
+    certificate while it waits, and one without a battery for its clock wakes up in the past.
     """
     starts, ended = _dates(path)
     now = datetime.now(timezone.utc)
     if now > ended:
-        raise ConfigError(f"{path} expired on {ended:%Y-%m-%d %H:%M} UTC", "renew it, or set this machine's clock")
+        raise TransportError(f"{path} expired on {ended:%Y-%m-%d %H:%M} UTC", "renew it, or set this machine's clock")
     if now < starts:
         raise TransportError(f"{path} is valid only from {starts:%Y-%m-%d %H:%M} UTC", "set this machine's clock")
 
