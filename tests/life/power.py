@@ -286,9 +286,9 @@ class PoweredDisk:
         left = dict(self._left(self.folder, self._root, state, rng))
         there = dict(_below(self.folder, self._root))
         same = {name for name, (node, data) in left.items() if _is(there.get(name), node, data)}
-        for name, node in reversed(there.items()):
-            if name not in same:
-                (os.rmdir if node.folder else os.unlink)(name)
+        for path in sorted(Path(self.folder).rglob("*"), reverse=True):  # also what was written around us
+            if str(path) not in same:
+                (os.rmdir if path.is_dir() else os.unlink)(path)
         for name, (node, data) in left.items():
             if name not in same and node.folder:
                 os.mkdir(name)
