@@ -41,7 +41,7 @@ def main(arguments: list[str]) -> int:
         try:
             codes.append(run(first))
         finally:
-            codes += [process.wait() for process in running]
+            codes += [exit_code(process.wait()) for process in running]
         for file in said:
             file.seek(0)
             shutil.copyfileobj(file, sys.stdout.buffer)
@@ -63,7 +63,12 @@ def parts(root: Path) -> list[list[str]]:
 
 
 def run(arguments: list[str]) -> int:
-    return subprocess.run([*PYTEST, *arguments], cwd=ROOT, check=False).returncode
+    return exit_code(subprocess.run([*PYTEST, *arguments], cwd=ROOT, check=False).returncode)
+
+
+def exit_code(returned: int) -> int:
+    """As a shell tells it: 139 for a process that ended by signal 11, which subprocess calls -11."""
+    return 128 - returned if returned < 0 else returned
 
 
 if __name__ == "__main__":

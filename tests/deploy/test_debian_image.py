@@ -109,6 +109,7 @@ def test_a_build_that_fails_leaves_nothing(cache: Path, monkeypatch: pytest.Monk
         raise MachineError("the power is gone")
 
     monkeypatch.setattr(debian_image, "make_image", half)
+    (cache / "covey-made-by-somebody-who-was-killed" / "root").mkdir(parents=True)
     with pytest.raises(MachineError, match="the power is gone"):
         build(say=lambda text: None)
     assert sorted(path.suffix for path in cache.iterdir()) == [".lock", ".tar"]

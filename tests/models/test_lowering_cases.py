@@ -713,7 +713,6 @@ CASES: dict[str, Case] = {
 
 
 @functools.cache
-@functools.cache  # what every case says together, and each on its own, is traced once
 def traced_case(name: str) -> Any:
     return traced(CASES[name])
 

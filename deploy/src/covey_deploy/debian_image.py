@@ -17,6 +17,7 @@ import os
 import platform
 import re
 import shlex
+import shutil
 import subprocess
 import tarfile
 import tempfile
@@ -87,6 +88,7 @@ LINKS = {
 }
 # as on an image of Raspberry Pi OS trixie: by these `covey flash --image` tells that cloud-init reads the partition
 SAMPLES = {"user-data": b"#cloud-config\n", "meta-data": b"instance-id: nobody\n"}
+UNFINISHED = "covey-made-"  # folders in the cache
 COMMAND_LINE = f"root=LABEL={ROOT_LABEL} ro console=ttyAMA0 net.ifnames=0 panic=10"
 
 
@@ -109,6 +111,8 @@ def build(*, cloud_init: bool = False, renew: bool = False, say: Say = print) ->
         if renew:
             plain.unlink(missing_ok=True)
             root.unlink(missing_ok=True)
+        for unfinished in cache_folder().glob(f"{UNFINISHED}*"):  # of who was killed, up to 3 GB
+            shutil.rmtree(unfinished, ignore_errors=True)
         if renew or not image.exists():
             require_programs(PROGRAMS)
             if not root.exists() and not plain.exists():
@@ -344,7 +348,7 @@ def _process(command: list[str]) -> Iterator[tuple[subprocess.Popen[str], Iterat
 
 def _made(path: Path, make: Callable[[Path], None]) -> None:
     """Make a file whole or not at all."""
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix="covey-made-") as folder:
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=UNFINISHED) as folder:
         made = Path(folder) / f"arm64{path.suffix}"
         try:
             make(made)
