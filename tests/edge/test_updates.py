@@ -19,7 +19,7 @@ from environments import FROM_LOCK, found_python, install, make_environment
 from patience import PATIENCE_S
 from release_helpers import MAKER, agent_files, as_file, released, small_wheel, wheel, write_device
 
-from covey_edge import __version__, cache, launcher, releasing
+from covey_edge import __version__, cache, launcher, releasing, updates
 from covey_edge.boot import ATTEMPTS, RELEASES, Boot, Folder, Staged, attempted, best, failed, taken_up
 from covey_edge.config import load_agent
 from covey_edge.inbox import Inbox
@@ -290,6 +290,19 @@ def test_a_given_file_that_cannot_be_read_is_told_without_its_place(
     assert "(Is a directory); its log says which" in device.updates.told
     assert ARRIVED not in device.updates.told
     assert str(device.releases / ARRIVED) in caplog.text
+
+
+def test_a_given_file_that_is_too_large_is_named_to_its_owner_alone(
+    device: Device, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(updates, "MAX_FILE_BYTES", 10)
+    device.releases.mkdir(parents=True, exist_ok=True)
+    (device.releases / ARRIVED).write_bytes(bytes(11))
+    device.now += 11
+    assert not device.updates.tick(idle=True)
+    assert "(larger than any release); its log says which" in device.updates.told
+    assert ARRIVED not in device.updates.told
+    assert f"{device.releases / ARRIVED} is larger than any release" in caplog.text
 
 
 def test_on_a_full_disk_what_has_come_of_a_release_goes_again(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -117,16 +117,14 @@ def write_run_config(fleet: str, folder: Path, host: Optional[str], port: int) -
 
 def check_certificates(folder: Path) -> None:
     """ConfigError where one of the files in PEM form is torn, or key.pem is not that of cert.pem."""
-    certificate, key, *trusted = (folder / name for name in mosquitto.CERTIFICATE_FILES)
+    path, key, *trusted = (folder / name for name in mosquitto.CERTIFICATE_FILES)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    for path in (certificate, *trusted):
-        try:
-            if path == certificate:
-                context.load_cert_chain(path, key)
-            else:
-                context.load_verify_locations(path)
-        except OSError as exc:  # ssl.SSLError is one
-            raise ConfigError(f"{path} cannot be used ({exc})", "copy it again, whole") from exc
+    try:
+        context.load_cert_chain(path, key)
+        for path in trusted:
+            context.load_verify_locations(path)
+    except OSError as exc:  # ssl.SSLError is one
+        raise ConfigError(f"{path} cannot be used ({exc})", "copy it again, whole") from exc
 
 
 def _free_port(host: Optional[str]) -> int:
@@ -138,13 +136,14 @@ def _free_port(host: Optional[str]) -> int:
 
 def _obey_signals(running: _Running, folder: Path, say: Callable[[str], None]) -> None:
     def obey(number: int, frame: Optional[FrameType]) -> None:
-        try:
-            if number == signal.SIGHUP:
+        again = number == signal.SIGHUP
+        if again:
+            try:
                 check_certificates(folder)
-        except ConfigError as exc:
-            say(f"goes on with the files that were read before: {exc}")
-        else:
-            running.end(again=number == signal.SIGHUP)
+            except ConfigError as exc:
+                say(f"goes on with the files that were read before: {exc}")
+                return
+        running.end(again)
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, obey)

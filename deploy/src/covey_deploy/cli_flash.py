@@ -188,18 +188,14 @@ def _provision(options: Options, fleet: FleetFolder, wanted: list[Wanted]) -> No
     """Devices that the fleet has not yet are made, all at once. ConfigError for revoked ones."""
     from covey_deploy.cli_provision import asking
     from covey_deploy.fleet_folder import DEVICE
-    from covey_deploy.provisioning import DATA_PATH, DATA_SOURCE, NewDevice, add_devices
+    from covey_deploy.provisioning import NewDevice, add_devices
 
     known = {one.id for one in fleet.issued() if one.role == DEVICE}  # an authority's id is a number
     revoked = fleet.revoked_ids()
     for one in wanted:
         if one.device_id in revoked:
             raise ConfigError(f"{one.device_id} is revoked", "choose a new id: covey provision list has those in use")
-    new = [
-        NewDevice(one.device_id, one.data_source or DATA_SOURCE, one.data_path or DATA_PATH)
-        for one in wanted
-        if one.device_id not in known
-    ]
+    new = [NewDevice.of_row(one) for one in wanted if one.device_id not in known]
     if new:
         add_devices(fleet.path, new, asking(options.passphrase_file))
         click.echo(f"new in the fleet {fleet.name}: {', '.join(one.device_id for one in new)}", err=True)

@@ -143,7 +143,7 @@ def device(
 
     new = [provisioning.NewDevice(one, data_source, data_path) for one in ids]
     for row in read_table(table) if table is not None else ():
-        new.append(provisioning.NewDevice(row.device_id, row.data_source or data_source, row.data_path or data_path))
+        new.append(provisioning.NewDevice.of_row(row, data_source, data_path))
     for path in requests:
         request = read_request(read_file(path), str(path))
         new.append(provisioning.NewDevice(request.device_id, data_source, data_path, request))

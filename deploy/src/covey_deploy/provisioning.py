@@ -20,6 +20,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from covey_deploy import authority as ca
 from covey_deploy.authority import Authority, Dates, Revoked
+from covey_deploy.device_table import Wanted
 from covey_deploy.fleet_folder import (
     BROKER,
     DEVICE,
@@ -57,6 +58,11 @@ class NewDevice:
     data_source: str = DATA_SOURCE
     data_path: str = DATA_PATH
     request: Optional[Request] = None
+
+    @classmethod
+    def of_row(cls, row: Wanted, data_source: str = DATA_SOURCE, data_path: str = DATA_PATH) -> NewDevice:
+        """data_source, data_path: where the table has none."""
+        return cls(row.device_id, row.data_source or data_source, row.data_path or data_path)
 
 
 @dataclass

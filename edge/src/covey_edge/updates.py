@@ -7,6 +7,7 @@ release, and last that it is staged. docs/updates.md.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -270,7 +271,8 @@ def read_bounded(path: Path) -> bytes:
     except OSError as exc:
         raise ReleaseError(f"{path} cannot be read ({exc.strerror})", "check the path and the permissions") from exc
     if len(data) > MAX_FILE_BYTES:
-        raise ReleaseError("this is larger than any release", f"at most {MAX_FILE_BYTES} bytes are read")
+        too_large = OSError(errno.EFBIG, "larger than any release")  # what others hear of a file: see _say
+        raise ReleaseError(f"{path} is {too_large.strerror}", f"at most {MAX_FILE_BYTES} bytes are read") from too_large
     return data
 
 

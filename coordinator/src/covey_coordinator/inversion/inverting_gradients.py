@@ -72,21 +72,21 @@ class InvertingGradients:
         labels = labels_for(model, seen, self.labels, seed)
         work = Work(self.iterations * self.restarts, stop, progress)
         settings = faded(self.settings, problem, seen)
-        finish, last = self.finish, settings.smoothing * settings.fade
+        last = settings.smoothing * settings.fade
         starts = problem.starts(np.random.default_rng(seed), self.restarts)
         given = in_the_bundles_form(model, labels)
-        found = descend(problem, np.stack([given] * self.restarts), starts, settings, work, 1.0 - finish)
+        found = descend(problem, np.stack([given] * self.restarts), starts, settings, work, 1.0 - self.finish)
         best = best_of(found)
-        if finish:
-            exact = partial(refine, problem, smoothing=last)
+        if self.finish:
+            bent = partial(refine, problem, smoothing=last)
             if self.labels is None and seen.examples > 1 and soft_labels_possible(model):
                 # shares for both, so that labels that stay and labels that move have one graph
                 shares = np.eye(model.manifest.num_classes or 0)[labels]
                 keep = round(self.moving * work.total)
-                best = exact(shares, best, self.finishing, work, logits=CERTAIN, keep=keep)
-                best = exact(shares, best, self.finishing, work, logits=LIKELY)
+                best = bent(shares, best, self.finishing, work, logits=CERTAIN, keep=keep)
+                best = bent(shares, best, self.finishing, work, logits=LIKELY)
             else:
-                best = exact(given, best, self.finishing, work)
+                best = bent(given, best, self.finishing, work)
         told = labels if best.labels is None else best.labels.argmax(-1)
         if not work.over:  # L-BFGS found no way down along its line; signs may
             small = dataclasses.replace(settings, step=settings.step / 100, fade=1.0, smoothing=last)

@@ -37,23 +37,18 @@ def rows(watch: Watch, seen: Mapping[str, float], revoked: Collection[str] = ())
     """Of the whole roster."""
     found = []
     for name in watch.roster:
-        presence = watch.newest.get(name)
-        if presence is None:
-            found.append(Row(device=name, last_seen=seen.get(name), revoked=name in revoked))
-            continue
-        found.append(
-            Row(
-                device=name,
+        row, presence = Row(device=name, last_seen=seen.get(name), revoked=name in revoked), watch.newest.get(name)
+        if presence is not None:
+            row = msgspec.structs.replace(
+                row,
                 online=presence.online,
                 version=presence.agent_version,
                 runtime=presence.runtime,
                 on_trial=presence.on_trial is True,
                 bad=presence.bad or (),
                 trouble=presence.trouble or "",
-                last_seen=seen.get(name),
-                revoked=name in revoked,
             )
-        )
+        found.append(row)
     return found
 
 
