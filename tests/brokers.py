@@ -22,6 +22,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from paho.mqtt.enums import CallbackAPIVersion
 from patience import PATIENCE_S
 
+from covey_deploy.broker_run import takes_hangup
+
 
 @dataclass(frozen=True)
 class RunningBroker:
@@ -60,7 +62,8 @@ def start_mosquitto(folder: Path, lines: tuple[str, ...] = (), port: int = 0) ->
     end = time.monotonic() + PATIENCE_S
     while time.monotonic() < end:
         with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
+            # it listens a moment before it has read its certificates, and takes signals after that
+            if probe.connect_ex(("127.0.0.1", port)) == 0 and takes_hangup(process.pid):
                 return RunningBroker("127.0.0.1", port, process)
         if process.poll() is not None:
             break
