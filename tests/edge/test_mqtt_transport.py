@@ -60,6 +60,8 @@ class Ends:
         assert isinstance(self.next(transport), ConnectionUp)
         transport.publish(f"ready/{name}", b"")  # it comes back when the subscriptions before it are in force
         assert self.next(transport).topic == f"ready/{name}"
+        # and behind this the broker has our acknowledgement, too: it would say it again after a cut
+        assert transport.flush([transport.publish(f"ready/{name}/too", b"")], 20)
         return transport
 
     def next(self, transport: MqttTransport, timeout_s: float = 60.0) -> Any:
